@@ -1,0 +1,66 @@
+"""Every error a user can meet, by name.
+
+A message is one line: what was wrong, where, and what to do about it. `exit_code` is what the command
+line leaves with; 2 says "the input was wrong and nothing was done".
+"""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class HpcSupconError(Exception):
+    """Base of all named errors."""
+
+    exit_code = 2
+
+
+class ConfigError(HpcSupconError):
+    """A configuration value is unknown, of the wrong type, or contradicts another one."""
+
+
+class LaunchError(HpcSupconError):
+    """The distributed environment (torchrun, Slurm) is partial or contradicts itself."""
+
+
+class DataError(HpcSupconError):
+    """A data set is missing, empty, or not what the configuration says."""
+
+
+class CorruptSample(DataError):
+    """One image cannot be used; the message names its path."""
+
+
+class LossInputError(HpcSupconError):
+    """Features or labels that no loss is defined on: wrong shape, wrong dtype, NaN or Inf."""
+
+
+class RunFolderError(HpcSupconError):
+    """The run folder is in use, missing, or holds another run."""
+
+
+class CheckpointCorrupt(HpcSupconError):
+    """A checkpoint's bytes are not those that were written, and no older verified one is left."""
+
+
+class WorldSizeMismatch(HpcSupconError):
+    """A run is being resumed on another number of ranks than it was started with."""
+
+
+class MissingExtra(HpcSupconError):
+    """An optional package is needed; the message holds the install line."""
+
+
+class NonFinite(HpcSupconError):
+    """Loss or gradients became NaN or Inf; training stopped before the optimiser step."""
+
+    exit_code = 3
+
+
+def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
+    """The message for a name that does not exist: the nearest one, and the whole list."""
+    names = sorted(known)
+    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+    hint = f"; did you mean {near[0]!r}?" if near else ";"
+    return f"unknown {kind} {str(name)!r}{hint} known: {', '.join(names)}"
