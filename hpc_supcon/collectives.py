@@ -113,7 +113,7 @@ def gather_rows_with_grad(x: Tensor, rows: list[int] | None = None) -> Tensor:
     """As `gather_rows`, differentiable: each rank's gradient is the sum over all ranks' losses."""
     if world_size() == 1:
         return x
-    return _GatherWithGrad.apply(x, rows if rows is not None else gather_sizes(x))  # type: ignore[no-any-return]
+    return _GatherWithGrad.apply(x, rows if rows is not None else gather_sizes(x))
 
 
 @contextmanager

@@ -1,0 +1,32 @@
+# Each target sets itself up: a fresh machine needs python3 (3.10+) with venv, and make.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+RANKS ?= 2
+
+.PHONY: quickstart test lint bench clean
+
+quickstart: $(VENV)/.installed  ## the main job on embedded data: two ranks, about a minute
+	$(BIN)/torchrun --nproc_per_node $(RANKS) -m hpc_supcon run run_dir=runs/quickstart-$$(date +%Y%m%d-%H%M%S)
+
+test: lint  ## the whole suite
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench: $(VENV)/.installed-dev
+	$(BIN)/python benchmarks/loss.py
+
+$(VENV)/.installed: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e .
+	touch $@
+
+$(VENV)/.installed-dev: setup.cfg pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q --disable-pip-version-check -e .[dev]
+	touch $(VENV)/.installed $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

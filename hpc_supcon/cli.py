@@ -1,0 +1,177 @@
+"""The command line: `hpc-supcon run | pretrain | probe | config`."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from . import __version__
+from .config import Config, load_config, schema_rows, to_yaml
+from .errors import HpcSupconError
+
+if TYPE_CHECKING:
+    from .data import Splits
+    from .runtime import Runtime
+
+QUICKSTART = "quickstart"
+
+app = typer.Typer(
+    name="hpc-supcon",
+    help="Supervised contrastive learning of images, from one CPU to a Slurm cluster.",
+    epilog="Several ranks: torchrun --nproc_per_node N -m hpc_supcon run CONFIG, or srun hpc-supcon run CONFIG.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+ConfigArgument = Annotated[str, typer.Argument(metavar="[CONFIG]", help="A recipe's name or a YAML file.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="[key=value ...]", help="Settings to change, such as optim.lr=0.1.")
+]
+Resume = Annotated[bool, typer.Option("--resume", help="Go on from the run folder's newest checkpoint.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback with every error.")]
+
+
+@app.command()
+def run(
+    config: ConfigArgument = QUICKSTART, overrides: Overrides = None, resume: Resume = False, debug: Debug = False
+) -> None:
+    """Pre-train an encoder, then evaluate it (pretrain + probe)."""
+    from .evaluation.evaluate import check_probe, probe
+    from .training.pretrain import pretrain
+
+    settings = _settings(config, overrides)
+    with _started(settings, resume) as (runtime, splits):
+        check_probe(settings, splits)
+        folder = pretrain(settings, runtime, splits, resume=resume)
+        result = probe(folder, settings, runtime, splits)
+        if runtime.is_main:
+            _print_result(folder, result)
+
+
+@app.command("pretrain")
+def pretrain_command(
+    config: ConfigArgument = QUICKSTART, overrides: Overrides = None, resume: Resume = False, debug: Debug = False
+) -> None:
+    """Pre-train an encoder with a contrastive loss into a run folder."""
+    from .training.pretrain import pretrain
+
+    settings = _settings(config, overrides)
+    with _started(settings, resume) as (runtime, splits):
+        pretrain(settings, runtime, splits, resume=resume)
+
+
+@app.command("probe")
+def probe_command(
+    run_dir: Annotated[Path, typer.Argument(help="A run folder.")], overrides: Overrides = None, debug: Debug = False
+) -> None:
+    """Evaluate a run folder's encoder, frozen; writes results.json there."""
+    from .evaluation.evaluate import probe
+    from .training.run_folder import read_config
+
+    settings = read_config(run_dir, overrides or [])
+    with _started(settings, resume=True) as (runtime, splits):
+        result = probe(run_dir, settings, runtime, splits)
+        if runtime.is_main:
+            _print_result(run_dir, result)
+
+
+@app.command("config")
+def config_command(
+    config: Annotated[str, typer.Argument(metavar="[CONFIG]", help="A recipe's name or a YAML file.")] = "default",
+    overrides: Overrides = None,
+    schema: Annotated[
+        bool, typer.Option("--schema", help="List every setting: type, default, unit, meaning.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Print the resolved configuration as YAML, or explain every setting."""
+    if not schema:
+        sys.stdout.write(to_yaml(_settings(config, overrides)))
+        return
+    table = Table("setting", "type", "default", "unit", "meaning", box=None, pad_edge=False, header_style="bold")
+    for row in schema_rows():
+        table.add_row(*(text.replace("[", r"\[") for text in row))
+    Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+def _settings(config: str, overrides: list[str] | None) -> Config:
+    """`hpc-supcon run data.views=3` means the quickstart recipe with an override."""
+    if "=" in config:
+        return load_config(QUICKSTART, [config, *(overrides or [])])
+    return load_config(config, overrides or [])
+
+
+@contextmanager
+def _started(settings: Config, resume: bool) -> Iterator[tuple[Runtime, Splits]]:
+    """The process group and the data, for the length of a command."""
+    from . import runtime as rt
+    from .collectives import together
+    from .training import assemble, run_folder
+
+    with rt.start(
+        device=settings.runtime.device,
+        threads=settings.runtime.threads,
+        timeout_s=settings.runtime.timeout_s,
+        deterministic=settings.deterministic,
+    ) as runtime:
+        with together():
+            run_folder.check_usable(settings.folder, settings, resume=resume)  # before minutes of decoding
+            splits = assemble.load_data(settings)
+        yield runtime, splits
+
+
+def _print_result(folder: Path, result: dict[str, Any]) -> None:
+    table = Table(title=f"{result['encoder']}, {result['loss']}, {result['probe']} probe ({result['checkpoint']})")
+    names = ("accuracy", "f1", "precision", "recall")
+    for heading in ("split", *names):
+        table.add_column(heading, justify="left" if heading == "split" else "right")
+    for split in ("validation", "test"):
+        if result[split] is not None:
+            table.add_row(split, *(f"{result[split][name]:.4f}" for name in names))
+    console = Console()
+    console.print(table)
+    console.print(f"results: {folder / 'results.json'}", soft_wrap=True, highlight=False)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Run the command line; named errors become one line and their exit code."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        app(arguments)
+    except HpcSupconError as error:
+        if "--debug" in arguments:
+            traceback.print_exc()
+        elif _speaks():
+            sys.stderr.write(f"hpc-supcon: error: {error}\n")
+        sys.exit(error.exit_code)
+
+
+def _speaks() -> bool:
+    """One line per node, not one per rank: input errors are equal on all ranks of a node."""
+    return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) in ("", "0")
+
+
+def _version(value: bool) -> None:
+    if value:
+        sys.stdout.write(f"hpc-supcon {__version__}\n")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass

@@ -1,0 +1,28 @@
+"""Data: sources (name -> images and labels), order (pure permutation), loaders and views (augmentation)."""
+
+from .batch import Batch, Loader
+from .loaders import LOADERS, build_loader
+from .order import EvalOrder, Order, TrainOrder
+from .sources import ArraySource, Source, channel_statistics
+from .splits import SOURCES, Splits, load_splits
+from .stratify import stratified_split
+from .views import EvalTransform, Views
+
+__all__ = [
+    "LOADERS",
+    "SOURCES",
+    "ArraySource",
+    "Batch",
+    "EvalOrder",
+    "EvalTransform",
+    "Loader",
+    "Order",
+    "Source",
+    "Splits",
+    "TrainOrder",
+    "Views",
+    "build_loader",
+    "channel_statistics",
+    "load_splits",
+    "stratified_split",
+]

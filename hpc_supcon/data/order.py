@@ -1,0 +1,113 @@
+"""Which images each rank sees at each step: pure functions of (seed, epoch, rank, world_size).
+
+No state and no communication, so that a resumed run, another loader or another number of ranks serves the
+same global batches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError, DataError
+
+
+class Order(Protocol):
+    """The order of a loader. `n` images; steps are indexed with [], counted with len()."""
+
+    n: int
+
+    def epoch(self, seed: int, epoch: int, rank: int, world_size: int) -> Tensor | list[Tensor]:
+        """One int64 tensor of source indices per step of this rank."""
+        ...
+
+    def steps(self, rank: int, world_size: int) -> int:
+        """How many steps `epoch` has for this rank."""
+        ...
+
+
+@dataclass(frozen=True)
+class TrainOrder:
+    """A new permutation of all `n` images every epoch, cut into GLOBAL batches of `batch_size` images.
+
+    The incomplete last batch is dropped: padding it would duplicate images, and a duplicate is a trivial
+    positive. Over epochs every image is served, since each epoch drops others.
+
+    Raises DataError when there are fewer images than one batch, ConfigError when batch_size < 1.
+    """
+
+    n: int
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ConfigError(f"data.batch_size must be at least 1, not {self.batch_size}")
+        if self.n < self.batch_size:
+            raise DataError(
+                f"the training set has {self.n} images, fewer than one batch of data.batch_size={self.batch_size}: "
+                f"set data.batch_size to at most {self.n}"
+            )
+
+    def steps(self, rank: int, world_size: int) -> int:
+        """Steps per epoch: the same on every rank. Raises ConfigError as `epoch` does."""
+        self._check(rank, world_size)
+        return self.n // self.batch_size
+
+    def epoch(self, seed: int, epoch: int, rank: int, world_size: int) -> Tensor:
+        """int64 [steps, batch_size // world_size]: row k is this rank's part of global batch k.
+
+        Ranks in rank order, side by side, are the global batch whatever their number. `seed`, `epoch` >= 0.
+        Raises ConfigError when the global batch cannot be shared equally.
+        """
+        self._check(rank, world_size)
+        # PCG64 seeded through SeedSequence, and Generator.permutation, are specified by NumPy;
+        # torch.randperm is not promised to stay the same between releases.
+        permutation = np.random.default_rng([seed, epoch]).permutation(self.n)
+        steps = self.n // self.batch_size
+        batches = torch.from_numpy(permutation[: steps * self.batch_size]).view(steps, world_size, -1)
+        return batches[:, rank].contiguous()
+
+    def _check(self, rank: int, world_size: int) -> None:
+        assert 0 <= rank < world_size
+        if self.batch_size % world_size:
+            below = self.batch_size // world_size * world_size
+            valid = f"{below} or {below + world_size}" if below else f"{world_size}"
+            raise ConfigError(
+                f"data.batch_size={self.batch_size} is the global batch and cannot be shared equally by "
+                f"{world_size} ranks: use {valid}"
+            )
+
+
+@dataclass(frozen=True)
+class EvalOrder:
+    """Every one of `n` images exactly once over all ranks, in the source's order.
+
+    A rank gets a contiguous share, at most `batch_size` images at a time; the last batch may be shorter, and
+    with fewer images than ranks some ranks get none. All ranks in rank order concatenate to 0..n-1.
+    """
+
+    n: int
+    batch_size: int
+
+    def __post_init__(self) -> None:
+        if self.batch_size < 1:
+            raise ConfigError(f"the evaluation batch size must be at least 1, not {self.batch_size}")
+
+    def share(self, rank: int, world_size: int) -> tuple[int, int]:
+        """First index of this rank, and one past its last."""
+        assert 0 <= rank < world_size
+        return self.n * rank // world_size, self.n * (rank + 1) // world_size
+
+    def steps(self, rank: int, world_size: int) -> int:
+        """Batches of this rank; ranks may differ by one, so nothing collective belongs between them."""
+        first, last = self.share(rank, world_size)
+        return -(-(last - first) // self.batch_size)
+
+    def epoch(self, seed: int, epoch: int, rank: int, world_size: int) -> list[Tensor]:
+        """int64 [<= batch_size] per step. `seed` and `epoch` change nothing: evaluation is not shuffled."""
+        first, last = self.share(rank, world_size)
+        return [torch.arange(i, min(i + self.batch_size, last)) for i in range(first, last, self.batch_size)]

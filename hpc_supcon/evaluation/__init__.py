@@ -1,0 +1,1 @@
+"""What the trained encoder is worth: cached features, probes, scores."""

@@ -1,0 +1,160 @@
+"""Supervised contrastive, tuned contrastive and SimCLR losses: formulas over the engine's numbers."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError, unknown_name
+from .inputs import Queue
+from .pairwise import PairwiseStats, check_choices, check_temperature, mean_and_sums, pairwise_stats
+
+FORMS = ("out", "in")
+
+
+class _Contrastive(nn.Module):
+    """What the contrastive losses share: the temperature, the call of the engine, the mean, the statistics.
+
+    `stats` holds, after a call, over all ranks and without a read from the device (0-dim tensors):
+    `anchors_without_positives` (a count) and `mean_positives` (per anchor).
+    """
+
+    def __init__(
+        self,
+        temperature: float,
+        *,
+        backend: str = "auto",
+        precision: str = "auto",
+        gather: bool = True,
+        validate: bool = True,
+        learnable_temperature: bool = False,
+    ) -> None:
+        super().__init__()
+        check_choices(backend, precision)
+        check_temperature(temperature)
+        self.backend, self.precision = backend, precision
+        self.gather, self.validate = gather, validate
+        self.stats: dict[str, Tensor] = {}
+        self._temperature = temperature
+        self.log_temperature: nn.Parameter | None = None
+        if learnable_temperature:
+            # The logarithm is what is learned: no optimiser step makes the temperature negative.
+            self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+
+    @property
+    def temperature(self) -> float | Tensor:
+        return self._temperature if self.log_temperature is None else self.log_temperature.exp()
+
+    def _statistics(
+        self, features: Tensor, labels: Tensor | None, queue: Queue | None, inverse: bool = False
+    ) -> PairwiseStats:
+        return pairwise_stats(
+            features,
+            labels,
+            self.temperature,
+            inverse=inverse,
+            backend=self.backend,
+            gather=self.gather,
+            queue=queue,
+            validate=self.validate,
+            precision=self.precision,
+        )
+
+    def _mean(self, per_anchor: Tensor, stats: PairwiseStats, features: Tensor) -> Tensor:
+        anchors = stats.valid.new_full((), len(stats.valid), dtype=torch.float64)
+        mean, (valid, anchors, positives) = mean_and_sums(
+            per_anchor, stats.valid, [anchors, stats.n_pos.sum()], gather=self.gather
+        )
+        self.stats = {
+            "anchors_without_positives": anchors - valid,
+            "mean_positives": positives / anchors.clamp(min=1),
+        }
+        # Low temperatures are computed in fp64; the loss is fp32 unless the features are fp64.
+        return mean if features.dtype == torch.float64 else mean.float()
+
+
+class SupConLoss(_Contrastive):
+    """Supervised contrastive loss (Khosla et al., 2020): "out" is equation 2, "in" is equation 3.
+
+        out  log sum_{A(i)} exp(s) - mean_{P(i)} s
+        in   log sum_{A(i)} exp(s) - log( mean_{P(i)} exp(s) )          s_ij = z_i . z_j / temperature
+
+    meaned over the anchors of all ranks that have a positive. `base_temperature` multiplies the loss by
+    temperature / base_temperature, as the authors' code does with 0.07; None is the paper's formula.
+    """
+
+    def __init__(
+        self, temperature: float = 0.1, form: str = "out", base_temperature: float | None = None, **engine: Any
+    ) -> None:
+        super().__init__(temperature, **engine)
+        if form not in FORMS:
+            raise ConfigError(unknown_name("form of the SupCon loss", form, FORMS))
+        if base_temperature is not None and not base_temperature > 0:
+            raise ConfigError(f"base_temperature must be positive, or null for no factor; got {base_temperature}")
+        self.form, self.base_temperature = form, base_temperature
+
+    def forward(self, features: Tensor, labels: Tensor | None = None, queue: Queue | None = None) -> Tensor:
+        """features [B, V, D] or [N, D], labels [B] or [N] or None (an image's views) -> 0-dim loss.
+
+        `queue`: (past embeddings [Q, D], labels [Q]), more columns without gradient. Raises LossInputError.
+        """
+        stats = self._statistics(features, labels, queue)
+        per_anchor = torch.logaddexp(stats.log_pos, stats.log_neg)
+        if self.form == "out":
+            per_anchor = per_anchor - stats.mean_pos
+        else:
+            per_anchor = per_anchor - stats.log_pos + stats.n_pos.clamp(min=1).log()
+        loss = self._mean(per_anchor, stats, features)
+        if self.base_temperature is None:
+            return loss
+        tau = self.temperature.detach() if isinstance(self.temperature, Tensor) else self.temperature
+        return loss * (tau / self.base_temperature)
+
+
+class TCLLoss(_Contrastive):
+    """Tuned contrastive loss (Animesh and Chandraker, 2023, arXiv 2305.10675).
+
+    -mean_{P(i)} s + log( sum_{P} exp(s) + k1 sum_{P} exp(-z_i . z_p) + k2 sum_{N} exp(s) ); the k1 term has
+    no temperature. k1 pushes hard positives, k2 hard negatives; k1 = 0, k2 = 1 is SupCon "out".
+    """
+
+    def __init__(self, temperature: float = 0.1, k1: float = 5000.0, k2: float = 1.0, **engine: Any) -> None:
+        super().__init__(temperature, **engine)
+        for name, value in (("k1", k1), ("k2", k2)):
+            if not (math.isfinite(value) and value >= 0):
+                raise ConfigError(f"{name} must be a finite number >= 0; got {value}")
+        self.k1, self.k2 = k1, k2
+
+    def forward(self, features: Tensor, labels: Tensor | None = None, queue: Queue | None = None) -> Tensor:
+        """As SupConLoss.forward."""
+        stats = self._statistics(features, labels, queue, inverse=self.k1 > 0)
+        return self._mean(log_denominator(stats, self.k1, self.k2) - stats.mean_pos, stats, features)
+
+
+def log_denominator(stats: PairwiseStats, k1: float, k2: float) -> Tensor:
+    """log D(z_i) of Tuned Contrastive Learning, [n]; a term with weight zero is absent."""
+    terms = [stats.log_pos]
+    if k2 > 0:
+        terms.append(stats.log_neg + math.log(k2))
+    if k1 > 0 and stats.log_inv is not None:
+        terms.append(stats.log_inv + math.log(k1))
+    return torch.logsumexp(torch.stack(terms), dim=0)
+
+
+class SimCLRLoss(_Contrastive):
+    """NT-Xent (Chen et al., 2020, equation 1): the positives of a view are the other views of its image.
+
+    Labels are accepted and not used, so that every contrastive loss is called alike. Queue columns are
+    negatives, whatever their labels.
+    """
+
+    def __init__(self, temperature: float = 0.5, **engine: Any) -> None:
+        super().__init__(temperature, **engine)
+
+    def forward(self, features: Tensor, labels: Tensor | None = None, queue: Queue | None = None) -> Tensor:
+        """features [B, V, D], V >= 2 -> 0-dim loss."""
+        stats = self._statistics(features, None, None if queue is None else (queue[0], None))
+        return self._mean(torch.logaddexp(stats.log_pos, stats.log_neg) - stats.mean_pos, stats, features)

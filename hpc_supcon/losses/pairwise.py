@@ -1,0 +1,188 @@
+"""The engine: a few numbers per anchor, from which every contrastive loss here is a formula.
+
+With s_ij = z_i . z_j / tau over unit rows of all ranks and views, P(i) the other rows of i's class and
+N(i) the rows of other classes, `pairwise_stats` gives the mean of s over P(i) and the logarithms of the
+sums of exp(s) over P(i) and over N(i). They are streamed over tiles: the N x N matrix is never stored.
+The result is differentiable, and exact over ranks: a loss needs no gradient code of its own.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import collectives
+from ..errors import ConfigError, MissingExtra, unknown_name
+from . import columns as columns_of
+from . import reference, tiled
+from .inputs import Anchors, Queue, prepare
+from .streamed import Kernels, streamed_statistics
+
+BACKENDS = ("auto", "reference", "tiled", "triton")
+PRECISIONS = ("auto", "bf16", "tf32", "ieee")
+# exp(1 / tau) summed over millions of columns stays inside fp32 down to the first, inside fp64 to the second.
+FP32_TEMPERATURE = 0.025
+MIN_TEMPERATURE = 0.002
+_SMALL, _LARGE = 512, 1024
+
+
+@dataclass(frozen=True)
+class PairwiseStats:
+    """Per local anchor, each [n] in the order of the features (an image's views adjacent), differentiable.
+
+    n_pos     |P(i)|
+    mean_pos  sum over P(i) of s_ij / max(n_pos, 1)
+    log_pos   log sum over P(i) of exp(s_ij)
+    log_neg   log sum over N(i) of exp(s_ij)
+    log_inv   log sum over P(i) of exp(-z_i . z_j), no temperature; None unless asked for
+    valid     n_pos > 0: the anchors that count
+
+    The log of an empty sum is a large finite negative number (finfo.min / 4), so that no formula meets
+    inf - inf. Computed in fp32; in fp64 for fp64 features and for temperatures below 0.025.
+    """
+
+    n_pos: Tensor
+    mean_pos: Tensor
+    log_pos: Tensor
+    log_neg: Tensor
+    log_inv: Tensor | None
+    valid: Tensor
+
+
+def empty_log(dtype: torch.dtype) -> float:
+    """What stands for log 0."""
+    return torch.finfo(dtype).min / 4
+
+
+def pairwise_stats(
+    features: Tensor,
+    labels: Tensor | None,
+    temperature: float | Tensor,
+    *,
+    inverse: bool = False,
+    backend: str = "auto",
+    gather: bool = True,
+    queue: Queue | None = None,
+    validate: bool = True,
+    precision: str = "auto",
+    tile: int = tiled.TILE,
+) -> PairwiseStats:
+    """The streamed numbers of every local anchor: all a contrastive loss is made of.
+
+    features [B, V, D] or [N, D] of any float dtype, normalised inside; labels [B] or [N], integers, None
+    for "an image's views are its positives". `temperature` may be a tensor and then gets a gradient.
+    With `gather`, under an initialised process group, the columns are the rows of all ranks (their
+    numbers may differ) and every rank must call this. `queue` = (past embeddings [Q, D], labels [Q] or
+    None for negatives only): more columns, without gradient. `precision` is that of the Triton tiles
+    (auto: bf16 for half-precision features, else tf32); `tile` the edge of the torch tiles.
+
+    A new loss in five lines; here decoupled contrastive learning (Yeh et al., ECCV 2022): no positives in
+    the denominator:
+
+        def decoupled(features, labels, temperature=0.1):
+            stats = pairwise_stats(features, labels, temperature)
+            per_anchor = stats.log_neg - stats.mean_pos
+            return global_mean(per_anchor, stats.valid)
+
+    Raises LossInputError for input that no loss is defined on, the same on every rank; ConfigError for an
+    unknown backend or precision; MissingExtra when Triton is asked for and absent.
+    """
+    check_choices(backend, precision)
+    tau = _number(temperature)
+    check_temperature(tau)
+    anchors = prepare(features, labels, gather=gather, validate=validate, queue=queue)
+    with torch.autocast(features.device.type, enabled=False):
+        dtype = torch.float64 if features.dtype == torch.float64 or tau < FP32_TEMPERATURE else torch.float32
+        exact_tau = torch.as_tensor(temperature, dtype=torch.float64)
+        scale, kappa = exact_tau.rsqrt(), exact_tau if inverse else None
+        backend = choose_backend(backend, anchors, features, tau)
+        if backend == "reference":
+            u = columns_of.unit_rows(anchors.rows, scale, dtype)
+            dense = reference.row_statistics(u, anchors.labels, anchors, queue, scale, kappa, empty_log(dtype))
+            return PairwiseStats(*dense, valid=dense[0] > 0)
+        kernels: Kernels = tiled.Tiles(tile)
+        if backend == "triton":
+            from . import triton_kernels
+
+            kernels = triton_kernels.Triton(_tile_precision(precision, features))
+        return PairwiseStats(*streamed_statistics(anchors, queue, scale, kappa, dtype, kernels, empty_log(dtype)))
+
+
+def global_mean(per_anchor: Tensor, valid: Tensor, *, gather: bool = True) -> Tensor:
+    """Mean of per_anchor [n] over the valid anchors of all ranks: the same value on every rank.
+
+    The gradient is world_size / (valid anchors of all ranks) per valid anchor, so that the AVERAGE over
+    ranks which DistributedDataParallel takes is the gradient of one process with all the rows. No valid
+    anchor anywhere gives a differentiable zero. Every rank must call this, also one without valid anchors.
+    """
+    value, _ = mean_and_sums(per_anchor, valid, [], gather=gather)
+    return value
+
+
+def mean_and_sums(
+    per_anchor: Tensor, valid: Tensor, extra: list[Tensor], *, gather: bool = True
+) -> tuple[Tensor, list[Tensor]]:
+    """`global_mean`, and the sums over ranks of [valid anchors, *extra] from the same message."""
+    local = torch.where(valid, per_anchor, 0.0).sum()
+    parts = torch.stack([part.detach().double() for part in (local, valid.sum(), *extra)])
+    ranks = collectives.world_size() if gather else 1
+    total, *sums = (collectives.all_sum(parts) if gather else parts).unbind()
+    count = sums[0].clamp(min=1)
+    scaled = local * (ranks / count)
+    # The value is that of all ranks, the gradient that of the own anchors.
+    return (total / count).to(local.dtype) + (scaled - scaled.detach()), sums
+
+
+def check_temperature(tau: float) -> None:
+    """ConfigError unless tau is a finite number of at least MIN_TEMPERATURE."""
+    if not (math.isfinite(tau) and tau > 0):
+        raise ConfigError(f"temperature must be positive and finite; got {tau}")
+    if tau < MIN_TEMPERATURE:
+        raise ConfigError(f"temperature {tau} is below {MIN_TEMPERATURE}, where exp(1 / temperature) overflows")
+
+
+def choose_backend(backend: str, anchors: Anchors, features: Tensor, tau: float) -> str:
+    """`auto` resolved: the same on every rank, since the backends' collectives differ."""
+    # The sizes of all ranks decide, never the own: a rank with fewer rows must not choose differently.
+    columns = sum(anchors.rows_per_rank) + anchors.queue_columns
+    fits_triton = features.dtype != torch.float64 and tau >= FP32_TEMPERATURE and features.shape[-1] <= 2048
+    if backend == "triton" and not fits_triton:
+        raise ConfigError(
+            f"backend 'triton' needs fp32, bf16 or fp16 features of at most 2048 dimensions and a temperature of at "
+            f"least {FP32_TEMPERATURE}; got {features.dtype}, {features.shape[-1]}, {tau}; use 'tiled'"
+        )
+    if backend == "triton" and not _has_triton():
+        raise MissingExtra("backend 'triton' needs the package triton: pip install triton")
+    if backend != "auto":
+        return backend
+    if columns <= _SMALL:
+        return "reference"
+    if features.is_cuda and columns >= _LARGE and fits_triton and _has_triton():
+        return "triton"
+    return "tiled"
+
+
+def check_choices(backend: str, precision: str = "auto") -> None:
+    """ConfigError, with the list of names, for a backend or precision that does not exist."""
+    if backend not in BACKENDS:
+        raise ConfigError(unknown_name("backend", backend, BACKENDS))
+    if precision not in PRECISIONS:
+        raise ConfigError(unknown_name("precision", precision, PRECISIONS))
+
+
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def _tile_precision(precision: str, features: Tensor) -> str:
+    if precision != "auto":
+        return precision
+    return "bf16" if features.dtype in (torch.bfloat16, torch.float16) else "tf32"
+
+
+def _number(value: float | Tensor) -> float:
+    return float(value.detach() if isinstance(value, Tensor) else value)

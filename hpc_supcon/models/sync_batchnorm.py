@@ -1,0 +1,100 @@
+"""BatchNorm over the batches of all ranks, on CUDA (PyTorch's own) and on CPU (here).
+
+Small per-rank batches let BatchNorm leak which images belong together (simclr#114); PyTorch's
+SyncBatchNorm exists for CUDA only.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+class _GlobalBatchNorm(torch.autograd.Function):
+    """Batch normalisation (Ioffe & Szegedy 2015) with statistics over all ranks, exact for unequal batches.
+
+    Two small all-reduces: 2 C + 1 numbers forward, 2 C backward. The passes over the activations are the
+    native fused kernels.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Any:
+        axes = [d for d in range(x.dim()) if d != 1]
+        wide = torch.float64 if x.dtype == torch.float64 else torch.float32
+        var, mean = torch.var_mean(x.to(wide), dim=axes, correction=0)
+        n = torch.full((1,), x.numel() // x.shape[1], dtype=torch.float64, device=x.device)
+        # combined in float64: the subtraction of squares below then costs fp32 nothing
+        mean, var = mean.double(), var.double()
+        message = torch.cat([n, mean * n, (var + mean * mean) * n])
+        dist.all_reduce(message)
+        count, total, squares = message.split([1, mean.numel(), mean.numel()])
+        mean = total / count
+        var = (squares / count - mean * mean).clamp_(min=0).to(wide)
+        mean = mean.to(wide)
+        ctx.save_for_backward(x, weight, mean, var, count)
+        ctx.eps = eps
+        y = torch.batch_norm(x, weight, bias, mean, var, False, 0.0, eps, False)
+        ctx.mark_non_differentiable(mean, var, count)
+        return y, mean, var, count
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        x, weight, mean, var, count = ctx.saved_tensors
+        dy = grads[0]
+        invstd = torch.rsqrt(var + ctx.eps)
+        # with fixed statistics: dweight = sum dy xhat, dbias = sum dy over this rank's values
+        _, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
+            dy, x, weight, mean, var, None, None, False, ctx.eps, [False, True, True]
+        )
+        sums = torch.cat([d_weight, d_bias])
+        dist.all_reduce(sums)
+        xhat_sum, dy_sum = (sums / count.to(sums.dtype)).chunk(2)
+        # dx = (dy - mean dy - xhat mean(dy xhat)) invstd weight, as one affine map of dy and x per channel
+        shape = [1, -1] + [1] * (x.dim() - 2)
+        scale = (weight * invstd).view(shape)
+        slope = (weight * invstd * invstd * xhat_sum).view(shape)
+        offset = (weight * invstd * (xhat_sum * mean * invstd - dy_sum)).view(shape)
+        dx = torch.addcmul(offset - slope * x, dy, scale).to(x.dtype)
+        return dx, d_weight, d_bias, None
+
+
+class CpuSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
+    """SyncBatchNorm for CPU tensors and gloo; evaluation is plain batch normalisation.
+
+    Raises nothing of its own; every rank must hold at least one row in training.
+    """
+
+    def _check_input_dim(self, input: Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least [N, C], got {list(input.shape)}")
+
+    def forward(self, input: Tensor) -> Tensor:
+        if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
+            return super().forward(input)
+        self._check_input_dim(input)
+        y, mean, var, count = _GlobalBatchNorm.apply(input, self.weight, self.bias, self.eps)
+        if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
+            with torch.no_grad():
+                self.num_batches_tracked.add_(1)
+                momentum = 1 / float(self.num_batches_tracked) if self.momentum is None else self.momentum
+                unbiased = var * (count / (count - 1).clamp(min=1)).to(var.dtype)
+                self.running_mean.lerp_(mean.to(self.running_mean.dtype), momentum)
+                self.running_var.lerp_(unbiased.to(self.running_var.dtype), momentum)
+        return y
+
+
+def synchronise_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
+    """`module` with every BatchNorm replaced by one over all ranks; parameters, buffers and names are kept."""
+    if device.type == "cuda":
+        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+    if isinstance(module, nn.modules.batchnorm._BatchNorm):
+        # the same object with another class: subclasses with an activation inside (timm) keep their forward
+        if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
+            module.__class__ = CpuSyncBatchNorm
+        return module
+    for child in module.children():
+        synchronise_batchnorm(child, device)
+    return module

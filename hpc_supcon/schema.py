@@ -1,0 +1,174 @@
+"""The configuration schema: every setting, its type, range, unit and meaning.
+
+Values carry no defaults here: configs/default.yaml is the one place that has them.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class _Section(BaseModel):
+    # strict: "5" is no number and 1 is no boolean; validated from JSON, where a list may be a tuple
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class SyntheticConfig(_Section):
+    images: Count = Field(description="training images made", json_schema_extra={"unit": "images"})
+    classes: Annotated[int, Field(ge=2)] = Field(description="classes made")
+    channels: Literal[1, 3] = Field(description="1 is grey, 3 is RGB")
+    image_size: Count = Field(description="side of the square images", json_schema_extra={"unit": "px"})
+
+
+class DataConfig(_Section):
+    source: str = Field(description="digits | mnist | fashion_mnist | cifar10 | cifar100 | image_folder | synthetic")
+    root: str | None = Field(description="folder that holds the data set (digits and synthetic need none)")
+    download: bool = Field(description="fetch a missing torchvision data set into data.root")
+    image_size: Count | None = Field(
+        description="resize the shorter side to this and crop the centre; null keeps the images' own size",
+        json_schema_extra={"unit": "px"},
+    )
+    channels: Literal[1, 3] | None = Field(
+        description="convert every image to 1 (grey) or 3 (RGB) channels; null demands that all agree"
+    )
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
+        description="share of train carved off, stratified, where the data set has no validation split"
+    )
+    batch_size: Annotated[int, Field(ge=2)] = Field(
+        description="GLOBAL number of images per optimiser step, over all ranks, before views",
+        json_schema_extra={"unit": "images"},
+    )
+    views: Count = Field(description="augmented views of each image in a batch")
+    loader: str = Field(description="auto | resident (the whole set as uint8 on the device)")
+    synthetic: SyntheticConfig = Field(description="what `source: synthetic` makes")
+
+
+class AugmentConfig(_Section):
+    crop_scale: tuple[Positive, Positive] = Field(description="range of the crop's share of the image area")
+    crop_ratio: tuple[Positive, Positive] = Field(description="range of the crop's width / height")
+    flip: Probability = Field(description="probability of a horizontal flip")
+    brightness: NonNegative = Field(description="jitter: factor drawn from 1 -+ this")
+    contrast: NonNegative = Field(description="jitter: factor drawn from 1 -+ this")
+    saturation: NonNegative = Field(description="jitter: factor drawn from 1 -+ this")
+    hue: Annotated[float, Field(ge=0, le=0.5)] = Field(
+        description="jitter: shift drawn from -+ this", json_schema_extra={"unit": "turns"}
+    )
+    jitter_probability: Probability = Field(description="probability that a view is colour-jittered")
+    grey: Probability = Field(description="probability that a view loses its colour")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> AugmentConfig:
+        for name in ("crop_scale", "crop_ratio"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name}: {low} is above {high}; give [low, high]")
+        if self.crop_scale[1] > 1:
+            raise ValueError("crop_scale: a crop cannot be larger than the image (at most 1.0)")
+        return self
+
+
+class ModelConfig(_Section):
+    encoder: str = Field(description="name of the encoder (see the error for an unknown one)")
+    stem: Literal["auto", "small", "standard"] = Field(
+        description="small: 3x3 stride 1 without max-pool, for inputs up to 64 px; auto chooses by image size"
+    )
+    out_dim: Count | None = Field(description="size of the features; null is the encoder's own")
+    projection_hidden: Count = Field(description="width of the projection's hidden layer")
+    projection_dim: Count = Field(description="size of the embeddings the loss sees")
+    sync_bn: bool = Field(description="BatchNorm statistics over all ranks (with more than one rank)")
+
+
+class LossConfig(_Section):
+    name: str = Field(description="supcon_out")
+    temperature: Positive = Field(description="tau: similarities are divided by it")
+    base_temperature: Positive | None = Field(
+        description="multiply the loss by temperature / this; null: no factor (SupContrast's default is 0.07)"
+    )
+    backend: str = Field(description="auto | reference")
+
+
+class OptimConfig(_Section):
+    name: Literal["sgd", "adamw"] = Field(description="optimiser")
+    lr: Positive = Field(description="peak learning rate, used as written")
+    lr_per_256: Positive | None = Field(
+        description="when set, replaces lr by this times data.batch_size / 256 (and the log says so)"
+    )
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(description="SGD momentum (AdamW: beta 1)")
+    nesterov: bool = Field(description="Nesterov momentum (SGD)")
+    weight_decay: NonNegative = Field(description="weight decay; norms and biases have none")
+    schedule: Literal["cosine", "constant"] = Field(description="learning rate after the warm-up")
+    warmup_epochs: NonNegative = Field(description="linear warm-up", json_schema_extra={"unit": "epochs"})
+    final_lr_fraction: Probability = Field(description="cosine ends at this share of the peak")
+
+
+class TrainConfig(_Section):
+    epochs: Count = Field(description="passes over the training split", json_schema_extra={"unit": "epochs"})
+    precision: Literal["auto", "bf16", "fp32"] = Field(
+        description="auto: bf16 autocast where the device computes in bf16; the loss is always fp32"
+    )
+    channels_last: bool = Field(description="NHWC memory layout (faster convolutions)")
+
+
+class CheckpointConfig(_Section):
+    every_epochs: Count | None = Field(
+        description="save after every n-th epoch", json_schema_extra={"unit": "epochs"}
+    )
+    every_steps: Count | None = Field(description="save after every n-th step", json_schema_extra={"unit": "steps"})
+    keep: Annotated[int, Field(ge=2)] = Field(description="newest checkpoints kept")
+
+
+class LogConfig(_Section):
+    every_steps: Count = Field(
+        description="steps between two lines of metrics.jsonl", json_schema_extra={"unit": "steps"}
+    )
+    tensorboard: bool = Field(description="write TensorBoard events as well")
+    progress: bool = Field(description="show a progress bar (rank 0, on a terminal)")
+
+
+class ProbeConfig(_Section):
+    kind: Literal["linear"] = Field(description="classifier on the frozen features")
+    epochs: Count = Field(description="passes over the cached features", json_schema_extra={"unit": "epochs"})
+    batch_size: Count = Field(description="features per step", json_schema_extra={"unit": "images"})
+    optimiser: Literal["adamw", "sgd"] = Field(description="optimiser of the head")
+    lrs: tuple[Positive, ...] = Field(
+        min_length=1, description="learning rates trained at once; validation accuracy chooses"
+    )
+    weight_decay: NonNegative = Field(description="weight decay of the head")
+    standardise: bool = Field(description="give features zero mean and unit variance (over train) first")
+
+
+class RuntimeConfig(_Section):
+    device: Literal["auto", "cpu", "cuda"] = Field(description="auto: CUDA where there is one")
+    threads: Count | None = Field(description="CPU threads per rank; null shares the machine's cores")
+    timeout_s: Positive = Field(description="longest wait for another rank", json_schema_extra={"unit": "s"})
+
+
+class Config(_Section):
+    """A whole run. Field meanings: `hpc-supcon config --schema`."""
+
+    name: str = Field(min_length=1, description="name of the run; also its folder when run_dir is null")
+    run_dir: str | None = Field(description="run folder; null is runs/NAME")
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = Field(description="every random choice follows from it")
+    deterministic: bool = Field(description="only deterministic algorithms: bit-identical repeats, slower on CUDA")
+    data: DataConfig
+    augment: AugmentConfig
+    model: ModelConfig
+    loss: LossConfig
+    optim: OptimConfig
+    train: TrainConfig
+    checkpoint: CheckpointConfig
+    log: LogConfig
+    probe: ProbeConfig
+    runtime: RuntimeConfig
+
+    @property
+    def folder(self) -> Path:
+        return Path(self.run_dir) if self.run_dir is not None else Path("runs") / self.name

@@ -1,0 +1,1 @@
+"""Pre-training: state, step, loop, checkpoints, run folder."""

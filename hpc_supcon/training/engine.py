@@ -1,0 +1,39 @@
+"""How a model is spread over ranks, and in which precision it computes."""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ..models import synchronise_batchnorm
+from ..runtime import Runtime, has_fast_bf16
+
+
+def place(model: nn.Module, runtime: Runtime, *, channels_last: bool) -> nn.Module:
+    """`model` on this rank's device, in the wanted memory layout."""
+    layout = torch.channels_last if channels_last else torch.preserve_format
+    return model.to(device=runtime.device, memory_format=layout)  # type: ignore[call-overload]
+
+
+def distribute(model: nn.Module, runtime: Runtime, *, sync_bn: bool) -> nn.Module:
+    """`model` wrapped for data-parallel training: gradients are averaged over ranks in backward."""
+    if runtime.world_size == 1:
+        return model
+    if sync_bn:
+        model = synchronise_batchnorm(model, runtime.device)
+    return DistributedDataParallel(
+        model,
+        device_ids=[runtime.device] if runtime.device.type == "cuda" else None,
+        gradient_as_bucket_view=True,
+        broadcast_buffers=not sync_bn,  # synchronised statistics are equal already
+    )
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """The forward pass's precision: `auto` is bf16 where the device computes it natively, else fp32."""
+    if precision == "bf16" or (precision == "auto" and has_fast_bf16(device)):
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()

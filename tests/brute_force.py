@@ -1,0 +1,93 @@
+"""The losses written straight from the papers' sums, one anchor and one pair at a time, in float64.
+
+The oracle of the loss tests: no vectorised algebra, nothing shared with hpc_supcon.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def _rows(features: Tensor, labels: Tensor | None) -> tuple[list[Tensor], list[int]]:
+    """Unit rows, one per view, and the label of each; image index where there are no labels."""
+    if features.ndim == 2:
+        features = features[:, None, :]
+    rows, row_labels = [], []
+    for b in range(features.shape[0]):
+        for v in range(features.shape[1]):
+            x = features[b, v].double()
+            rows.append(x / x.pow(2).sum().sqrt())
+            row_labels.append(b if labels is None else int(labels[b]))
+    return rows, row_labels
+
+
+def contrastive(features, labels, tau, form="out", k1=0.0, k2=1.0, queue=None):
+    """Mean over anchors with a positive of the per-anchor loss; differentiable by autograd.
+
+    out: -1/|P| sum_p log( exp(s_ip) / sum_A exp(s_ia) )       (Khosla et al., equation 2)
+    in:  -log( 1/|P| sum_p exp(s_ip) / sum_A exp(s_ia) )       (Khosla et al., equation 3)
+    tcl: -1/|P| sum_p log( exp(s_ip) / D_i )                   (Animesh and Chandraker, equation 8)
+    decoupled: -1/|P| sum_p log( exp(s_ip) / sum_N exp(s_in) )
+    """
+    rows, row_labels = _rows(features, labels)
+    own = len(rows)
+    if queue is not None:
+        past, past_labels = _rows(queue[0].detach(), queue[1])
+        rows, row_labels = rows + past, row_labels + past_labels
+    losses = []
+    for i in range(own):
+        positives = [j for j in range(len(rows)) if j != i and row_labels[j] == row_labels[i]]
+        negatives = [j for j in range(len(rows)) if row_labels[j] != row_labels[i]]
+        if positives:
+            losses.append(_anchor_loss(rows, i, positives, negatives, tau, form, k1, k2))
+    return sum(losses) / len(losses) if losses else 0.0 * features.double().sum()
+
+
+def _anchor_loss(rows, i, positives, negatives, tau, form, k1, k2):
+    def s(j):
+        return (rows[i] * rows[j]).sum() / tau
+
+    everyone = positives + negatives
+    if form == "in":
+        ratio = sum(torch.exp(s(p)) for p in positives) / sum(torch.exp(s(a)) for a in everyone)
+        return -torch.log(ratio / len(positives))
+    if form == "out":
+        denominator = sum(torch.exp(s(a)) for a in everyone)
+    elif form == "tcl":
+        denominator = sum(torch.exp(s(p)) for p in positives)
+        denominator = denominator + k1 * sum(torch.exp(-(rows[i] * rows[p]).sum()) for p in positives)
+        denominator = denominator + k2 * sum(torch.exp(s(n)) for n in negatives)
+    else:
+        denominator = sum(torch.exp(s(n)) for n in negatives)
+    return -sum(s(p) - torch.log(denominator) for p in positives) / len(positives)
+
+
+def value_and_gradient(features, *args, **kwargs):
+    """(loss, d loss / d features) of `contrastive`, both float64."""
+    x = features.detach().double().requires_grad_()
+    loss = contrastive(x, *args, **kwargs)
+    loss.backward()
+    return loss.detach(), x.grad
+
+
+def responses(features, labels, tau, k1, k2):
+    """Per anchor with positives: sum over P of |P_ip - X_ip - Y_ip| and sum over N of P_in (lemma 2 of TCL)."""
+    rows, row_labels = _rows(features, labels)
+    out = []
+    for i in range(len(rows)):
+        dots = [float((rows[i] * row).sum()) for row in rows]
+        positives = [j for j in range(len(rows)) if j != i and row_labels[j] == row_labels[i]]
+        negatives = [j for j in range(len(rows)) if row_labels[j] != row_labels[i]]
+        if not positives:
+            continue
+        d = sum(math.exp(dots[p] / tau) + k1 * math.exp(-dots[p]) for p in positives)
+        d += k2 * sum(math.exp(dots[n] / tau) for n in negatives)
+        hard = [
+            abs(math.exp(dots[p] / tau) / d - 1 / len(positives) - tau * k1 * math.exp(-dots[p]) / d)
+            for p in positives
+        ]
+        out.append((sum(hard), sum(k2 * math.exp(dots[n] / tau) / d for n in negatives), hard))
+    return out

@@ -1,0 +1,209 @@
+"""The losses over real ranks: value and gradient are those of one process, and bad input fails together."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from hpc_supcon import losses
+from hpc_supcon.errors import LossInputError
+from tests.dist.ranks import run_ranks
+
+D, V = 6, 2
+# Unequal rows, a different class mix on each rank, anchors without positives (class 7), a rank whose
+# images have no positives at all (classes 8 and 9, one view), and an empty one.
+CLASSES = [[0, 0, 1, 7, 2], [1, 2, 2, 2, 2, 2, 0], [8], [0, 1, 1]]
+SINGLE_VIEW = [[0, 0, 1, 7], [1, 2, 2, 2, 2, 0], [8, 9], []]
+
+
+def _shards(world_size, classes, views):
+    generator = torch.Generator().manual_seed(3)
+    shards = []
+    for labels in classes[:world_size]:
+        # Each rank's rows lie around another mean: no symmetry between ranks hides a wrong gradient.
+        centre = torch.randn(D, generator=generator, dtype=torch.float64)
+        x = torch.randn(len(labels), views, D, generator=generator, dtype=torch.float64) + centre
+        shards.append((x, torch.tensor(labels, dtype=torch.int64)))
+    return shards
+
+
+def _makers(backend):
+    return {
+        "out": lambda: losses.SupConLoss(0.1, backend=backend),
+        "in": lambda: losses.SupConLoss(0.2, form="in", backend=backend),
+        "tcl": lambda: losses.TCLLoss(0.1, k1=50.0, k2=1.5, backend=backend, learnable_temperature=True),
+        "simclr": lambda: losses.SimCLRLoss(0.5, backend=backend),
+        "cold": lambda: losses.SupConLoss(0.01, backend=backend),
+    }
+
+
+def _value_and_gradients(loss, x, labels, queue=None):
+    x = x.clone().requires_grad_()
+    loss.double()
+    value = loss(x, labels, queue=queue)
+    value.backward()
+    extra = [p.grad for p in loss.parameters()]
+    return value.detach(), x.grad, extra, {k: float(v) for k, v in loss.stats.items()}
+
+
+def _queue():
+    generator = torch.Generator().manual_seed(5)
+    return torch.randn(5, D, generator=generator, dtype=torch.float64), torch.tensor([0, 1, 8, 2, 0])
+
+
+def _cases():
+    for backend in ("reference", "tiled"):
+        for name, make in _makers(backend).items():
+            for views, classes in ((V, CLASSES), (1, SINGLE_VIEW)):
+                if name == "simclr" and views == 1:
+                    continue
+                for queue in (None, _queue()):
+                    yield f"{backend} {name} V={views} queue={queue is not None}", make, views, classes, queue
+
+
+def _all_cases(rank, world_size):
+    results = {}
+    for key, make, views, classes, queue in _cases():
+        x, labels = _shards(world_size, classes, views)[rank]
+        results[key] = _value_and_gradients(make(), x, labels, queue)
+    return results
+
+
+def _compare(world_size):
+    per_rank = run_ranks(_all_cases, world_size)
+    for key, make, views, classes, queue in _cases():
+        shards = _shards(world_size, classes, views)
+        x, labels = (torch.cat(part) for part in zip(*shards, strict=True))
+        value, grad, extra, stats = _value_and_gradients(make(), x, labels, queue)
+        for result in per_rank:
+            torch.testing.assert_close(result[key][0], value, rtol=1e-10, atol=0)
+            assert result[key][3] == pytest.approx(stats, rel=1e-12), key
+        # DistributedDataParallel averages: each rank's contribution divided by the number of ranks.
+        got = torch.cat([result[key][1] for result in per_rank]) / world_size
+        scale = float(grad.abs().max())
+        torch.testing.assert_close(got, grad, rtol=1e-10, atol=1e-10 * scale, msg=key)
+        for index, expected in enumerate(extra):
+            mean = sum(result[key][2][index] for result in per_rank) / world_size
+            torch.testing.assert_close(mean, expected, rtol=1e-10, atol=1e-12, msg=f"{key} temperature")
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4])
+def test_value_and_gradient_of_ranks_with_unequal_rows_equal_one_process(world_size):
+    _compare(world_size)
+
+
+def _bytes_in_backward(rank, world_size):
+    x = torch.randn(40, D * 8, requires_grad=True)
+    loss = losses.SupConLoss(0.1, backend="tiled")(x, torch.arange(40) % 5)
+    sent = []
+    gather, reduce = dist.all_gather_into_tensor, dist.all_reduce
+
+    def counted_gather(out, value, *args, **kwargs):
+        sent.append(value.numel() * value.element_size())
+        return gather(out, value, *args, **kwargs)
+
+    def counted_reduce(value, *args, **kwargs):
+        sent.append(value.numel() * value.element_size())
+        return reduce(value, *args, **kwargs)
+
+    dist.all_gather_into_tensor, dist.all_reduce = counted_gather, counted_reduce
+    try:
+        loss.backward()
+    finally:
+        dist.all_gather_into_tensor, dist.all_reduce = gather, reduce
+    return sent
+
+
+def _no_positive_anywhere(rank, world_size):
+    results = []
+    for backend in ("reference", "tiled"):
+        x = torch.randn(3, D, requires_grad=True)
+        loss = losses.SupConLoss(0.1, backend=backend)(x, torch.arange(3) + 10 * rank)
+        loss.backward()
+        results.append((float(loss), float(x.grad.abs().max())))
+    return results
+
+
+def _not_gathered(rank, world_size):
+    generator = torch.Generator().manual_seed(rank)
+    x = torch.randn(6 + rank, D, generator=generator)
+    labels = torch.arange(6 + rank) % 2
+    own = losses.SupConLoss(0.1, gather=False)(x, labels)
+    return float(own), x, labels
+
+
+def _error_of(rank, world_size, bad_rank, features, labels, bad_features, bad_labels):
+    args = (bad_features, bad_labels) if rank == bad_rank else (features, labels)
+    try:
+        losses.SupConLoss(0.1)(*args)
+    except LossInputError as error:
+        return str(error)
+    return None
+
+
+def _bad_inputs(rank, world_size):
+    x, y = torch.randn(4, 8), torch.tensor([0, 0, 1, 1])
+    nan, inf = x.clone(), x.clone()
+    nan[2, 3], inf[0, 0] = float("nan"), float("-inf")
+    cases = {
+        "NaN": (nan, y),
+        "Inf": (inf, y),
+        "length": (x, y[:3]),
+        "float labels": (x, y.float()),
+        "feature dimension": (torch.randn(4, 9), y),
+        "feature dtype": (x.double(), y),
+        "rank of the tensor": (torch.randn(4), y),
+        "no labels": (x, None),
+    }
+    return {
+        (name, bad): _error_of(rank, world_size, bad, x, y, *case)
+        for name, case in cases.items()
+        for bad in range(world_size)
+    }
+
+
+def _one_group_many_checks(rank, world_size):
+    return {
+        "bytes": _bytes_in_backward(rank, world_size),
+        "zero": _no_positive_anywhere(rank, world_size),
+        "local": _not_gathered(rank, world_size),
+        "errors": _bad_inputs(rank, world_size),
+        # Last: the group must still be in step after all those errors.
+        "after": float(losses.SupConLoss(0.1)(torch.ones(2, 3), torch.zeros(2, dtype=torch.int64))),
+    }
+
+
+@pytest.fixture(scope="module")
+def two_ranks():
+    return run_ranks(_one_group_many_checks, 2)
+
+
+def test_backward_moves_four_numbers_per_row(two_ranks):
+    for result in two_ranks:
+        assert result["bytes"] == [40 * 4 * 4]
+
+
+def test_no_positive_on_any_rank_gives_a_differentiable_zero(two_ranks):
+    for result in two_ranks:
+        assert result["zero"] == [(0.0, 0.0), (0.0, 0.0)]
+
+
+def test_without_gather_a_rank_sees_only_its_own_rows(two_ranks):
+    for result in two_ranks:
+        own, x, labels = result["local"]
+        assert own == pytest.approx(float(losses.SupConLoss(0.1)(x, labels)), rel=1e-6)
+
+
+def test_bad_input_on_one_rank_raises_the_same_named_error_on_all(two_ranks):
+    first, second = (result["errors"] for result in two_ranks)
+    assert first == second
+    for (name, bad), message in first.items():
+        assert message is not None, name
+        if name.startswith("feature"):
+            assert name in message
+            assert "rank 0:" in message
+            assert "rank 1:" in message
+        else:
+            assert message.startswith(f"rank {bad}: "), message
+    assert two_ranks[0]["after"] == two_ranks[1]["after"]

@@ -1,0 +1,117 @@
+"""The environment becomes a rank, or a named error: never silently a world of one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+
+import pytest
+import torch
+
+from hpc_supcon import runtime
+from hpc_supcon.errors import ConfigError, LaunchError
+
+TORCHRUN = {
+    "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "node7", "MASTER_PORT": "29500",
+}  # fmt: skip
+SRUN = {
+    "SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "0", "SLURM_PROCID": "4", "SLURM_LOCALID": "1", "SLURM_NODEID": "1",
+    "SLURM_STEP_NUM_TASKS": "5", "SLURM_NTASKS": "5", "SLURM_STEP_TASKS_PER_NODE": "3,2", "SLURM_JOB_NODELIST": "gpu7",
+}  # fmt: skip
+
+
+def test_an_empty_environment_is_one_process():
+    assert runtime.resolve({}) == runtime.Launch()
+    assert runtime.resolve({"MASTER_ADDR": "x", "MASTER_PORT": "1", "SLURM_JOB_ID": "3"}).world_size == 1
+
+
+def test_torchrun_is_read():
+    launch = runtime.resolve(TORCHRUN)
+    assert (launch.rank, launch.world_size, launch.local_rank, launch.local_world_size) == (3, 4, 1, 2)
+    assert (launch.master_addr, launch.master_port, launch.launcher) == ("node7", 29500, "torchrun")
+
+
+@pytest.mark.parametrize("missing", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
+def test_a_partial_torchrun_environment_names_what_is_missing(missing):
+    env = {k: v for k, v in TORCHRUN.items() if k != missing}
+    with pytest.raises(LaunchError, match=f"{missing} not"):
+        runtime.resolve(env)
+
+
+@pytest.mark.parametrize(
+    "change", [{"RANK": "4"}, {"RANK": "-1"}, {"RANK": "x"}, {"LOCAL_RANK": "2"}, {"WORLD_SIZE": "1"}, {"LOCAL_WORLD_SIZE": "5"}]
+)
+def test_an_impossible_place_is_refused(change):
+    with pytest.raises(LaunchError):
+        runtime.resolve({**TORCHRUN, **change})
+
+
+def test_srun_is_read_with_uneven_nodes():
+    launch = runtime.resolve(SRUN)
+    assert (launch.rank, launch.world_size, launch.local_rank, launch.local_world_size) == (4, 5, 1, 2)
+    assert (launch.master_addr, launch.launcher) == ("gpu7", "slurm")
+    assert launch.master_port == 15000 + 4711
+    other = runtime.resolve({**SRUN, "SLURM_PROCID": "0", "SLURM_NODEID": "0", "SLURM_LOCALID": "0"})
+    assert (other.local_world_size, other.master_port) == (3, launch.master_port)
+
+
+def test_the_node_list_is_read_by_scontrol(tmp_path, monkeypatch):
+    tool = tmp_path / "scontrol"
+    tool.write_text('#!/bin/sh\n[ "$*" = "show hostnames n[3-4]" ] && printf "n3\\nn4\\n"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert runtime.resolve({**SRUN, "SLURM_JOB_NODELIST": "n[3-4]"}).master_addr == "n3"
+    with pytest.raises(LaunchError, match="failed"):
+        runtime.resolve({**SRUN, "SLURM_JOB_NODELIST": "n[5-6]"})
+    monkeypatch.setenv("PATH", str(tmp_path / "none"))
+    with pytest.raises(LaunchError, match="export MASTER_ADDR"):
+        runtime.resolve({**SRUN, "SLURM_JOB_NODELIST": "n[3-4]"})
+
+
+def test_a_batch_script_without_srun_is_refused_when_it_asked_for_several_tasks():
+    batch = {"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4"}
+    with pytest.raises(LaunchError, match="srun"):
+        runtime.resolve(batch)
+    assert runtime.resolve({**batch, "SLURM_NTASKS": "1"}).world_size == 1
+
+
+def test_torchrun_inside_a_step_wins_but_a_bare_contradiction_is_refused():
+    inside = {**SRUN, **TORCHRUN}
+    assert runtime.resolve({**inside, "TORCHELASTIC_RUN_ID": "none"}).rank == 3
+    with pytest.raises(LaunchError, match="contradicts"):
+        runtime.resolve(inside)
+
+
+def test_a_partial_slurm_step_is_refused():
+    for missing in ("SLURM_LOCALID", "SLURM_JOB_NODELIST"):
+        with pytest.raises(LaunchError, match=missing):
+            runtime.resolve({k: v for k, v in SRUN.items() if k != missing})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")
+def test_cuda_without_a_gpu_is_refused():
+    with pytest.raises(ConfigError, match="runtime.device"):
+        runtime.choose_device("cuda", runtime.Launch())
+    assert runtime.choose_device("auto", runtime.Launch()).type == "cpu"
+
+
+def test_ranks_draw_different_numbers_and_repeat_their_own():
+    def draw(seed, rank):
+        runtime.seed_everything(seed, rank)
+        return torch.rand(3).tolist()
+
+    draws = [draw(s, r) for s in (0, 1) for r in (0, 1, 2)]
+    assert draws == [draw(s, r) for s in (0, 1) for r in (0, 1, 2)]
+    assert len({tuple(d) for d in draws}) == 6
+
+
+def test_rank_without_world_size_ends_with_code_2_and_one_line(tmp_path, python):
+    done = subprocess.run(
+        [python, "-m", "hpc_supcon", "run", f"run_dir={tmp_path}/r"],
+        env={**os.environ, "RANK": "0"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "WORLD_SIZE" in done.stderr
+    assert not (tmp_path / "r").exists()
