@@ -7,7 +7,7 @@ RANKS ?= 2
 .PHONY: quickstart test lint bench clean
 
 quickstart: $(VENV)/.installed  ## the main job on embedded data: two ranks, about a minute
-	$(BIN)/torchrun --nproc_per_node $(RANKS) -m hpc_supcon run run_dir=runs/quickstart-$$(date +%Y%m%d-%H%M%S)
+	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node $(RANKS) -m hpc_supcon run run_dir=runs/quickstart-$$(date +%Y%m%d-%H%M%S)
 
 test: lint  ## the whole suite
 	$(BIN)/python -m pytest

@@ -34,9 +34,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 
-ConfigArgument = Annotated[str, typer.Argument(metavar="[CONFIG]", help="A recipe's name or a YAML file.")]
+ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A recipe's name or a YAML file.")]
 Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="[key=value ...]", help="Settings to change, such as optim.lr=0.1.")
+    list[str] | None, typer.Argument(metavar="key=value", help="Settings to change, such as optim.lr=0.1.")
 ]
 Resume = Annotated[bool, typer.Option("--resume", help="Go on from the run folder's newest checkpoint.")]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback with every error.")]
@@ -73,7 +73,7 @@ def pretrain_command(
 
 @app.command("probe")
 def probe_command(
-    run_dir: Annotated[Path, typer.Argument(help="A run folder.")], overrides: Overrides = None, debug: Debug = False
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run folder.")], overrides: Overrides = None, debug: Debug = False
 ) -> None:
     """Evaluate a run folder's encoder, frozen; writes results.json there."""
     from .evaluation.evaluate import probe
@@ -88,7 +88,7 @@ def probe_command(
 
 @app.command("config")
 def config_command(
-    config: Annotated[str, typer.Argument(metavar="[CONFIG]", help="A recipe's name or a YAML file.")] = "default",
+    config: Annotated[str, typer.Argument(metavar="CONFIG", help="A recipe's name or a YAML file.")] = "default",
     overrides: Overrides = None,
     schema: Annotated[
         bool, typer.Option("--schema", help="List every setting: type, default, unit, meaning.")
@@ -148,7 +148,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Run the command line; named errors become one line and their exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        app(arguments)
+        app(arguments, prog_name="hpc-supcon")
     except HpcSupconError as error:
         if "--debug" in arguments:
             traceback.print_exc()

@@ -74,7 +74,7 @@ def value_and_gradient(features, *args, **kwargs):
 
 
 def responses(features, labels, tau, k1, k2):
-    """Per anchor with positives: sum over P of |P_ip - X_ip - Y_ip| and sum over N of P_in (lemma 2 of TCL)."""
+    """Per anchor with positives: (list over P of X_ip - P_ip + Y_ip, list over N of P_in), lemma 2 of TCL."""
     rows, row_labels = _rows(features, labels)
     out = []
     for i in range(len(rows)):
@@ -85,9 +85,8 @@ def responses(features, labels, tau, k1, k2):
             continue
         d = sum(math.exp(dots[p] / tau) + k1 * math.exp(-dots[p]) for p in positives)
         d += k2 * sum(math.exp(dots[n] / tau) for n in negatives)
-        hard = [
-            abs(math.exp(dots[p] / tau) / d - 1 / len(positives) - tau * k1 * math.exp(-dots[p]) / d)
-            for p in positives
+        pulls = [
+            1 / len(positives) - math.exp(dots[p] / tau) / d + tau * k1 * math.exp(-dots[p]) / d for p in positives
         ]
-        out.append((sum(hard), sum(k2 * math.exp(dots[n] / tau) / d for n in negatives), hard))
+        out.append((pulls, [k2 * math.exp(dots[n] / tau) / d for n in negatives]))
     return out

@@ -31,9 +31,9 @@ def synthetic(
 ) -> tuple[ArraySource, ArraySource]:
     """(train, test) of `images` and max(images // 4, classes) random images that a network can learn.
 
-    A class is a smooth random pattern; an image shows it rolled by up to an eighth of its size, mixed with
-    another smooth pattern of its own, at a contrast of its own, under pixel noise. A pure function of the
-    arguments. Raises ConfigError for sizes that make no data set.
+    A class is a smooth random pattern; an image shows it rolled by up to a quarter of its size, mixed with
+    another smooth pattern of its own, at a contrast of its own, under pixel noise. Mean colours say nothing
+    about the class. A pure function of the arguments. Raises ConfigError for sizes that make no data set.
     """
     if classes < 1 or images < classes or image_size < 1 or channels not in (1, 3):
         raise ConfigError(
@@ -56,17 +56,18 @@ def synthetic(
 def _images_of(patterns: Tensor, labels: Tensor, rng: np.random.Generator) -> Tensor:
     """uint8 [n, C, S, S]: one image per label."""
     n, (_, channels, size, _) = len(labels), patterns.shape
-    reach = size // 8
+    reach = size // 4
     shift = torch.from_numpy(rng.integers(-reach, reach + 1, (2, n, 1)))
     rows, columns = ((torch.arange(size) - s) % size for s in shift)
     rolled = patterns[labels[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
     contrast = torch.from_numpy(rng.uniform(0.5, 1.0, (n, 1, 1, 1)).astype(np.float32))
     noise = torch.from_numpy(rng.standard_normal((n, channels, size, size), dtype=np.float32))
-    values = 0.5 + 0.18 * contrast * (rolled + 0.7 * _smooth(rng, n, channels, size) + 0.5 * noise)
+    values = 0.5 + 0.18 * contrast * (rolled + _smooth(rng, n, channels, size) + 0.5 * noise)
     return (values * 255).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def _smooth(rng: np.random.Generator, n: int, channels: int, size: int) -> Tensor:
-    """float32 [n, C, S, S]: random fields of about unit variance that vary over a fifth of the image."""
+    """float32 [n, C, S, S]: random fields of mean 0 that vary over a fifth of the image."""
     coarse = torch.from_numpy(rng.standard_normal((n, channels, 5, 5), dtype=np.float32))
-    return F.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=True)
+    fields = F.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=True)
+    return fields - fields.mean(dim=(2, 3), keepdim=True)

@@ -11,7 +11,6 @@ from torch import Tensor
 
 from .sources import LUMA
 
-
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 """Operations, numbered as in torchvision's ColorJitter."""
 

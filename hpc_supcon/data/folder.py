@@ -68,7 +68,7 @@ class FolderSource:
     def read(self, i: int) -> Tensor:
         """uint8 [C, S, S]. Raises CorruptSample naming the path; DataError where mode or size differ."""
         with _refusing_bombs():
-            return torch.from_numpy(_decode(self.paths[i], self.form))
+            return torch.from_numpy(_decode(self.paths[i], self.form).copy())  # Pillow's own memory is read-only
 
     def stack(self) -> Tensor:
         """uint8 [N, C, S, S], decoded by as many threads as this process has processors. Raises as `read`,

@@ -19,7 +19,10 @@ from ..errors import ConfigError, DataError
 class Order(Protocol):
     """The order of a loader. `n` images; steps are indexed with [], counted with len()."""
 
-    n: int
+    @property
+    def n(self) -> int:
+        """Images of the source."""
+        ...
 
     def epoch(self, seed: int, epoch: int, rank: int, world_size: int) -> Tensor | list[Tensor]:
         """One int64 tensor of source indices per step of this rank."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import accumulate, permutations
+from itertools import pairwise, permutations
 
 import numpy as np
 import torch
@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 from .colour import HUE, adjust_hue, blend, grey
 from .resample import draw_boxes, resample
-
 
 CPU_GROUP = 64
 """Views whose colour is worked on at once on a CPU: 32x32 RGB ones stay in a core's cache."""
@@ -92,9 +91,9 @@ class Views(nn.Module):
         self._factor_range = torch.tensor([low, high])
         active = [k for k, strength in enumerate(strengths) if strength > 0]
         self.orders = tuple(permutations(active)) if active else ()
-        self.hue = HUE in active
+        self.turns_hue = HUE in active
         # Per order: how many blends come before the hue, and which blends, one after the other.
-        self._hue_place = torch.tensor([order.index(HUE) if self.hue else 0 for order in self.orders])
+        self._hue_place = torch.tensor([order.index(HUE) if self.turns_hue else 0 for order in self.orders])
         blends = [[k for k in order if k != HUE] for order in self.orders]
         self._blends = torch.tensor(blends, dtype=torch.int64)
         self.jitter_probability = jitter_probability if active else 0.0
@@ -131,7 +130,7 @@ class Views(nn.Module):
         B, C = images.shape[:2]
         assert self.channels == C, f"mean and std are for {self.channels} channels, the images have {C}"
         device, V, S = images.device, self.count, self.image_size
-        # bf16 weights would move pixels by more than a grey level
+        # Without autocast: bf16 weights would move pixels by more than a grey level
         with torch.autocast(device.type, enabled=False):
             x = resample(
                 images, parameters.boxes.view(B, V, 4).to(device), parameters.flip.view(B, V).to(device), S
@@ -162,16 +161,21 @@ class Views(nn.Module):
         blends = blends.to(x.device)
         x = x.index_select(1, rows.to(x.device))
 
-        steps = blends.shape[1]
-        counts = torch.bincount(turn + 1, minlength=steps + 2).tolist()
-        for place, group in enumerate(_groups(counts, CPU_GROUP if x.device.type == "cpu" else len(rows)), start=-1):
-            for part in group if place >= 0 else ():
-                for step in range(steps + 1):
-                    if self.hue and step == place:
-                        adjust_hue(x[:, part], hue[part])
-                    if step < steps:
-                        blend(x[:, part], blends[part, step], strength[part, step])
+        size = CPU_GROUP if x.device.type == "cpu" else len(rows)
+        ends = torch.bincount(turn + 1, minlength=blends.shape[1] + 2).cumsum(0).tolist()
+        for place, (start, end) in enumerate(pairwise(ends)):  # views of place -1 lie before ends[0]: no jitter
+            for first in range(start, end, size):
+                part = slice(first, min(first + size, end))
+                self._operate(x[:, part], place, hue[part], blends[part], strength[part])
         return x, rows
+
+    def _operate(self, x: Tensor, place: int, hue: Tensor, blends: Tensor, strength: Tensor) -> None:
+        """Turn the hue after `place` of the blends [n, steps], all in place on x [C, n, S, S]."""
+        for step in range(blends.shape[1] + 1):
+            if self.turns_hue and step == place:
+                adjust_hue(x, hue)
+            if step < blends.shape[1]:
+                blend(x, blends[:, step], strength[:, step])
 
     def _make_grey(self, x: Tensor, chosen: Tensor) -> Tensor:
         """x [C, n, S, S] with the chosen views (bool [n], on the CPU) grey; in place."""
@@ -187,12 +191,6 @@ class Views(nn.Module):
     def load_state(self, state: Tensor) -> None:
         """Go on from a state that `state` returned."""
         self.generator.set_state(state.cpu())
-
-
-def _groups(counts: Sequence[int], size: int) -> list[list[slice]]:
-    """Neighbouring groups of `counts` rows as slices of at most `size` rows."""
-    ends = list(accumulate(counts))
-    return [[slice(i, min(i + size, b)) for i in range(a, b, size)] for a, b in zip([0, *ends], ends, strict=False)]
 
 
 def _check_ranges(

@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 
 from .contrastive import SimCLRLoss, SupConLoss, TCLLoss
+from .diagnostics import GradientResponse, gradient_response
 from .pairwise import PairwiseStats, global_mean, pairwise_stats
 from .reconstruction import ReconstructionLoss
 from .supervised import CrossEntropyLoss, CrossEntropyMAELoss
@@ -30,6 +31,7 @@ __all__ = [
     "LOSSES",
     "CrossEntropyLoss",
     "CrossEntropyMAELoss",
+    "GradientResponse",
     "PairwiseStats",
     "ReconstructionLoss",
     "SimCLRLoss",
@@ -37,5 +39,6 @@ __all__ = [
     "TCLLoss",
     "TripletLoss",
     "global_mean",
+    "gradient_response",
     "pairwise_stats",
 ]

@@ -39,7 +39,7 @@ class _UnitRows(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         u, scale, inverse_length, order = ctx.saved_tensors
-        radial = torch.einsum("nd,nd->n", grads[0], u).unsqueeze(1)
+        radial = (grads[0] * u).sum(1, keepdim=True)
         grad_scale = (radial.sum() / scale).to(scale) if ctx.needs_input_grad[2] else None
         grad = torch.addcmul(grads[0], u, radial / -(scale * scale)).mul_(inverse_length * scale)
         if order is not None:
@@ -74,8 +74,20 @@ class Columns:
     rows_per_rank: list[int]
 
 
-def build(u: Tensor, labels: Tensor, anchors: Anchors, queue: Queue | None, scale: Tensor) -> Columns:
-    """Gather u [n, D] and labels [n] (both sorted by label) from all ranks, without gradient, and add the queue."""
+def sorted_columns(
+    anchors: Anchors, queue: Queue | None, scale: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Columns, Tensor]:
+    """u [n, D] of the own rows, differentiable; all columns, gathered without gradient; the order of the own rows.
+
+    The rows of u are anchors.rows[order], sorted by label: positives then fill few tiles, and the others
+    need no comparison of labels.
+    """
+    labels, order = anchors.labels.sort(stable=True)
+    u = unit_rows(anchors.rows, scale, dtype, order)
+    return u, _gather(u, labels, anchors, queue, scale), order
+
+
+def _gather(u: Tensor, labels: Tensor, anchors: Anchors, queue: Queue | None, scale: Tensor) -> Columns:
     rows = anchors.rows_per_rank
     spans_ranks = len(rows) > 1
     every_u = collectives.gather_rows(u, rows) if spans_ranks else u.detach()

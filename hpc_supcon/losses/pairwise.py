@@ -96,7 +96,7 @@ def pairwise_stats(
     check_temperature(tau)
     anchors = prepare(features, labels, gather=gather, validate=validate, queue=queue)
     with torch.autocast(features.device.type, enabled=False):
-        dtype = torch.float64 if features.dtype == torch.float64 or tau < FP32_TEMPERATURE else torch.float32
+        dtype = compute_dtype(features, tau)
         exact_tau = torch.as_tensor(temperature, dtype=torch.float64)
         scale, kappa = exact_tau.rsqrt(), exact_tau if inverse else None
         backend = choose_backend(backend, anchors, features, tau)
@@ -135,6 +135,11 @@ def mean_and_sums(
     scaled = local * (ranks / count)
     # The value is that of all ranks, the gradient that of the own anchors.
     return (total / count).to(local.dtype) + (scaled - scaled.detach()), sums
+
+
+def compute_dtype(features: Tensor, tau: float) -> torch.dtype:
+    """fp32; fp64 for fp64 features and where sums of exp(1 / tau) leave the range of fp32."""
+    return torch.float64 if features.dtype == torch.float64 or tau < FP32_TEMPERATURE else torch.float32
 
 
 def check_temperature(tau: float) -> None:

@@ -5,6 +5,8 @@ It shares no algebra with the streamed backends, so it can judge them. Memory O(
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,7 @@ def row_statistics(
         past, past_labels = queue_columns(queue, scale, u.dtype)
         columns = torch.cat([columns, past])
         column_labels = torch.cat([column_labels, past_labels])
-    s = u @ columns.T
+    s = _Dots.apply(u, columns)
     this = torch.arange(u.shape[0], device=u.device)
     other = torch.ones_like(s, dtype=torch.bool)
     other[this, anchors.offset + this] = False
@@ -42,6 +44,22 @@ def row_statistics(
     mean_pos = torch.where(positive, s, 0.0).sum(1) / n_pos.clamp(min=1)
     log_inv = None if kappa is None else _log_sum_exp(-kappa * s, positive, empty)
     return n_pos, mean_pos, _log_sum_exp(s, positive, empty), _log_sum_exp(s, negative, empty), log_inv
+
+
+class _Dots(torch.autograd.Function):
+    """a @ b.T whose backward stays in the dtype of a, also when it runs inside an autocast block."""
+
+    @staticmethod
+    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
+        ctx.save_for_backward(a, b)
+        return a @ b.T
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        a, b = ctx.saved_tensors
+        with torch.autocast(a.device.type, enabled=False):
+            return grads[0] @ b, grads[0].T @ a
 
 
 def _log_sum_exp(s: Tensor, members: Tensor, empty: float) -> Tensor:

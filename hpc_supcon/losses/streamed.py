@@ -12,7 +12,7 @@ backward pass moves 4 numbers per row instead of D.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -67,15 +67,16 @@ class _Streamed(torch.autograd.Function):
         if sums.inv is not None:
             logs.append(log(sums.inv, has_pos))
         mean_pos = sums.s_pos / columns.n_pos.clamp(min=1)
-        ctx.columns, ctx.kernels, ctx.dtype = columns, kernels, u.dtype
-        ctx.save_for_backward(kappa, sums.s_inv, *logs)
+        # Saved tensors are freed by the backward pass, what else `ctx` holds lives as long as the loss.
+        ctx.columns, ctx.kernels, ctx.dtype = replace(columns, u=u.new_empty(0)), kernels, u.dtype
+        ctx.save_for_backward(columns.u, kappa, sums.s_inv, *logs)
         return tuple(value.to(u.dtype) for value in (mean_pos, *logs))
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
-        kappa, s_inv, *logs = ctx.saved_tensors
-        columns = ctx.columns
+        every_u, kappa, s_inv, *logs = ctx.saved_tensors
+        columns = replace(ctx.columns, u=every_u)
         with torch.autocast(columns.u.device.type, enabled=False):
             own = _coefficients(columns, [grad.double() for grad in grads], logs)
             every = own.to(ctx.dtype)
@@ -115,10 +116,7 @@ def streamed_statistics(
     empty: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor]:
     """n_pos, mean_pos, log_pos, log_neg, log_inv, valid in the order of the anchors' rows."""
-    # Sorted by class, positives fill few tiles: the others need no comparison of labels.
-    labels, order = anchors.labels.sort(stable=True)
-    u = columns_of.unit_rows(anchors.rows, scale, dtype, order)
-    columns = columns_of.build(u, labels, anchors, queue, scale)
+    u, columns, order = columns_of.sorted_columns(anchors, queue, scale, dtype)
     back = torch.empty_like(order).index_copy_(0, order, torch.arange(len(order), device=order.device))
     values = [v.index_select(0, back) for v in _Streamed.apply(u, kappa, columns, kernels, empty)]
     n_pos = columns.n_pos.index_select(0, back).to(dtype)

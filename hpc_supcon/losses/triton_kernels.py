@@ -25,32 +25,17 @@ _INTERPRETED = bool(triton.knobs.runtime.interpret)
 _WIDEST_GRADIENT = 256
 
 
-def _configs(gradient: bool) -> list[Any]:
+def _configs() -> list[Any]:
     if _INTERPRETED:
         # Several tiles in each direction at the sizes of the tests.
         return [triton.Config({"ROWS": 16, "COLS": 32}, num_warps=4, num_stages=1)]
-    shapes = [(128, 128, 8, 3), (128, 64, 4, 3), (128, 64, 8, 3), (64, 128, 4, 3), (64, 64, 4, 3), (64, 64, 4, 2)]
-    if not gradient:
-        shapes += [(128, 256, 8, 3), (64, 256, 4, 3)]
+    # Timed once per size and dtype on the device in use; one that does not fit its shared memory is skipped.
+    shapes = [(128, 128, 8, 3), (128, 64, 8, 3), (128, 64, 8, 2), (128, 64, 4, 2), (64, 128, 4, 2)]
+    shapes += [(64, 64, 4, 3), (64, 64, 4, 2), (64, 32, 4, 2)]
     return [
         triton.Config({"ROWS": rows, "COLS": cols}, num_warps=warps, num_stages=stages)
         for rows, cols, warps, stages in shapes
     ]
-
-
-def _drop_too_large(configs: list[Any], arguments: dict[str, Any], **_: Any) -> list[Any]:
-    """Configurations whose tiles fit the shared memory of the device (the smallest stays in any case)."""
-    if _INTERPRETED:
-        return configs
-    limit = torch.cuda.get_device_properties(arguments["u"].device).shared_memory_per_block_optin
-    bytes_per = arguments["u"].element_size()
-    depth = triton.next_power_of_2(min(arguments["D"], _WIDEST_GRADIENT))
-
-    def needs(config: Any) -> int:
-        rows, cols = config.kwargs["ROWS"], config.kwargs["COLS"]
-        return bytes_per * depth * (rows + cols * config.num_stages)
-
-    return [c for c in configs if needs(c) <= limit] or [min(configs, key=needs)]
 
 
 @triton.jit
@@ -72,18 +57,14 @@ def _dots(
 ):  # fmt: skip
     """s [ROWS, COLS] fp32, accumulated over chunks of the feature dimension."""
     s = tl.zeros([ROWS, COLS], tl.float32)
-    for start in tl.static_range(0, DEPTH, CHUNK):
+    for start in range(0, DEPTH, CHUNK):
         a = _load(u, rows, row_in, start, D, CHUNK, UPCAST)
         b = _load(u, cols, col_in, start, D, CHUNK, UPCAST)
         s = tl.dot(a, tl.trans(b), s, input_precision=PRECISION)
     return s
 
 
-@triton.autotune(
-    configs=_configs(gradient=False),
-    key=["N_BUCKET", "D", "INVERSE", "PRECISION"],
-    prune_configs_by={"early_config_prune": _drop_too_large},
-)
+@triton.autotune(configs=_configs(), key=["N_BUCKET", "D", "INVERSE", "PRECISION", "UPCAST"])
 @triton.jit
 def _sums_kernel(
     u, ids, out, first_row, n, m, D, kappa, span, N_BUCKET,
@@ -134,11 +115,7 @@ def _sums_kernel(
     tl.store(base + 4 * n, s_inv, mask=row_in)
 
 
-@triton.autotune(
-    configs=_configs(gradient=True),
-    key=["N_BUCKET", "D", "INVERSE", "PRECISION"],
-    prune_configs_by={"early_config_prune": _drop_too_large},
-)
+@triton.autotune(configs=_configs(), key=["N_BUCKET", "D", "INVERSE", "PRECISION", "UPCAST"])
 @triton.jit
 def _gradient_kernel(
     u, ids, coefficients, out, first_row, n, m, D, kappa, span, N_BUCKET,
@@ -234,15 +211,22 @@ class Triton:
         depth = max(16, triton.next_power_of_2(d))
         sizes = (columns.own.start, n, m, d, 0.0 if kappa is None else kappa, span, triton.next_power_of_2(max(m, 1)))
         constants = {
-            # One chunk where the rows fit shared memory: they are then loaded once per program.
-            "CHUNK": min(depth, 64 if _INTERPRETED else 256 if self._bf16 else 128),
+            "CHUNK": self._chunk(depth),
             "DEPTH": depth,
             "INVERSE": kappa is not None,
             "PRECISION": self._precision,
             # The interpreter's dot multiplies the bit patterns of bf16; products of bf16 are exact in fp32.
             "UPCAST": _INTERPRETED and self._bf16,
+            "enable_fp_fusion": True,
         }
         return u, {"n": n, "ids": columns.ids.int(), "splits": splits, "sizes": sizes, "constants": constants}
+
+    def _chunk(self, depth: int) -> int:
+        """Features per matmul step: all where a block of rows fits shared memory, and is then loaded once."""
+        if _INTERPRETED:
+            return min(depth, 64)
+        bytes_per = 2 if self._bf16 else 4
+        return depth if depth * bytes_per <= 512 else 128 // bytes_per
 
 
 def _splits(n: int, u: Tensor) -> int:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import nn
@@ -22,14 +24,18 @@ def distribute(model: nn.Module, runtime: Runtime, *, sync_bn: bool) -> nn.Modul
     """`model` wrapped for data-parallel training: gradients are averaged over ranks in backward."""
     if runtime.world_size == 1:
         return model
+    options: dict[str, Any] = {"gradient_as_bucket_view": True}
+    if runtime.device.type == "cuda":
+        options["device_ids"] = [runtime.device]
     if sync_bn:
         model = synchronise_batchnorm(model, runtime.device)
-    return DistributedDataParallel(
-        model,
-        device_ids=[runtime.device] if runtime.device.type == "cuda" else None,
-        gradient_as_bucket_view=True,
-        broadcast_buffers=not sync_bn,  # synchronised statistics are equal already
-    )
+        options[_BUFFER_SYNC] = False  # synchronised statistics are equal already
+    return DistributedDataParallel(model, **options)
+
+
+# renamed in PyTorch 2.15
+_PARAMETERS = inspect.signature(DistributedDataParallel).parameters
+_BUFFER_SYNC = "forward_sync_buffers" if "forward_sync_buffers" in _PARAMETERS else "broadcast_buffers"
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import tempfile
 import traceback
@@ -15,6 +16,10 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 TIMEOUT_S = 120
+
+# A server process imports once and forks every rank: importing torch anew in each costs seconds.
+# (Forking this process instead is unsafe: it has run OpenMP threads.)
+multiprocessing.set_forkserver_preload(["hpc_supcon.training.pretrain", "hpc_supcon.evaluation.evaluate"])
 
 
 def _one_rank(rank: int, world_size: int, folder: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
@@ -47,7 +52,9 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     """
     with tempfile.TemporaryDirectory() as folder:
         try:
-            mp.spawn(_one_rank, args=(world_size, folder, fn, args), nprocs=world_size, join=True)
+            mp.start_processes(
+                _one_rank, args=(world_size, folder, fn, args), nprocs=world_size, start_method="forkserver"
+            )
         except Exception as error:
             tracebacks = [p.read_text() for p in sorted(Path(folder).glob("error-*"))]
             raise AssertionError("\n".join(tracebacks) or str(error)) from None

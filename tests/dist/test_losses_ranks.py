@@ -121,7 +121,7 @@ def _no_positive_anywhere(rank, world_size):
         x = torch.randn(3, D, requires_grad=True)
         loss = losses.SupConLoss(0.1, backend=backend)(x, torch.arange(3) + 10 * rank)
         loss.backward()
-        results.append((float(loss), float(x.grad.abs().max())))
+        results.append((float(loss.detach()), float(x.grad.abs().max())))
     return results
 
 
@@ -131,6 +131,20 @@ def _not_gathered(rank, world_size):
     labels = torch.arange(6 + rank) % 2
     own = losses.SupConLoss(0.1, gather=False)(x, labels)
     return float(own), x, labels
+
+
+def _hard_triplets(rank, world_size):
+    """Deterministic mining over the rows of all ranks: (value, gradient) and the gradient responses."""
+    x, labels = _shards(world_size, CLASSES, V)[rank]
+    return _triplets_and_responses(x, labels)
+
+
+def _triplets_and_responses(x, labels):
+    x = x.clone().requires_grad_()
+    value = losses.TripletLoss(2.0, mining="hard")(x, labels)
+    value.backward()
+    response = losses.gradient_response(x, labels, 0.1, 50.0, 1.5, tile=4)
+    return float(value.detach()), x.grad, float(response.positives), float(response.negatives)
 
 
 def _error_of(rank, world_size, bad_rank, features, labels, bad_features, bad_labels):
@@ -168,6 +182,7 @@ def _one_group_many_checks(rank, world_size):
         "bytes": _bytes_in_backward(rank, world_size),
         "zero": _no_positive_anywhere(rank, world_size),
         "local": _not_gathered(rank, world_size),
+        "triplets": _hard_triplets(rank, world_size),
         "errors": _bad_inputs(rank, world_size),
         # Last: the group must still be in step after all those errors.
         "after": float(losses.SupConLoss(0.1)(torch.ones(2, 3), torch.zeros(2, dtype=torch.int64))),
@@ -193,6 +208,16 @@ def test_without_gather_a_rank_sees_only_its_own_rows(two_ranks):
     for result in two_ranks:
         own, x, labels = result["local"]
         assert own == pytest.approx(float(losses.SupConLoss(0.1)(x, labels)), rel=1e-6)
+
+
+def test_triplets_and_responses_of_ranks_equal_one_process(two_ranks):
+    x, labels = (torch.cat(part) for part in zip(*_shards(2, CLASSES, V), strict=True))
+    value, grad, positives, negatives = _triplets_and_responses(x, labels)
+    for result in two_ranks:
+        assert result["triplets"][0] == pytest.approx(value, rel=1e-12)
+        assert result["triplets"][2:] == pytest.approx((positives, negatives), rel=1e-12)
+    got = torch.cat([result["triplets"][1] for result in two_ranks]) / 2
+    torch.testing.assert_close(got, grad, rtol=1e-10, atol=1e-12)
 
 
 def test_bad_input_on_one_rank_raises_the_same_named_error_on_all(two_ranks):

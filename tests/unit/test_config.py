@@ -170,10 +170,23 @@ def test_no_text_gives_anything_but_data_or_a_named_error(text):
         assert str(error)
 
 
-@given(st.dictionaries(st.sampled_from(["data", "optim", "name", "seed", "x"]), st.one_of(
-    st.integers(), st.floats(), st.text(max_size=5), st.none(), st.booleans(), st.lists(st.integers(), max_size=3),
-    st.dictionaries(st.sampled_from(["lr", "batch_size", "y"]), st.floats() | st.text(max_size=3), max_size=3),
-), max_size=4))
+@given(
+    st.dictionaries(
+        st.sampled_from(["data", "optim", "name", "seed", "x"]),
+        st.one_of(
+            st.integers(),
+            st.floats(),
+            st.text(max_size=5),
+            st.none(),
+            st.booleans(),
+            st.lists(st.integers(), max_size=3),
+            st.dictionaries(
+                st.sampled_from(["lr", "batch_size", "y"]), st.floats() | st.text(max_size=3), max_size=3
+            ),
+        ),
+        max_size=4,
+    )
+)
 def test_no_mapping_gives_anything_but_a_config_or_a_named_error(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("fuzz") / "c.yaml"
     path.write_text(yaml12.dumps(data), encoding="utf-8")

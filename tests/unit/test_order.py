@@ -57,7 +57,7 @@ def test_a_batch_mixes_classes_of_a_class_sorted_source():
 def test_a_batch_that_ranks_cannot_share_names_the_nearest_valid_sizes():
     with pytest.raises(ConfigError, match=r"data\.batch_size=10 .* 4 ranks: use 8 or 12"):
         TrainOrder(n=64, batch_size=10).epoch(0, 0, 0, 4)
-    with pytest.raises(ConfigError, match="use 8$"):
+    with pytest.raises(ConfigError, match=r"use 8$"):
         TrainOrder(n=64, batch_size=3).steps(0, 8)
 
 

@@ -17,7 +17,8 @@ TORCHRUN = {
 }  # fmt: skip
 SRUN = {
     "SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "0", "SLURM_PROCID": "4", "SLURM_LOCALID": "1", "SLURM_NODEID": "1",
-    "SLURM_STEP_NUM_TASKS": "5", "SLURM_NTASKS": "5", "SLURM_STEP_TASKS_PER_NODE": "3,2", "SLURM_JOB_NODELIST": "gpu7",
+    "SLURM_STEP_NUM_TASKS": "5", "SLURM_NTASKS": "5",
+    "SLURM_STEP_TASKS_PER_NODE": "3,2", "SLURM_JOB_NODELIST": "gpu7",
 }  # fmt: skip
 
 
@@ -40,7 +41,15 @@ def test_a_partial_torchrun_environment_names_what_is_missing(missing):
 
 
 @pytest.mark.parametrize(
-    "change", [{"RANK": "4"}, {"RANK": "-1"}, {"RANK": "x"}, {"LOCAL_RANK": "2"}, {"WORLD_SIZE": "1"}, {"LOCAL_WORLD_SIZE": "5"}]
+    "change",
+    [
+        {"RANK": "4"},
+        {"RANK": "-1"},
+        {"RANK": "x"},
+        {"LOCAL_RANK": "2"},
+        {"WORLD_SIZE": "1"},
+        {"LOCAL_WORLD_SIZE": "5"},
+    ],
 )
 def test_an_impossible_place_is_refused(change):
     with pytest.raises(LaunchError):
@@ -91,7 +100,7 @@ def test_a_partial_slurm_step_is_refused():
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")
 def test_cuda_without_a_gpu_is_refused():
-    with pytest.raises(ConfigError, match="runtime.device"):
+    with pytest.raises(ConfigError, match=r"runtime\.device"):
         runtime.choose_device("cuda", runtime.Launch())
     assert runtime.choose_device("auto", runtime.Launch()).type == "cpu"
 

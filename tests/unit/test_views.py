@@ -38,7 +38,9 @@ def planes(n: int, size: int = 13) -> torch.Tensor:
 # ---- crop, resize and flip
 
 
-@pytest.mark.parametrize(("height", "width", "size"), [(32, 32, 32), (28, 28, 28), (37, 37, 16), (17, 29, 24), (9, 9, 31)])
+@pytest.mark.parametrize(
+    ("height", "width", "size"), [(32, 32, 32), (28, 28, 28), (37, 37, 16), (17, 29, 24), (9, 9, 31)]
+)
 @pytest.mark.parametrize("channels", [1, 3])
 def test_resampling_equals_torchvision_resized_crop(height, width, size, channels):
     images = pictures(6, channels, height, width)
@@ -58,7 +60,11 @@ def test_resampling_equals_torchvision_resized_crop(height, width, size, channel
 
 @pytest.mark.parametrize(
     ("height", "width", "scale", "ratio"),
-    [(32, 32, (0.2, 1.0), (3 / 4, 4 / 3)), (28, 40, (0.08, 1.0), (3 / 4, 4 / 3)), (8, 64, (0.9, 1.0), (3 / 4, 4 / 3))],
+    [
+        (32, 32, (0.2, 1.0), (3 / 4, 4 / 3)),
+        (28, 40, (0.08, 1.0), (3 / 4, 4 / 3)),
+        (8, 64, (0.9, 1.0), (3 / 4, 4 / 3)),
+    ],
 )
 def test_boxes_are_distributed_as_torchvisions(height, width, scale, ratio):
     n = 6000
@@ -66,7 +72,9 @@ def test_boxes_are_distributed_as_torchvisions(height, width, scale, ratio):
     with torch.random.fork_rng():
         torch.manual_seed(4)
         image = torch.empty(3, height, width)
-        theirs = torch.tensor([RandomResizedCrop.get_params(image, list(scale), list(ratio)) for _ in range(n)]).double()
+        theirs = torch.tensor(
+            [RandomResizedCrop.get_params(image, list(scale), list(ratio)) for _ in range(n)]
+        ).double()
     for name, number in {
         "top": lambda b: b[:, 0],
         "left": lambda b: b[:, 1],
@@ -78,7 +86,9 @@ def test_boxes_are_distributed_as_torchvisions(height, width, scale, ratio):
         error = math.sqrt(float(a.var() + b.var()) / n) + 1e-9
         assert abs(float(a.mean() - b.mean())) < 4.5 * error, name
         assert float(a.std()) == pytest.approx(float(b.std()), rel=0.08, abs=1e-9), name
-        histograms = [torch.histc(x, 12, float(torch.cat((a, b)).min()), float(torch.cat((a, b)).max())) for x in (a, b)]
+        histograms = [
+            torch.histc(x, 12, float(torch.cat((a, b)).min()), float(torch.cat((a, b)).max())) for x in (a, b)
+        ]
         assert float((histograms[0] - histograms[1]).abs().max()) < 5 * math.sqrt(n / 2), name
     assert (ours[:, :2] >= 0).all()
     assert (ours[:, 0] + ours[:, 2] <= height).all()
@@ -102,13 +112,16 @@ def test_flip_rate_is_the_probability():
 
 
 @pytest.mark.parametrize(
-    ("operation", "reference"),
-    [(BRIGHTNESS, TF.adjust_brightness), (CONTRAST, TF.adjust_contrast), (SATURATION, TF.adjust_saturation)],
+    ("operation", "reference", "channels"),
+    [
+        (BRIGHTNESS, TF.adjust_brightness, 1),
+        (BRIGHTNESS, TF.adjust_brightness, 3),
+        (CONTRAST, TF.adjust_contrast, 1),
+        (CONTRAST, TF.adjust_contrast, 3),
+        (SATURATION, TF.adjust_saturation, 3),
+    ],
 )
-@pytest.mark.parametrize("channels", [1, 3])
 def test_blends_equal_torchvisions(operation, reference, channels):
-    if channels == 1 and operation == SATURATION:
-        pytest.skip("one channel has no saturation; Views leaves it out")
     x = planes(5)[:channels]
     factors = torch.tensor([0.0, 0.4, 1.0, 1.3, 3.0])
     expected = torch.stack([reference(x[:, i], float(f)) for i, f in enumerate(factors)], dim=1)
@@ -176,7 +189,7 @@ def test_parameters_have_color_jitters_ranges_and_rates():
 
 
 def test_pixels_are_distributed_as_torchvisions_whole_pipeline():
-    image, n, size = pictures(1, height=16)[0], 3000, 16
+    image, n, size = pictures(1, height=16)[0], 700, 16
     image[0] //= 2  # colourful on average, so that hue and grey show in the means
     strength = {"brightness": 0.6, "contrast": 0.5, "saturation": 0.8, "hue": 0.3}
     theirs = T.Compose(
@@ -191,7 +204,11 @@ def test_pixels_are_distributed_as_torchvisions_whole_pipeline():
         torch.manual_seed(0)
         expected = torch.stack([theirs(image.float() / 255) for _ in range(n)])
     ours = Views(n, size, **RGB, **strength)(image[None])[0]
-    for number in (lambda x: x.mean((2, 3)), lambda x: x.std((2, 3)), lambda x: x.amax(1).mean((1, 2), keepdim=True)[..., 0]):
+    for number in (
+        lambda x: x.mean((2, 3)),
+        lambda x: x.std((2, 3)),
+        lambda x: x.amax(1).mean((1, 2), keepdim=True)[..., 0],
+    ):
         a, b = number(ours), number(expected)
         error = ((a.var(0) + b.var(0)) / n).sqrt()
         assert float(((a.mean(0) - b.mean(0)).abs() / error).max()) < 4.5

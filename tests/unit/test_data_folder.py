@@ -1,0 +1,273 @@
+"""Claims about image folders: what they are read as, and what is refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hpc_supcon.data import load_splits
+from hpc_supcon.errors import ConfigError, CorruptSample, DataError
+
+
+def save(path: Path, seed: int = 0, size: tuple[int, int] = (8, 8), mode: str = "RGB") -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pixels = np.random.default_rng(seed).integers(0, 256, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(pixels).convert(mode).save(path)
+    return path
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """train with 10 cats and 6 dogs, test with 2 of each."""
+    for split, counts in {"train": {"cat": 10, "dog": 6}, "test": {"cat": 2, "dog": 2}}.items():
+        for name, count in counts.items():
+            for i in range(count):
+                save(tmp_path / split / name / f"{i:02d}.png", seed=len(split + name) * 100 + i)
+    return tmp_path
+
+
+def stack(root: Path, **options: object) -> torch.Tensor:
+    return load_splits("image_folder", root=root, validation_fraction=0, **options).train.stack()
+
+
+def test_a_folder_is_read_as_pillow_reads_it_in_the_order_of_its_names(root):
+    splits = load_splits("image_folder", root=str(root), validation_fraction=0)
+    assert splits.classes == ("cat", "dog")
+    assert (splits.channels, splits.image_size) == (3, 8)
+    assert splits.train.labels.tolist() == [0] * 10 + [1] * 6
+    paths = [*sorted((root / "train" / "cat").iterdir()), *sorted((root / "train" / "dog").iterdir())]
+    expected = torch.stack([torch.from_numpy(np.array(Image.open(p))).permute(2, 0, 1) for p in paths])
+    assert torch.equal(splits.train.stack(), expected)
+    assert torch.equal(splits.train.read(12), expected[12])
+    assert splits.validation is None
+    assert len(splits.test) == 4
+
+
+def test_stacks_of_more_than_one_piece_keep_their_order(tmp_path):
+    for i in range(300):
+        path = tmp_path / "train" / "a" / f"{i:03d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (1, 1), i % 256).save(path)
+    save(tmp_path / "test" / "a" / "0.png", size=(1, 1), mode="L")
+    assert stack(tmp_path).flatten().tolist() == [i % 256 for i in range(300)]
+
+
+def test_without_a_validation_folder_one_is_carved_from_train(root):
+    splits = load_splits("image_folder", root=root, validation_fraction=0.2, seed=1)
+    assert splits.validation is not None
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (13, 3, 4)
+    paths = [*splits.train.paths, *splits.validation.paths]
+    assert sorted(paths) == sorted((root / "train").rglob("*.png"))
+
+
+def test_val_alone_is_the_test_set_and_beside_test_the_validation_set(root):
+    (root / "test").rename(root / "val")
+    alone = load_splits("image_folder", root=root)
+    assert all(path.is_relative_to(root / "val") for path in alone.test.paths)
+    for name in ("cat", "dog"):
+        save(root / "test" / name / "x.jpeg")
+    both = load_splits("image_folder", root=root)
+    assert [len(both.train), len(both.validation), len(both.test)] == [16, 4, 2]
+    assert all(path.is_relative_to(root / "val") for path in both.validation.paths)
+
+
+def test_image_size_resizes_the_shorter_side_and_crops_the_centre(root):
+    # columns 0..29 black-grey-white in thirds: the centre square of the image is the grey third
+    image = Image.new("L", (60, 20))
+    image.paste(128, (20, 0, 40, 20))
+    image.paste(255, (40, 0, 60, 20))
+    image.convert("RGB").save(root / "train" / "cat" / "00.png")
+    images = stack(root, image_size=4)
+    assert images.shape == (16, 3, 4, 4)
+    assert (images[0][:, :, 1:3] == 128).all()
+    reference = Image.open(root / "train" / "cat" / "01.png").resize((4, 4), Image.Resampling.BILINEAR)
+    assert torch.equal(images[1], torch.from_numpy(np.array(reference)).permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("mode", ["L", "P", "1", "CMYK", "RGBA", "LA"])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_channels_converts_every_8_bit_mode(root, mode, channels):
+    name = "00.jpg" if mode == "CMYK" else "00.png"
+    (root / "train" / "cat" / "00.png").unlink()
+    save(root / "train" / "cat" / name, mode=mode)
+    assert stack(root, channels=channels).shape == (16, channels, 8, 8)
+
+
+def test_a_transparent_palette_converts_without_a_warning(root):
+    image = Image.new("P", (8, 8))
+    image.putpalette([10, 20, 30, 40, 50, 60])
+    image.save(root / "train" / "cat" / "00.png", transparency=b"\x00\x80")
+    assert stack(root, channels=3)[0, :, 0, 0].tolist() == [10, 20, 30]
+
+
+def test_what_desktops_leave_behind_is_ignored(root):
+    (root / ".DS_Store").touch()
+    (root / "train" / ".DS_Store").touch()
+    (root / "train" / ".ipynb_checkpoints").mkdir()
+    (root / "train" / "cat" / "._00.png").touch()
+    (root / "train" / "cat" / "Thumbs.db").touch()
+    (root / "train" / "labels.csv").touch()
+    assert len(stack(root)) == 16
+
+
+def test_upper_case_suffixes_and_linked_files_count(root):
+    save(root / "train" / "cat" / "10.PNG")
+    (root / "train" / "cat" / "11.png").symlink_to(root / "train" / "cat" / "00.png")
+    assert len(stack(root)) == 18
+
+
+# ---- layouts that are refused
+
+
+def refused(root: Path, *parts: str, **options: object) -> None:
+    """Loading and decoding ends in a one-line DataError that holds every part."""
+    with pytest.raises(DataError) as caught:
+        stack(root, **options)
+    assert "\n" not in str(caught.value)
+    for part in parts:
+        assert part in str(caught.value)
+
+
+def test_a_missing_root_is_named(tmp_path):
+    refused(tmp_path / "nowhere", str(tmp_path / "nowhere"), "data.root")
+
+
+def test_no_root_at_all_says_what_to_set():
+    with pytest.raises(DataError, match=r"image_folder needs data\.root"):
+        load_splits("image_folder")
+
+
+def test_a_root_without_train_is_refused(root):
+    (root / "train").rename(root / "training")
+    refused(root, str(root / "train"), "does not exist")
+
+
+def test_a_root_without_test_and_val_is_refused(root):
+    (root / "test").rename(root / "held-out")
+    refused(root, str(root), "neither test/ nor val/")
+
+
+def test_a_split_without_classes_is_refused(root):
+    for path in (root / "test").rglob("*.png"):
+        path.unlink()
+    (root / "test" / "cat").rmdir()
+    (root / "test" / "dog").rmdir()
+    refused(root, str(root / "test"), "no class folders")
+
+
+def test_an_empty_class_folder_is_named(root):
+    (root / "train" / "eel").mkdir()
+    (root / "train" / "eel" / ".hidden").touch()
+    refused(root, str(root / "train" / "eel"), "holds no images")
+
+
+def test_classes_that_differ_between_splits_are_named(root):
+    (root / "test" / "dog").rename(root / "test" / "wolf")
+    refused(root, str(root / "test"), "lacks dog", "has also wolf")
+
+
+def test_an_image_beside_the_class_folders_is_named(root):
+    refused(root, str(save(root / "train" / "stray.png")), "beside the class folders")
+
+
+def test_a_file_that_is_no_image_within_a_class_is_named(root):
+    (root / "train" / "cat" / "notes.txt").write_text("cats")
+    refused(root, str(root / "train" / "cat" / "notes.txt"), "not an image file")
+
+
+def test_a_folder_within_a_class_is_named(root):
+    save(root / "train" / "cat" / "more" / "0.png")
+    refused(root, str(root / "train" / "cat" / "more"), "folder within a class folder")
+
+
+def test_links_that_lead_nowhere_are_named(root):
+    (root / "train" / "loop").symlink_to(root / "train" / "loop")
+    refused(root, str(root / "train" / "loop"), "leads nowhere")
+    (root / "train" / "loop").unlink()
+    (root / "train" / "cat" / "gone.png").symlink_to(root / "gone.png")
+    refused(root, str(root / "train" / "cat" / "gone.png"), "does not decode")
+
+
+# ---- images that are refused
+
+
+def damage(path: Path, kind: str) -> None:
+    if kind == "zero bytes":
+        path.write_bytes(b"")
+    elif kind == "text":
+        path.write_text("this is not an image\n" * 50)
+    elif kind == "truncated":
+        save(path, size=(64, 64))
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif kind == "header only":
+        save(path, size=(64, 64))
+        path.write_bytes(path.read_bytes()[:40])
+
+
+@pytest.mark.parametrize("kind", ["zero bytes", "text", "truncated", "header only"])
+@pytest.mark.parametrize("name", ["cat/00.png", "dog/03.jpg"])
+def test_an_image_that_does_not_decode_is_named(root, kind, name):
+    path = root / "train" / name
+    damage(path, kind)
+    with pytest.raises(CorruptSample) as caught:
+        stack(root, image_size=8)
+    assert str(path) in str(caught.value)
+    assert "does not decode" in str(caught.value)
+    assert ("the file is empty" in str(caught.value)) == (kind == "zero bytes")
+
+
+def test_one_read_names_the_image_that_does_not_decode(root):
+    path = root / "train" / "dog" / "05.png"
+    damage(path, "text")
+    source = load_splits("image_folder", root=root, validation_fraction=0).train
+    source.read(14)
+    with pytest.raises(CorruptSample, match=str(path)):
+        source.read(15)
+
+
+def test_mixed_sizes_name_two_images_and_their_sizes(root):
+    odd = save(root / "train" / "dog" / "00.png", size=(9, 8))
+    refused(root, "mixed sizes", str(root / "train" / "cat" / "00.png"), "8x8", str(odd), "9x8", "data.image_size")
+    assert stack(root, image_size=8).shape == (16, 3, 8, 8)
+
+
+def test_an_image_that_is_not_square_needs_image_size(root):
+    refused(root, str(save(root / "train" / "cat" / "00.png", size=(12, 8))), "12x8", "data.image_size")
+
+
+def test_grey_among_rgb_is_named(root):
+    refused(root, str(save(root / "train" / "dog" / "00.png", mode="L")), "mode L", "data.channels=3")
+
+
+@pytest.mark.parametrize("name", ["cat/00.png", "dog/00.png"])
+@pytest.mark.parametrize("mode", ["P", "RGBA"])
+def test_modes_that_are_neither_grey_nor_rgb_are_named(root, name, mode):
+    refused(root, str(save(root / "train" / name, mode=mode)), f"mode {mode}", "data.channels=3")
+
+
+def test_cmyk_is_named(root):
+    refused(root, str(save(root / "train" / "cat" / "10.jpg", mode="CMYK")), "mode CMYK", "data.channels=3")
+
+
+@pytest.mark.parametrize("name", ["cat/00.png", "dog/00.png"])
+@pytest.mark.parametrize("channels", [None, 1, 3])
+def test_16_bits_are_refused_whatever_is_asked_for(root, name, channels):
+    path = root / "train" / name
+    Image.fromarray(np.full((8, 8), 40_000, dtype=np.uint16)).save(path)
+    refused(root, str(path), "more than 8 bits", channels=channels)
+
+
+def test_an_image_of_too_many_pixels_is_refused(root, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    for size in ((12, 12), (30, 30)):  # Pillow warns about the one and raises about the other
+        refused(root, str(save(root / "train" / "dog" / "00.png", size=size)), "exceeds limit", image_size=8)
+
+
+@pytest.mark.parametrize("option", [{"channels": 2}, {"image_size": 0}])
+def test_forms_that_make_no_sense_are_refused(root, option):
+    with pytest.raises(ConfigError, match=f"data.{next(iter(option))} must be"):
+        load_splits("image_folder", root=root, **option)

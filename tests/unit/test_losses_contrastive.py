@@ -1,0 +1,396 @@
+"""The contrastive losses against the papers' sums: every form, backend, dtype and shape of batch."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from hpc_supcon import losses
+from hpc_supcon.errors import ConfigError, LossInputError
+from hpc_supcon.losses import pairwise
+from tests import brute_force
+
+K1, K2 = 50.0, 1.5
+
+
+def per_anchor(form, stats):
+    if form == "out":
+        return torch.logaddexp(stats.log_pos, stats.log_neg) - stats.mean_pos
+    if form == "in":
+        return torch.logaddexp(stats.log_pos, stats.log_neg) - stats.log_pos + stats.n_pos.clamp(min=1).log()
+    if form == "tcl":
+        terms = [stats.log_pos, stats.log_inv + math.log(K1), stats.log_neg + math.log(K2)]
+        return torch.logsumexp(torch.stack(terms), 0) - stats.mean_pos
+    return stats.log_neg - stats.mean_pos
+
+
+def value_and_gradient(form, x, labels, tau, backend, tile=16, queue=None):
+    x = x.detach().clone().requires_grad_()
+    stats = losses.pairwise_stats(
+        x, labels, tau, inverse=form == "tcl", backend=backend, tile=tile, queue=queue, precision="ieee"
+    )
+    loss = losses.global_mean(per_anchor(form, stats), stats.valid)
+    loss.backward()
+    return loss.detach(), x.grad
+
+
+def batch(case, dtype=torch.float64, d=5):
+    """features [B, V, D] and labels [B] of a named kind of batch."""
+    images, views, labels = {
+        "one row": (1, 1, [4]),
+        "two rows of a class": (2, 1, [4, 4]),
+        "one image of five views": (1, 5, [0]),
+        "one class only": (23, 1, [7] * 23),
+        "all classes different": (13, 2, list(range(13))),
+        "singletons among classes": (21, 1, [0, 1, 1, 2, 2, 2, -3, 9, 9, 9, 0, 50, 51, 52, 1, 1, 2, 0, 53, 9, 9]),
+        "two classes, three views": (11, 3, [0, 1] * 5 + [1]),
+        "duplicate rows": (19, 2, [0, 1, 2] * 6 + [2]),
+        "huge label values": (9, 2, [2**62, -(2**62), 5] * 3),
+    }[case]
+    x = torch.randn(images, views, d, dtype=dtype)
+    if case == "duplicate rows":
+        x[5:10] = x[0]
+        x[11] = x[12]
+    return x, torch.tensor(labels)
+
+
+CASES = [
+    "one row",
+    "two rows of a class",
+    "one image of five views",
+    "one class only",
+    "all classes different",
+    "singletons among classes",
+    "two classes, three views",
+    "duplicate rows",
+    "huge label values",
+]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_value_and_gradient_are_those_of_the_papers_sums(case):
+    x, labels = batch(case)
+    single = x.float()
+    for form in ("out", "in", "tcl") + (("decoupled",) if case not in ("one class only",) else ()):
+        for tau in (0.01, 0.1, 1.0):
+            if form == "decoupled" and case in ("one row", "two rows of a class", "one image of five views"):
+                continue
+            value, grad = brute_force.value_and_gradient(x, labels, tau, form, K1, K2)
+            rounded = brute_force.value_and_gradient(single, labels, tau, form, K1, K2)
+            for backend in ("reference", "tiled"):
+                got = value_and_gradient(form, x, labels, tau, backend)
+                assert_close(got, (value, grad), 1e-10, f"{form} {tau} {backend}")
+            assert_close(value_and_gradient(form, single, labels, tau, "tiled"), rounded, 1e-5, f"{form} {tau} fp32")
+
+
+def assert_close(got, expected, tolerance, what=""):
+    """Relative to the larger of the value and 1, and to the largest entry of the gradient."""
+    value, grad = got[0].double(), got[1].double()
+    assert torch.isfinite(grad).all(), what
+    scale = max(1.0, abs(float(expected[0])))
+    assert abs(float(value - expected[0])) <= tolerance * scale, what
+    size = float(expected[1].abs().max())
+    # A gradient that is zero by symmetry is rounding noise of terms of size 1 / tau.
+    assert float((grad - expected[1]).abs().max()) <= tolerance * max(size, 1e-2), what
+
+
+@pytest.mark.parametrize("tile", [1, 3, 7, 16, 64])
+def test_no_tile_size_changes_the_result(tile):
+    x, labels = batch("singletons among classes")
+    expected = value_and_gradient("tcl", x, labels, 0.1, "reference")
+    assert_close(value_and_gradient("tcl", x, labels, 0.1, "tiled", tile), expected, 1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("tau", [0.01, 0.07, 1.0])
+def test_half_precision_features_are_computed_in_fp32(dtype, tau):
+    x, labels = batch("two classes, three views")
+    x = x.to(dtype)
+    expected, grad = brute_force.value_and_gradient(x, labels, tau, "out")
+    value, got = value_and_gradient("out", x, labels, tau, "tiled")
+    assert value.dtype in (torch.float32, torch.float64)
+    assert float(value) == pytest.approx(float(expected), rel=1e-5, abs=1e-6)
+    assert got.dtype == dtype
+    torch.testing.assert_close(
+        got.double(), grad, rtol=2 * torch.finfo(dtype).eps, atol=1e-3 * float(grad.abs().max())
+    )
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiled"])
+def test_autocast_outside_changes_nothing(backend):
+    x, labels = batch("two classes, three views", torch.float32)
+    expected = value_and_gradient("out", x, labels, 0.05, backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = value_and_gradient("out", x, labels, 0.05, backend)
+    assert torch.equal(got[0], expected[0])
+    assert torch.equal(got[1], expected[1])
+
+
+def test_modules_are_the_papers_formulas():
+    x, labels = batch("duplicate rows")
+    image = torch.arange(len(labels))
+    pairs = [
+        (losses.SupConLoss(0.2), (0.2, "out"), labels),
+        (losses.SupConLoss(0.2, form="in"), (0.2, "in"), labels),
+        (losses.TCLLoss(0.2), (0.2, "tcl", 5000.0, 1.0), labels),
+        (losses.TCLLoss(0.2, k1=0, k2=0), (0.2, "tcl", 0.0, 0.0), labels),
+        (losses.TCLLoss(0.2, k1=3.0, k2=0), (0.2, "tcl", 3.0, 0.0), labels),
+        (losses.SimCLRLoss(0.2), (0.2, "out"), image),
+    ]
+    for module, arguments, oracle_labels in pairs:
+        expected = float(brute_force.contrastive(x, oracle_labels, *arguments))
+        for backend in ("reference", "tiled"):
+            module.backend = backend
+            assert float(module(x, labels)) == pytest.approx(expected, rel=1e-10)
+
+
+def test_tcl_with_k1_zero_and_k2_one_is_supcon():
+    x, labels = batch("singletons among classes")
+    assert float(losses.TCLLoss(0.1, k1=0, k2=1)(x, labels)) == pytest.approx(
+        float(losses.SupConLoss(0.1)(x, labels))
+    )
+
+
+def test_without_labels_the_views_of_an_image_are_its_positives():
+    x, labels = batch("all classes different")
+    assert float(losses.SupConLoss(0.1)(x)) == pytest.approx(float(losses.SupConLoss(0.1)(x, labels)), rel=1e-12)
+
+
+def test_flat_rows_and_views_are_the_same_batch():
+    x, labels = batch("two classes, three views")
+    flat = losses.SupConLoss(0.1)(x.flatten(0, 1), labels.repeat_interleave(3))
+    assert float(flat) == pytest.approx(float(losses.SupConLoss(0.1)(x, labels)), rel=1e-12)
+
+
+def test_length_of_the_rows_does_not_matter_from_1e_minus_20_to_1e30():
+    x, labels = batch("two classes, three views", torch.float32)
+    expected = value_and_gradient("out", x, labels, 0.1, "tiled")
+    for factor in (1e-20, 1e-3, 1e30):
+        value, grad = value_and_gradient("out", x * factor, labels, 0.1, "tiled")
+        assert_close((value, grad * factor), expected, 1e-5)
+
+
+def test_zero_rows_stay_finite():
+    x, labels = batch("two classes, three views", torch.float32)
+    x[3], x[0, 1] = 0.0, 0.0
+    for backend in ("reference", "tiled"):
+        for form in ("out", "in", "tcl"):
+            value, grad = value_and_gradient(form, x, labels, 0.1, backend)
+            assert torch.isfinite(value)
+            assert torch.isfinite(grad).all()
+            assert float(grad.abs().max()) < 1e3
+
+
+def test_no_anchor_with_a_positive_gives_a_differentiable_zero():
+    for backend in ("reference", "tiled"):
+        for n in (0, 1, 6):
+            value, grad = value_and_gradient("out", torch.randn(n, 4), torch.arange(n), 0.1, backend)
+            assert float(value) == 0.0
+            assert torch.equal(grad, torch.zeros(n, 4))
+
+
+def test_a_formula_that_is_infinite_for_invalid_anchors_leaves_no_nan():
+    x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0, 0, 1, 2, 2, 3])
+    for backend in ("reference", "tiled"):
+        stats = losses.pairwise_stats(x, labels, 0.1, backend=backend)
+        formula = stats.log_neg - stats.mean_pos + (stats.log_pos - stats.log_pos.detach()).exp().log()
+        (grad,) = torch.autograd.grad(losses.global_mean(formula, stats.valid), x)
+        assert torch.isfinite(grad).all()
+
+
+def test_the_gradient_of_anchors_without_positives_is_not_dropped():
+    """A loss over negatives of ALL rows (uniformity) is legitimate: only non-finite numbers are cleared."""
+    x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
+    labels = torch.tensor([0, 0, 1, 2, 2, 3])
+    everyone = torch.ones(6, dtype=torch.bool)
+    grads = [
+        torch.autograd.grad(
+            losses.global_mean(losses.pairwise_stats(x, labels, 0.1, backend=b).log_neg, everyone), x
+        )[0]
+        for b in ("reference", "tiled")
+    ]
+    torch.testing.assert_close(grads[1], grads[0], rtol=1e-10, atol=1e-12)
+
+
+def test_queue_columns_are_compared_with_but_receive_no_gradient():
+    x, labels = batch("two classes, three views")
+    past = torch.randn(17, 5, dtype=torch.float64, requires_grad=True)
+    past_labels = torch.arange(17) % 3
+    for form in ("out", "in", "tcl"):
+        expected = brute_force.value_and_gradient(x, labels, 0.1, form, K1, K2, (past, past_labels))
+        for backend in ("reference", "tiled"):
+            got = value_and_gradient(form, x, labels, 0.1, backend, 8, (past, past_labels))
+            assert_close(got, expected, 1e-10)
+    assert past.grad is None
+
+
+def test_a_queue_without_labels_holds_negatives_only():
+    x, labels = batch("two classes, three views")
+    past = torch.randn(17, 5, dtype=torch.float64)
+    expected = brute_force.contrastive(x, labels, 0.1, queue=(past, torch.full((17,), 99)))
+    for backend in ("reference", "tiled"):
+        loss = losses.SupConLoss(0.1, backend=backend)(x, labels, queue=(past, None))
+        assert float(loss) == pytest.approx(float(expected), rel=1e-10)
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiled"])
+def test_temperature_receives_its_gradient(backend):
+    x, labels = batch("singletons among classes")
+    for form in ("out", "in", "tcl"):
+        tau = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
+        expected = torch.autograd.grad(brute_force.contrastive(x, labels, tau, form, K1, K2), tau)[0]
+        stats = losses.pairwise_stats(x, labels, tau, inverse=form == "tcl", backend=backend, tile=8)
+        loss = losses.global_mean(per_anchor(form, stats), stats.valid)
+        (got,) = torch.autograd.grad(loss, tau)
+        assert float(got) == pytest.approx(float(expected), rel=1e-10)
+
+
+def test_learnable_temperature_is_a_positive_parameter_that_trains():
+    x, labels = batch("two classes, three views", torch.float32)
+    module = losses.SupConLoss(0.2, learnable_temperature=True)
+    assert [name for name, _ in module.named_parameters()] == ["log_temperature"]
+    before = float(module(x, labels).detach())
+    optimiser = torch.optim.SGD(module.parameters(), lr=0.1)
+    for _ in range(5):
+        optimiser.zero_grad()
+        module(x, labels).backward()
+        optimiser.step()
+    assert float(module(x, labels).detach()) < before
+    assert not list(losses.SupConLoss(0.2).parameters())
+
+
+def test_base_temperature_is_a_plain_factor_and_off_by_default():
+    x, labels = batch("two classes, three views")
+    plain = float(losses.SupConLoss(0.1)(x, labels))
+    assert float(losses.SupConLoss(0.1, base_temperature=0.07)(x, labels)) == pytest.approx(plain * 0.1 / 0.07)
+
+
+def test_statistics_count_anchors_without_positives():
+    module = losses.SupConLoss(0.1)
+    module(torch.randn(7, 4), torch.tensor([0, 0, 0, 1, 1, 2, 3]))
+    assert float(module.stats["anchors_without_positives"]) == 2
+    assert float(module.stats["mean_positives"]) == pytest.approx((3 * 2 + 2 * 1) / 7)
+
+
+def test_gradient_responses_are_lemmas_one_and_two_of_tcl():
+    x, labels = batch("singletons among classes")
+    for k1, k2 in ((0.0, 1.0), (K1, K2)):
+        expected = brute_force.responses(x, labels, 0.1, k1, k2)
+        got = losses.gradient_response(x, labels, 0.1, k1, k2, tile=4)
+        positives = sum(abs(pull) for pulls, _ in expected for pull in pulls) / len(expected)
+        negatives = sum(push for _, pushes in expected for push in pushes) / len(expected)
+        assert float(got.positives) == pytest.approx(positives, rel=1e-10)
+        assert float(got.negatives) == pytest.approx(negatives, rel=1e-10)
+
+
+@pytest.mark.parametrize("tau", [0.1, 1.0])
+def test_theorem_1_hard_positives_respond_more_to_tcl_than_to_supcon(tau):
+    """A positive is hard where it still has to come closer: X_ip > P_ip."""
+    x, labels = torch.randn(24, 8, dtype=torch.float64), torch.arange(24) % 6
+    supcon = brute_force.responses(x, labels, tau, 0.0, 1.0)
+    hard = sum(pull > 0 for pulls, _ in supcon for pull in pulls)
+    assert hard > 40
+    for k1, k2 in ((1.0, 1.0), (100.0, 1.0), (5000.0, 1.0), (1.0, 3.0), (50.0, 2.0)):
+        tuned = brute_force.responses(x, labels, tau, k1, k2)
+        for (before, _), (after, _) in zip(supcon, tuned, strict=True):
+            assert all(b > a for a, b in zip(before, after, strict=True) if a > 0)
+        if hard == sum(len(pulls) for pulls, _ in supcon):
+            plain, tcl = (losses.gradient_response(x, labels, tau, *k) for k in ((0.0, 1.0), (k1, k2)))
+            assert float(tcl.positives) > float(plain.positives)
+        else:
+            assert tau == 0.1, "at temperature 1 every positive of this batch is hard"
+
+
+def test_theorem_2_the_response_of_negatives_grows_strictly_with_k2():
+    x, labels = batch("singletons among classes")
+    for k1 in (0.0, 1.0, 5000.0):
+        responses = [
+            float(losses.gradient_response(x, labels, 0.1, k1, k2).negatives) for k2 in (1.0, 1.2, 1.5, 3, 9)
+        ]
+        assert responses == sorted(set(responses))
+
+
+def test_auto_takes_the_dense_backend_when_small_and_streams_when_large():
+    def chosen(n, queue=0, tau=0.1):
+        anchors = pairwise.prepare(torch.randn(n, 2), torch.zeros(n, dtype=torch.int64))
+        anchors = pairwise.Anchors(anchors.rows, anchors.labels, anchors.rows_per_rank, queue)
+        return pairwise.choose_backend("auto", anchors, anchors.rows, tau)
+
+    assert chosen(512) == "reference"
+    assert chosen(513) == "tiled"
+    assert chosen(100, queue=4096) == "tiled"
+
+
+@pytest.mark.parametrize(
+    ("make", "fragment"),
+    [
+        (lambda: losses.SupConLoss(0), "temperature must be positive"),
+        (lambda: losses.SupConLoss(-1.0), "temperature must be positive"),
+        (lambda: losses.SupConLoss(float("nan")), "temperature must be positive"),
+        (lambda: losses.SupConLoss(1e-3), "below 0.002"),
+        (lambda: losses.SupConLoss(form="inside"), "known: in, out"),
+        (lambda: losses.SupConLoss(base_temperature=0.0), "base_temperature must be positive"),
+        (lambda: losses.SupConLoss(backend="titled"), "did you mean 'tiled'"),
+        (lambda: losses.SupConLoss(precision="fp8"), "known: auto, bf16, ieee, tf32"),
+        (lambda: losses.TCLLoss(k1=-1.0), "k1 must be"),
+        (lambda: losses.TCLLoss(k2=float("inf")), "k2 must be"),
+    ],
+)
+def test_impossible_settings_are_named_errors(make, fragment):
+    with pytest.raises(ConfigError, match=fragment):
+        make()
+
+
+def test_triton_is_refused_by_name_where_fp32_does_not_reach():
+    x, labels = batch("one class only", torch.float32)
+    with pytest.raises(ConfigError, match="use 'tiled'"):
+        losses.SupConLoss(0.01, backend="triton")(x, labels)
+    with pytest.raises(ConfigError, match="float64"):
+        losses.SupConLoss(0.1, backend="triton")(x.double(), labels)
+
+
+@pytest.mark.parametrize(
+    ("features", "labels", "fragment"),
+    [
+        (torch.randn(4), torch.zeros(4, dtype=torch.int64), r"must be \[N, D\] or \[B, V, D\]"),
+        (torch.ones(4, 3, dtype=torch.int64), torch.zeros(4, dtype=torch.int64), "floating point"),
+        (torch.randn(4, 3), torch.zeros(3, dtype=torch.int64), "one per image"),
+        (torch.randn(4, 2, 3), torch.zeros(8, dtype=torch.int64), "one per image"),
+        (torch.randn(4, 3), torch.zeros(4), "integer dtype"),
+        (torch.randn(4, 3), torch.zeros(4, dtype=torch.bool), "integer dtype"),
+        (torch.randn(4, 3), None, "two views per image"),
+        (torch.randn(4, 1, 3), None, "two views per image"),
+        (
+            torch.tensor([[1.0, 2.0], [3.0, float("nan")]]),
+            torch.tensor([0, 0]),
+            "NaN or Inf in 1 of 2 rows, first in row 1",
+        ),
+        (torch.tensor([[float("inf"), 2.0], [3.0, 1.0]]), torch.tensor([0, 0]), "first in row 0"),
+    ],
+)
+def test_impossible_input_is_a_named_error(features, labels, fragment):
+    for loss in (losses.SupConLoss(), losses.TripletLoss()):
+        with pytest.raises(LossInputError, match=fragment):
+            loss(features, labels)
+
+
+def test_a_queue_of_another_width_is_a_named_error():
+    with pytest.raises(LossInputError, match=r"queue features must be \[Q, 4\]"):
+        losses.SupConLoss()(torch.randn(2, 4), torch.tensor([0, 0]), queue=(torch.randn(3, 5), torch.zeros(3).long()))
+    with pytest.raises(LossInputError, match="queue labels"):
+        losses.SupConLoss()(torch.randn(2, 4), torch.tensor([0, 0]), queue=(torch.randn(3, 4), torch.zeros(3)))
+
+
+def test_nothing_is_read_from_the_values_when_validation_is_off():
+    x = torch.full((2, 3), float("nan"))
+    assert torch.isnan(losses.SupConLoss(validate=False)(x, torch.tensor([0, 0])))
+
+
+def test_a_large_batch_agrees_with_the_dense_backend_in_both_precisions():
+    x, labels = torch.randn(1100, 16), torch.randint(0, 9, (1100,))
+    expected = value_and_gradient("tcl", x.double(), labels, 0.07, "reference")
+    assert_close(value_and_gradient("tcl", x.double(), labels, 0.07, "tiled", 512), expected, 1e-10)
+    assert_close(value_and_gradient("tcl", x, labels, 0.07, "tiled", 512), expected, 1e-5)

@@ -1,0 +1,92 @@
+"""Encoders, stems, heads."""
+
+from __future__ import annotations
+
+import pytest
+import timm
+import torch
+
+from hpc_supcon.errors import ConfigError
+from hpc_supcon.models import ENCODERS, LinearHeads, Projection, build_encoder
+
+
+@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize(("channels", "size"), [(1, 28), (3, 32), (3, 33)])
+def test_every_encoder_maps_images_to_features_of_its_stated_size(name, channels, size):
+    encoder = build_encoder(name, in_channels=channels, image_size=size).eval()
+    with torch.no_grad():
+        features = encoder(torch.randn(2, channels, size, size))
+    assert features.shape == (2, encoder.feature_dim)
+    assert features.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ["conv", "resnet9_small", "resnet18"])
+def test_out_dim_sets_the_size_of_the_features(name):
+    encoder = build_encoder(name, out_dim=48)
+    assert encoder.feature_dim == 48
+    assert encoder(torch.randn(2, 3, 32, 32)).shape == (2, 48)
+
+
+# conv: (27*32 + 288*64 + 576*128) weights, 2*(32+64+128) BatchNorm, 2048*128 + 128 linear
+@pytest.mark.parametrize(
+    ("name", "parameters"),
+    [("conv", 864 + 18_432 + 73_728 + 448 + 262_272), ("resnet18", 11_176_512), ("resnet50", 23_508_032)],
+)
+def test_parameter_counts_are_the_published_ones(name, parameters):
+    # torchvision's 11,689,512 and 25,557,032 less their classifiers (513,000 and 2,049,000)
+    size = 32 if name == "conv" else 224
+    assert sum(p.numel() for p in build_encoder(name, image_size=size).parameters()) == parameters
+
+
+@pytest.mark.parametrize(("size", "stem"), [(32, "small"), (64, "small"), (65, "standard"), (224, "standard")])
+def test_the_automatic_stem_goes_by_image_size(size, stem):
+    encoder = build_encoder("resnet18", image_size=size)
+    assert encoder.stem == stem
+    assert encoder.conv1.kernel_size == ((3, 3) if stem == "small" else (7, 7))
+    assert isinstance(encoder.maxpool, torch.nn.MaxPool2d) == (stem == "standard")
+
+
+def test_the_small_stem_keeps_the_resolution():
+    maps = []
+    encoder = build_encoder("resnet18", stem="small")
+    encoder.layer1.register_forward_hook(lambda m, i, o: maps.append(o.shape[-1]))
+    encoder(torch.randn(2, 3, 32, 32))
+    assert maps == [32]
+
+
+def test_the_standard_resnet_is_timms():
+    ours, theirs = build_encoder("resnet18", image_size=224), timm.create_model("resnet18", num_classes=0)
+    assert list(ours.state_dict()) == list(theirs.state_dict())
+
+
+def test_wrong_names_are_errors_that_list_the_right_ones():
+    with pytest.raises(ConfigError, match=r"'resnet81'; did you mean 'resnet18'\? known: conv,"):
+        build_encoder("resnet81")
+    with pytest.raises(ConfigError, match="unknown stem 'big'"):
+        build_encoder("resnet18", stem="big")
+    with pytest.raises(ConfigError, match="only its own stem"):
+        build_encoder("conv", stem="small")
+    with pytest.raises(ConfigError, match="16 px"):
+        build_encoder("resnet9", image_size=8)
+
+
+def test_the_projection_returns_unit_rows_in_fp32_under_autocast():
+    projection = Projection(32, 64, 16)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        z = projection(torch.randn(5, 32))
+    assert z.dtype == torch.float32
+    torch.testing.assert_close(z.norm(dim=1), torch.ones(5), rtol=1e-6, atol=1e-6)
+    assert projection.double()(torch.randn(5, 32).double()).dtype == torch.float64
+
+
+def test_linear_heads_are_independent_linear_layers():
+    heads = LinearHeads(3, 4, 5)
+    with torch.no_grad():
+        for p in heads.parameters():
+            p.normal_()
+    x = torch.randn(7, 4)
+    logits = heads(x)
+    for k in range(3):
+        torch.testing.assert_close(logits[k], x @ heads.weights[k] + heads.biases[k])
+    logits[1].sum().backward()
+    assert all(p.grad is None or p.grad.eq(0).all() for p in heads.head_parameters(0) + heads.head_parameters(2))
