@@ -73,7 +73,9 @@ def pretrain_command(
 
 @app.command("probe")
 def probe_command(
-    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run folder.")], overrides: Overrides = None, debug: Debug = False
+    run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run folder.")],
+    overrides: Overrides = None,
+    debug: Debug = False,
 ) -> None:
     """Evaluate a run folder's encoder, frozen; writes results.json there."""
     from .evaluation.evaluate import probe
@@ -103,6 +105,38 @@ def config_command(
     for row in schema_rows():
         table.add_row(*(text.replace("[", r"\[") for text in row))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+bench = typer.Typer(help="Measure parts of the pipeline on this machine.", no_args_is_help=True)
+app.add_typer(bench, name="bench")
+
+
+@bench.command("loss")
+def bench_loss(
+    size: Annotated[list[int] | None, typer.Option(help="Rows N of the batch; repeat for several.")] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="dense | compiled | pml | reference | tiled | triton[-bf16|-tf32]; repeat for several."),
+    ] = None,
+    dim: Annotated[int, typer.Option(help="Embedding size D.")] = 128,
+    device: Annotated[str, typer.Option(help="auto | cpu | cuda")] = "auto",
+    runs: Annotated[int, typer.Option(help="Timed rounds; the best is reported, median and worst are written.")] = 3,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0: PyTorch's own choice.")] = 0,
+    tag: Annotated[str, typer.Option(help="Added to the names of the result files.")] = "",
+    out: Annotated[Path, typer.Option(help="Folder for the JSON and PNG files.")] = Path("benchmarks/results"),
+    debug: Debug = False,
+) -> None:
+    """Time and peak memory of the contrastive loss, against dense PyTorch and pytorch-metric-learning."""
+    import torch
+
+    from .bench.loss import measure
+    from .runtime import Launch, choose_device
+
+    kind = choose_device(device, Launch()).type
+    contenders = only or ["dense", "compiled", "pml", "triton" if kind == "cuda" else "tiled"]
+    measure(
+        size or [1024, 2048, 4096, 8192], dim, contenders, kind, runs, threads or torch.get_num_threads(), tag, out
+    )
 
 
 def _settings(config: str, overrides: list[str] | None) -> Config:

@@ -83,16 +83,34 @@ class ModelConfig(_Section):
     out_dim: Count | None = Field(description="size of the features; null is the encoder's own")
     projection_hidden: Count = Field(description="width of the projection's hidden layer")
     projection_dim: Count = Field(description="size of the embeddings the loss sees")
+    momentum_encoder: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        description="the queue's keys come from a copy of the model that follows with this momentum (MoCo: 0.999); "
+        "null: from the model itself"
+    )
     sync_bn: bool = Field(description="BatchNorm statistics over all ranks (with more than one rank)")
 
 
 class LossConfig(_Section):
-    name: str = Field(description="supcon_out")
-    temperature: Positive = Field(description="tau: similarities are divided by it")
+    name: str = Field(
+        description="supcon_out | supcon_in | tcl | simclr | triplet | cross_entropy | cross_entropy_mae | "
+        "reconstruction"
+    )
+    temperature: Positive = Field(description="tau: similarities are divided by it (contrastive losses)")
+    learnable_temperature: bool = Field(description="train tau along, from `temperature` on (contrastive losses)")
     base_temperature: Positive | None = Field(
         description="multiply the loss by temperature / this; null: no factor (SupContrast's default is 0.07)"
     )
-    backend: str = Field(description="auto | reference")
+    k1: NonNegative = Field(description="tcl: weight of the positives' repulsion term")
+    k2: NonNegative = Field(description="tcl: weight of the negatives")
+    margin: NonNegative = Field(description="triplet: squared distance by which negatives must be farther")
+    mining: Literal["random", "semihard", "hard"] = Field(description="triplet: how positive and negative are chosen")
+    squared: bool = Field(description="triplet: squared Euclidean distance (else the distance itself)")
+    alpha: Probability = Field(description="reconstruction: alpha x MSE + (1 - alpha) x MAE")
+    queue_size: Annotated[int, Field(ge=0)] = Field(
+        description="past embeddings kept as extra columns of a contrastive loss; 0: none",
+        json_schema_extra={"unit": "images"},
+    )
+    backend: str = Field(description="auto | reference | tiled | triton: how the similarity matrix is walked")
 
 
 class OptimConfig(_Section):
@@ -114,6 +132,10 @@ class TrainConfig(_Section):
     precision: Literal["auto", "bf16", "fp32"] = Field(
         description="auto: bf16 autocast where the device computes in bf16; the loss is always fp32"
     )
+    micro_batch_size: Count | None = Field(
+        description="two-pass step: images per piece and rank, for a contrastive batch beyond memory; null: one pass",
+        json_schema_extra={"unit": "images"},
+    )
     channels_last: bool = Field(description="NHWC memory layout (faster convolutions)")
 
 
@@ -128,6 +150,9 @@ class CheckpointConfig(_Section):
 class LogConfig(_Section):
     every_steps: Count = Field(
         description="steps between two lines of metrics.jsonl", json_schema_extra={"unit": "steps"}
+    )
+    gradient_response: bool = Field(
+        description="log how strongly positives pull and negatives push (supcon_out, tcl); costs two more walks"
     )
     tensorboard: bool = Field(description="write TensorBoard events as well")
     progress: bool = Field(description="show a progress bar (rank 0, on a terminal)")

@@ -5,6 +5,9 @@ import sys
 import pytest
 import torch
 
+# small tensors: a second thread costs more than it brings, above all where tests share the cores with ranks
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _seeded():

@@ -124,6 +124,11 @@ class Views(nn.Module):
             grey=chance[2] < self.grey,
         )
 
+    def select(self, parameters: ViewParameters, images: slice) -> ViewParameters:
+        """What was drawn for these images of the batch: `render` takes it with the images of the slice."""
+        rows = slice(images.start * self.count, images.stop * self.count)
+        return ViewParameters(**{name: value[rows] for name, value in vars(parameters).items()})
+
     @torch.no_grad()
     def render(self, images: Tensor, parameters: ViewParameters) -> Tensor:
         """The views that `parameters` describe: float32 [B, V, C, S, S]; nothing is drawn."""
@@ -183,6 +188,10 @@ class Views(nn.Module):
             rows = torch.where(chosen)[0].to(x.device)
             x.index_copy_(1, rows, grey(x.index_select(1, rows)).expand(x.shape[0], -1, -1, -1))
         return x
+
+    def denormalise(self, views: Tensor) -> Tensor:
+        """Normalised views [..., C, S, S] as images in 0..1 again."""
+        return views * self.std.view(-1, 1, 1) + self.mean.view(-1, 1, 1)
 
     def state(self) -> Tensor:
         """The generator's state, uint8 [k] on the CPU: what a resumed run needs to go on with the same views."""

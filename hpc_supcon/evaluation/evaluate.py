@@ -10,7 +10,7 @@ from ..collectives import gather_rows, together
 from ..config import Config
 from ..data import EvalTransform, Source, Splits
 from ..errors import CheckpointCorrupt, ConfigError, DataError
-from ..models import ContrastiveModel
+from ..models import PretrainingModel
 from ..runtime import Runtime
 from ..training import assemble, checkpoint, run_folder
 from ..training.engine import place
@@ -29,12 +29,12 @@ def check_probe(config: Config, splits: Splits) -> None:
         )
 
 
-def load_model(folder: Path) -> tuple[ContrastiveModel, checkpoint.Checkpoint]:
+def load_model(folder: Path) -> tuple[PretrainingModel, checkpoint.Checkpoint]:
     """The model of a run's newest verified checkpoint, on the CPU. Raises CheckpointCorrupt."""
     found, _ = checkpoint.load_newest(folder / run_folder.CHECKPOINTS)
     if found is None:
         raise CheckpointCorrupt(f"{folder}: no checkpoint in it; run `hpc-supcon pretrain` first")
-    model = assemble.build_model({k: found.state[k] for k in ("encoder", "projection")})
+    model = assemble.build_model(found.state)
     model.load_state_dict(found.tensors["model"])
     return model, found
 

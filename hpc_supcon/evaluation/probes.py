@@ -78,8 +78,9 @@ def train_linear_probe(
 
 
 _OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "adamw": partial(torch.optim.AdamW, foreach=True),
-    "sgd": partial(torch.optim.SGD, lr=1.0, momentum=0.9, foreach=True),
+    # fused: with a group per head, the Python around unfused updates costs more than the arithmetic
+    "adamw": partial(torch.optim.AdamW, fused=True),
+    "sgd": partial(torch.optim.SGD, lr=1.0, momentum=0.9, fused=True),
 }
 
 

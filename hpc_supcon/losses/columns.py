@@ -14,6 +14,7 @@ from .inputs import Anchors, Queue
 
 # Rows whose largest entry is below this count as zero: their direction is rounding noise.
 _ZERO_ROW = 1e-30
+_PIECE = 8192
 # The class of queue columns without labels: equal to no anchor's label, so they are negatives only.
 NO_CLASS = torch.iinfo(torch.int64).min
 
@@ -39,11 +40,19 @@ class _UnitRows(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         u, scale, inverse_length, order = ctx.saved_tensors
-        radial = (grads[0] * u).sum(1, keepdim=True)
-        grad_scale = (radial.sum() / scale).to(scale) if ctx.needs_input_grad[2] else None
-        grad = torch.addcmul(grads[0], u, radial / -(scale * scale)).mul_(inverse_length * scale)
-        if order is not None:
-            grad = torch.empty_like(grad).index_copy_(0, order, grad)
+        grad = torch.empty_like(u)
+        grad_scale = torch.zeros_like(scale)
+        # By pieces: whole temporaries would double the memory of the backward pass at large N.
+        for start in range(0, u.shape[0], _PIECE):
+            piece = slice(start, start + _PIECE)
+            g = grads[0][piece]
+            radial = (g * u[piece]).sum(1, keepdim=True)
+            grad_scale += (radial.sum() / scale).to(scale)
+            part = torch.addcmul(g, u[piece], radial / -(scale * scale)).mul_(inverse_length[piece] * scale)
+            if order is None:
+                grad[piece] = part
+            else:
+                grad.index_copy_(0, order[piece], part)
         return grad.to(ctx.dtype), None, grad_scale, None
 
 

@@ -1,15 +1,18 @@
-"""Encoders, heads and the model that contrastive training wraps."""
+"""Encoders, heads and the model that pre-training wraps."""
 
-from .contrastive import ContrastiveModel
+from .autoencoder import ConvDecoder, build_decoder
 from .encoders import ENCODERS, build_encoder
 from .heads import LinearHeads, Projection
+from .pretraining import PretrainingModel
 from .sync_batchnorm import synchronise_batchnorm
 
 __all__ = [
     "ENCODERS",
-    "ContrastiveModel",
+    "ConvDecoder",
     "LinearHeads",
+    "PretrainingModel",
     "Projection",
+    "build_decoder",
     "build_encoder",
     "synchronise_batchnorm",
 ]

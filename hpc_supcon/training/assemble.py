@@ -7,16 +7,16 @@ from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import nn
 
 from ..config import Config
 from ..data import ArraySource, Source, Splits, TrainOrder, Views, channel_statistics, load_splits
-from ..errors import ConfigError, DataError, unknown_name
-from ..losses import LOSSES
-from ..models import ContrastiveModel, Projection, build_encoder
+from ..errors import ConfigError, DataError
+from ..models import PretrainingModel, build_encoder
 from ..runtime import Runtime
 from .engine import autocast, distribute, place
 from .fit import Plan
+from .momentum import MomentumQueue
+from .objective import RESPONSE, Objective, build_head, kind_of
 from .optim import build_optimiser, learning_rate
 from .state import TrainState
 
@@ -42,9 +42,24 @@ def _decoded(source: Source) -> ArraySource:
     return source if isinstance(source, ArraySource) else ArraySource(source.stack(), source.labels, source.classes)
 
 
+def check_objective(config: Config) -> None:
+    """Raise ConfigError where loss, views, queue and the two-pass step contradict each other."""
+    name, kind = config.loss.name, kind_of(config.loss.name)
+    if name == "simclr" and config.data.views < 2:
+        raise ConfigError("loss.name=simclr pulls an image's views together: it needs data.views of 2 or more")
+    if config.loss.queue_size and not kind.contrastive:
+        raise ConfigError(f"loss.queue_size={config.loss.queue_size}: {name} takes no queue; use 0")
+    if config.model.momentum_encoder is not None and not config.loss.queue_size:
+        raise ConfigError("model.momentum_encoder makes the keys of a queue: set loss.queue_size as well")
+    if config.log.gradient_response and name not in RESPONSE:
+        raise ConfigError(f"log.gradient_response is defined for {' and '.join(RESPONSE)}, not for {name}")
+    if config.train.micro_batch_size is not None and kind.head == "decoder":
+        raise ConfigError(f"train.micro_batch_size: {name} needs no large batch; lower data.batch_size instead")
+
+
 def check_batches(config: Config, order: TrainOrder, splits: Splits) -> None:
     """Raise DataError when a batch of the first epoch has no two images to pull together."""
-    if config.data.views > 1:
+    if config.data.views > 1 or not kind_of(config.loss.name).needs_pairs:
         return
     labels = splits.train.labels[order.epoch(config.seed, 0, 0, 1)].sort(dim=1).values
     alone = (labels[:, 1:] != labels[:, :-1]).all(dim=1)
@@ -68,48 +83,50 @@ def describe_model(config: Config, splits: Splits) -> dict[str, Any]:
             "out_dim": model.out_dim,
         },
         "projection": {"hidden": model.projection_hidden, "out_dim": model.projection_dim},
+        "head": kind_of(config.loss.name).head,
         "classes": list(splits.classes),
+        "normalisation": normalisation_of(splits.train),
     }
 
 
-def build_model(description: dict[str, Any]) -> ContrastiveModel:
+def build_model(description: dict[str, Any]) -> PretrainingModel:
     """The model of `describe_model`, freshly initialised from the global generator. Raises ConfigError."""
-    encoder = build_encoder(**description["encoder"])
-    return ContrastiveModel(encoder, Projection(cast(int, encoder.feature_dim), **description["projection"]))
+    encoder, head = build_encoder(**description["encoder"]), description["head"]
+    return PretrainingModel(encoder, {head: build_head(head, description, cast(int, encoder.feature_dim))})
 
 
-def build_loss(config: Config) -> nn.Module:
-    loss = config.loss
-    if loss.name not in LOSSES:
-        raise ConfigError("loss.name: " + unknown_name("loss", loss.name, LOSSES))
-    return LOSSES[loss.name](
-        temperature=loss.temperature, base_temperature=loss.base_temperature, backend=loss.backend, validate=False
-    )
+def build_objective(config: Config, views: Views) -> Objective:
+    return Objective(config.loss.name, config.loss.model_dump(), denormalise=views.denormalise)
 
 
-def build_views(config: Config, splits: Splits, normalisation: dict[str, list[float]], runtime: Runtime) -> Views:
+def build_views(config: Config, description: dict[str, Any], runtime: Runtime) -> Views:
     seed = np.random.SeedSequence([config.seed, 1, runtime.rank]).generate_state(1, np.uint64)[0]
     return Views(
         config.data.views,
-        splits.image_size,
-        mean=normalisation["mean"],
-        std=normalisation["std"],
+        description["encoder"]["image_size"],
+        **description["normalisation"],
         seed=int(seed) % 2**63,
+        channels_last=config.train.channels_last,
         **config.augment.model_dump(),
     )
 
 
 def build_state(
-    config: Config, model: ContrastiveModel, loss: nn.Module, views: Views, runtime: Runtime
+    config: Config, model: PretrainingModel, objective: Objective, views: Views, runtime: Runtime
 ) -> TrainState:
     placed = place(model, runtime, channels_last=config.train.channels_last)
     parallel = distribute(placed, runtime, sync_bn=config.model.sync_bn)
-    optim = config.optim
+    optim, objective = config.optim, objective.to(runtime.device)
+    queue = None
+    if config.loss.queue_size:
+        queue = MomentumQueue(
+            placed, config.loss.queue_size, config.model.projection_dim, config.model.momentum_encoder
+        )
     return TrainState(
         model=placed,
         parallel=parallel,
         optimiser=build_optimiser(
-            placed,
+            [*placed.parameters(), *objective.parameters()],
             name=optim.name,
             lr=peak_lr(config),
             momentum=optim.momentum,
@@ -117,9 +134,11 @@ def build_state(
             weight_decay=optim.weight_decay,
         ),
         views=views.to(runtime.device),
-        loss=loss.to(runtime.device),
+        objective=objective,
         autocast=partial(autocast, runtime.device, config.train.precision),
         device=runtime.device,
+        queue=queue,
+        micro_batch_size=config.train.micro_batch_size,
     )
 
 
@@ -146,6 +165,7 @@ def build_plan(config: Config, steps_per_epoch: int) -> Plan:
             final_fraction=optim.final_lr_fraction,
         ),
         log_every=config.log.every_steps,
+        gradient_response=config.log.gradient_response,
         save_at=lambda step: step == steps or any(n and step % n == 0 for n in every),
     )
 

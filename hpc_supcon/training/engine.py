@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import nn
@@ -13,11 +13,13 @@ from torch.nn.parallel import DistributedDataParallel
 from ..models import synchronise_batchnorm
 from ..runtime import Runtime, has_fast_bf16
 
+M = TypeVar("M", bound=nn.Module)
 
-def place(model: nn.Module, runtime: Runtime, *, channels_last: bool) -> nn.Module:
+
+def place(model: M, runtime: Runtime, *, channels_last: bool) -> M:
     """`model` on this rank's device, in the wanted memory layout."""
     layout = torch.channels_last if channels_last else torch.preserve_format
-    return model.to(device=runtime.device, memory_format=layout)  # type: ignore[call-overload]
+    return model.to(runtime.device).to(memory_format=layout)
 
 
 def distribute(model: nn.Module, runtime: Runtime, *, sync_bn: bool) -> nn.Module:

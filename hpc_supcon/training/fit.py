@@ -13,7 +13,7 @@ from ..data import Batch, Loader
 from .metrics import MetricLog, ProgressLine
 from .optim import set_learning_rate
 from .state import TrainState
-from .step import train_step
+from .step import StepResult, train_step
 
 
 @dataclass(frozen=True)
@@ -26,6 +26,7 @@ class Plan:
     lr: Callable[[int], float]
     log_every: int
     save_at: Callable[[int], bool]
+    gradient_response: bool = False
 
     @property
     def steps(self) -> int:
@@ -91,14 +92,23 @@ def fit(
         for batch in meter.timed(loader.epoch(epoch, start)):
             lr = plan.lr(state.step)
             set_learning_rate(state.optimiser, lr)
-            loss, norm = train_step(state, batch)
-            meter.add(loss)
+            result = train_step(state, batch)
+            meter.add(result.loss)
             if state.step % plan.log_every == 0 or state.step == plan.steps:
                 numbers = meter.read(plan.steps - state.step)
-                log.log("train", state.step, epoch=epoch, lr=lr, grad_norm=float(norm), **numbers)
+                more = _details(state, batch, result, plan)
+                log.log("train", state.step, epoch=epoch, lr=lr, **numbers, **more)
                 progress.update(state.step, numbers)
             if plan.save_at(state.step):
                 save(state)
         progress.epoch_done(epoch + 1, numbers or meter.read(plan.steps - state.step))
     if state.device.type == "cuda":
         torch.cuda.synchronize(state.device)
+
+
+def _details(state: TrainState, batch: Batch, result: StepResult, plan: Plan) -> dict[str, float]:
+    """What only a logged step pays for. Collective when it includes the gradient response."""
+    numbers = {"grad_norm": result.gradient_norm, **state.objective.statistics()}
+    if plan.gradient_response:
+        numbers |= state.objective.response(result.outputs, batch.labels)
+    return {name: float(value) for name, value in numbers.items()}

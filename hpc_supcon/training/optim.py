@@ -11,13 +11,12 @@ from ..errors import ConfigError, unknown_name
 
 
 def build_optimiser(
-    model: nn.Module, *, name: str, lr: float, momentum: float, nesterov: bool, weight_decay: float
+    params: list[nn.Parameter], *, name: str, lr: float, momentum: float, nesterov: bool, weight_decay: float
 ) -> torch.optim.Optimizer:
     """SGD or AdamW with two groups: weights decay; norms and biases (one-dimensional) do not.
 
     Raises ConfigError for an unknown name.
     """
-    params = [p for p in model.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},

@@ -31,6 +31,7 @@ def pretrain(config: Config, runtime: Runtime, splits: Splits, *, resume: bool =
     folder = config.folder
     with together():
         run_folder.check_usable(folder, config, resume=resume)
+        assemble.check_objective(config)
         order = TrainOrder(len(splits.train), config.data.batch_size)
         loader = build_loader(
             config.data.loader,
@@ -43,12 +44,11 @@ def pretrain(config: Config, runtime: Runtime, splits: Splits, *, resume: bool =
         )
         assemble.check_batches(config, order, splits)
         description = assemble.describe_model(config, splits)
-        description["normalisation"] = assemble.normalisation_of(splits.train)
         assemble.seed_models(config)
-        model, loss = assemble.build_model(description), assemble.build_loss(config)
-        views = assemble.build_views(config, splits, description["normalisation"], runtime)
+        model, views = assemble.build_model(description), assemble.build_views(config, description, runtime)
+        objective = assemble.build_objective(config, views)
     seed_everything(config.seed, runtime.rank)
-    state = assemble.build_state(config, model, loss, views, runtime)
+    state = assemble.build_state(config, model, objective, views, runtime)
     resumed = resume and _resume(state, folder, runtime)
     with together():
         if runtime.is_main and not resumed:

@@ -5,49 +5,73 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..collectives import gather_rows, rank
 from ..data import Views
+from ..models import PretrainingModel
+from .momentum import MomentumQueue
+from .objective import Objective
 
 
 @dataclass
 class TrainState:
     """The parts of one training run on this rank. Only `step` is ever rebound."""
 
-    model: nn.Module
+    model: PretrainingModel
     """The bare model: what is saved."""
     parallel: nn.Module
     """The same model as data-parallel training wraps it: what is called."""
     optimiser: torch.optim.Optimizer
     views: Views
-    loss: nn.Module
+    objective: Objective
     autocast: Callable[[], AbstractContextManager[object]]
     device: torch.device
+    queue: MomentumQueue | None = None
+    micro_batch_size: int | None = None
+    """Images per piece of the two-pass step; None for one pass."""
     step: int = 0
     """Optimiser steps done."""
 
+    def parameters(self) -> list[nn.Parameter]:
+        """All that is trained: the model's, then the loss's own (a learned temperature)."""
+        return [p for module in (self.model, self.objective) for p in module.parameters() if p.requires_grad]
+
+    def queue_columns(self) -> tuple[Tensor, Tensor] | None:
+        return None if self.queue is None else self.queue.columns()
+
     def tensors(self) -> dict[str, dict[str, Tensor]]:
         """Tensors by checkpoint file. Collective: every rank's generators are in `rng`."""
-        return {
+        tensors = {
             "model": dict(self.model.state_dict()),
-            "optimizer": _optimiser_tensors(self.model, self.optimiser),
+            "optimizer": _optimiser_tensors(self._named_parameters(), self.optimiser),
             "rng": self._rng(),
         }
+        if objective := dict(self.objective.state_dict()):
+            tensors["objective"] = objective
+        if self.queue is not None:
+            tensors["queue"] = dict(self.queue.state_dict())
+        return tensors
 
     def load(self, tensors: dict[str, dict[str, Tensor]], step: int) -> None:
         """Go back to what `tensors` returned after `step` steps (same model, same number of ranks)."""
         self.model.load_state_dict(tensors["model"])
-        _load_optimiser(self.model, self.optimiser, tensors["optimizer"])
+        self.objective.load_state_dict(tensors.get("objective", {}))
+        if self.queue is not None:
+            self.queue.load_state_dict(tensors["queue"])
+        _load_optimiser(self._named_parameters(), self.optimiser, tensors["optimizer"])
         own = {name.partition(".")[2]: t for name, t in tensors["rng"].items() if name.startswith(f"rank{rank()}.")}
         torch.set_rng_state(own["torch"])
         self.views.load_state(own["views"])
         if "cuda" in own:
             torch.cuda.set_rng_state(own["cuda"], self.device)
         self.step = step
+
+    def _named_parameters(self) -> dict[str, nn.Parameter]:
+        own = {f"objective.{name}": p for name, p in self.objective.named_parameters()}
+        return dict(self.model.named_parameters()) | own
 
     def _rng(self) -> dict[str, Tensor]:
         own = {"torch": torch.get_rng_state(), "views": self.views.state()}
@@ -57,20 +81,15 @@ class TrainState:
         return {f"rank{r}.{name}": row for name, rows in gathered.items() for r, row in enumerate(rows)}
 
 
-def _named_slots(
-    model: nn.Module, optimiser: torch.optim.Optimizer
-) -> list[tuple[str, nn.Parameter, dict[str, Any]]]:
-    return [(name, p, optimiser.state[p]) for name, p in model.named_parameters() if p in optimiser.state]
-
-
-def _optimiser_tensors(model: nn.Module, optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+def _optimiser_tensors(parameters: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
     """`parameter/slot` -> tensor: safetensors holds names and tensors, no nested objects."""
-    slots = _named_slots(model, optimiser)
-    return {f"{name}/{key}": t for name, _, state in slots for key, t in state.items() if isinstance(t, Tensor)}
+    slots = [(name, optimiser.state[p]) for name, p in parameters.items() if p in optimiser.state]
+    return {f"{name}/{key}": t for name, state in slots for key, t in state.items() if isinstance(t, Tensor)}
 
 
-def _load_optimiser(model: nn.Module, optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
-    parameters = dict(model.named_parameters())
+def _load_optimiser(
+    parameters: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]
+) -> None:
     optimiser.state.clear()
     for full_name, value in tensors.items():
         name, _, key = full_name.rpartition("/")

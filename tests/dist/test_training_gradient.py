@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hpc_supcon.losses import SupConLoss
-from hpc_supcon.models import ContrastiveModel, Projection, build_encoder, synchronise_batchnorm
+from hpc_supcon.models import PretrainingModel, Projection, build_encoder, synchronise_batchnorm
 from hpc_supcon.runtime import Launch, Runtime
 from hpc_supcon.training.engine import distribute
 from tests.dist.ranks import run_ranks
@@ -18,13 +18,10 @@ from tests.dist.ranks import run_ranks
 LABELS = [[0, 0, 1, 7], [1, 1, 1, 2], [2, 0, 2, 3], [3, 3, 0, 1]]
 
 
-def make(views, *, batchnorm=True):
+def make(views):
     torch.manual_seed(0)
     encoder = build_encoder("conv", in_channels=1, image_size=8)
-    if not batchnorm:
-        encoder = nn.Sequential(nn.Flatten(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 16))
-        encoder.feature_dim = 16
-    model = ContrastiveModel(encoder, Projection(encoder.feature_dim, 24, 8)).double()
+    model = PretrainingModel(encoder, {"projection": Projection(encoder.feature_dim, 24, 8)}).double()
     x = torch.randn(16, views, 1, 8, 8, dtype=torch.float64)
     return model, x, torch.tensor(LABELS).flatten()
 
@@ -38,7 +35,7 @@ def one_rank(rank, world_size, views, backend):
     runtime = Runtime(Launch(rank=rank, world_size=world_size), torch.device("cpu"))
     parallel = distribute(model, runtime, sync_bn=True)
     share = slice(rank * 16 // world_size, (rank + 1) * 16 // world_size)
-    loss = SupConLoss(temperature=0.2, backend=backend)(parallel(x[share]), labels[share])
+    loss = SupConLoss(temperature=0.2, backend=backend)(parallel(x[share])["projection"], labels[share])
     loss.backward()
     return float(loss.detach()), gradients(model), {k: v.clone() for k, v in model.named_buffers()}
 
@@ -96,4 +93,4 @@ def test_synchronising_keeps_names_and_values_and_a_single_process_result():
     model, x, _ = make(2)
     other = synchronise_batchnorm(copy.deepcopy(model), torch.device("cpu"))
     assert list(other.state_dict()) == list(model.state_dict())
-    assert torch.equal(other(x), model(x))
+    assert torch.equal(other(x)["projection"], model(x)["projection"])

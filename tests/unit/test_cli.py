@@ -90,6 +90,13 @@ def test_config_prints_yaml_that_reads_back_and_the_schema(capsys):
         (["data.batch_size=4096"], ["fewer than one batch", "4096"]),
         (["data.views=1", "data.batch_size=2"], ["data.views=1", "no class repeats"]),
         (["data.validation_fraction=0"], ["probe.lrs", "validation"]),
+        (["loss.name=simclr", "data.views=1"], ["simclr", "data.views"]),
+        (["loss.name=triplet", "loss.queue_size=10"], ["loss.queue_size", "triplet"]),
+        (["model.momentum_encoder=0.9"], ["loss.queue_size"]),
+        (["log.gradient_response=true", "loss.name=supcon_in"], ["log.gradient_response", "supcon_in"]),
+        (["loss.name=reconstruction", "train.micro_batch_size=4"], ["train.micro_batch_size"]),
+        (["loss.name=reconstruction", "model.encoder=resnet18", "model.stem=small"], ["resnet18 has no decoder"]),
+        (["loss.temperature=0.001"], ["temperature", "0.002"]),
     ],
 )
 def test_wrong_settings_end_with_code_2_one_line_and_no_folder(capsys, tmp_path, arguments, parts):
@@ -104,6 +111,52 @@ def test_wrong_settings_end_with_code_2_one_line_and_no_folder(capsys, tmp_path,
     for part in parts:
         assert part in err
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ["loss.name=supcon_in"],
+        ["loss.name=tcl", "log.gradient_response=true", "loss.k1=100"],
+        ["loss.name=supcon_out", "log.gradient_response=true", "train.micro_batch_size=3"],
+        ["loss.name=simclr", "data.views=3", "loss.queue_size=20"],
+        ["loss.name=triplet", "loss.mining=semihard"],
+        ["loss.name=cross_entropy", "data.views=1"],
+        ["loss.name=cross_entropy_mae"],
+        ["loss.name=reconstruction", "optim.name=adamw", "optim.lr=1e-3"],
+        ["loss.learnable_temperature=true", "loss.queue_size=40", "model.momentum_encoder=0.99"],
+    ],
+)
+def test_every_loss_trains_by_name_and_goes_down(capsys, tmp_path, settings):
+    more = [*settings, "log.every_steps=1", "train.epochs=6", "optim.lr=0.05"]
+    code, _, err = run(capsys, "run", "default", *FAST, *more, f"run_dir={tmp_path}/r")
+    assert code == 0, err
+    events = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
+    steps = [e for e in events if e["event"] == "train"]
+    assert sum(e["loss"] for e in steps[-3:]) < sum(e["loss"] for e in steps[:3])
+    if "log.gradient_response=true" in settings:
+        assert all(0 <= e["response_negatives"] <= 1 and e["response_positives"] > 0 for e in steps)
+    if "loss.learnable_temperature=true" in settings:
+        assert steps[0]["temperature"] != steps[-1]["temperature"]
+    if "supcon" in settings[0] or "tcl" in settings[0]:
+        assert all(e["mean_positives"] > 1 for e in steps)
+    code, _, err = run(capsys, "probe", f"{tmp_path}/r")
+    assert code == 0, err
+
+
+def test_bench_loss_writes_a_table_and_a_picture(capsys, tmp_path):
+    arguments = ["--size", "300", "--only", "dense", "--only", "tiled", "--runs", "1", "--threads", "1"]
+    code, _, err = run(capsys, "bench", "loss", *arguments, "--out", str(tmp_path))
+    assert code == 0, err
+    (table,) = tmp_path.glob("*.json")
+    results = json.loads(table.read_text())["results"]
+    assert [r["name"] for r in results] == ["dense", "tiled"]
+    assert results[1]["gradient_error"] < 1e-5
+    (picture,) = tmp_path.glob("*.png")
+    assert Image.open(picture).size[0] > 500
+    code, _, err = run(capsys, "bench", "loss", "--only", "tilde")
+    assert code == 2
+    assert "did you mean 'tiled'" in err
 
 
 def folder_run(capsys, tmp_path, images, *more):

@@ -20,6 +20,7 @@ LAYERS = [
     {"data", "models", "losses"},
     {"training"},
     {"evaluation"},
+    {"bench"},
     {"cli"},
     {"__main__"},
 ]

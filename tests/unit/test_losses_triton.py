@@ -16,6 +16,9 @@ ROOT = Path(__file__).parents[2]
 NUMBERS = """
 import torch
 from hpc_supcon import losses
+from hpc_supcon.losses.columns import Columns, set_sizes
+from hpc_supcon.losses.tiled import Tiles
+from hpc_supcon.losses.triton_kernels import Triton
 
 torch.manual_seed(0)
 torch.set_num_threads(1)
@@ -51,6 +54,19 @@ for n, d, classes in ((1, 3, 1), (70, 5, 4), (45, 16, 1), (45, 40, 45), (83, 150
                 assert error <= tolerance, (n, d, name, precision, error)
                 for a, b in zip(kernel.parameters(), oracle.parameters()):
                     assert abs(a.grad - b.grad) <= tolerance * max(1, abs(b.grad)), (name, precision)
+# A rank in the middle: own rows that begin at column 37, other ranks' columns sorted apart, a queue of 8.
+u = torch.nn.functional.normalize(torch.randn(98, 20), dim=1) * 3
+blocks = [(0, 37), (37, 71), (71, 90), (90, 98)]
+ids = torch.cat([torch.randint(0, 5, (b - a,)).sort().values for a, b in blocks])
+own = slice(37, 71)
+columns = Columns(u, ids, blocks, own, *set_sizes(ids, own), [37, 34, 19])
+coefficients = torch.rand(98, 4)
+coefficients[90:] = 0
+expected, got = Tiles(8).row_sums(columns, 0.1), Triton("ieee").row_sums(columns, 0.1)
+for name in ("s_pos", "exp_pos", "exp_neg", "inv", "s_inv"):
+    torch.testing.assert_close(getattr(got, name).double(), getattr(expected, name), rtol=1e-5, atol=1e-4)
+expected = Tiles(8).row_gradients(columns, coefficients, 0.1)
+torch.testing.assert_close(Triton("ieee").row_gradients(columns, coefficients, 0.1), expected, rtol=1e-4, atol=0.1)
 print("numbers agree")
 """
 

@@ -1,0 +1,249 @@
+"""Time and peak extra memory of one contrastive loss, forward + backward: this package against the alternatives.
+
+    hpc-supcon bench loss --size 4096 --size 8192 --only dense --only tiled
+
+Contenders: `dense` (the plain PyTorch form of SupContrast), `compiled` (the same under torch.compile), `pml`
+(pytorch-metric-learning), and the backends of hpc_supcon. Times are taken side by side in one process, in
+rounds, so that drift of the machine hits all alike; CPU memory in a fresh process each, as the high-water
+mark of the resident set over what it was before the call. Extra memory counts everything beside the
+features themselves, the gradient included. Writes JSON and PNG.
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..errors import MissingExtra
+from ..losses import SupConLoss
+
+TEMPERATURE = 0.1
+CLASSES = 100
+# N x N fp32 matrices that the dense contenders hold at their peak, roughly: sizes beyond the limit are skipped.
+DENSE_COPIES = 10
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def dense_supcon(z: Tensor, labels: Tensor) -> Tensor:
+    """SupCon "out" as SupContrast computes it: full matrices, the row maximum subtracted."""
+    z = torch.nn.functional.normalize(z, dim=1)
+    mask = torch.eq(labels[:, None], labels[None, :]).float()
+    logits = z @ z.T / TEMPERATURE
+    logits = logits - logits.max(dim=1, keepdim=True).values.detach()
+    others = torch.ones_like(mask).fill_diagonal_(0)
+    mask = mask * others
+    log_prob = logits - torch.log((torch.exp(logits) * others).sum(1, keepdim=True))
+    return -((mask * log_prob).sum(1) / mask.sum(1)).mean()
+
+
+def contender(name: str) -> Loss:
+    if name == "dense":
+        return dense_supcon
+    if name == "compiled":
+        return torch.compile(dense_supcon)
+    if name == "pml":
+        try:
+            from pytorch_metric_learning.losses import SupConLoss as PmlLoss
+        except ModuleNotFoundError:
+            raise MissingExtra("pml is pytorch-metric-learning: pip install 'hpc-supcon[dev]'") from None
+        return PmlLoss(temperature=TEMPERATURE)
+    backend, _, precision = name.partition("-")
+    return SupConLoss(TEMPERATURE, backend=backend, precision=precision or "auto")
+
+
+@dataclass(frozen=True)
+class Result:
+    """One contender at one size. Seconds per forward + backward (the best of `runs`), bytes beyond the features."""
+
+    name: str
+    n: int
+    d: int
+    seconds: float
+    seconds_median: float
+    seconds_worst: float
+    runs: int
+    extra_bytes: int
+    tflops: float  # 6 N^2 D / time: the arithmetic of three dense matmuls, whoever does less
+    loss: float
+    gradient_error: float | None  # relative, against the first contender of the same size
+
+
+def make_batch(n: int, d: int, device: str) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    return torch.randn(n, d, device=device, requires_grad=True), torch.arange(n, device=device) % CLASSES
+
+
+def one_call(loss: Loss, z: Tensor, labels: Tensor) -> tuple[float, float]:
+    """(seconds, value) of forward + backward; z.grad is replaced."""
+    z.grad = None
+    _wait(z)
+    start = time.perf_counter()
+    value = loss(z, labels)
+    value.backward()
+    _wait(z)
+    return time.perf_counter() - start, float(value.detach())
+
+
+def _wait(z: Tensor) -> None:
+    if z.is_cuda:
+        torch.cuda.synchronize(z.device)
+
+
+def _resident(field: str) -> int:
+    """VmRSS or VmHWM of this process in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {field}")
+
+
+def _cpu_memory(name: str, n: int, d: int, threads: int, answer: Any) -> None:
+    torch.set_num_threads(threads)
+    loss = contender(name)
+    one_call(loss, *make_batch(CLASSES * 2, d, "cpu"))  # what libraries allocate once is not the loss's
+    if name == "compiled":
+        one_call(loss, *make_batch(n, d, "cpu"))
+    z, labels = make_batch(n, d, "cpu")
+    before = _resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+    one_call(loss, z, labels)
+    answer.put(_resident("VmHWM") - before)
+
+
+def peak_extra(name: str, n: int, d: int, device: str) -> int:
+    """Peak bytes of one forward + backward beyond what the batch itself occupies."""
+    if device == "cpu":
+        context = multiprocessing.get_context("spawn")
+        answer = context.Queue()
+        child = context.Process(target=_cpu_memory, args=(name, n, d, torch.get_num_threads(), answer))
+        child.start()
+        extra = answer.get(timeout=1800)
+        child.join()
+        return int(extra)
+    loss = contender(name)
+    z, labels = make_batch(n, d, device)
+    one_call(loss, z, labels)
+    z.grad = None
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    one_call(loss, z, labels)
+    return torch.cuda.max_memory_allocated() - before
+
+
+def matmul_rate(device: str) -> float:
+    """TFLOP/s of a square matmul in fp32 (bf16 on CUDA): what the machine could do at best."""
+    size, dtype = (2048, torch.float32) if device == "cpu" else (8192, torch.bfloat16)
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(6):
+        _wait(a)
+        start = time.perf_counter()
+        a @ a
+        _wait(a)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best / 1e12
+
+
+def run(
+    sizes: Sequence[int],
+    d: int = 128,
+    names: Sequence[str] = ("dense", "compiled", "pml", "tiled"),
+    device: str = "cpu",
+    runs: int = 3,
+    dense_limit_bytes: int = 4 << 30,
+) -> list[Result]:
+    """Measure every contender at every size; a dense one is left out where its matrices exceed the limit."""
+    results = []
+    for n in sizes:
+        fits = DENSE_COPIES * n * n * 4 <= dense_limit_bytes
+        chosen = [name for name in names if fits or name not in ("dense", "compiled", "pml", "reference")]
+        z, labels = make_batch(n, d, device)
+        losses = {name: contender(name) for name in chosen}
+        times: dict[str, list[float]] = {name: [] for name in chosen}
+        values: dict[str, float] = {}
+        errors: dict[str, float | None] = {}
+        baseline: Tensor | None = None
+        for turn in range(runs + 1):  # the first turn warms up: compilation, tuning, fresh pages
+            for name, loss in losses.items():
+                seconds, values[name] = one_call(loss, z, labels)
+                assert z.grad is not None
+                if turn == 0:
+                    errors[name] = None if baseline is None else float((z.grad - baseline).norm() / baseline.norm())
+                    baseline = z.grad.clone() if baseline is None else baseline
+                else:
+                    times[name].append(seconds)
+        for name in chosen:
+            # The best run: on a machine that others use too, the rest measures them.
+            seconds, median, worst = min(times[name]), statistics.median(times[name]), max(times[name])
+            extra = peak_extra(name, n, d, device)
+            rate = 6 * n * n * d / seconds / 1e12
+            results.append(Result(name, n, d, seconds, median, worst, runs, extra, rate, values[name], errors[name]))
+            print(
+                f"{name:>16} N {n:>7} D {d:>5}  {seconds:9.4f} s (median {median:.4f})  {extra / 2**20:9.1f} MiB  "
+                f"{rate:8.3f} TFLOP/s  {seconds / n / n * 1e9:7.3f} ns/pair  loss {values[name]:.6f}"
+            )
+    return results
+
+
+def machine(device: str) -> dict[str, Any]:
+    names = subprocess.run(["lscpu"], check=False, capture_output=True, text=True).stdout.splitlines()
+    model = next(
+        (line.split(":", 1)[1].strip() for line in names if line.startswith("Model name")), platform.machine()
+    )
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else model,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "matmul_tflops": matmul_rate(device),
+    }
+
+
+def plot(results: Sequence[Result], path: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
+    for name in dict.fromkeys(r.name for r in results):
+        mine = [r for r in results if r.name == name]
+        axes[0].plot([r.n for r in mine], [r.seconds for r in mine], marker="o", label=name)
+        axes[1].plot([r.n for r in mine], [r.extra_bytes / 2**20 for r in mine], marker="o", label=name)
+    for axis, title in zip(axes, ("seconds, forward + backward", "peak extra memory, MiB"), strict=True):
+        axis.set(xscale="log", yscale="log", xlabel="rows N", title=title)
+        axis.grid(alpha=0.3)
+        axis.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def measure(
+    sizes: Sequence[int], d: int, names: Sequence[str], device: str, runs: int, threads: int, tag: str, out: Path
+) -> None:
+    """Run, print, and write out/DATE-loss-DEVICE[TAG].json and .png. Raises ConfigError, MissingExtra."""
+    torch.set_num_threads(threads)
+    for name in names:
+        contender(name)  # an unknown name or a missing package is met before minutes of measuring
+    about = machine(device)
+    print(f"{about['device']}, {about['threads']} threads, matmul {about['matmul_tflops']:.3f} TFLOP/s")
+    results = run(sizes, d, names, device, runs)
+    out.mkdir(parents=True, exist_ok=True)
+    stem = out / f"{date.today().isoformat()}-loss-{device}{tag}"
+    text = json.dumps({"machine": about, "results": [asdict(r) for r in results]}, indent=1)
+    stem.with_suffix(".json").write_text(text + "\n")
+    plot(results, stem.with_suffix(".png"))
+    print(f"written: {stem}.json, {stem}.png")

@@ -1,0 +1,275 @@
+"""The training step: two passes equal one, on one and on several ranks; queue and momentum encoder."""
+
+from __future__ import annotations
+
+import copy
+import resource
+import subprocess
+import sys
+
+import pytest
+import torch
+from torch import nn
+
+from hpc_supcon.config import load_config
+from hpc_supcon.data import ArraySource, Batch, Splits
+from hpc_supcon.errors import NonFinite
+from hpc_supcon.models import PretrainingModel, Projection
+from hpc_supcon.runtime import Launch, Runtime, seed_everything
+from hpc_supcon.training import assemble
+from hpc_supcon.training.momentum import MomentumQueue
+from hpc_supcon.training.step import train_step
+from tests.dist.ranks import run_ranks
+
+SETTINGS = [
+    "model.encoder=conv", "model.projection_hidden=16", "model.projection_dim=8", "data.batch_size=24",
+    "train.precision=fp32", "optim.lr=0.1", "loss.temperature=0.2",
+]  # fmt: skip
+
+
+class DoubleEncoder(nn.Module):
+    """A float64 encoder with dropout and without BatchNorm, so that pieces cannot differ by their statistics."""
+
+    feature_dim = 12
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Flatten(), nn.Linear(3 * 64, 24), nn.Tanh(), nn.Dropout(0.0), nn.Linear(24, 12), nn.Tanh()
+        )
+        self.double()
+
+    def forward(self, x):
+        return self.layers(x.double())
+
+
+def build(rank, world_size, overrides, *, encoder=None):
+    """(state, this rank's batches): 5 global batches with another class mix on every rank."""
+    config = load_config("default", [*SETTINGS, *overrides])
+    generator = torch.Generator().manual_seed(3)
+    images = torch.randint(0, 256, (120, 3, 8, 8), dtype=torch.uint8, generator=generator)
+    labels = (torch.arange(120) // 7) % 4
+    labels[5] = 4  # an image without partner
+    source = ArraySource(images, labels, tuple("abcde"))
+    splits = Splits(source, source, source)
+    runtime = Runtime(Launch(rank=rank, world_size=world_size), torch.device("cpu"))
+    assemble.check_objective(config)
+    description = assemble.describe_model(config, splits)
+    assemble.seed_models(config)
+    model = assemble.build_model(description)
+    if encoder is not None:
+        heads = {"projection": Projection(encoder.feature_dim, 16, 8).double()}
+        model = PretrainingModel(encoder, heads)
+    views = assemble.build_views(config, description, runtime)
+    objective = assemble.build_objective(config, views)
+    seed_everything(0, rank)
+    state = assemble.build_state(config, model, objective, views, runtime)
+    size = 24 // world_size
+    rows = [torch.arange(step * 24 + rank * size, step * 24 + (rank + 1) * size) for step in range(5)]
+    return state, [Batch(images[r], labels[r], r) for r in rows]
+
+
+def five_steps(rank, world_size, overrides, views_seed=None):
+    torch.manual_seed(0)
+    state, batches = build(rank, world_size, overrides, encoder=DoubleEncoder())
+    losses = [float(train_step(state, batch).loss) for batch in batches]
+    return losses, {k: v.clone() for k, v in state.model.state_dict().items()}, dict(state.objective.state_dict())
+
+
+def assert_equal_runs(got, want):
+    assert got[0] == pytest.approx(want[0], rel=1e-10)
+    for name, value in want[1].items():
+        assert (got[1][name] - value).norm() <= 1e-10 * value.norm(), name
+    for name, value in want[2].items():
+        torch.testing.assert_close(got[2][name], value, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("loss", ["supcon_out", "supcon_in", "tcl", "simclr", "triplet", "cross_entropy"])
+@pytest.mark.parametrize("piece", [1, 5, 24])
+def test_five_steps_in_two_passes_equal_five_in_one(loss, piece):
+    overrides = [f"loss.name={loss}", "loss.mining=hard", "loss.k1=10"]
+    if loss in ("triplet", "cross_entropy"):
+        want, got = (five_plain_steps([*overrides, *more]) for more in ([], [f"train.micro_batch_size={piece}"]))
+        assert got == pytest.approx(want, rel=1e-4)
+        return
+    want = five_steps(0, 1, overrides)
+    assert_equal_runs(five_steps(0, 1, [*overrides, f"train.micro_batch_size={piece}"]), want)
+
+
+def five_plain_steps(overrides):
+    torch.manual_seed(0)
+    state, batches = build(0, 1, overrides)
+    for norm in (m for m in state.model.modules() if isinstance(m, nn.BatchNorm2d)):
+        norm.eval()
+    return [float(train_step(state, batch).loss) for batch in batches]
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_two_passes_over_ranks_equal_one_pass_over_ranks(world_size):
+    overrides = ["loss.learnable_temperature=true"]
+    want = run_ranks(five_steps, world_size, overrides)
+    got = run_ranks(five_steps, world_size, [*overrides, "train.micro_batch_size=5"])
+    for one, two in zip(want, got, strict=True):
+        assert_equal_runs(two, one)
+        assert_equal_runs(two, want[0])  # and every rank holds the same weights
+
+
+def exchanges(rank, world_size, overrides):
+    state, batches = build(rank, world_size, overrides, encoder=DoubleEncoder())
+    buckets = []
+
+    def hook(_, bucket):
+        buckets.append(bucket.buffer().numel())
+        return torch.distributed.all_reduce(bucket.buffer().div_(world_size), async_op=True).get_future().then(
+            lambda future: future.value()[0]
+        )
+
+    state.parallel.register_comm_hook(None, hook)
+    train_step(state, batches[0])
+    return sum(buckets), sum(p.numel() for p in state.model.parameters())
+
+
+def test_two_passes_exchange_each_gradient_once():
+    for sent, parameters in run_ranks(exchanges, 2, ["train.micro_batch_size=4"]):
+        assert sent == parameters
+
+
+def test_dropout_is_the_same_in_both_passes():
+    torch.manual_seed(0)
+    encoder = DoubleEncoder()
+    encoder.layers[3] = nn.Dropout(0.5)
+    state, batches = build(0, 1, ["train.micro_batch_size=7"], encoder=encoder)
+    seen = []
+    encoder.layers[3].register_forward_hook(lambda m, i, o: seen.append((o == 0) & (i[0] != 0)))
+    train_step(state, batches[0])
+    first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    assert not torch.equal(first[0], first[1])
+
+
+def test_running_statistics_move_once_per_step_in_two_passes():
+    state, batches = build(0, 1, ["train.micro_batch_size=12"])
+    train_step(state, batches[0])
+    counts = {int(m.num_batches_tracked) for m in state.model.modules() if isinstance(m, nn.BatchNorm2d)}
+    assert counts == {2}  # two pieces, second pass only
+
+
+MEMORY = """
+import resource, sys, torch
+from tests.dist.test_step import big_step
+print(big_step(int(sys.argv[1]), int(sys.argv[2])))
+"""
+
+
+def big_step(images, piece):
+    """Peak memory (MiB) that one step adds, in a process of its own."""
+    torch.set_num_threads(1)
+    sizes = [f"data.batch_size={images}", f"train.micro_batch_size={piece}"]
+    config = load_config("default", ["model.encoder=resnet9_small", "train.precision=fp32", *sizes])
+    pixels = torch.zeros(images, 3, 32, 32, dtype=torch.uint8)
+    source = ArraySource(pixels, torch.arange(images) % 10, tuple("abcdefghij"))
+    splits = Splits(source, source, source)
+    runtime = Runtime(Launch(), torch.device("cpu"))
+    description = assemble.describe_model(config, splits)
+    views = assemble.build_views(config, description, runtime)
+    objective = assemble.build_objective(config, views)
+    state = assemble.build_state(config, assemble.build_model(description), objective, views, runtime)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    train_step(state, Batch(pixels, source.labels, source.labels))
+    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+
+
+def test_peak_memory_of_two_passes_does_not_grow_with_the_batch():
+
+    def extra(images, piece):
+        done = subprocess.run(
+            [sys.executable, "-c", MEMORY, str(images), str(piece)], capture_output=True, text=True, check=True
+        )
+        return float(done.stdout)
+
+    small, large, one_pass = extra(128, 32), extra(512, 32), extra(512, 512)
+    assert large < small + 30
+    assert one_pass > 3 * large
+
+
+def push(rank, world_size, size):
+    queue = MomentumQueue(PretrainingModel(nn.Identity(), {"p": nn.Linear(2, 2)}), size, 2, None)
+    seen = []
+    for step in range(4):
+        labels = torch.tensor([10 * step + 3 * rank + k for k in range(3 if rank == 0 else 2)])
+        queue.push(torch.stack([labels, -labels], 1).float(), labels)
+        features, held = queue.columns()
+        assert torch.equal(features, torch.stack([held, -held], 1).float())
+        seen.append(sorted(held.tolist()))
+    return seen
+
+
+@pytest.mark.parametrize("size", [3, 5, 7, 100])
+def test_the_queue_holds_the_newest_keys_of_all_ranks(size):
+    everything = [10 * step + k for step in range(4) for k in range(5)]
+    want = [sorted(everything[: 5 * (step + 1)][-size:]) for step in range(4)]
+    for seen in run_ranks(push, 2, size):
+        assert seen == want
+
+
+def test_the_momentum_encoder_follows_and_gets_no_gradient():
+    overrides = ["model.momentum_encoder=0.9", "loss.queue_size=40"]
+    state, batches = build(0, 1, overrides)
+    before = copy.deepcopy(state.queue.key_model)
+    train_step(state, batches[0])
+    for old, new, online in zip(
+        before.parameters(), state.queue.key_model.parameters(), state.model.parameters(), strict=True
+    ):
+        torch.testing.assert_close(new, 0.9 * old + 0.1 * online)
+        assert new.grad is None
+    assert int(state.queue.pushed) == 24
+    train_step(state, batches[1])
+    features, labels = state.queue.columns()
+    assert features.shape == (40, 8)
+    assert set(labels[:8].tolist()) == set(batches[1].labels[-8:].tolist())
+
+
+def queue_steps(rank, world_size):
+    overrides = ["model.momentum_encoder=0.9", "loss.queue_size=30", "loss.name=tcl", "loss.k1=10"]
+    state, batches = build(rank, world_size, overrides)
+    losses = [float(train_step(state, batch).loss) for batch in batches]
+    return losses, {k: v.clone() for k, v in state.queue.state_dict().items()}
+
+
+def test_ranks_hold_the_same_queue_and_see_the_same_loss():
+    first, second = run_ranks(queue_steps, 2)
+    assert first[0] == second[0]
+    for name, value in first[1].items():
+        torch.testing.assert_close(value, second[1][name], rtol=1e-6, atol=1e-6)
+
+
+def test_a_queue_state_survives_a_checkpoint():
+    overrides = ["model.momentum_encoder=0.9", "loss.queue_size=30", "loss.learnable_temperature=true"]
+    state, batches = build(0, 1, overrides)
+    for batch in batches[:2]:
+        train_step(state, batch)
+    saved = {part: {k: t.clone() for k, t in named.items()} for part, named in state.tensors().items()}
+    assert set(saved) == {"model", "optimizer", "rng", "objective", "queue"}
+    want = [float(train_step(state, batch).loss) for batch in batches[2:]]
+    other, _ = build(0, 1, overrides)
+    other.load(saved, 2)
+    assert [float(train_step(other, batch).loss) for batch in batches[2:]] == want
+
+
+def poisoned(rank, world_size):
+    state, batches = build(rank, world_size, [])
+    train_step(state, batches[0])
+    before = {k: v.clone() for k, v in state.model.state_dict().items()}
+    if rank == 1:
+        state.model.heads["projection"].hidden.register_forward_hook(lambda m, i, o: o * float("nan"))
+    with pytest.raises(NonFinite) as caught:
+        train_step(state, batches[1])
+    parameters = dict(state.model.named_parameters())
+    assert all(torch.equal(before[name], p) for name, p in parameters.items()), "stopped before the update"
+    return str(caught.value)
+
+
+def test_nan_on_one_rank_stops_all_ranks_before_the_update_and_names_it():
+    for message in run_ranks(poisoned, 2):
+        assert "step 1" in message
+        assert "rank 1" in message
