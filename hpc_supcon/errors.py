@@ -58,6 +58,12 @@ class NonFinite(HpcSupconError):
     exit_code = 3
 
 
+class LoaderDied(HpcSupconError):
+    """What reads the data (a process or a thread) was killed, or gave nothing within the time-out."""
+
+    exit_code = 4
+
+
 def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
     """The message for a name that does not exist: the nearest one, and the whole list."""
     names = sorted(known)

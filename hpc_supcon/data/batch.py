@@ -14,7 +14,7 @@ class Batch:
     """One rank's share of one step, on the rank's device."""
 
     images: Tensor
-    """uint8 [B, C, H, W], 0..255."""
+    """uint8 [B, C, H, W], 0..255; [B, V, C, S, S] where the loader crops while decoding."""
     labels: Tensor
     """int64 [B], 0 <= label < number of classes."""
     index: Tensor
@@ -29,8 +29,17 @@ class Loader(Protocol):
         """Batches this rank gets in one epoch."""
         ...
 
+    @property
+    def replaced(self) -> int:
+        """Images that did not decode and were served as others so far, on this rank."""
+        ...
+
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """This rank's batches of that epoch, from step `start` on (where a resumed run goes on)."""
+        """This rank's batches of that epoch, from step `start` on (where a resumed run goes on).
+
+        One epoch at a time: asking for another one ends the one before. The tensors of a batch are new ones,
+        which a caller may keep and change. Raises CorruptSample, and LoaderDied after the time-out.
+        """
         ...
 
     def close(self) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import struct
 import threading
-import warnings
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ IGNORED = ("thumbs.db", "desktop.ini")
 """What desktops leave behind; names that begin with a dot are ignored too."""
 
 # Everything Pillow was seen to raise on damaged bytes. A Warning arrives as an exception where the caller
-# made warnings errors, as `_refusing_bombs` does for the one that means "this may not fit into memory".
+# made warnings errors.
 _DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, struct.error)
 _PILLOW_ERRORS = (*_DECODE_ERRORS, Image.DecompressionBombError, Warning)
 
@@ -67,8 +66,11 @@ class FolderSource:
 
     def read(self, i: int) -> Tensor:
         """uint8 [C, S, S]. Raises CorruptSample naming the path; DataError where mode or size differ."""
-        with _refusing_bombs():
-            return torch.from_numpy(_decode(self.paths[i], self.form).copy())  # Pillow's own memory is read-only
+        return torch.from_numpy(_decode(self.paths[i], self.form).copy())  # Pillow's own memory is read-only
+
+    def picture(self, i: int) -> Image.Image:
+        """See Source.picture. Raises as `read`."""
+        return _picture(self.paths[i], self.form)
 
     def stack(self) -> Tensor:
         """uint8 [N, C, S, S], decoded by as many threads as this process has processors. Raises as `read`,
@@ -87,7 +89,7 @@ class FolderSource:
                     failed.set()
                     raise
 
-        with _refusing_bombs(), ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
             for _ in pool.map(decode, range(0, len(self), 256)):
                 pass
         return torch.from_numpy(images)
@@ -170,7 +172,7 @@ def _same_classes(root: Path, name: str, train: set[str], other: set[str]) -> No
 
 def _form_of(first: Path, image_size: int | None, channels: int | None) -> Form:
     """The form asked for, completed by the first image's own where nothing was."""
-    with _refusing_bombs(), _opened(first) as image:
+    with _opened(first) as image:
         width, height = image.size
         if image_size is None and width != height:
             raise DataError(f"{first} is {width}x{height} pixels, not square: set data.image_size to resize and crop")
@@ -187,29 +189,35 @@ def _form_of(first: Path, image_size: int | None, channels: int | None) -> Form:
 
 def _decode(path: Path, form: Form) -> npt.NDArray[np.uint8]:
     """uint8 [C, S, S] in the asked-for form; EXIF orientation is not applied, as in torchvision."""
+    pixels = np.asarray(fitted(_picture(path, form), form.image_size), dtype=np.uint8)
+    return pixels[None] if form.channels == 1 else pixels.transpose(2, 0, 1)
+
+
+def _picture(path: Path, form: Form) -> Image.Image:
+    """The image in the asked-for channels and its own size."""
     with _opened(path) as image:
         _check_mode(path, image.mode, form)
         _check_size(path, image.size, form)
         try:
             image.load()
-            fitted = _fitted(image, form)
+            if "transparency" in image.info and image.mode == "P":
+                image = image.convert("RGBA")  # Pillow warns about the direct way: transparent pixels are undefined
+            return image.convert(MODE_OF_CHANNELS[form.channels])
         except _PILLOW_ERRORS as error:
             raise CorruptSample(f"image {path} does not decode: {error}") from error
-    pixels = np.asarray(fitted, dtype=np.uint8)
-    return pixels[None] if form.channels == 1 else pixels.transpose(2, 0, 1)
 
 
-def _fitted(image: Image.Image, form: Form) -> Image.Image:
-    if "transparency" in image.info and image.mode == "P":
-        image = image.convert("RGBA")  # Pillow warns about the direct way, whose transparent pixels are undefined
-    image = image.convert(MODE_OF_CHANNELS[form.channels])
-    size, (width, height) = form.image_size, image.size
+def fitted(picture: Image.Image, size: int) -> Image.Image:
+    """The picture with its shorter side resized to `size` pixels, and the central square of that."""
+    width, height = picture.size
     if (width, height) == (size, size):
-        return image
+        return picture
     short = min(width, height)
-    image = image.resize((size * width // short, size * height // short), Image.Resampling.BILINEAR)  # antialiased
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    picture = picture.resize(
+        (size * width // short, size * height // short), Image.Resampling.BILINEAR
+    )  # antialiased
+    left, top = (picture.width - size) // 2, (picture.height - size) // 2
+    return picture.crop((left, top, left + size, top + size))
 
 
 def _check_mode(path: Path, mode: str, form: Form) -> None:
@@ -241,26 +249,22 @@ def _mode_error(path: Path, mode: str) -> DataError:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """The image with its header read. Raises CorruptSample where there is none to read."""
+    """The image with its header read. Raises CorruptSample where there is none to read, or too many pixels.
+
+    Pillow refuses only twice its limit and warns before; turning its warning into an error would take filters
+    that belong to the whole process, and images are opened in threads.
+    """
     try:
         image = Image.open(path)
     except _PILLOW_ERRORS as error:
         reason = "the file is empty" if _is_empty(path) else str(error)
         raise CorruptSample(f"image {path} does not decode: {reason}") from error
     with image:
+        pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
+        if limit is not None and pixels > limit:
+            raise CorruptSample(f"image {path} does not decode: its {pixels} pixels exceed Pillow's limit of {limit}")
         yield image
 
 
 def _is_empty(path: Path) -> bool:
     return path.is_file() and path.stat().st_size == 0
-
-
-@contextmanager
-def _refusing_bombs() -> Iterator[None]:
-    """Pillow only warns about an image of over 90 million pixels; here it is refused, like a bigger one.
-
-    Warning filters belong to the process, so this is entered before threads start, never within them.
-    """
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", Image.DecompressionBombWarning)
-        yield

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -44,6 +45,10 @@ class Source(Protocol):
         """Image i as uint8 [C, H, W]. Raises CorruptSample where the format can be corrupt."""
         ...
 
+    def picture(self, i: int) -> Image.Image:
+        """Image i in the source's channels (mode L or RGB) but in the size it is stored in. Raises as `read`."""
+        ...
+
     def stack(self) -> Tensor:
         """All images as uint8 [N, C, H, W]; not to be written to. Raises as `read` does."""
         ...
@@ -74,6 +79,10 @@ class ArraySource:
 
     def read(self, i: int) -> Tensor:
         return self._images[i]
+
+    def picture(self, i: int) -> Image.Image:
+        pixels = self._images[i].permute(1, 2, 0).contiguous().numpy()
+        return Image.fromarray(pixels[:, :, 0] if self.channels == 1 else pixels)
 
     def stack(self) -> Tensor:
         return self._images

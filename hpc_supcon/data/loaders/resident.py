@@ -6,51 +6,125 @@ the set fits: CIFAR-10 takes 0.15 GiB, 100,000 RGB images of 224 px take 14 GiB.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import DataError
+from ...errors import CorruptSample, DataError
 from ..batch import Batch
 from ..order import Order
+from ..resample import resample
 from ..sources import Source
+from .crops import crop_boxes, replacement
+from .options import LoaderOptions
+from .reading import ATTEMPTS
+from .steps import Steps
 
 
 class ResidentLoader:
     """Loader over a source held on `device` as uint8 [N, C, H, W] until `close()`.
 
     Raises DataError when the device has no room, ConfigError where the order does not fit the ranks.
+    Crops are taken from the images as they are held, at the source's image_size.
     """
 
     def __init__(
-        self, source: Source, order: Order, *, seed: int, rank: int, world_size: int, device: torch.device | str
+        self,
+        source: Source,
+        order: Order,
+        *,
+        seed: int,
+        rank: int,
+        world_size: int,
+        device: torch.device | str,
+        options: LoaderOptions | None = None,
     ) -> None:
         assert order.n == len(source)
-        self._order, self._seed, self._rank, self._world_size = order, seed, rank, world_size
+        self._options, self._seed = options or LoaderOptions(), seed
         # Asked first: a batch size that does not fit is known before minutes of decoding.
-        self.steps_per_epoch = order.steps(rank, world_size)
-        self._images: Tensor | None = _to_device(source.stack(), device)
+        self._steps = Steps(order, seed, rank, world_size)
+        self.steps_per_epoch = len(self._steps)
+        self.replaced = 0
+        stack, self._corrupt = _stack(source, self._options)
+        self._images: Tensor | None = _to_device(stack, device)
         self._labels = source.labels.to(device)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """See Loader.epoch. The tensors of a batch are new ones: a caller may change them."""
         if self._images is None:
             raise RuntimeError("this loader is closed")
-        if not 0 <= start <= self.steps_per_epoch:
-            raise ValueError(f"step {start} is not in an epoch of {self.steps_per_epoch} steps")
-        steps = self._order.epoch(self._seed, epoch, self._rank, self._world_size)[start:]
-        if isinstance(steps, Tensor):
-            steps = steps.to(self._images.device)  # one copy to the device per epoch, none per step
-        for index in steps:
-            if self._images is None:
+        return self._serve(self._steps.of(epoch, start))
+
+    def _serve(self, tasks: list[tuple[int, Tensor]]) -> Iterator[Batch]:
+        mine = self._steps.begin()
+        if not tasks or self._images is None:
+            return
+        epoch = tasks[0][0]
+        # one copy to the device per epoch, none per step
+        served = torch.cat([index for _, index in tasks]).to(self._images.device)
+        for index, (_, asked) in zip(served.split([len(index) for _, index in tasks]), tasks, strict=True):
+            if self._images is None or not self._steps.is_current(mine):
                 return
-            index = index.to(self._images.device)
-            yield Batch(self._images.index_select(0, index), self._labels.index_select(0, index), index)
+            if self._corrupt:
+                asked = self._without_corrupt(epoch, asked)
+                index = asked.to(index.device)
+            images = self._images.index_select(0, index)
+            if self._options.crop is not None:
+                images = self._cropped(images, epoch, asked)
+            yield Batch(images, self._labels.index_select(0, index), index)
+
+    def _cropped(self, images: Tensor, epoch: int, index: Tensor) -> Tensor:
+        crop = self._options.crop
+        assert crop is not None
+        size = np.full(len(index), images.shape[-1])
+        boxes = torch.from_numpy(crop_boxes(self._seed, epoch, index.numpy(), size, size, crop)).to(images.device)
+        views = resample(images, boxes, boxes.new_zeros(boxes.shape[:2], dtype=torch.bool), crop.image_size)
+        return views.permute(1, 2, 0, 3, 4).mul(255).round_().clamp_(0, 255).to(torch.uint8)
+
+    def _without_corrupt(self, epoch: int, index: Tensor) -> Tensor:
+        index = index.clone()
+        for k, i in enumerate(index.tolist()):
+            if i in self._corrupt:
+                index[k] = self._replacement(epoch, i)
+                self.replaced += 1
+        return index
+
+    def _replacement(self, epoch: int, i: int) -> int:
+        n = len(self._labels)
+        for attempt in range(ATTEMPTS):
+            j = replacement(self._seed, epoch, i, attempt, n)
+            if j not in self._corrupt:
+                return j
+        raise CorruptSample(f"image {i} does not decode, and neither do {ATTEMPTS} others tried in its place")
 
     def close(self) -> None:
         """Free the images; an epoch under way ends before its next batch."""
         self._images = None
+
+
+def _stack(source: Source, options: LoaderOptions) -> tuple[Tensor, frozenset[int]]:
+    """All images, and which of them are none: those that do not decode, where they are to be replaced."""
+    try:
+        return source.stack(), frozenset()
+    except CorruptSample:
+        if options.on_corrupt == "fail":
+            raise
+    images = torch.zeros(len(source), source.channels, source.image_size, source.image_size, dtype=torch.uint8)
+
+    def decodes(i: int) -> bool:
+        try:
+            images[i] = source.read(i)
+        except CorruptSample:
+            return False
+        return True
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        sound = list(pool.map(decodes, range(len(source))))
+    return images, frozenset(i for i, ok in enumerate(sound) if not ok)
 
 
 def _to_device(images: Tensor, device: torch.device | str) -> Tensor:

@@ -1,0 +1,44 @@
+"""Batches on their way to the device: the next one is copied while the current one is computed on."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from .batch import Batch
+
+
+def to_device(batches: Iterator[Batch], device: torch.device | str) -> Iterator[Batch]:
+    """The batches, on `device`.
+
+    On CUDA the next batch is copied from pinned memory on a stream of its own while the caller works on the
+    current one. Elsewhere there is nothing to copy, and batches pass through: loaders decode ahead themselves.
+    """
+    return _overlapped(batches, torch.device(device)) if torch.device(device).type == "cuda" else batches
+
+
+def _overlapped(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
+    side = torch.cuda.Stream(device)
+    waiting = _copy(next(batches, None), device, side)
+    while waiting is not None:
+        ready, waiting = waiting, None
+        # The order matters: `ready` is waited for before the next copy is queued on the same stream.
+        current = torch.cuda.current_stream(device)
+        current.wait_stream(side)
+        for tensor in (ready.images, ready.labels, ready.index):
+            tensor.record_stream(current)  # its memory belongs to the side stream's pool
+        waiting = _copy(next(batches, None), device, side)
+        yield ready
+
+
+def _copy(batch: Batch | None, device: torch.device, side: torch.cuda.Stream) -> Batch | None:
+    if batch is None:
+        return None
+    with torch.cuda.stream(side):
+        # The caching host allocator keeps pinned memory until the copy out of it is done.
+        images, labels, index = (
+            tensor if tensor.is_cuda else tensor.pin_memory().to(device, non_blocking=True)
+            for tensor in (batch.images, batch.labels, batch.index)
+        )
+    return Batch(images, labels, index)

@@ -1,0 +1,60 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import functional as TF
+
+from hpc_supcon.data.loaders.crops import crop_boxes
+
+from .contract import CROP, N, open_train, write_folder
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory):
+    """Read-only: 26 PNG images of 20x16 pixels."""
+    return write_folder(tmp_path_factory.mktemp("images"))
+
+
+@pytest.fixture
+def reference_crops():
+    """Crops by torchvision, from the whole picture: uint8 [N, V, 3, S, S]."""
+
+    def crops(source, epoch):
+        pictures = [source.picture(i) for i in range(len(source))]
+        sizes = torch.tensor([(p.height, p.width) for p in pictures]).numpy()
+        boxes = crop_boxes(0, epoch, torch.arange(N).numpy(), sizes[:, 0], sizes[:, 1], CROP).tolist()
+        size = [CROP.image_size] * 2
+        return torch.stack(
+            [
+                torch.stack([TF.resized_crop(TF.pil_to_tensor(p), *box, size, antialias=True) for box in image])
+                for p, image in zip(pictures, boxes, strict=True)
+            ]
+        )
+
+    return crops
+
+
+@pytest.fixture
+def damaged(tmp_path):
+    """damaged(kind) -> (source, index, path): a folder of PNGs with one bad image at that index."""
+
+    def make(kind: str, **options: object):
+        root = write_folder(tmp_path / "images", suffix="jpg", size=(40, 40))
+        path = root / "train" / "b" / "02.jpg"
+        whole = path.read_bytes()
+        if kind == "truncated":
+            path.write_bytes(whole[: len(whole) * 2 // 3])
+        elif kind == "zero bytes":
+            path.write_bytes(b"")
+        elif kind == "text":
+            path.write_text("this is not an image\n" * 50)
+        elif kind == "cmyk":
+            Image.open(path).convert("CMYK").save(path)
+        elif kind == "16 bit":
+            Image.new("I;16", (40, 40), 40_000).save(path, format="png")
+        elif kind == "grey":
+            Image.open(path).convert("L").save(path)
+        return open_train(root, **options), 15, path
+
+    return make

@@ -1,0 +1,206 @@
+"""What is true of every loader: one class of claims, which each loader's test module inherits."""
+
+from __future__ import annotations
+
+import gc
+import multiprocessing
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from hpc_supcon.data import EvalOrder, Source, TrainOrder, build_loader, load_splits
+from hpc_supcon.data.loaders import CropOptions, LoaderOptions
+
+N, BATCH = 26, 6
+CROP = CropOptions(views=2, image_size=8)
+
+
+def save(path: Path, seed: int = 0, size: tuple[int, int] = (20, 16), mode: str = "RGB", **options: object) -> Path:
+    """A smooth random picture: what resampling filters agree on."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).convert(mode).save(path, **options)
+    return path
+
+
+def write_folder(root: Path, suffix: str = "png", **options: object) -> Path:
+    """train/{a,b} with 13 images each, test/{a,b} with one."""
+    for name in "ab":
+        for i in range(N // 2):
+            save(root / "train" / name / f"{i:02d}.{suffix}", seed=ord(name) * 100 + i, **options)
+        save(root / "test" / name / f"0.{suffix}")
+    return root
+
+
+def open_train(root: Path, **options: object) -> Source:
+    return load_splits("image_folder", root=root, validation_fraction=0, **{"image_size": 12, **options}).train
+
+
+def listing(folder: str) -> list[str]:
+    return sorted(path.name for path in Path(folder).iterdir())
+
+
+class Things:
+    """What this process holds that a loader could leave behind."""
+
+    def __init__(self) -> None:
+        gc.collect()
+        self.threads = {t.ident for t in threading.enumerate()} | set(listing("/proc/self/task"))
+        self.children = {p.pid for p in multiprocessing.active_children()}
+        self.shared = listing("/dev/shm")
+        self.files = len(listing("/proc/self/fd"))
+
+
+def nothing_left(before: Things, threads_of_libraries: int = 0) -> None:
+    """Threads, processes, shared memory and open files are those of before, at once or in a moment."""
+    deadline = time.monotonic() + 5
+    while True:
+        now = Things()
+        extra = len(now.threads - before.threads) - threads_of_libraries
+        if (
+            extra <= 0
+            and now.children <= before.children
+            and now.shared == before.shared
+            and now.files <= before.files
+        ):
+            return
+        if time.monotonic() > deadline:
+            raise AssertionError((extra, now.children - before.children, now.shared, now.files, before.files))
+        time.sleep(0.05)
+
+
+class LoaderContract:
+    """Subclasses give `name` and a fixture `source` of N images."""
+
+    name: str
+    workers = 2
+
+    def open(self, source, order=None, rank=0, world_size=1, seed=0, **options):
+        options = LoaderOptions(**{"workers": self.workers, "timeout_s": 60, **options})
+        order = order or TrainOrder(len(source), BATCH)
+        return build_loader(
+            self.name, source, order, seed=seed, rank=rank, world_size=world_size, device="cpu", options=options
+        )
+
+    @pytest.mark.parametrize("world_size", [1, 2, 3])
+    def test_ranks_serve_the_orders_own_batches_and_together_the_epochs_index_list(self, source, world_size):
+        order = TrainOrder(len(source), BATCH)
+        per_rank = []
+        for rank in range(world_size):
+            loader = self.open(source, order, rank, world_size)
+            try:
+                epochs = [list(loader.epoch(epoch)) for epoch in (0, 1)]
+            finally:
+                loader.close()
+            for epoch, batches in enumerate(epochs):
+                expected = order.epoch(0, epoch, rank, world_size)
+                assert [b.index.tolist() for b in batches] == expected.tolist()
+                assert loader.steps_per_epoch == len(expected)
+                for batch in batches:
+                    assert torch.equal(batch.labels, source.labels[batch.index])
+                    assert batch.images.shape == (BATCH // world_size, 3, 12, 12)
+                    assert (batch.images.dtype, batch.labels.dtype) == (torch.uint8, torch.int64)
+            per_rank.append(epochs)
+        for epoch in (0, 1):
+            served = torch.cat([b.index for epochs in per_rank for b in epochs[epoch]])
+            assert sorted(served.tolist()) == sorted(order.epoch(0, epoch, 0, 1).flatten().tolist())
+        first, second = ([b.index.tolist() for b in epochs] for epochs in per_rank[0])
+        assert first != second
+
+    @pytest.mark.parametrize("world_size", [1, 2, 3])
+    def test_evaluation_serves_every_image_once(self, source, world_size):
+        served = []
+        for rank in range(world_size):
+            loader = self.open(source, EvalOrder(len(source), 5), rank, world_size)
+            served += [i for batch in loader.epoch(0) for i in batch.index.tolist()]
+            loader.close()
+        assert served == list(range(N))
+
+    def test_an_image_is_the_one_its_index_names(self, source):
+        loader = self.open(source, EvalOrder(len(source), 10))
+        images = torch.cat([batch.images for batch in loader.epoch(0)])
+        loader.close()
+        self.check_images(images, source)
+
+    def check_images(self, images, source):
+        assert torch.equal(images, source.stack())
+
+    @pytest.mark.parametrize("crop", [None, CROP])
+    def test_a_resume_at_step_k_serves_the_tail_of_the_epoch_with_the_same_pixels(self, source, crop):
+        loader = self.open(source, crop=crop)
+        whole = list(loader.epoch(3))
+        loader.close()
+        loader = self.open(source, crop=crop, workers=1)
+        tail = list(loader.epoch(3, start=2))
+        assert list(loader.epoch(0, start=loader.steps_per_epoch)) == []
+        loader.close()
+        assert len(whole) - 2 == len(tail)
+        for a, b in zip(whole[2:], tail, strict=True):
+            assert torch.equal(a.index, b.index)
+            assert torch.equal(a.images, b.images)
+
+    def test_crops_are_two_views_of_the_image_and_differ_between_views_and_epochs(self, source):
+        loader = self.open(source, crop=CROP)
+        first, again, second = (list(loader.epoch(epoch)) for epoch in (0, 0, 1))
+        loader.close()
+        assert first[0].images.shape == (BATCH, 2, 3, 8, 8)
+        assert torch.equal(first[0].images, again[0].images)
+        a, b = (torch.cat([batch.images for batch in epoch]) for epoch in (first, second))
+        order = [torch.cat([batch.index for batch in epoch]).argsort() for epoch in (first, second)]
+        common = min(len(a), len(b)) // 2
+        assert (a[order[0]][:common] != b[order[1]][:common]).float().mean() > 0.2
+        assert (a[:, 0] != a[:, 1]).float().mean() > 0.2
+
+    def test_crops_are_those_of_the_reference(self, source, reference_crops):
+        """Boxes are the same for every loader; the filters differ, by little on smooth pictures."""
+        loader = self.open(source, EvalOrder(len(source), 10), crop=CROP)
+        images = torch.cat([batch.images for batch in loader.epoch(5)])
+        loader.close()
+        difference = (images.float() - reference_crops(source, 5).float()).abs()
+        assert difference.mean() < 6
+        assert difference.flatten(1).mean(dim=1).max() < 16
+
+    def test_nothing_is_left_of_an_epoch_abandoned_half_way(self, source):
+        self.open_and_abandon(source)  # what libraries start once for all
+        before = Things()
+        for _ in range(3):
+            self.open_and_abandon(source)
+        nothing_left(before)
+
+    def open_and_abandon(self, source):
+        loader = self.open(source)
+        batches = loader.epoch(0)
+        next(batches)
+        other = loader.epoch(1)
+        assert torch.equal(next(other).index, TrainOrder(N, BATCH).epoch(0, 1, 0, 1)[0])
+        assert list(batches) == []
+        loader.close()
+        assert list(other) == []
+        with pytest.raises(RuntimeError, match="closed"):
+            loader.epoch(0)
+
+    def test_memory_is_flat_over_20_epochs(self, source):
+        loader = self.open(source, crop=CROP)
+        sizes = []
+        for epoch in range(24):
+            for _ in loader.epoch(epoch):
+                pass
+            sizes.append(resident_kib())
+        loader.close()
+        assert max(sizes[14:]) - max(sizes[:4]) < 4096, sizes
+
+    def test_a_step_that_does_not_exist_is_refused(self, source):
+        loader = self.open(source)
+        with pytest.raises(ValueError, match="step 5 is not in an epoch of 4 steps"):
+            loader.epoch(0, start=5)
+        loader.close()
+
+
+def resident_kib() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1])

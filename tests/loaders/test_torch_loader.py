@@ -1,0 +1,237 @@
+"""Claims about the resident loader and the one with worker processes."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from hpc_supcon.data import ArraySource, EvalOrder, TrainOrder, build_loader
+from hpc_supcon.data.loaders import LoaderOptions, choose
+from hpc_supcon.errors import CorruptSample, DataError, LoaderDied
+
+from .contract import BATCH, LoaderContract, N, Things, nothing_left, open_train
+
+
+class TestTorch(LoaderContract):
+    name = "torch"
+
+    @pytest.fixture
+    def source(self, folder):
+        return open_train(folder)
+
+
+class TestResident(LoaderContract):
+    name = "resident"
+
+    @pytest.fixture
+    def source(self, folder):
+        train = open_train(folder)
+        return ArraySource(train.stack(), train.labels, train.classes)
+
+
+class TestTorchOnArrays(TestResident):
+    name = "torch"
+
+
+LOADERS = ["resident", "torch"]
+
+
+def serve(name, source, **options):
+    order = EvalOrder(len(source), 8)
+    options = LoaderOptions(**{"timeout_s": 60, **options})
+    loader = build_loader(name, source, order, seed=0, rank=0, world_size=1, device="cpu", options=options)
+    try:
+        return list(loader.epoch(0)), loader
+    finally:
+        loader.close()
+
+
+@pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.parametrize("kind", ["truncated", "zero bytes", "text"])
+def test_an_image_that_does_not_decode_is_named(damaged, name, kind):
+    source, index, path = damaged(kind)
+    with pytest.raises(CorruptSample) as caught:
+        serve(name, source)
+    assert str(path) in str(caught.value)
+    assert name == "resident" or f"image {index} of the set" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.parametrize(
+    ("kind", "options", "message"),
+    [
+        ("cmyk", {}, "mode CMYK"),
+        ("16 bit", {}, "more than 8 bits"),
+        ("16 bit", {"channels": 3}, "more than 8 bits"),
+        ("grey", {}, "mode L"),
+    ],
+)
+def test_an_image_of_another_form_is_named_even_where_corrupt_ones_are_replaced(
+    damaged, name, kind, options, message
+):
+    source, _, path = damaged(kind, **options)
+    with pytest.raises(DataError, match=message) as caught:
+        serve(name, source, on_corrupt="replace")
+    assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", ["truncated", "zero bytes", "text"])
+def test_a_corrupt_image_is_replaced_by_the_same_sound_one_whatever_the_loader(damaged, kind):
+    source, index, _ = damaged(kind)
+    served = {}
+    for name, workers in (("resident", 1), ("torch", 1), ("torch", 3)):
+        batches, loader = serve(name, source, on_corrupt="replace", workers=workers)
+        assert loader.replaced == 1
+        chosen = torch.cat([b.index for b in batches])
+        assert (chosen != torch.arange(N)).nonzero().flatten().tolist() == [index]
+        other = int(chosen[index])
+        images = torch.cat([b.images for b in batches])
+        assert torch.equal(images[index], source.read(other))
+        assert torch.equal(torch.cat([b.labels for b in batches]), source.labels[chosen])
+        served[name, workers] = other
+    assert len(set(served.values())) == 1
+
+
+def test_a_set_of_corrupt_images_only_is_an_error(damaged):
+    source, index, _ = damaged("text")
+    for name in LOADERS:
+        with pytest.raises(CorruptSample, match="neither do 100 others"):
+            serve(name, source.subset([index] * 4), on_corrupt="replace")
+
+
+# ---- worker processes that die or hang
+
+
+class Slow(ArraySource):
+    """Reading the image of that index takes for ever."""
+
+    def __init__(self, source, index, folder: Path) -> None:
+        super().__init__(source.stack(), source.labels, source.classes)
+        self.index, self.folder = index, folder
+
+    def read(self, i):
+        (self.folder / str(os.getpid())).touch()
+        while i == self.index:
+            time.sleep(60)
+        return super().read(i)
+
+
+class Murderous(ArraySource):
+    """Reading that image kills the process that does it."""
+
+    index = 20
+
+    def read(self, i):
+        if i == self.index:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().read(i)
+
+
+class Deaf(ArraySource):
+    """Reading that image first sends its own process the signals that a scheduler sends to a group."""
+
+    def read(self, i):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
+            os.kill(os.getpid(), number)
+        return super().read(i)
+
+
+def arrays(kind=ArraySource, *args):
+    images = torch.arange(N, dtype=torch.uint8).repeat_interleave(3 * 12 * 12).view(N, 3, 12, 12)
+    return kind(images, torch.arange(N) % 2, ["a", "b"], *args)
+
+
+def test_a_worker_killed_while_it_reads_is_reported_at_once():
+    before, began = Things(), time.monotonic()
+    with pytest.raises(LoaderDied, match=r"worker process \d \(pid \d+\) was killed by SIGKILL"):
+        serve("torch", arrays(Murderous))
+    assert time.monotonic() - began < 30  # not data.timeout_s: starting the workers is what takes time
+    nothing_left(before)
+
+
+def test_a_worker_killed_between_two_batches_is_reported():
+    source = arrays()
+    options = LoaderOptions(workers=2, timeout_s=60)
+    loader = build_loader(
+        "torch", source, EvalOrder(N, 1), seed=0, rank=0, world_size=1, device="cpu", options=options
+    )
+    batches = loader.epoch(0)
+    before = {p.pid for p in multiprocessing.active_children()}
+    next(batches)
+    for pid in {p.pid for p in multiprocessing.active_children()} - before:
+        os.kill(pid, signal.SIGKILL)
+    with pytest.raises(LoaderDied, match="SIGKILL"):
+        list(batches)
+    assert {p.pid for p in multiprocessing.active_children()} <= before
+
+
+def test_a_worker_that_sleeps_for_ever_is_reported_after_the_time_out_and_killed(tmp_path):
+    before = Things()
+    with pytest.raises(LoaderDied, match=r"no batch within data\.timeout_s=8 s"):
+        serve("torch", Slow(arrays(), 9, tmp_path), timeout_s=8)
+    nothing_left(before)
+    pids = [int(path.name) for path in tmp_path.iterdir()]
+    assert pids
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_workers_outlive_the_signals_of_a_scheduler():
+    batches, _ = serve("torch", arrays(Deaf))
+    assert torch.equal(torch.cat([b.images for b in batches]), arrays().stack())
+
+
+def test_a_batch_may_be_kept_and_changed():
+    source = arrays()
+    loader = build_loader("torch", source, TrainOrder(N, BATCH), seed=0, rank=0, world_size=1, device="cpu")
+    kept = []
+    for batch in loader.epoch(0):
+        kept.append((batch.index.clone(), batch.images))
+        batch.labels.zero_()
+        batch.index.zero_()
+    loader.close()
+    for index, images in kept:
+        assert torch.equal(images, source.stack()[index])
+
+
+def test_a_loader_that_is_dropped_without_close_ends_its_workers():
+    before = Things()
+    loader = build_loader("torch", arrays(), TrainOrder(N, BATCH), seed=0, rank=0, world_size=1, device="cpu")
+    batches = loader.epoch(0)
+    next(batches)
+    del batches, loader
+    nothing_left(before)
+
+
+def test_the_runs_random_numbers_are_left_alone():
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    serve("torch", arrays())
+    assert torch.equal(torch.rand(3), expected)
+
+
+# ---- auto
+
+
+def test_auto_keeps_a_set_that_fits_and_says_why(folder, caplog):
+    source = open_train(folder)
+    name, reason = choose(source, "cpu", LoaderOptions())
+    assert name == "resident"
+    assert "fits into memory" in reason
+    with caplog.at_level("INFO"):
+        loader = build_loader("auto", source, TrainOrder(N, BATCH), seed=0, rank=0, world_size=1, device="cpu")
+    loader.close()
+    assert "data.loader=auto takes resident: the set fits" in caplog.text
+
+
+def test_auto_streams_a_set_that_does_not_fit(folder, monkeypatch):
+    monkeypatch.setattr("hpc_supcon.data.loaders._free_memory", lambda device: 1000)
+    name, reason = choose(open_train(folder), "cpu", LoaderOptions())
+    assert (name, "does not fit" in reason) == ("torch", True)
