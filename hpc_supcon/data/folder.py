@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import os
 import struct
-import threading
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..errors import CorruptSample, DataError
-from .sources import check_form
+from .sources import check_form, stack_images
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 CHANNELS_OF_MODE = {"L": 1, "RGB": 3}
@@ -29,8 +27,8 @@ IGNORED = ("thumbs.db", "desktop.ini")
 
 # Everything Pillow was seen to raise on damaged bytes. A Warning arrives as an exception where the caller
 # made warnings errors.
-_DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, struct.error)
-_PILLOW_ERRORS = (*_DECODE_ERRORS, Image.DecompressionBombError, Warning)
+DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, struct.error)
+_PILLOW_ERRORS = (*DECODE_ERRORS, Image.DecompressionBombError, Warning)
 
 
 @dataclass(frozen=True)
@@ -73,26 +71,10 @@ class FolderSource:
         return _picture(self.paths[i], self.form)
 
     def stack(self) -> Tensor:
-        """uint8 [N, C, S, S], decoded by as many threads as this process has processors. Raises as `read`,
-        for the first image that fails."""
-        size = self.image_size
-        images = np.empty((len(self), self.channels, size, size), dtype=np.uint8)
-        failed = threading.Event()
-
-        def decode(start: int) -> None:
-            for i in range(start, min(start + 256, len(self))):
-                if failed.is_set():
-                    return
-                try:
-                    images[i] = _decode(self.paths[i], self.form)
-                except DataError:
-                    failed.set()
-                    raise
-
-        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-            for _ in pool.map(decode, range(0, len(self), 256)):
-                pass
-        return torch.from_numpy(images)
+        """See stack_images. Raises as `read`."""
+        form = self.form
+        shape = (form.channels, form.image_size, form.image_size)
+        return stack_images(lambda i: _decode(self.paths[i], form), len(self), shape)
 
     def subset(self, indices: Tensor | Sequence[int]) -> FolderSource:
         rows = torch.as_tensor(indices, dtype=torch.int64)

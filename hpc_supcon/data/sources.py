@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 
 LUMA = (0.2989, 0.587, 0.114)
 """Weights of red, green and blue in grey (ITU-R BT.601, the figures torchvision uses)."""
@@ -90,6 +95,30 @@ class ArraySource:
     def subset(self, indices: Tensor | Sequence[int]) -> ArraySource:
         rows = torch.as_tensor(indices, dtype=torch.int64)
         return ArraySource(self._images[rows], self.labels[rows], self.classes)
+
+
+def stack_images(read: Callable[[int], npt.NDArray[np.uint8]], n: int, shape: tuple[int, int, int]) -> Tensor:
+    """uint8 [n, *shape]: read(0) ... read(n - 1), by as many threads as this process has processors.
+
+    Raises what `read` raises, for the first image that fails.
+    """
+    images = np.empty((n, *shape), dtype=np.uint8)
+    failed = threading.Event()
+
+    def decode(start: int) -> None:
+        for i in range(start, min(start + 256, n)):
+            if failed.is_set():
+                return
+            try:
+                images[i] = read(i)
+            except DataError:
+                failed.set()
+                raise
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for _ in pool.map(decode, range(0, n, 256)):
+            pass
+    return torch.from_numpy(images)
 
 
 def fit_images(images: Tensor, *, image_size: int | None, channels: int | None) -> Tensor:

@@ -12,7 +12,7 @@ from .contract import CROP, N, open_train, write_folder
 
 @pytest.fixture(scope="session")
 def folder(tmp_path_factory):
-    """Read-only: 26 PNG images of 20x16 pixels."""
+    """Read-only: 26 PNG images of 80x64 pixels."""
     return write_folder(tmp_path_factory.mktemp("images"))
 
 

@@ -45,7 +45,7 @@ def test_a_box_depends_on_seed_epoch_index_and_view_alone():
 
 
 def test_boxes_are_distributed_as_torchvisions():
-    n, image, scale, ratio = 10_000, torch.empty(3, 40, 30), [0.2, 1.0], [3 / 4, 4 / 3]
+    n, image = 10_000, torch.empty(3, 40, 30)
     ours = boxes(range(n)).reshape(-1, 4).astype(float)
     theirs = np.array(
         [RandomResizedCrop.get_params(image, [0.2, 1.0], [3 / 4, 4 / 3]) for _ in range(n)], dtype=float

@@ -5,13 +5,16 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 
 from ...errors import ConfigError, unknown_name
 from ..batch import Loader
+from ..beton import BetonSource
 from ..order import Order
 from ..sources import ArraySource, Source
+from .ffcv import FfcvLoader
 from .options import CropOptions, LoaderOptions, OnCorrupt
 from .resident import ResidentLoader
 from .torch_workers import TorchLoader
@@ -21,6 +24,7 @@ __all__ = ["LOADERS", "CropOptions", "LoaderOptions", "OnCorrupt", "build_loader
 LOADERS: dict[str, Callable[..., Loader]] = {
     "resident": ResidentLoader,
     "torch": TorchLoader,
+    "ffcv": FfcvLoader,
 }
 
 RESIDENT_SHARE = 0.5
@@ -64,6 +68,10 @@ def choose(source: Source, device: torch.device | str, options: LoaderOptions) -
         if size < free * RESIDENT_SHARE or torch.device(device).type == "cpu":
             return "resident", f"the images are in memory already ({needs})"
         return "torch", f"the images are in the host's memory and too many for the device ({needs})"
+    if isinstance(source, BetonSource) and find_spec("ffcv") is not None:
+        if options.crop is None and size < free * RESIDENT_SHARE:
+            return "resident", f"the set fits into memory ({needs})"
+        return "ffcv", "the source is a .beton file"
     if options.crop is not None:
         return "torch", "crops are taken from the stored images, which differ from what would be kept in memory"
     if size < free * RESIDENT_SHARE:

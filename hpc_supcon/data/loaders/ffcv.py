@@ -1,0 +1,192 @@
+"""The `ffcv` loader: .beton files, decoded by FFCV's C library in threads that hold no lock of Python's.
+
+FFCV's format, its JPEG decoder and its resizer are used, under a loop of our own. Its Loader drops the decoder's
+return code (a corrupt image shows the pixels of an earlier one), waits for ever when its thread fails, serves
+one view per decode, and sets torch's number of threads.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+from functools import lru_cache, partial
+from itertools import pairwise
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...errors import ConfigError, CorruptSample, MissingExtra
+from ..batch import Batch
+from ..beton import JPEG, BetonSource
+from ..order import Order
+from ..prefetch import to_device
+from ..sources import Source
+from .ahead import Begun, Team, in_order
+from .crops import Ints, central_boxes, crop_boxes
+from .options import LoaderOptions
+from .reading import SampleReader
+from .steps import Steps, Task
+
+INSTALL = "apt-get install pkg-config libopencv-dev libturbojpeg0-dev g++ && pip install 'hpc-supcon[ffcv]'"
+_PARTS = 2  # pieces of a batch per thread: images differ in size, and threads in luck
+_JOIN_S = 5.0  # a piece of a batch takes milliseconds
+
+
+class FfcvLoader:
+    """Loader over a BetonSource; `options.workers` threads live as long as an epoch.
+
+    Raises ConfigError for any other source, MissingExtra without FFCV.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        order: Order,
+        *,
+        seed: int,
+        rank: int,
+        world_size: int,
+        device: torch.device | str,
+        options: LoaderOptions | None = None,
+    ) -> None:
+        assert order.n == len(source)
+        if not isinstance(source, BetonSource):
+            raise ConfigError(
+                "data.loader=ffcv reads .beton files: make one with `hpc-supcon convert DATA OUT.beton`"
+            )
+        self._kernel = _decoder()
+        self._source, self._seed, self._device = source, seed, device
+        self._options = options or LoaderOptions()
+        self._steps = Steps(order, seed, rank, world_size)
+        self._reader = SampleReader(source, seed, self._options.crop, self._options.on_corrupt)
+        self.steps_per_epoch = len(self._steps)
+        self._team: Team | None = None
+        self._closed = False
+
+    @property
+    def replaced(self) -> int:
+        return self._reader.replaced
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
+        """See Loader.epoch."""
+        if self._closed:
+            raise RuntimeError("this loader is closed")
+        return to_device(self._serve(self._steps.of(epoch, start)), self._device)
+
+    def _serve(self, tasks: list[Task]) -> Iterator[Batch]:
+        self._end_team()
+        if self._closed:
+            return
+        mine, team = self._steps.begin(), Team(self._options.workers)
+        self._team = team
+        try:
+            begun = (self._begin(team, *task) for task in tasks)
+            for finish in in_order(begun, timeout_s=self._options.timeout_s, loader="ffcv"):
+                yield finish()
+                if self._closed or not self._steps.is_current(mine):
+                    return
+        finally:
+            team.close(_JOIN_S)
+
+    def _begin(self, team: Team, epoch: int, index: torch.Tensor) -> Begun[Callable[[], Batch]]:
+        source, columns = self._source, self._source.columns
+        rows = source.rows[index.numpy()]
+        boxes = self._boxes(epoch, index.numpy(), columns["height"][rows], columns["width"][rows])
+        images = torch.empty(len(index), *self._reader.shape, dtype=torch.uint8)
+        out = images.numpy().reshape(*boxes.shape[:2], *self._reader.shape[-3:])
+        failed = np.zeros(len(index), dtype=np.uint8)
+        arrays = (columns["mode"], columns["height"], columns["width"], columns["ptr"], columns["size"])
+        edges = np.linspace(0, len(index), min(_PARTS * self._options.workers, len(index)) + 1).astype(np.int64)
+        futures = [
+            team.submit(partial(self._kernel, source.bytes.view(np.ndarray), *arrays, *piece))
+            for piece in ((rows[a:b], boxes[a:b], out[a:b], failed[a:b]) for a, b in pairwise(edges.tolist()))
+        ]
+        return partial(self._finish, epoch, index, images, failed), futures
+
+    def _boxes(self, epoch: int, index: Ints, heights: np.ndarray, widths: np.ndarray) -> Ints:
+        """int64 [B, V, 4]; without crops the one central square that `fitted` takes."""
+        H, W = heights.astype(np.int64), widths.astype(np.int64)
+        if self._options.crop is None:
+            return central_boxes(H, W)
+        return crop_boxes(self._seed, epoch, index, H, W, self._options.crop)
+
+    def _finish(self, epoch: int, index: torch.Tensor, images: torch.Tensor, failed: np.ndarray) -> Batch:
+        served = index.clone()
+        for k in np.flatnonzero(failed).tolist():
+            i = int(index[k])
+            if self._options.on_corrupt == "fail":
+                row = int(self._source.rows[i])
+                raise CorruptSample(f"{self._source.path}: sample {row} does not decode (image {i} of the set)")
+            served[k] = self._reader.replace(images[k].numpy(), epoch, i)
+        return Batch(images, self._source.labels[served], served)
+
+    def close(self) -> None:
+        """End the threads of an epoch under way."""
+        self._closed = True
+        self._end_team()
+
+    def _end_team(self) -> None:
+        if self._team is not None:
+            self._team.close(_JOIN_S)
+            self._team = None
+
+
+def _libffcv() -> Any:
+    threads = torch.get_num_threads()
+    try:
+        from ffcv import libffcv
+    except ImportError as error:
+        raise MissingExtra(f"data.loader=ffcv needs FFCV ({error}): {INSTALL}") from error
+    finally:
+        torch.set_num_threads(threads)  # importing ffcv sets it to 1
+    # Crops are resized side by side in our threads; OpenCV would start more of its own and keep them.
+    set_threads = libffcv.lib._ZN2cv13setNumThreadsEi  # cv::setNumThreads(int)
+    set_threads.argtypes = [ctypes.c_int]
+    set_threads(0)
+    return libffcv
+
+
+@lru_cache(maxsize=1)
+def _decoder() -> Callable[..., None]:
+    """The compiled decoder: each image once, cropped as often as it has boxes. Compiling takes seconds."""
+    library = _libffcv()
+    import numba
+
+    imdecode, resize, jpeg = library.ctypes_imdecode, library.ctypes_resize, JPEG
+
+    def decode(  # type: ignore[no-untyped-def]  # compiled for the types it is called with
+        file, modes, heights, widths, ptrs, sizes, rows, boxes, out, failed
+    ) -> None:
+        """file uint8 [bytes]; modes .. sizes: [images of the file]; rows [B]; boxes [B, V, 4];
+        out uint8 [B, V, C, S, S]; failed uint8 [B] becomes 1 where the decoder met an error."""
+        size = out.shape[-1]
+        largest = 0
+        for row in rows:
+            largest = max(largest, np.int64(heights[row]) * np.int64(widths[row]))
+        buffer = np.empty(3 * largest, np.uint8)
+        small = np.empty((size, size, 3), np.uint8)
+        for k in range(len(rows)):
+            row = rows[k]
+            H, W = np.int64(heights[row]), np.int64(widths[row])
+            data = file[ptrs[row] : ptrs[row] + sizes[row]]
+            pixels = buffer[: 3 * H * W].reshape((H, W, 3))
+            if modes[row] == jpeg:
+                # -1 too for a file that ends early, whose missing rows the library fills with grey
+                if imdecode(data.ctypes.data, len(data), H, W, pixels.ctypes.data, H, W, 0, 0, 1, 1, False, False):
+                    failed[k] = 1
+                    continue
+            else:
+                buffer[: 3 * H * W] = data
+            for v in range(boxes.shape[1]):
+                top, left, h, w = boxes[k, v]
+                if h == size and w == size:
+                    small[:] = pixels[top : top + h, left : left + w]
+                else:
+                    resize(0, pixels.ctypes.data, H, W, top, top + h, left, left + w, small.ctypes.data, size, size)
+                for c in range(out.shape[2]):
+                    for y in range(size):
+                        for x in range(size):
+                            out[k, v, c, y, x] = small[y, x, c]
+
+    return numba.njit(nogil=True, error_model="numpy")(decode)

@@ -1,0 +1,198 @@
+"""Claims about the loader of .beton files."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from hpc_supcon.data import EvalOrder, TrainOrder, build_loader, load_splits
+from hpc_supcon.data.beton import open_beton
+from hpc_supcon.data.convert import convert
+from hpc_supcon.data.loaders import LoaderOptions, choose
+from hpc_supcon.errors import ConfigError, CorruptSample, LoaderDied
+
+from .contract import BATCH, CROP, LoaderContract, N, Things, nothing_left, open_train, write_folder
+from .extras import require
+
+require("ffcv", "apt-get install pkg-config libopencv-dev libturbojpeg0-dev g++; pip install ffcv")
+
+
+@pytest.fixture(scope="module")
+def beton(folder, tmp_path_factory):
+    """26 raw images of 80x64 pixels."""
+    path = tmp_path_factory.mktemp("beton") / "raw.beton"
+    convert(open_train(folder), path, raw_fraction=1.0)
+    return path
+
+
+@pytest.fixture(scope="module")
+def jpegs(tmp_path_factory):
+    """26 JPEGs of 40x40 pixels."""
+    root = tmp_path_factory.mktemp("jpegs")
+    convert(open_train(write_folder(root, suffix="jpg", size=(40, 40), quality=95)), root / "jpg.beton")
+    return root / "jpg.beton"
+
+
+class TestFfcv(LoaderContract):
+    name = "ffcv"
+
+    @pytest.fixture
+    def source(self, beton):
+        return open_beton(beton, image_size=16)
+
+    def check_images(self, images, source):
+        """OpenCV's area filter against Pillow's triangle."""
+        assert (images.float() - source.stack().float()).abs().mean() < 2
+
+
+class TestFfcvOnJpeg(TestFfcv):
+    @pytest.fixture
+    def source(self, jpegs):
+        return open_beton(jpegs, image_size=16)
+
+
+def serve(source, order=None, **options):
+    options = LoaderOptions(**{"timeout_s": 60, **options})
+    order = order or EvalOrder(len(source), 8)
+    loader = build_loader("ffcv", source, order, seed=0, rank=0, world_size=1, device="cpu", options=options)
+    try:
+        batches = list(loader.epoch(0))
+    finally:
+        loader.close()
+    return torch.cat([b.images for b in batches]), torch.cat([b.index for b in batches]), loader
+
+
+def test_raw_images_of_the_right_size_are_served_as_they_are(tmp_path):
+    train = load_splits("synthetic", synthetic={"images": 70, "classes": 5}, validation_fraction=0).train
+    convert(train, tmp_path / "a.beton", raw_fraction=1.0)
+    assert torch.equal(serve(open_beton(tmp_path / "a.beton"))[0], train.stack())
+
+
+def test_jpegs_decode_to_what_pillow_makes_of_them(jpegs):
+    source = open_beton(jpegs)
+    difference = (serve(source)[0].float() - source.stack().float()).abs()
+    assert difference.max() <= 16  # FFCV asks for the fast, less exact transform
+    assert difference.mean() < 2
+
+
+def test_grey_images_are_served_grey(tmp_path):
+    digits = load_splits("digits", validation_fraction=0).test
+    for fraction in (0.0, 1.0):
+        convert(digits, tmp_path / "a.beton", raw_fraction=fraction)
+        source = open_beton(tmp_path / "a.beton")
+        images = serve(source)[0]
+        assert images.shape == (len(digits), 1, 8, 8)
+        assert (images.float() - source.stack().float()).abs().max() <= (16 if fraction == 0 else 0)
+
+
+def test_a_subset_serves_its_own_images(beton):
+    whole = open_beton(beton, image_size=16)
+    images, index, _ = serve(whole.subset([20, 3, 7]))
+    assert index.tolist() == [0, 1, 2]
+    assert torch.equal(images, serve(whole)[0][[20, 3, 7]])
+
+
+def test_ffcvs_own_loader_reads_our_files_and_agrees(jpegs):
+    from ffcv.fields.rgb_image import SimpleRGBImageDecoder
+    from ffcv.loader import Loader, OrderOption
+
+    threads = torch.get_num_threads()
+    theirs = Loader(
+        str(jpegs),
+        batch_size=N,
+        num_workers=1,
+        order=OrderOption.SEQUENTIAL,
+        pipelines={"image": [SimpleRGBImageDecoder()]},
+    )
+    images, labels = next(iter(theirs))
+    torch.set_num_threads(threads)
+    source = open_beton(jpegs)
+    assert torch.equal(torch.as_tensor(images).permute(0, 3, 1, 2), serve(source)[0])
+    assert torch.equal(torch.as_tensor(labels).flatten(), source.labels)
+
+
+# ---- damage
+
+
+@pytest.fixture
+def corrupt(jpegs, tmp_path):
+    """The file with sample 9 overwritten after its first bytes, past the check of its hash."""
+
+    def make(keep: int):
+        path = tmp_path / jpegs.name
+        data = np.fromfile(jpegs, dtype=np.uint8)
+        columns = open_beton(jpegs).columns
+        ptr, size = int(columns["ptr"][9]), int(columns["size"][9])
+        data[ptr + min(keep, size * 2 // 3) : ptr + size] = 0
+        data.tofile(path)
+        (tmp_path / f"{jpegs.name}.json").write_bytes((jpegs.parent / f"{jpegs.name}.json").read_bytes())
+        return open_beton(path, check_hash=False)
+
+    return make
+
+
+@pytest.mark.parametrize("crop", [None, CROP])
+@pytest.mark.parametrize("keep", [0, 30, 100_000])
+def test_a_sample_that_does_not_decode_is_named(corrupt, keep, crop):
+    with pytest.raises(CorruptSample, match=r"jpg\.beton: sample 9 does not decode \(image 9 of the set\)"):
+        serve(corrupt(keep), crop=crop)
+
+
+@pytest.mark.parametrize("keep", [0, 30, 100_000])
+def test_a_sample_that_does_not_decode_is_replaced_by_the_one_every_loader_takes(corrupt, keep):
+    source = corrupt(keep)
+    images, index, loader = serve(source, on_corrupt="replace")
+    assert loader.replaced == 1
+    assert (index != torch.arange(N)).nonzero().flatten().tolist() == [9]
+    assert torch.equal(images[9], source.read(int(index[9])))
+    if keep != 100_000:  # Pillow reads the image that ends in zeros without complaint
+        options = LoaderOptions(on_corrupt="replace")
+        order = EvalOrder(N, 8)
+        other = build_loader("resident", source, order, seed=0, rank=0, world_size=1, device="cpu", options=options)
+        assert torch.equal(index, torch.cat([b.index for b in other.epoch(0)]))
+
+
+def test_an_exception_in_a_thread_reaches_the_caller(jpegs):
+    source = open_beton(jpegs)
+    assert len(source.bytes) > 0  # stays mapped as long as the source lives
+    loader = build_loader("ffcv", source, EvalOrder(N, 5), seed=0, rank=0, world_size=1, device="cpu")
+
+    def broken(*arguments):
+        raise ZeroDivisionError("in a thread")
+
+    before = Things()
+    loader._kernel = broken
+    with pytest.raises(LoaderDied, match=r"data\.loader=ffcv: ZeroDivisionError: in a thread"):
+        list(loader.epoch(0))
+    nothing_left(before)
+
+
+def test_a_thread_that_hangs_is_reported_after_the_time_out(jpegs, monkeypatch):
+    monkeypatch.setattr("hpc_supcon.data.loaders.ffcv._JOIN_S", 0.2)
+    options, source = LoaderOptions(timeout_s=0.5), open_beton(jpegs)
+    assert len(source.bytes) > 0  # stays mapped as long as the source lives
+    loader = build_loader(
+        "ffcv", source, EvalOrder(N, 5), seed=0, rank=0, world_size=1, device="cpu", options=options
+    )
+    release, began, before = threading.Event(), time.monotonic(), Things()
+    loader._kernel = lambda *arguments: release.wait()
+    with pytest.raises(LoaderDied, match=r"no batch within data\.timeout_s=0\.5 s"):
+        list(loader.epoch(0))
+    assert time.monotonic() - began < 5
+    release.set()
+    nothing_left(before)
+
+
+def test_it_reads_no_other_sources(folder):
+    with pytest.raises(ConfigError, match=r"reads \.beton files.*hpc-supcon convert"):
+        build_loader("ffcv", open_train(folder), TrainOrder(N, BATCH), seed=0, rank=0, world_size=1, device="cpu")
+
+
+def test_auto_takes_it_for_crops_from_a_beton_file(jpegs):
+    source = open_beton(jpegs)
+    assert choose(source, "cpu", LoaderOptions(crop=CROP))[0] == "ffcv"
+    assert choose(source, "cpu", LoaderOptions())[0] == "resident"
