@@ -14,7 +14,7 @@ class Batch:
     """One rank's share of one step, on the rank's device."""
 
     images: Tensor
-    """uint8 [B, C, H, W], 0..255."""
+    """uint8 [B, C, H, W], or [B, V, C, S, S] from a loader that crops while decoding; 0..255."""
     labels: Tensor
     """int64 [B], 0 <= label < number of classes."""
     index: Tensor
