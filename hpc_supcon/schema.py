@@ -47,6 +47,19 @@ class DataConfig(_Section):
         json_schema_extra={"unit": "images"},
     )
     views: Count = Field(description="augmented views of each image in a batch")
+    sampler: str = Field(
+        description="random | class_balanced (classes_per_batch x images_per_class) | long_tail_aware: which images "
+        "share a batch"
+    )
+    classes_per_batch: Count | None = Field(description="class_balanced: different classes in every global batch")
+    images_per_class: Count | None = Field(
+        description="class_balanced: images of each of them; times classes_per_batch it is batch_size",
+        json_schema_extra={"unit": "images"},
+    )
+    long_tail_alpha: Probability = Field(
+        description="long_tail_aware: a class is drawn with probability ~ (its images) ** this; "
+        "0 is balanced, 1 is as in the data"
+    )
     loader: str = Field(description="auto | resident (the whole set as uint8 on the device)")
     synthetic: SyntheticConfig = Field(description="what `source: synthetic` makes")
 
