@@ -47,22 +47,49 @@ class DataConfig(_Section):
         json_schema_extra={"unit": "images"},
     )
     views: Count = Field(description="augmented views of each image in a batch")
+    sampler: str = Field(
+        description="random | class_balanced (classes_per_batch x images_per_class) | long_tail_aware: which images "
+        "share a batch"
+    )
+    classes_per_batch: Count | None = Field(description="class_balanced: different classes in every global batch")
+    images_per_class: Count | None = Field(
+        description="class_balanced: images of each of them; times classes_per_batch it is batch_size",
+        json_schema_extra={"unit": "images"},
+    )
+    long_tail_alpha: Probability = Field(
+        description="long_tail_aware: a class is drawn with probability ~ (its images) ** this; "
+        "0 is balanced, 1 is as in the data"
+    )
     loader: str = Field(description="auto | resident (the whole set as uint8 on the device)")
     synthetic: SyntheticConfig = Field(description="what `source: synthetic` makes")
 
 
+class RandAugmentConfig(_Section):
+    operations: Annotated[int, Field(ge=0)] = Field(description="operations on each view, one after the other")
+    magnitude: Annotated[int, Field(ge=0, le=30)] = Field(description="strength of every operation, 0..30")
+
+
 class AugmentConfig(_Section):
+    policy: str = Field(
+        description="none (resize alone) | flip_crop | simaugment (flip_crop, jitter, grey, blur) | autoaugment | "
+        "randaugment (both after flip_crop)"
+    )
     crop_scale: tuple[Positive, Positive] = Field(description="range of the crop's share of the image area")
     crop_ratio: tuple[Positive, Positive] = Field(description="range of the crop's width / height")
     flip: Probability = Field(description="probability of a horizontal flip")
-    brightness: NonNegative = Field(description="jitter: factor drawn from 1 -+ this")
-    contrast: NonNegative = Field(description="jitter: factor drawn from 1 -+ this")
-    saturation: NonNegative = Field(description="jitter: factor drawn from 1 -+ this")
+    brightness: NonNegative = Field(description="simaugment: factor drawn from 1 -+ this")
+    contrast: NonNegative = Field(description="simaugment: factor drawn from 1 -+ this")
+    saturation: NonNegative = Field(description="simaugment: factor drawn from 1 -+ this")
     hue: Annotated[float, Field(ge=0, le=0.5)] = Field(
-        description="jitter: shift drawn from -+ this", json_schema_extra={"unit": "turns"}
+        description="simaugment: shift drawn from -+ this", json_schema_extra={"unit": "turns"}
     )
-    jitter_probability: Probability = Field(description="probability that a view is colour-jittered")
-    grey: Probability = Field(description="probability that a view loses its colour")
+    jitter_probability: Probability = Field(description="simaugment: probability that a view is colour-jittered")
+    grey: Probability = Field(description="simaugment: probability that a view loses its colour")
+    blur: Probability = Field(
+        description="simaugment: probability of a gaussian blur, sigma 0.1..2 px, kernel a tenth of the image"
+    )
+    autoaugment: str = Field(description="autoaugment: cifar10 | imagenet | svhn, the policy learned on that set")
+    randaugment: RandAugmentConfig = Field(description="randaugment: how many operations, how strong")
 
     @model_validator(mode="after")
     def _ordered(self) -> AugmentConfig:

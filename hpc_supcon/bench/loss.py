@@ -225,6 +225,9 @@ def plot(results: Sequence[Result], path: Path) -> None:
         axes[1].plot([r.n for r in mine], [r.extra_bytes / 2**20 for r in mine], marker="o", label=name)
     for axis, title in zip(axes, ("seconds, forward + backward", "peak extra memory, MiB"), strict=True):
         axis.set(xscale="log", yscale="log", xlabel="rows N", title=title)
+        sizes = sorted({r.n for r in results})
+        axis.set_xticks(sizes, labels=[f"{n:,}" for n in sizes])
+        axis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.legend()
     figure.savefig(path, dpi=120)

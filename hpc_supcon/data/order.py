@@ -33,6 +33,34 @@ class Order(Protocol):
         ...
 
 
+def check_batch_size(batch_size: int, n: int) -> None:
+    """Raise ConfigError when batch_size < 1, DataError when `n` images are fewer than one batch."""
+    if batch_size < 1:
+        raise ConfigError(f"data.batch_size must be at least 1, not {batch_size}")
+    if n < batch_size:
+        raise DataError(
+            f"the training set has {n} images, fewer than one batch of data.batch_size={batch_size}: "
+            f"set data.batch_size to at most {n}"
+        )
+
+
+def check_shares(batch_size: int, rank: int, world_size: int) -> None:
+    """Raise ConfigError when the global batch cannot be shared equally."""
+    assert 0 <= rank < world_size
+    if batch_size % world_size:
+        below = batch_size // world_size * world_size
+        valid = f"{below} or {below + world_size}" if below else f"{world_size}"
+        raise ConfigError(
+            f"data.batch_size={batch_size} is the global batch and cannot be shared equally by "
+            f"{world_size} ranks: use {valid}"
+        )
+
+
+def share_of(batches: Tensor, rank: int, world_size: int) -> Tensor:
+    """This rank's part [steps, batch_size // world_size] of global batches [steps, batch_size]."""
+    return batches.unflatten(1, (world_size, -1))[:, rank].contiguous()
+
+
 @dataclass(frozen=True)
 class TrainOrder:
     """A new permutation of all `n` images every epoch, cut into GLOBAL batches of `batch_size` images.
@@ -47,17 +75,11 @@ class TrainOrder:
     batch_size: int
 
     def __post_init__(self) -> None:
-        if self.batch_size < 1:
-            raise ConfigError(f"data.batch_size must be at least 1, not {self.batch_size}")
-        if self.n < self.batch_size:
-            raise DataError(
-                f"the training set has {self.n} images, fewer than one batch of data.batch_size={self.batch_size}: "
-                f"set data.batch_size to at most {self.n}"
-            )
+        check_batch_size(self.batch_size, self.n)
 
     def steps(self, rank: int, world_size: int) -> int:
         """Steps per epoch: the same on every rank. Raises ConfigError as `epoch` does."""
-        self._check(rank, world_size)
+        check_shares(self.batch_size, rank, world_size)
         return self.n // self.batch_size
 
     def epoch(self, seed: int, epoch: int, rank: int, world_size: int) -> Tensor:
@@ -66,23 +88,13 @@ class TrainOrder:
         Ranks in rank order, side by side, are the global batch whatever their number. `seed`, `epoch` >= 0.
         Raises ConfigError when the global batch cannot be shared equally.
         """
-        self._check(rank, world_size)
+        check_shares(self.batch_size, rank, world_size)
         # PCG64 seeded through SeedSequence, and Generator.permutation, are specified by NumPy;
         # torch.randperm is not promised to stay the same between releases.
         permutation = np.random.default_rng([seed, epoch]).permutation(self.n)
         steps = self.n // self.batch_size
-        batches = torch.from_numpy(permutation[: steps * self.batch_size]).view(steps, world_size, -1)
-        return batches[:, rank].contiguous()
-
-    def _check(self, rank: int, world_size: int) -> None:
-        assert 0 <= rank < world_size
-        if self.batch_size % world_size:
-            below = self.batch_size // world_size * world_size
-            valid = f"{below} or {below + world_size}" if below else f"{world_size}"
-            raise ConfigError(
-                f"data.batch_size={self.batch_size} is the global batch and cannot be shared equally by "
-                f"{world_size} ranks: use {valid}"
-            )
+        batches = torch.from_numpy(permutation[: steps * self.batch_size]).view(steps, self.batch_size)
+        return share_of(batches, rank, world_size)
 
 
 @dataclass(frozen=True)

@@ -2,20 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import pairwise, permutations
+from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConfigError
-from .colour import HUE, adjust_hue, blend, grey
+from ..errors import ConfigError, unknown_name
+from .blur import SIGMA, gaussian_blur, kernel_size
+from .colour import grey
+from .jitter import Jitter
+from .normalise import normalise_
+from .ops import operate_
+from .policies import AutoAugment, RandAugment
 from .resample import draw_boxes, resample
 
-CPU_GROUP = 64
-"""Views whose colour is worked on at once on a CPU: 32x32 RGB ones stay in a core's cache."""
+POLICIES: dict[str, Callable[..., AutoAugment | RandAugment | None]] = {
+    "none": lambda **_: None,
+    "flip_crop": lambda **_: None,
+    "simaugment": lambda **_: None,
+    "autoaugment": lambda *, autoaugment, **_: AutoAugment(autoaugment),
+    "randaugment": lambda *, randaugment, **_: RandAugment(**randaugment),
+}
+"""`augment.policy` -> the operations it adds to crop and flip, if any."""
+
+FUSED_SIDE = 64
+"""Images and views up to this side, in pixels, are made by one kernel on CUDA."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +47,26 @@ class ViewParameters:
     """int64 [n]: which of Views.orders the colour operations are applied in; -1 for none of them."""
     grey: Tensor
     """bool [n]: made grey, after the colour operations."""
+    sigma: Tensor
+    """float32 [n]: standard deviation of the blur in pixels; 0 for none."""
+    operations: Tensor
+    """int64 [n, steps]: operations of AutoAugment or RandAugment (indices into ops.OPERATIONS), in sequence."""
+    magnitudes: Tensor
+    """float64 [n, steps]: their magnitudes (see ops.OPERATIONS)."""
 
 
 class Views(nn.Module):
-    """uint8 [B, C, H, W] -> float32 [B, V, C, S, S], normalised.
+    """uint8 [B, C, H, W] -> float [B, V, C, S, S], normalised; uint8 [B, V, C, S, S] when they come cropped.
 
-    Random resized crop, flip, colour jitter, grey and normalisation, each distributed and computed as
-    torchvision's transforms do for single float images. Everything random is drawn on the CPU from a
-    generator of its own, so that the stream is the same on every device and can be saved (`state`).
+    Policies, each distributed and computed as torchvision's transforms do for single images:
+
+    - none: resized to S alone, so that all V views are equal
+    - flip_crop: random resized crop, flip
+    - simaugment: flip_crop, colour jitter, grey, gaussian blur (SimCLR's)
+    - autoaugment, randaugment: flip_crop, then their operations on whole grey levels
+
+    Everything random is drawn on the CPU from a generator of its own, so that the stream is the same on every
+    device and can be saved (`state`). Small images on CUDA take one kernel (views_triton.py), others torch.
     """
 
     mean: Tensor
@@ -52,6 +79,7 @@ class Views(nn.Module):
         *,
         mean: Tensor | Sequence[float],
         std: Tensor | Sequence[float],
+        policy: str = "simaugment",
         crop_scale: tuple[float, float] = (0.2, 1.0),
         crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip: float = 0.5,
@@ -61,67 +89,79 @@ class Views(nn.Module):
         hue: float = 0.1,
         jitter_probability: float = 0.8,
         grey: float = 0.2,
+        blur: float = 0.0,
+        autoaugment: str = "cifar10",
+        randaugment: Mapping[str, int] | None = None,
         seed: int | Sequence[int] = 0,
         channels_last: bool = False,
+        dtype: torch.dtype = torch.float32,
     ) -> None:
         """count: V, views per image. image_size: S in pixels. mean, std: [C] in units of 0..1.
 
         crop_scale: range of the share of the area, within (0, 1]; crop_ratio: range of width / height.
-        flip, jitter_probability, grey: probabilities. brightness, contrast, saturation: factors are drawn
-        from max(0, 1 - x)..1 + x; hue in turns, from -x..x, x <= 0.5. seed: ints >= 0; (run seed, rank) gives
-        every rank its own stream. channels_last: memory layout of the views' last three dimensions.
-        Raises ConfigError for values outside these ranges. One-channel images have no saturation, hue or grey.
+        flip, jitter_probability, grey, blur: probabilities. brightness, contrast, saturation: factors are drawn
+        from max(0, 1 - x)..1 + x; hue in turns, from -x..x, x <= 0.5; these six serve simaugment alone.
+        autoaugment: cifar10, imagenet or svhn; randaugment: its `operations` and `magnitude`. seed: ints >= 0;
+        (run seed, rank) gives every rank its own stream. channels_last: memory layout of the views' last three
+        dimensions; dtype: float32 or bfloat16. Raises ConfigError for values outside these ranges. One-channel
+        images have no saturation, hue or grey.
         """
         super().__init__()
         _check_ranges(count, image_size, crop_scale, crop_ratio)
-        _check_probabilities(flip=flip, jitter_probability=jitter_probability, grey=grey)
+        _check_probabilities(flip=flip, jitter_probability=jitter_probability, grey=grey, blur=blur)
         _check_strengths(brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
-        self.count, self.image_size = count, image_size
-        self.crop_scale, self.crop_ratio, self.flip = crop_scale, crop_ratio, flip
-        self.channels_last = channels_last
+        if policy not in POLICIES:
+            raise ConfigError(unknown_name("augment.policy", policy, POLICIES))
+        self.operations = POLICIES[policy](autoaugment=autoaugment, randaugment=randaugment or {})
+        self.count, self.image_size, self.dtype, self.channels_last = count, image_size, dtype, channels_last
+        self.crops, self.crop_scale, self.crop_ratio = policy != "none", crop_scale, crop_ratio
         # Not persistent: they are the run's configuration, not weights of a checkpoint.
         self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.float32), persistent=False)
         self.register_buffer("std", torch.as_tensor(std, dtype=torch.float32), persistent=False)
         self.channels = len(self.mean)
-        colour = self.channels == 3
-        strengths = (brightness, contrast, saturation * colour, hue * colour)
-        self.grey = grey * colour
-        low = [max(0.0, 1 - s) for s in strengths[:3]] + [-strengths[3]]
-        high = [1 + s for s in strengths[:3]] + [strengths[3]]
-        self._factor_range = torch.tensor([low, high])
-        active = [k for k, strength in enumerate(strengths) if strength > 0]
-        self.orders = tuple(permutations(active)) if active else ()
-        self.turns_hue = HUE in active
-        # Per order: how many blends come before the hue, and which blends, one after the other.
-        self._hue_place = torch.tensor([order.index(HUE) if self.turns_hue else 0 for order in self.orders])
-        blends = [[k for k in order if k != HUE] for order in self.orders]
-        self._blends = torch.tensor(blends, dtype=torch.int64)
-        self.jitter_probability = jitter_probability if active else 0.0
+        light = policy == "simaugment"
+        colour = light and self.channels == 3
+        strengths = (brightness * light, contrast * light, saturation * colour, hue * colour)
+        self.jitter = Jitter(strengths, jitter_probability)
+        self.orders = self.jitter.orders
+        self.flip, self.grey, self.blur = flip * self.crops, grey * colour, blur * light
+        if self.blur and image_size < 2:
+            raise ConfigError(f"augment.blur needs images of at least 2 pixels a side, not {image_size}")
         self.generator = torch.Generator()
         state = np.random.SeedSequence(seed).generate_state(1, np.uint64)
         self.generator.manual_seed(int(state[0] >> np.uint64(1)))
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 [B, C, H, W] -> float32 [B, V, C, S, S] on the same device; advances the generator."""
-        return self.render(images, self.draw(len(images), images.shape[2], images.shape[3]))
+        """uint8 [B, C, H, W] or [B, V, C, S, S] -> float [B, V, C, S, S], same device; advances the generator."""
+        return self.render(images, self.draw(len(images), images.shape[-2], images.shape[-1]))
 
     def draw(self, batch: int, height: int, width: int) -> ViewParameters:
         """Parameters for `count` views of `batch` images of this size, in pixels."""
         n, generator = batch * self.count, self.generator
-        boxes = draw_boxes(n, height, width, scale=self.crop_scale, ratio=self.crop_ratio, generator=generator)
+        if self.crops:
+            boxes = draw_boxes(n, height, width, scale=self.crop_scale, ratio=self.crop_ratio, generator=generator)
+        else:
+            boxes = torch.tensor([0, 0, height, width]).expand(n, 4)
         chance = torch.rand(3, n, generator=generator)
-        low, high = self._factor_range
+        factors, order = self.jitter.draw(chance[1], generator)
+        sigma = torch.zeros(n)
+        if self.blur:
+            blurred = torch.rand(2, n, generator=generator)
+            drawn = blurred[1] * (SIGMA[1] - SIGMA[0]) + SIGMA[0]
+            sigma = torch.where(blurred[0] < self.blur, drawn, sigma)
+        operations, magnitudes = torch.empty(n, 0, dtype=torch.int64), torch.empty(n, 0, dtype=torch.float64)
+        if self.operations is not None:
+            operations, magnitudes = self.operations.draw(n, self.image_size, self.image_size, generator)
         return ViewParameters(
             boxes=boxes,
             flip=chance[0] < self.flip,
-            factors=torch.rand(n, 4, generator=generator) * (high - low) + low,
-            order=torch.where(
-                chance[1] < self.jitter_probability,
-                torch.randint(max(len(self.orders), 1), (n,), generator=generator),
-                -1,
-            ),
+            factors=factors,
+            order=order,
             grey=chance[2] < self.grey,
+            sigma=sigma,
+            operations=operations,
+            magnitudes=magnitudes,
         )
 
     def select(self, parameters: ViewParameters, images: slice) -> ViewParameters:
@@ -131,63 +171,75 @@ class Views(nn.Module):
 
     @torch.no_grad()
     def render(self, images: Tensor, parameters: ViewParameters) -> Tensor:
-        """The views that `parameters` describe: float32 [B, V, C, S, S]; nothing is drawn."""
-        B, C = images.shape[:2]
+        """The views that `parameters` describe: [B, V, C, S, S] of `dtype`; nothing is drawn."""
+        B, C, V, S = len(images), images.shape[-3], self.count, self.image_size
         assert self.channels == C, f"mean and std are for {self.channels} channels, the images have {C}"
-        device, V, S = images.device, self.count, self.image_size
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        views = torch.empty((B * V, C, S, S), dtype=self.dtype, device=images.device, memory_format=layout)
         # Without autocast: bf16 weights would move pixels by more than a grey level
-        with torch.autocast(device.type, enabled=False):
-            x = resample(
-                images, parameters.boxes.view(B, V, 4).to(device), parameters.flip.view(B, V).to(device), S
-            ).flatten(1, 2)
-            layout = torch.channels_last if self.channels_last else torch.contiguous_format
-            views = torch.empty((B * V, C, S, S), device=device, memory_format=layout)
-            if self.orders:
-                x, rows = self._jitter(x, parameters)
-                normalise_(self._make_grey(x, parameters.grey[rows]), self.mean, self.std)
-                views.index_copy_(0, rows.to(device), x.transpose(0, 1))
+        with torch.autocast(images.device.type, enabled=False):
+            if self._fuses(images):
+                from .views_triton import render
+
+                render(images, parameters, self.jitter.sequences, self.mean, self.std, views)
             else:
-                normalise_(self._make_grey(x, parameters.grey), self.mean, self.std)
-                views.copy_(x.transpose(0, 1))
+                self._render(images, parameters, views)
         return views.unflatten(0, (B, V))
 
-    def _jitter(self, x: Tensor, parameters: ViewParameters) -> tuple[Tensor, Tensor]:
-        """x [C, n, S, S] with its colour operations applied, in another sequence of views, and that sequence.
+    def _fuses(self, images: Tensor) -> bool:
+        simple = self.crops and self.operations is None and not self.blur and images.ndim == 4
+        small = max(*images.shape[-2:], self.image_size) <= FUSED_SIDE
+        return images.is_cuda and simple and small and find_spec("triton") is not None
 
-        Views whose hue is turned at the same place in their order are put side by side, so that an operation
-        runs on all of them at once: what comes before and after the hue are blends, whatever their order.
-        """
-        turn = torch.where(parameters.order < 0, -1, self._hue_place[parameters.order])
-        rows = torch.argsort(turn, stable=True)
-        blends = self._blends[parameters.order[rows]]
-        factors = parameters.factors[rows]
-        hue = factors[:, HUE].to(x.device)
-        strength = factors.gather(1, blends).to(x.device)
-        blends = blends.to(x.device)
-        x = x.index_select(1, rows.to(x.device))
+    def _render(self, images: Tensor, parameters: ViewParameters, views: Tensor) -> None:
+        """Into `views` [B * V, C, S, S]."""
+        x = self._crop(images, parameters)
+        if self.operations is not None:
+            x = self._operate(x, parameters)
+        rows: Any = slice(None)
+        if self.orders:
+            x, rows = self.jitter(x, parameters.factors, parameters.order)
+        self._make_grey(x, parameters.grey[rows])
+        self._blur(x, parameters.sigma[rows])
+        done = normalise_(x, self.mean, self.std).transpose(0, 1)
+        if self.orders:
+            views.index_copy_(0, rows.to(views.device), done.to(views.dtype))
+        else:
+            views.copy_(done)
 
-        size = CPU_GROUP if x.device.type == "cpu" else len(rows)
-        ends = torch.bincount(turn + 1, minlength=blends.shape[1] + 2).cumsum(0).tolist()
-        for place, (start, end) in enumerate(pairwise(ends)):  # views of place -1 lie before ends[0]: no jitter
-            for first in range(start, end, size):
-                part = slice(first, min(first + size, end))
-                self._operate(x[:, part], place, hue[part], blends[part], strength[part])
-        return x, rows
+    def _crop(self, images: Tensor, parameters: ViewParameters) -> Tensor:
+        """Cropped, resized and flipped: float32 [C, B * V, S, S] in 0..1."""
+        B, V, S = len(images), self.count, self.image_size
+        if images.ndim == 4:
+            boxes, flip = parameters.boxes.view(B, V, 4), parameters.flip.view(B, V)
+            return resample(images, boxes.to(images.device), flip.to(images.device), S).flatten(1, 2)
+        assert images.shape[1] == V, f"cropped images come in {V} views each, not {images.shape[1]}"
+        assert images.shape[3:] == (S, S), f"cropped images have {S} x {S} pixels, not {tuple(images.shape[3:])}"
+        flip = parameters.flip.to(images.device).view(-1, 1, 1, 1)
+        cropped = torch.where(flip, images.flip(-1).flatten(0, 1), images.flatten(0, 1)).transpose(0, 1)
+        return cropped.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
 
-    def _operate(self, x: Tensor, place: int, hue: Tensor, blends: Tensor, strength: Tensor) -> None:
-        """Turn the hue after `place` of the blends [n, steps], all in place on x [C, n, S, S]."""
-        for step in range(blends.shape[1] + 1):
-            if self.turns_hue and step == place:
-                adjust_hue(x, hue)
-            if step < blends.shape[1]:
-                blend(x, blends[:, step], strength[:, step])
+    def _operate(self, x: Tensor, parameters: ViewParameters) -> Tensor:
+        """x [C, n, S, S] after its AutoAugment or RandAugment operations, which work on whole grey levels."""
+        levels = x.mul(255).round_().clamp_(0, 255).transpose(0, 1)
+        pixels = levels.to(torch.uint8, memory_format=torch.contiguous_format)
+        for step in range(parameters.operations.shape[1]):
+            operate_(pixels, parameters.operations[:, step], parameters.magnitudes[:, step])
+        return x.copy_(pixels.transpose(0, 1)).mul_(1 / 255)
 
-    def _make_grey(self, x: Tensor, chosen: Tensor) -> Tensor:
+    def _make_grey(self, x: Tensor, chosen: Tensor) -> None:
         """x [C, n, S, S] with the chosen views (bool [n], on the CPU) grey; in place."""
         if self.grey > 0:
             rows = torch.where(chosen)[0].to(x.device)
             x.index_copy_(1, rows, grey(x.index_select(1, rows)).expand(x.shape[0], -1, -1, -1))
-        return x
+
+    def _blur(self, x: Tensor, sigma: Tensor) -> None:
+        """x [C, n, S, S] with the views of sigma > 0 ([n], on the CPU) blurred; in place."""
+        rows = torch.where(sigma > 0)[0]
+        if len(rows):
+            there, width = rows.to(x.device), sigma[rows].to(x.device)
+            size = kernel_size(self.image_size)
+            x.index_copy_(1, there, gaussian_blur(x.index_select(1, there), width, size))
 
     def denormalise(self, views: Tensor) -> Tensor:
         """Normalised views [..., C, S, S] as images in 0..1 again."""
@@ -223,26 +275,3 @@ def _check_strengths(**strengths: float) -> None:
     for name, value in strengths.items():
         if not 0 <= value <= (0.5 if name == "hue" else float("inf")):
             raise ConfigError(f"{name} must be at least 0{' and at most 0.5' * (name == 'hue')}, not {value}")
-
-
-def normalise_(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
-    """(x - mean) / std in place; x float [C, ...], mean and std [C]."""
-    shape = (-1, *[1] * (x.ndim - 1))
-    return x.sub_(mean.view(shape)).mul_(std.reciprocal().view(shape))
-
-
-class EvalTransform(nn.Module):
-    """uint8 [B, C, H, W] -> float32 [B, C, H, W], normalised: what evaluation sees."""
-
-    mean: Tensor
-    std: Tensor
-
-    def __init__(self, mean: Tensor | Sequence[float], std: Tensor | Sequence[float]) -> None:
-        """mean, std: [C] in units of 0..1."""
-        super().__init__()
-        self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.float32), persistent=False)
-        self.register_buffer("std", torch.as_tensor(std, dtype=torch.float32), persistent=False)
-
-    def forward(self, images: Tensor) -> Tensor:
-        scaled = images.float().mul_(1 / 255).transpose(0, 1)
-        return normalise_(scaled, self.mean, self.std).transpose(0, 1)

@@ -87,9 +87,15 @@ class SupConLoss(_Contrastive):
     """
 
     def __init__(
-        self, temperature: float = 0.1, form: str = "out", base_temperature: float | None = None, **engine: Any
+        self,
+        temperature: float = 0.1,
+        form: str = "out",
+        base_temperature: float | None = None,
+        backend: str = "auto",
+        **engine: Any,
     ) -> None:
-        super().__init__(temperature, **engine)
+        """`engine`: precision, gather, validate, learnable_temperature, as in `pairwise_stats`."""
+        super().__init__(temperature, backend=backend, **engine)
         if form not in FORMS:
             raise ConfigError(unknown_name("form of the SupCon loss", form, FORMS))
         if base_temperature is not None and not base_temperature > 0:
@@ -121,8 +127,10 @@ class TCLLoss(_Contrastive):
     no temperature. k1 pushes hard positives, k2 hard negatives; k1 = 0, k2 = 1 is SupCon "out".
     """
 
-    def __init__(self, temperature: float = 0.1, k1: float = 5000.0, k2: float = 1.0, **engine: Any) -> None:
-        super().__init__(temperature, **engine)
+    def __init__(
+        self, temperature: float = 0.1, k1: float = 5000.0, k2: float = 1.0, backend: str = "auto", **engine: Any
+    ) -> None:
+        super().__init__(temperature, backend=backend, **engine)
         for name, value in (("k1", k1), ("k2", k2)):
             if not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"{name} must be a finite number >= 0; got {value}")
@@ -151,8 +159,8 @@ class SimCLRLoss(_Contrastive):
     negatives, whatever their labels.
     """
 
-    def __init__(self, temperature: float = 0.5, **engine: Any) -> None:
-        super().__init__(temperature, **engine)
+    def __init__(self, temperature: float = 0.5, backend: str = "auto", **engine: Any) -> None:
+        super().__init__(temperature, backend=backend, **engine)
 
     def forward(self, features: Tensor, labels: Tensor | None = None, queue: Queue | None = None) -> Tensor:
         """features [B, V, D], V >= 2 -> 0-dim loss."""

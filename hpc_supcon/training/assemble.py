@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from ..config import Config
-from ..data import ArraySource, Source, Splits, TrainOrder, Views, channel_statistics, load_splits
+from ..data import ArraySource, Order, Source, Splits, Views, build_order, channel_statistics, load_splits
 from ..errors import ConfigError, DataError
 from ..models import PretrainingModel, build_encoder
 from ..runtime import Runtime
@@ -57,7 +57,21 @@ def check_objective(config: Config) -> None:
         raise ConfigError(f"train.micro_batch_size: {name} needs no large batch; lower data.batch_size instead")
 
 
-def check_batches(config: Config, order: TrainOrder, splits: Splits) -> None:
+def build_training_order(config: Config, splits: Splits) -> Order:
+    """Which images share a batch, as `data.sampler` says. Raises ConfigError, DataError."""
+    data = config.data
+    return build_order(
+        data.sampler,
+        splits.train.labels,
+        splits.classes,
+        data.batch_size,
+        classes_per_batch=data.classes_per_batch,
+        images_per_class=data.images_per_class,
+        long_tail_alpha=data.long_tail_alpha,
+    )
+
+
+def check_batches(config: Config, order: Order, splits: Splits) -> None:
     """Raise DataError when a batch of the first epoch has no two images to pull together."""
     if config.data.views > 1 or not kind_of(config.loss.name).needs_pairs:
         return

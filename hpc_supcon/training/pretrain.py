@@ -13,7 +13,7 @@ import torch
 from .. import __version__
 from ..collectives import barrier, gather_objects, raise_together, together
 from ..config import Config, digest
-from ..data import Splits, TrainOrder, build_loader
+from ..data import Splits, build_loader
 from ..errors import HpcSupconError, WorldSizeMismatch
 from ..runtime import Runtime, seed_everything
 from . import assemble, checkpoint, run_folder
@@ -32,7 +32,7 @@ def pretrain(config: Config, runtime: Runtime, splits: Splits, *, resume: bool =
     with together():
         run_folder.check_usable(folder, config, resume=resume)
         assemble.check_objective(config)
-        order = TrainOrder(len(splits.train), config.data.batch_size)
+        order = assemble.build_training_order(config, splits)
         loader = build_loader(
             config.data.loader,
             splits.train,

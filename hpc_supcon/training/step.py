@@ -35,7 +35,7 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
     whole = len(batch.images)
     size = state.micro_batch_size or whole
     # drawn once for the whole batch: how it is cut into pieces changes no view
-    drawn = state.views.draw(whole, *batch.images.shape[2:])
+    drawn = state.views.draw(whole, *batch.images.shape[-2:])
     pieces = [slice(a, min(a + size, whole)) for a in range(0, whole, size)]
 
     def views(piece: slice) -> Tensor:

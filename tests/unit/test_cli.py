@@ -119,21 +119,22 @@ def test_wrong_settings_end_with_code_2_one_line_and_no_folder(capsys, tmp_path,
         ["loss.name=supcon_in"],
         ["loss.name=tcl", "log.gradient_response=true", "loss.k1=100"],
         ["loss.name=supcon_out", "log.gradient_response=true", "train.micro_batch_size=3"],
-        ["loss.name=simclr", "data.views=3", "loss.queue_size=20"],
-        ["loss.name=triplet", "loss.mining=semihard"],
-        ["loss.name=cross_entropy", "data.views=1"],
+        ["loss.name=simclr", "data.views=3", "loss.queue_size=20", "augment.crop_scale=[0.9, 1.0]", "augment.flip=0"],
+        ["loss.name=triplet", "loss.mining=random", "optim.lr=1e-3"],
+        ["loss.name=cross_entropy", "data.views=1", "optim.lr=0.01"],
         ["loss.name=cross_entropy_mae"],
         ["loss.name=reconstruction", "optim.name=adamw", "optim.lr=1e-3"],
         ["loss.learnable_temperature=true", "loss.queue_size=40", "model.momentum_encoder=0.99"],
     ],
 )
 def test_every_loss_trains_by_name_and_goes_down(capsys, tmp_path, settings):
-    more = [*settings, "log.every_steps=1", "train.epochs=6", "optim.lr=0.05"]
+    more = ["optim.lr=0.05", *settings, "log.every_steps=1", "train.epochs=10"]
     code, _, err = run(capsys, "run", "default", *FAST, *more, f"run_dir={tmp_path}/r")
     assert code == 0, err
     events = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
     steps = [e for e in events if e["event"] == "train"]
-    assert sum(e["loss"] for e in steps[-3:]) < sum(e["loss"] for e in steps[:3])
+    # from step 3 on: by then a queue is full, and the loss is over as many columns as at the end
+    assert sum(e["loss"] for e in steps[-5:]) < sum(e["loss"] for e in steps[3:8])
     if "log.gradient_response=true" in settings:
         assert all(0 <= e["response_negatives"] <= 1 and e["response_positives"] > 0 for e in steps)
     if "loss.learnable_temperature=true" in settings:
@@ -153,7 +154,8 @@ def test_bench_loss_writes_a_table_and_a_picture(capsys, tmp_path):
     assert [r["name"] for r in results] == ["dense", "tiled"]
     assert results[1]["gradient_error"] < 1e-5
     (picture,) = tmp_path.glob("*.png")
-    assert Image.open(picture).size[0] > 500
+    with Image.open(picture) as image:
+        assert image.size[0] > 500
     code, _, err = run(capsys, "bench", "loss", "--only", "tilde")
     assert code == 2
     assert "did you mean 'tiled'" in err
