@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
+from ctypes import c_bool, c_int64, c_uint32, c_uint64, c_void_p
 from functools import lru_cache, partial
+from importlib.util import find_spec
 from itertools import pairwise
-from typing import Any
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -132,28 +134,33 @@ class FfcvLoader:
             self._team = None
 
 
-def _libffcv() -> Any:
-    threads = torch.get_num_threads()
+def _libffcv() -> ctypes.CDLL:
+    """FFCV's C library, without the package around it: importing that takes seconds, and sets torch's threads."""
+    package = find_spec("ffcv")
+    folders = package.submodule_search_locations or [] if package is not None else []
+    files = [file for folder in folders for file in Path(folder).glob("_libffcv*.so")]
     try:
-        from ffcv import libffcv
-    except ImportError as error:
-        raise MissingExtra(f"data.loader=ffcv needs FFCV ({error}): {INSTALL}") from error
-    finally:
-        torch.set_num_threads(threads)  # importing ffcv sets it to 1
+        library = ctypes.CDLL(str(files[0]))
+    except (IndexError, OSError) as error:
+        reason = error if files else "it is not installed"
+        raise MissingExtra(f"data.loader=ffcv needs FFCV ({reason}): {INSTALL}") from error
+    library.imdecode.argtypes = [c_void_p, c_uint64, c_uint32, c_uint32, c_void_p, *[c_uint32] * 6, c_bool, c_bool]
+    library.resize.argtypes = [c_int64] * 11
+    library.resize.restype = None
     # Crops are resized side by side in our threads; OpenCV would start more of its own and keep them.
-    set_threads = libffcv.lib._ZN2cv13setNumThreadsEi  # cv::setNumThreads(int)
+    set_threads = library._ZN2cv13setNumThreadsEi  # cv::setNumThreads(int)
     set_threads.argtypes = [ctypes.c_int]
     set_threads(0)
-    return libffcv
+    return library
 
 
 @lru_cache(maxsize=1)
 def _decoder() -> Callable[..., None]:
     """The compiled decoder: each image once, cropped as often as it has boxes. Compiling takes seconds."""
     library = _libffcv()
-    import numba
+    import numba  # comes with FFCV
 
-    imdecode, resize, jpeg = library.ctypes_imdecode, library.ctypes_resize, JPEG
+    imdecode, resize, jpeg = library.imdecode, library.resize, JPEG
 
     def decode(  # type: ignore[no-untyped-def]  # compiled for the types it is called with
         file, modes, heights, widths, ptrs, sizes, rows, boxes, out, failed
