@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,11 +16,11 @@ from rich.table import Table
 
 from . import __version__
 from .config import Config, load_config, schema_rows, to_yaml
-from .errors import HpcSupconError
+from .errors import CorruptSample, HpcSupconError
 
 if TYPE_CHECKING:
-    from .data import Splits
     from .runtime import Runtime
+    from .training.assemble import Data
 
 QUICKSTART = "quickstart"
 
@@ -51,10 +51,10 @@ def run(
     from .training.pretrain import pretrain
 
     settings = _settings(config, overrides)
-    with _started(settings, resume) as (runtime, splits):
-        check_probe(settings, splits)
-        folder = pretrain(settings, runtime, splits, resume=resume)
-        result = probe(folder, settings, runtime, splits)
+    with _started(settings, resume) as (runtime, data):
+        check_probe(settings, data.splits)
+        folder = pretrain(settings, runtime, data, resume=resume)
+        result = probe(folder, settings, runtime, data)
         if runtime.is_main:
             _print_result(folder, result)
 
@@ -67,8 +67,8 @@ def pretrain_command(
     from .training.pretrain import pretrain
 
     settings = _settings(config, overrides)
-    with _started(settings, resume) as (runtime, splits):
-        pretrain(settings, runtime, splits, resume=resume)
+    with _started(settings, resume) as (runtime, data):
+        pretrain(settings, runtime, data, resume=resume)
 
 
 @app.command("probe")
@@ -82,8 +82,8 @@ def probe_command(
     from .training.run_folder import read_config
 
     settings = read_config(run_dir, overrides or [])
-    with _started(settings, resume=True) as (runtime, splits):
-        result = probe(run_dir, settings, runtime, splits)
+    with _started(settings, resume=True) as (runtime, data):
+        result = probe(run_dir, settings, runtime, data)
         if runtime.is_main:
             _print_result(run_dir, result)
 
@@ -105,6 +105,72 @@ def config_command(
     for row in schema_rows():
         table.add_row(*(text.replace("[", r"\[") for text in row))
     Console(width=None if sys.stdout.isatty() else 160).print(table)
+
+
+@app.command("convert")
+def convert_command(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="An image folder, or a source such as cifar10.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT.beton", help="Writes OUT.train.beton, OUT.test.beton ...")],
+    root: Annotated[Path | None, typer.Option(help="Where a source other than a folder lies.")] = None,
+    download: Annotated[bool, typer.Option("--download", help="Fetch the source if it is not there.")] = False,
+    max_size: Annotated[int | None, typer.Option(help="Longest side in px; larger images are shrunk.")] = None,
+    jpeg_quality: Annotated[int | None, typer.Option(help="1..95; by default JPEG files are copied.")] = None,
+    raw_fraction: Annotated[float, typer.Option(help="Share of images stored as pixels, 0..1.")] = 0.0,
+    debug: Debug = False,
+) -> None:
+    """Write a data set as .beton files with manifests, for data.loader=ffcv (data.beton=OUT.beton)."""
+    from .data import convert_splits, open_source
+
+    is_folder = "/" in data or Path(data).is_dir()
+    name = "image_folder" if is_folder else data
+    # a .beton takes mixed sizes: image_size=1 keeps them from being checked, and nothing is resized to it
+    opened = open_source(name, data if is_folder else root, download=download, image_size=1 if is_folder else None)
+    with _progress() as tell:
+        manifests = convert_splits(
+            name, opened, out, progress=tell, max_size=max_size, jpeg_quality=jpeg_quality, raw_fraction=raw_fraction
+        )
+    for split, manifest in manifests.items():
+        sys.stdout.write(f"{split}: {manifest['samples']} images, {manifest['bytes']:,} bytes\n")
+    sys.stdout.write(f"use: data.source={name} data.beton={out}\n")
+
+
+@app.command("verify")
+def verify_command(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="An image folder or a .beton file.")],
+    debug: Debug = False,
+) -> None:
+    """Decode every image: sizes, channels, classes, and each image that training would refuse."""
+    from .data.verify import verify
+
+    with _progress() as tell:
+        reports = verify(path, progress=lambda done, total: tell(path.name, done, total))
+    broken = 0
+    for name, report in reports.items():
+        sizes = ", ".join(f"{w}x{h}: {n}" for (w, h), n in sorted(report.sizes.items(), key=lambda x: -x[1])[:5])
+        more = f" and {len(report.sizes) - 5} more sizes" if len(report.sizes) > 5 else ""
+        sys.stdout.write(f"{name}: {report.images} images, {len(report.classes)} classes, {sizes}{more}\n")
+        for problem in report.problems:
+            sys.stdout.write(f"  index {problem.index}: {problem.message}\n")
+        broken += len(report.problems)
+    if broken:
+        raise CorruptSample(f"{path}: {broken} images cannot be used")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for each named job on a terminal, nothing elsewhere."""
+    from rich.progress import Progress
+
+    bars: dict[str, Any] = {}
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+
+        def tell(name: str, done: int, total: int) -> None:
+            if name not in bars:
+                bars[name] = progress.add_task(name, total=total)
+            progress.update(bars[name], completed=done, total=total)
+
+        yield tell
 
 
 bench = typer.Typer(help="Measure parts of the pipeline on this machine.", no_args_is_help=True)
@@ -147,7 +213,7 @@ def _settings(config: str, overrides: list[str] | None) -> Config:
 
 
 @contextmanager
-def _started(settings: Config, resume: bool) -> Iterator[tuple[Runtime, Splits]]:
+def _started(settings: Config, resume: bool) -> Iterator[tuple[Runtime, Data]]:
     """The process group and the data, for the length of a command."""
     from . import runtime as rt
     from .collectives import together
@@ -161,8 +227,8 @@ def _started(settings: Config, resume: bool) -> Iterator[tuple[Runtime, Splits]]
     ) as runtime:
         with together():
             run_folder.check_usable(settings.folder, settings, resume=resume)  # before minutes of decoding
-            splits = assemble.load_data(settings)
-        yield runtime, splits
+            data = assemble.load_data(settings, runtime)
+        yield runtime, data
 
 
 def _print_result(folder: Path, result: dict[str, Any]) -> None:

@@ -22,7 +22,18 @@ from .errors import ConfigError, unknown_name
 from .schema import Config as Config
 
 # Where the data lie, what is shown and how long to wait do not change what is computed.
-NEUTRAL = ("name", "run_dir", "data.root", "data.download", "checkpoint", "log", "probe", "runtime.timeout_s")
+NEUTRAL = (
+    "name",
+    "run_dir",
+    "data.root",
+    "data.download",
+    "data.workers",
+    "data.timeout_s",
+    "checkpoint",
+    "log",
+    "probe",
+    "runtime.timeout_s",
+)
 
 
 def recipe_names() -> list[str]:

@@ -60,7 +60,21 @@ class DataConfig(_Section):
         description="long_tail_aware: a class is drawn with probability ~ (its images) ** this; "
         "0 is balanced, 1 is as in the data"
     )
-    loader: str = Field(description="auto | resident (the whole set as uint8 on the device)")
+    beton: str | None = Field(
+        description="read the images from these .beton files (made of data.source by `hpc-supcon convert`)"
+    )
+    loader: str = Field(
+        description="auto | resident (the whole set as uint8 on the device) | torch (worker processes) | ffcv "
+        "(.beton files) | dali"
+    )
+    workers: Count = Field(description="processes or threads that decode, per rank")
+    timeout_s: Positive = Field(description="longest wait for one batch", json_schema_extra={"unit": "s"})
+    on_corrupt: Literal["fail", "replace"] = Field(
+        description="an image that does not decode: stop, or serve another one in its place and count it"
+    )
+    crop_while_decoding: bool = Field(
+        description="the loader takes the random crops from the stored images, at full resolution (for large images)"
+    )
     synthetic: SyntheticConfig = Field(description="what `source: synthetic` makes")
 
 

@@ -1,12 +1,12 @@
 """Data: sources (name -> images and labels), order (pure permutation), loaders and views (augmentation)."""
 
 from .batch import Batch, Loader
-from .loaders import LOADERS, build_loader
+from .loaders import LOADERS, CropOptions, LoaderOptions, build_loader, choose
 from .normalise import EvalTransform
 from .order import EvalOrder, Order, TrainOrder
 from .samplers import SAMPLERS, ClassBalanced, LongTailAware, build_order
 from .sources import ArraySource, Source, channel_statistics
-from .splits import SOURCES, Splits, load_splits
+from .splits import SOURCES, Splits, convert_splits, load_splits, open_source
 from .stratify import stratified_split
 from .views import POLICIES, ViewParameters, Views
 
@@ -18,9 +18,11 @@ __all__ = [
     "ArraySource",
     "Batch",
     "ClassBalanced",
+    "CropOptions",
     "EvalOrder",
     "EvalTransform",
     "Loader",
+    "LoaderOptions",
     "LongTailAware",
     "Order",
     "Source",
@@ -31,6 +33,9 @@ __all__ = [
     "build_loader",
     "build_order",
     "channel_statistics",
+    "choose",
+    "convert_splits",
     "load_splits",
+    "open_source",
     "stratified_split",
 ]

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 from ..errors import ConfigError, DataError, unknown_name
+from .beton import open_beton
 from .builtin import digits, synthetic
+from .convert import convert
 from .folder import open_folder
 from .sources import ArraySource, Source, check_form, fit_images
 from .stratify import stratified_split
@@ -116,8 +120,14 @@ def load_splits(
     validation_fraction: float = 0.1,
     seed: int = 0,
     synthetic: Mapping[str, int] | None = None,
+    beton: str | Path | None = None,
+    check_hash: bool = True,
 ) -> Splits:
-    """The data set called `name` (a key of SOURCES).
+    """The data set called `name` (a key of SOURCES), or the .beton files it was converted to.
+
+    beton: PATH/NAME.beton stands for PATH/NAME.train.beton, NAME.test.beton and, where the data set has one of
+    its own, NAME.validation.beton, as `convert_splits` writes them; `root` is then not needed. check_hash: see
+    `open_beton`.
 
     root: folder of the files (not for digits and synthetic). download: fetch them where they are missing.
     image_size (pixels) and channels (1 or 3): what images are converted to; None keeps theirs.
@@ -135,11 +145,63 @@ def load_splits(
     if not 0 <= validation_fraction < 1:
         raise ConfigError(f"data.validation_fraction must be in [0, 1), not {validation_fraction}")
 
-    path = Path(root).expanduser() if root is not None else None
-    train, validation, test = SOURCES[name](Request(path, download, image_size, channels, synthetic))
+    train, validation, test = (
+        _open_beton(Path(beton).expanduser(), name, image_size, check_hash=check_hash)
+        if beton is not None
+        else open_source(name, root, download=download, image_size=image_size, channels=channels, synthetic=synthetic)
+    )
     if validation is None and validation_fraction > 0:
         kept, picked = stratified_split(train.labels, fraction=validation_fraction, seed=seed)
         if len(picked) == 0:
             raise DataError("no class has two images, so no validation set can be carved: data.validation_fraction=0")
         train, validation = train.subset(kept), train.subset(picked)
     return Splits(train, validation, test)
+
+
+def open_source(
+    name: str,
+    root: str | Path | None = None,
+    *,
+    download: bool = False,
+    image_size: int | None = None,
+    channels: int | None = None,
+    synthetic: Mapping[str, int] | None = None,
+) -> Opened:
+    """(train, validation or None, test) as the data set itself splits them. Raises as `load_splits`."""
+    if name not in SOURCES:
+        raise ConfigError(unknown_name("data.source", name, SOURCES))
+    path = Path(root).expanduser() if root is not None else None
+    return SOURCES[name](Request(path, download, image_size, channels, synthetic))
+
+
+def split_file(beton: Path, split: str) -> Path:
+    """PATH/NAME.beton -> PATH/NAME.SPLIT.beton. Raises ConfigError for another ending."""
+    if beton.suffix != ".beton":
+        raise ConfigError(f"data.beton must end in .beton, not be called {beton.name}")
+    return beton.with_name(f"{beton.stem}.{split}.beton")
+
+
+def convert_splits(
+    name: str, opened: Opened, out: Path, *, progress: Callable[[str, int, int], None] | None = None, **options: Any
+) -> dict[str, dict[str, Any]]:
+    """Write every split of the data set `name` beside `out` (see `split_file`); manifests by split.
+
+    `options` are those of `convert`; progress(split, done, all) is called now and then.
+    """
+    manifests = {}
+    for split, source in zip(("train", "validation", "test"), opened, strict=True):
+        if source is not None:
+            tell = None if progress is None else partial(progress, split)
+            file = split_file(out, split)
+            manifests[split] = convert(source, file, name=f"{name}/{split}", progress=tell, **options)
+    return manifests
+
+
+def _open_beton(beton: Path, name: str, image_size: int | None, *, check_hash: bool) -> Opened:
+    def opened(split: str) -> Source:
+        return open_beton(
+            split_file(beton, split), image_size=image_size, name=f"{name}/{split}", check_hash=check_hash
+        )
+
+    has_validation = split_file(beton, "validation").exists()
+    return opened("train"), opened("validation") if has_validation else None, opened("test")

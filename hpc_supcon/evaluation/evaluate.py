@@ -39,12 +39,12 @@ def load_model(folder: Path) -> tuple[PretrainingModel, checkpoint.Checkpoint]:
     return model, found
 
 
-def probe(folder: Path, config: Config, runtime: Runtime, splits: Splits) -> dict[str, Any]:
+def probe(folder: Path, config: Config, runtime: Runtime, data: assemble.Data) -> dict[str, Any]:
     """Linear evaluation of the newest checkpoint; the entry written into results.json. Collective.
 
     Learning rate and epoch are chosen on validation; the test set is read once, at the end.
     """
-    began = time.perf_counter()
+    began, splits = time.perf_counter(), data.splits
     with together():
         check_probe(config, splits)
         model, found = load_model(folder)
@@ -56,7 +56,7 @@ def probe(folder: Path, config: Config, runtime: Runtime, splits: Splits) -> dic
     transform = EvalTransform(**found.state["normalisation"]).to(runtime.device)
 
     def features(source: Source) -> Any:
-        return extract(encoder, source, transform, runtime)
+        return extract(encoder, source, transform, runtime, loader=data.loader, options=data.evaluation)
 
     train = tuple(gather_rows(part) for part in features(splits.train))
     validation = features(splits.validation) if splits.validation is not None else None

@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..config import Config
-from ..data import ArraySource, Order, Source, Splits, Views, build_order, channel_statistics, load_splits
-from ..errors import ConfigError, DataError
+from ..data import (
+    ArraySource,
+    CropOptions,
+    LoaderOptions,
+    Order,
+    Source,
+    Splits,
+    Views,
+    build_order,
+    channel_statistics,
+    choose,
+    load_splits,
+)
+from ..errors import ConfigError, CorruptSample, DataError
 from ..models import PretrainingModel, build_encoder
 from ..runtime import Runtime
 from .engine import autocast, distribute, place
@@ -20,9 +36,26 @@ from .objective import RESPONSE, Objective, build_head, kind_of
 from .optim import build_optimiser, learning_rate
 from .state import TrainState
 
+NORMALISATION_SAMPLE = 10_000
+"""Images whose statistics stand for all where a set is not held in memory."""
 
-def load_data(config: Config) -> Splits:
-    """The data set, every image decoded: damage is met before training, not after it."""
+
+@dataclass(frozen=True)
+class Data:
+    """The data set of a run and how it is served: name of the loader, and why that one."""
+
+    splits: Splits
+    loader: str
+    reason: str
+    training: LoaderOptions
+    evaluation: LoaderOptions
+
+
+def load_data(config: Config, runtime: Runtime) -> Data:
+    """The data set. Raises ConfigError, DataError.
+
+    Where the loader holds the set in memory every image is decoded here: damage is met before training.
+    """
     data = config.data
     splits = load_splits(
         data.source,
@@ -33,9 +66,29 @@ def load_data(config: Config) -> Splits:
         validation_fraction=data.validation_fraction,
         seed=config.seed,
         synthetic=data.synthetic.model_dump() if data.source == "synthetic" else None,
+        beton=data.beton,
+        check_hash=runtime.launch.local_rank == 0,
     )
-    validation = None if splits.validation is None else _decoded(splits.validation)
-    return Splits(_decoded(splits.train), validation, _decoded(splits.test))
+    name, reason, training = data.loader, "as configured", loader_options(config)
+    if name == "auto":
+        name, reason = choose(splits.train, runtime.device, training)
+    if name == "resident" and data.on_corrupt == "fail":
+        validation = None if splits.validation is None else _decoded(splits.validation)
+        splits = Splits(_decoded(splits.train), validation, _decoded(splits.test))
+    return Data(splits, name, reason, training, replace(training, crop=None))
+
+
+def loader_options(config: Config) -> LoaderOptions:
+    """What the training loader is told. Raises ConfigError."""
+    data, augment = config.data, config.augment
+    crop = None
+    if data.crop_while_decoding:
+        if data.image_size is None:
+            raise ConfigError("data.crop_while_decoding needs data.image_size: the side of the crops")
+        if augment.policy == "none":
+            raise ConfigError("data.crop_while_decoding crops at random, which augment.policy=none forbids")
+        crop = CropOptions(data.views, data.image_size, augment.crop_scale, augment.crop_ratio)
+    return LoaderOptions(data.workers, data.timeout_s, data.on_corrupt, crop)
 
 
 def _decoded(source: Source) -> ArraySource:
@@ -186,8 +239,20 @@ def build_plan(config: Config, steps_per_epoch: int) -> Plan:
 
 def normalisation_of(train: Source) -> dict[str, list[float]]:
     """Mean and standard deviation per channel of the training images, as plain numbers."""
-    mean, std = channel_statistics(train.stack())
+    if isinstance(train, ArraySource):
+        mean, std = channel_statistics(train.stack())
+    else:
+        n = min(len(train), NORMALISATION_SAMPLE)
+        chosen = np.sort(np.random.default_rng(0).choice(len(train), n, replace=False)).tolist()
+        mean, std = channel_statistics(torch.stack(list(_sound_images(train, chosen))))
     return {"mean": mean.tolist(), "std": std.tolist()}
+
+
+def _sound_images(source: Source, indices: list[int]) -> Iterator[Tensor]:
+    """Those that decode; what becomes of the others is the loader's business."""
+    for i in indices:
+        with suppress(CorruptSample):
+            yield source.read(i)
 
 
 def seed_models(config: Config) -> None:

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..collectives import all_sum
 from ..data import Batch, Loader
 from .metrics import MetricLog, ProgressLine
 from .optim import set_learning_rate
@@ -96,7 +97,7 @@ def fit(
             meter.add(result.loss)
             if state.step % plan.log_every == 0 or state.step == plan.steps:
                 numbers = meter.read(plan.steps - state.step)
-                more = _details(state, batch, result, plan)
+                more = _details(state, loader, batch, result, plan)
                 log.log("train", state.step, epoch=epoch, lr=lr, **numbers, **more)
                 progress.update(state.step, numbers)
             if plan.save_at(state.step):
@@ -106,9 +107,11 @@ def fit(
         torch.cuda.synchronize(state.device)
 
 
-def _details(state: TrainState, batch: Batch, result: StepResult, plan: Plan) -> dict[str, float]:
-    """What only a logged step pays for. Collective when it includes the gradient response."""
-    numbers = {"grad_norm": result.gradient_norm, **state.objective.statistics()}
+def _details(state: TrainState, loader: Loader, batch: Batch, result: StepResult, plan: Plan) -> dict[str, float]:
+    """What only a logged step pays for. Collective."""
+    replaced = all_sum(torch.tensor(float(loader.replaced), device=state.device))
+    numbers: dict[str, Tensor] = {"replaced_images": replaced} if replaced else {}
+    numbers |= {"grad_norm": result.gradient_norm, **state.objective.statistics()}
     if plan.gradient_response:
         numbers |= state.objective.response(result.outputs, batch.labels)
     return {name: float(value) for name, value in numbers.items()}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+from contextlib import closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import torch
 from .. import __version__
 from ..collectives import barrier, gather_objects, raise_together, together
 from ..config import Config, digest
-from ..data import Splits, build_loader
+from ..data import build_loader
 from ..errors import HpcSupconError, WorldSizeMismatch
 from ..runtime import Runtime, seed_everything
 from . import assemble, checkpoint, run_folder
@@ -22,25 +23,26 @@ from .metrics import MetricLog, ProgressLine, console
 from .state import TrainState
 
 
-def pretrain(config: Config, runtime: Runtime, splits: Splits, *, resume: bool = False) -> Path:
+def pretrain(config: Config, runtime: Runtime, data: assemble.Data, *, resume: bool = False) -> Path:
     """Train encoder and projection; returns the run folder. Collective.
 
     Everything that can be wrong with the input is checked before the folder is made. With `resume`, goes on
     from the newest checkpoint that verifies, bit for bit on the same number of ranks.
     """
-    folder = config.folder
+    folder, splits = config.folder, data.splits
     with together():
         run_folder.check_usable(folder, config, resume=resume)
         assemble.check_objective(config)
         order = assemble.build_training_order(config, splits)
         loader = build_loader(
-            config.data.loader,
+            data.loader,
             splits.train,
             order,
             seed=config.seed,
             rank=runtime.rank,
             world_size=runtime.world_size,
             device=runtime.device,
+            options=data.training,
         )
         assemble.check_batches(config, order, splits)
         description = assemble.describe_model(config, splits)
@@ -57,24 +59,27 @@ def pretrain(config: Config, runtime: Runtime, splits: Splits, *, resume: bool =
     save = partial(_save, folder=folder, config=config, runtime=runtime, description=description)
     shown = runtime.is_main and config.log.progress
     with (
+        closing(loader),
         MetricLog(folder if runtime.is_main else None, tensorboard=config.log.tensorboard) as log,
         ProgressLine(plan.steps, plan.epochs, shown=shown) as progress,
     ):
-        log.log("start", state.step, world_size=runtime.world_size, **_facts(config, splits, model))
+        log.log("start", state.step, world_size=runtime.world_size, **_facts(config, data, model))
+        if shown and config.data.loader == "auto":
+            console.print(f"loader: {data.loader} ({data.reason})", soft_wrap=True)
         began = time.perf_counter()
         fit(state, loader, plan, log=log, progress=progress, save=save)
         log.log("end", state.step, seconds=round(time.perf_counter() - began, 3))
-    loader.close()
     return folder
 
 
-def _facts(config: Config, splits: Splits, model: torch.nn.Module) -> dict[str, Any]:
+def _facts(config: Config, data: assemble.Data, model: torch.nn.Module) -> dict[str, Any]:
     return {
         "version": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
         "parameters": sum(p.numel() for p in model.parameters()),
-        "train_images": len(splits.train),
+        "train_images": len(data.splits.train),
+        "loader": data.loader,
         "peak_lr": assemble.peak_lr(config),
         "config_digest": digest(config),
     }

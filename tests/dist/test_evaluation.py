@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
@@ -30,7 +32,7 @@ def here(rank, world_size):
 
 def shared_features(rank, world_size, folder, n):
     config = settings(folder)
-    source = assemble.load_data(config).test.subset(list(range(n)))
+    source = assemble.load_data(config, here(rank, world_size)).splits.test.subset(list(range(n)))
     model, found = load_model(config.folder)
     features, labels = extract(
         model.encoder, source, EvalTransform(**found.state["normalisation"]), here(rank, world_size), batch_size=5
@@ -43,7 +45,7 @@ def trained(tmp_path_factory):
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("trained") / "run"
     config = settings(folder)
-    pretrain(config, here(0, 1), assemble.load_data(config))
+    pretrain(config, here(0, 1), assemble.load_data(config, here(0, 1)))
     return folder
 
 
@@ -59,10 +61,11 @@ def test_metrics_are_identical_on_1_2_and_3_ranks(trained):
 def evaluate_odd(rank, world_size, folder):
     """353 test images and 143 for validation: divisible by neither 2 nor 3."""
     config = settings(folder)
-    splits = assemble.load_data(config)
+    data = assemble.load_data(config, here(rank, world_size))
+    splits = data.splits
     splits = type(splits)(splits.train, splits.validation, splits.test.subset(list(range(353))))
     assert all(len(s) % n for s in (splits.test, splits.validation) for n in (2, 3))
-    return probe(config.folder, config, here(rank, world_size), splits)
+    return probe(config.folder, config, here(rank, world_size), dataclasses.replace(data, splits=splits))
 
 
 @pytest.mark.parametrize("n", [2, 17])

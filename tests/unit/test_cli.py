@@ -173,6 +173,66 @@ def test_a_right_image_folder_runs(capsys, tmp_path, images):
     assert code == 0, err
 
 
+@pytest.mark.parametrize("loader", ["resident", "torch"])
+@pytest.mark.parametrize("crop", ["false", "true"])
+def test_every_loader_trains_the_same_images(capsys, tmp_path, images, loader, crop):
+    code, err = folder_run(
+        capsys, tmp_path, images, f"data.loader={loader}", f"data.crop_while_decoding={crop}", "data.image_size=8",
+        "augment.policy=flip_crop",
+    )  # fmt: skip
+    assert code == 0, err
+    (start, *_) = (json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines())
+    assert start["loader"] == loader
+
+
+def test_verify_and_convert_and_a_run_from_the_beton_files(capsys, tmp_path, images):
+    code, out, err = run(capsys, "verify", str(images))
+    assert code == 0, err
+    assert "train: 16 images, 2 classes, 8x8: 16" in out
+    code, out, err = run(capsys, "convert", str(images), str(tmp_path / "set.beton"))
+    assert code == 0, err
+    assert f"data.source=image_folder data.beton={tmp_path}/set.beton" in out
+    code, err = folder_run(capsys, tmp_path, images, f"data.beton={tmp_path}/set.beton", "data.loader=resident")
+    assert code == 0, err
+    with (tmp_path / "set.train.beton").open("r+b") as file:
+        file.seek(-1, 2)
+        file.write(b"x")
+    code, _, err = run(capsys, "verify", str(tmp_path / "set.train.beton"))
+    assert code == 2
+    assert "sha256" in err
+    code, err = folder_run(capsys, tmp_path, images, f"data.beton={tmp_path}/set.beton", f"run_dir={tmp_path}/r2")
+    assert code == 2
+    assert "set.train.beton is damaged" in err
+    code, err = folder_run(
+        capsys, tmp_path, images, "data.source=mnist", f"data.beton={tmp_path}/set.beton", f"run_dir={tmp_path}/r2"
+    )
+    assert code == 2
+    assert "holds 'image_folder/train', not 'mnist/train'" in err
+
+
+def test_verify_names_every_image_that_cannot_be_used(capsys, images):
+    (images / "train/dog/3.png").write_text("hello")
+    (images / "test/cat/1.png").write_bytes(b"")
+    code, out, err = run(capsys, "verify", str(images))
+    assert code == 2
+    assert "train/dog/3.png" in out
+    assert "index 11" in out
+    assert "test/cat/1.png" in out
+    assert "2 images cannot be used" in err
+
+
+def test_corrupt_images_are_replaced_and_counted_where_the_policy_says_so(capsys, tmp_path, images):
+    (images / "train/dog/3.png").write_text("hello")
+    for loader in ("resident", "torch"):
+        code, err = folder_run(
+            capsys, tmp_path, images, f"data.loader={loader}", "data.on_corrupt=replace", "log.every_steps=1",
+            "data.validation_fraction=0", "probe.lrs=[0.01]", f"run_dir={tmp_path}/{loader}",
+        )  # fmt: skip
+        assert code == 0, err
+        lines = (tmp_path / loader / "metrics.jsonl").read_text().splitlines()
+        assert max(json.loads(line).get("replaced_images", 0) for line in lines) >= 1
+
+
 @pytest.mark.parametrize(
     "spoil", ["empty class", "not an image", "truncated", "mixed sizes", "test image", "no train"]
 )
