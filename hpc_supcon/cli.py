@@ -205,6 +205,31 @@ def bench_loss(
     )
 
 
+@bench.command("loader")
+def bench_loader(
+    data: Annotated[Path | None, typer.Option(help="An image folder of small images, such as CIFAR-10.")] = None,
+    batch_size: Annotated[list[int] | None, typer.Option(help="Images per batch; repeat for several.")] = None,
+    workers: Annotated[list[int] | None, typer.Option(help="Decoding workers; repeat for several.")] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="torchvision | resident | torch | ffcv | ffcv-decode-twice | dali; repeat for several."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto | cpu | cuda")] = "auto",
+    policy: Annotated[str, typer.Option(help="flip_crop | simaugment (with colour jitter and grey)")] = "simaugment",
+    seconds: Annotated[float, typer.Option(help="Length of a timed round.")] = 4.0,
+    rounds: Annotated[int, typer.Option(help="Timed rounds; the best is reported, the worst is written.")] = 2,
+    tag: Annotated[str, typer.Option(help="Added to the names of the result files.")] = "",
+    out: Annotated[Path, typer.Option(help="Folder for the JSON and PNG files.")] = Path("benchmarks/results"),
+    debug: Debug = False,
+) -> None:
+    """Images/s of every loader, two views delivered on the device, against torchvision's ImageFolder."""
+    from .bench.loader import CONTENDERS, measure
+    from .runtime import Launch, choose_device
+
+    kind = choose_device(device, Launch()).type
+    measure(data, batch_size or [512], workers or [2], only or CONTENDERS, kind, policy, seconds, rounds, tag, out)
+
+
 def _settings(config: str, overrides: list[str] | None) -> Config:
     """`hpc-supcon run data.views=3` means the quickstart recipe with an override."""
     if "=" in config:

@@ -13,9 +13,7 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -28,6 +26,7 @@ from torch import Tensor
 
 from ..errors import MissingExtra
 from ..losses import SupConLoss
+from .common import machine, wait_for
 
 TEMPERATURE = 0.1
 CLASSES = 100
@@ -88,17 +87,12 @@ def make_batch(n: int, d: int, device: str) -> tuple[Tensor, Tensor]:
 def one_call(loss: Loss, z: Tensor, labels: Tensor) -> tuple[float, float]:
     """(seconds, value) of forward + backward; z.grad is replaced."""
     z.grad = None
-    _wait(z)
+    wait_for(z)
     start = time.perf_counter()
     value = loss(z, labels)
     value.backward()
-    _wait(z)
+    wait_for(z)
     return time.perf_counter() - start, float(value.detach())
-
-
-def _wait(z: Tensor) -> None:
-    if z.is_cuda:
-        torch.cuda.synchronize(z.device)
 
 
 def _resident(field: str) -> int:
@@ -143,20 +137,6 @@ def peak_extra(name: str, n: int, d: int, device: str) -> int:
     return torch.cuda.max_memory_allocated() - before
 
 
-def matmul_rate(device: str) -> float:
-    """TFLOP/s of a square matmul in fp32 (bf16 on CUDA): what the machine could do at best."""
-    size, dtype = (2048, torch.float32) if device == "cpu" else (8192, torch.bfloat16)
-    a = torch.randn(size, size, device=device, dtype=dtype)
-    best = float("inf")
-    for _ in range(6):
-        _wait(a)
-        start = time.perf_counter()
-        a @ a
-        _wait(a)
-        best = min(best, time.perf_counter() - start)
-    return 2 * size**3 / best / 1e12
-
-
 def run(
     sizes: Sequence[int],
     d: int = 128,
@@ -196,20 +176,6 @@ def run(
                 f"{rate:8.3f} TFLOP/s  {seconds / n / n * 1e9:7.3f} ns/pair  loss {values[name]:.6f}"
             )
     return results
-
-
-def machine(device: str) -> dict[str, Any]:
-    names = subprocess.run(["lscpu"], check=False, capture_output=True, text=True).stdout.splitlines()
-    model = next(
-        (line.split(":", 1)[1].strip() for line in names if line.startswith("Model name")), platform.machine()
-    )
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else model,
-        "threads": torch.get_num_threads(),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "matmul_tflops": matmul_rate(device),
-    }
 
 
 def plot(results: Sequence[Result], path: Path) -> None:

@@ -1,0 +1,45 @@
+"""What the benchmarks share: the machine they ran on."""
+
+from __future__ import annotations
+
+import platform
+import subprocess
+import time
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def wait_for(z: Tensor) -> None:
+    """Until the device that holds z has done all its work."""
+    if z.is_cuda:
+        torch.cuda.synchronize(z.device)
+
+
+def matmul_rate(device: str) -> float:
+    """TFLOP/s of a square matmul in fp32 (bf16 on CUDA): what the machine could do at best."""
+    size, dtype = (2048, torch.float32) if device == "cpu" else (8192, torch.bfloat16)
+    a = torch.randn(size, size, device=device, dtype=dtype)
+    best = float("inf")
+    for _ in range(6):
+        wait_for(a)
+        start = time.perf_counter()
+        a @ a
+        wait_for(a)
+        best = min(best, time.perf_counter() - start)
+    return 2 * size**3 / best / 1e12
+
+
+def machine(device: str) -> dict[str, Any]:
+    names = subprocess.run(["lscpu"], check=False, capture_output=True, text=True).stdout.splitlines()
+    model = next(
+        (line.split(":", 1)[1].strip() for line in names if line.startswith("Model name")), platform.machine()
+    )
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else model,
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "matmul_tflops": matmul_rate(device),
+    }
