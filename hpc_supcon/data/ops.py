@@ -133,15 +133,15 @@ def _saturation(images: Tensor, operations: Tensor, magnitudes: Tensor) -> Tenso
 def _sharpness(images: Tensor, operations: Tensor, magnitudes: Tensor) -> Tensor:
     if min(images.shape[2:]) <= 2:
         return images
-    x = images.to(torch.int32)
+    x = images.float()
     H, W = x.shape[2:]
-    columns = x[..., : W - 2] + x[..., 1 : W - 1] + x[..., 2:]
+    columns = (x[..., : W - 2] + x[..., 1 : W - 1]).add_(x[..., 2:])
     inner = x[..., 1 : H - 1, 1 : W - 1]
-    total = columns[:, :, : H - 2] + columns[:, :, 1 : H - 1] + columns[:, :, 2:] + 4 * inner
-    smooth = (2 * total + 13) // 26  # thirteenths, rounded; never half-way
-    difference = _per_image(1 - (1 + magnitudes), images).double() * (smooth - inner)
+    total = (columns[:, :, : H - 2] + columns[:, :, 1 : H - 1]).add_(columns[:, :, 2:]).add_(inner, alpha=4)
+    smooth = total.div_(13).round_()  # whole thirteenths are never half-way, so any order of summing will do
+    rest = _per_image(1 - (1 + magnitudes), images).double()
     out = images.clone()
-    out[..., 1 : H - 1, 1 : W - 1] = _truncate((inner + difference).float())
+    out[..., 1 : H - 1, 1 : W - 1] = _truncate(torch.addcmul(inner.double(), smooth.sub_(inner), rest).float())
     return out
 
 

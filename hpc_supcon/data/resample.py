@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -22,32 +24,33 @@ def draw_boxes(
 
     scale: range of the share of the area; ratio: range of width / height, drawn uniformly in its logarithm.
     """
-    u = torch.rand(2, TRIES, n, dtype=torch.float64, generator=generator)
-    area = (u[0] * (scale[1] - scale[0]) + scale[0]).mul_(height * width)
-    low, high = (torch.tensor(r, dtype=torch.float64).log() for r in ratio)
-    aspect = (u[1] * (high - low) + low).exp_()
-    w = (area * aspect).sqrt_().round_()
-    h = (area / aspect).sqrt_().round_()
+    size = torch.tensor(_central_size(height, width, ratio), dtype=torch.float64).repeat(n, 1)
+    missing = torch.arange(n)
+    low, high = (math.log(r) for r in ratio)
+    for _ in range(TRIES):
+        u = torch.rand(2, len(missing), dtype=torch.float64, generator=generator)
+        area = (u[0] * (scale[1] - scale[0]) + scale[0]).mul_(height * width)
+        aspect = (u[1] * (high - low) + low).exp_()
+        drawn = torch.stack(((area / aspect).sqrt_(), (area * aspect).sqrt_()), dim=1).round_()
+        h, w = drawn.unbind(1)
+        fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
+        size[missing[fits]] = drawn[fits]
+        missing = missing[~fits]
+        if not len(missing):
+            break
+    room = torch.tensor([height, width]) - size
+    corner = torch.rand(n, 2, dtype=torch.float64, generator=generator).mul_(room + 1).floor_()
+    corner[missing] = (room[missing] / 2).floor_()  # in the centre, as torchvision's
+    return torch.cat((corner, size), dim=1).long()
 
-    fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-    first = fits.to(torch.uint8).argmax(dim=0, keepdim=True)  # the first that fits, 0 where none does
-    w, h = w.gather(0, first)[0], h.gather(0, first)[0]
-    v = torch.rand(2, n, dtype=torch.float64, generator=generator)
-    top = (v[0] * (height - h + 1)).floor_()
-    left = (v[1] * (width - w + 1)).floor_()
 
-    boxes = torch.stack((top, left, h, w), dim=1).long()
-    boxes[~fits.any(dim=0)] = torch.tensor(_central_box(height, width, ratio))
-    return boxes
-
-
-def _central_box(height: int, width: int, ratio: tuple[float, float]) -> tuple[int, int, int, int]:
+def _central_size(height: int, width: int, ratio: tuple[float, float]) -> tuple[int, int]:
     h, w = height, width
     if width / height < ratio[0]:
         h = round(width / ratio[0])
     elif width / height > ratio[1]:
         w = round(height * ratio[1])
-    return (height - h) // 2, (width - w) // 2, h, w
+    return h, w
 
 
 def interpolation_matrices(

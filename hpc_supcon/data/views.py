@@ -98,13 +98,13 @@ class Views(nn.Module):
     ) -> None:
         """count: V, views per image. image_size: S in pixels. mean, std: [C] in units of 0..1.
 
-        crop_scale: range of the share of the area, within (0, 1]; crop_ratio: range of width / height.
-        flip, jitter_probability, grey, blur: probabilities. brightness, contrast, saturation: factors are drawn
-        from max(0, 1 - x)..1 + x; hue in turns, from -x..x, x <= 0.5; these six serve simaugment alone.
-        autoaugment: cifar10, imagenet or svhn; randaugment: its `operations` and `magnitude`. seed: ints >= 0;
-        (run seed, rank) gives every rank its own stream. channels_last: memory layout of the views' last three
-        dimensions; dtype: float32 or bfloat16. Raises ConfigError for values outside these ranges. One-channel
-        images have no saturation, hue or grey.
+        crop_scale: range of the share of the area, within (0, 1]; crop_ratio: range of width / height; flip:
+        probability. These three serve every policy but none; autoaugment (cifar10, imagenet or svhn) and
+        randaugment (`operations`, `magnitude`) the one of their name; what follows simaugment. brightness,
+        contrast, saturation: factors are drawn from max(0, 1 - x)..1 + x; hue in turns, from -x..x, x <= 0.5;
+        jitter_probability, grey, blur: probabilities. One-channel images have no saturation, hue or grey.
+        seed: ints >= 0; (run seed, rank) gives every rank its own stream. channels_last: memory layout of the
+        views' last three dimensions; dtype: float32 or bfloat16. Raises ConfigError outside these ranges.
         """
         super().__init__()
         _check_ranges(count, image_size, crop_scale, crop_ratio)

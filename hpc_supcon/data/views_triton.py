@@ -71,8 +71,8 @@ def _weight(tap, centre, length, sharpness):
 
 @triton.jit
 def _resample(
-    image, top, left, height, width, y, x, inside, H, W, S,
-    CHANNELS: tl.constexpr, TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, BLOCK: tl.constexpr,
+    image, top, left, height, width, y, x, inside, H, W,
+    S: tl.constexpr, CHANNELS: tl.constexpr, TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Target pixels (y, x) of the crop in 0..1, per channel; the triangle filter widens when shrinking."""
     step_y, step_x = height.to(tl.float32) / S, width.to(tl.float32) / S
@@ -103,8 +103,8 @@ def _resample(
 
 @triton.jit
 def _views_kernel(
-    images, drawn, factors, mean, std, out, H, W, S, V, stride_n, stride_c, stride_y, stride_x,
-    CHANNELS: tl.constexpr, TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, BLOCK: tl.constexpr,
+    images, drawn, factors, mean, std, out, H, W, V, stride_n, stride_c, stride_y, stride_x,
+    S: tl.constexpr, CHANNELS: tl.constexpr, TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """drawn int32 [n, 10]: box (4), flip, grey, operations in sequence (4; -1: none); factors fp32 [n, 4]."""
     view = tl.program_id(0)
@@ -115,8 +115,8 @@ def _views_kernel(
     source_x = tl.where(tl.load(own + 4) != 0, S - 1 - x, x)
     image = images + (view // V).to(tl.int64) * CHANNELS * H * W
     r, g, b = _resample(
-        image, tl.load(own), tl.load(own + 1), tl.load(own + 2), tl.load(own + 3), y, source_x, inside, H, W, S,
-        CHANNELS, TAPS_Y, TAPS_X, BLOCK,
+        image, tl.load(own), tl.load(own + 1), tl.load(own + 2), tl.load(own + 3), y, source_x, inside, H, W,
+        S, CHANNELS, TAPS_Y, TAPS_X, BLOCK,
     )  # fmt: skip
     for step in range(4):
         operation = tl.load(own + 6 + step)
@@ -166,9 +166,9 @@ def render(
         views,
         H,
         W,
-        S,
         n // B,
         *views.stride(),
+        S=S,
         CHANNELS=C,
         TAPS_Y=_taps(H, S),
         TAPS_X=_taps(W, S),

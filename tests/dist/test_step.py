@@ -104,6 +104,19 @@ def five_plain_steps(overrides):
     return [float(train_step(state, batch).loss) for batch in batches]
 
 
+@pytest.mark.parametrize("more", [[], ["train.micro_batch_size=5"]])
+def test_a_step_takes_images_that_a_loader_has_cropped(more):
+    overrides = ["augment.crop_scale=[1, 1]", "augment.crop_ratio=[1, 1]", *more]  # cropping changes nothing
+    losses = []
+    for cropped in (False, True):
+        torch.manual_seed(0)
+        state, batches = build(0, 1, overrides, encoder=DoubleEncoder())
+        if cropped:
+            batches = [Batch(b.images[:, None].expand(-1, 2, -1, -1, -1), b.labels, b.index) for b in batches]
+        losses.append([float(train_step(state, batch).loss) for batch in batches])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_two_passes_over_ranks_equal_one_pass_over_ranks(world_size):
     overrides = ["loss.learnable_temperature=true"]

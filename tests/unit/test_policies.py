@@ -153,6 +153,9 @@ def test_operations_are_drawn_as_often_as_torchvisions(monkeypatch, name):
     assert {k for k, count in ours.items() if count > 12} <= set(theirs)
     for what in theirs:
         assert abs(ours[what] - theirs[what]) < 5 * math.sqrt(ours[what] + theirs[what]) + 1, what
+    for what in (lambda m: m < 0, lambda m: m > 0, lambda m: m == 0):
+        a, b = (sum(count for run, count in c.items() for _, m in run if what(m)) for c in (ours, theirs))
+        assert abs(a - b) < 5 * math.sqrt(a + b)
 
 
 @pytest.mark.parametrize("policy", EVERY_POLICY[1:])

@@ -63,16 +63,16 @@ from hpc_supcon.data.views_triton import _views_kernel as kernel
 
 POINTERS = {"images": "*u8", "drawn": "*i32", **dict.fromkeys(("factors", "mean", "std"), "*fp32")}
 names = kernel.arg_names
-CASES = ((80, "fp32", 3, 2, 1024), (90, "bf16", 1, 2, 1024), (90, "bf16", 3, 5, 4096))
-for capability, dtype, channels, taps, block in CASES:
-    fixed = dict(CHANNELS=channels, TAPS_Y=taps, TAPS_X=taps, BLOCK=block)
+CASES = ((80, "fp32", 3, 2, 32), (90, "bf16", 1, 2, 28), (90, "bf16", 3, 5, 64))
+for capability, dtype, channels, taps, size in CASES:
+    fixed = dict(S=size, CHANNELS=channels, TAPS_Y=taps, TAPS_X=taps, BLOCK=4096 if size == 64 else 1024)
     types = {**POINTERS, "out": "*" + dtype, **dict.fromkeys(fixed, "constexpr")}
     source = ASTSource(
         fn=kernel,
         signature={name: types.get(name, "i32") for name in names},
         constexprs={(names.index(name),): value for name, value in fixed.items()},
     )
-    options = dict(num_warps=4 if block == 1024 else 8, enable_fp_fusion=True)
+    options = dict(num_warps=4 if size <= 32 else 8, enable_fp_fusion=True)
     ptx = compile(source, target=GPUTarget("cuda", capability, 32), options=options).asm["ptx"]
     assert ".entry _views_kernel" in ptx
     assert ".local" not in ptx, "a view fits into the registers of its program"
