@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import struct
 from collections.abc import Iterator, Sequence
@@ -69,6 +70,22 @@ class FolderSource:
     def picture(self, i: int) -> Image.Image:
         """See Source.picture. Raises as `read`."""
         return _picture(self.paths[i], self.form)
+
+    def encoded(self, i: int) -> tuple[bytes, tuple[int, int]]:
+        """A file of image i in the source's form, for other decoders, and (width, height); only its header was read.
+
+        Modes that decoders convert each in their own way (palettes, CMYK, transparency) are converted here.
+        Raises as `read`, but for damage behind the header.
+        """
+        path = self.paths[i]
+        with _opened(path) as image:
+            _check_mode(path, image.mode, self.form)
+            _check_size(path, image.size, self.form)
+            if image.mode in CHANNELS_OF_MODE:
+                return path.read_bytes(), image.size
+        buffer, picture = io.BytesIO(), self.picture(i)
+        picture.save(buffer, "PPM")
+        return buffer.getvalue(), picture.size
 
     def stack(self) -> Tensor:
         """See stack_images. Raises as `read`."""

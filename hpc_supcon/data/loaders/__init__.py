@@ -12,8 +12,10 @@ import torch
 from ...errors import ConfigError, unknown_name
 from ..batch import Loader
 from ..beton import BetonSource
+from ..folder import FolderSource
 from ..order import Order
 from ..sources import ArraySource, Source
+from .dali import DaliLoader
 from .ffcv import FfcvLoader
 from .options import CropOptions, LoaderOptions, OnCorrupt
 from .resident import ResidentLoader
@@ -25,6 +27,7 @@ LOADERS: dict[str, Callable[..., Loader]] = {
     "resident": ResidentLoader,
     "torch": TorchLoader,
     "ffcv": FfcvLoader,
+    "dali": DaliLoader,
 }
 
 RESIDENT_SHARE = 0.5
@@ -61,22 +64,26 @@ def build_loader(
 
 def choose(source: Source, device: torch.device | str, options: LoaderOptions) -> tuple[str, str]:
     """(name, reason) of the loader that `auto` takes: the fastest one that fits."""
-    size = len(source) * source.channels * source.image_size**2
-    free = _free_memory(torch.device(device))
+    device = torch.device(device)
+    size, free = len(source) * source.channels * source.image_size**2, _free_memory(device)
     needs = f"{size / 2**30:.2f} GiB as uint8, {free / 2**30:.1f} GiB free on {device}"
-    if isinstance(source, ArraySource):
-        if size < free * RESIDENT_SHARE or torch.device(device).type == "cpu":
-            return "resident", f"the images are in memory already ({needs})"
-        return "torch", f"the images are in the host's memory and too many for the device ({needs})"
-    if isinstance(source, BetonSource) and find_spec("ffcv") is not None:
-        if options.crop is None and size < free * RESIDENT_SHARE:
-            return "resident", f"the set fits into memory ({needs})"
-        return "ffcv", "the source is a .beton file"
-    if options.crop is not None:
-        return "torch", "crops are taken from the stored images, which differ from what would be kept in memory"
-    if size < free * RESIDENT_SHARE:
+    in_memory = isinstance(source, ArraySource)
+    if in_memory and (size < free * RESIDENT_SHARE or device.type == "cpu"):
+        return "resident", f"the images are in memory already ({needs})"
+    if options.crop is None and not in_memory and size < free * RESIDENT_SHARE:
         return "resident", f"the set fits into memory ({needs})"
-    return "torch", f"the set does not fit into memory ({needs})"
+    why = f"the set does not fit into memory ({needs})"
+    if options.crop is not None and not in_memory:
+        why = "crops are taken from the images as they are stored"
+    if isinstance(source, BetonSource) and find_spec("ffcv") is not None:
+        return "ffcv", f"{why}, in a .beton file"
+    if isinstance(source, FolderSource) and device.type == "cuda" and _has_dali():
+        return "dali", f"{why}, in files that the GPU decodes"
+    return "torch", why
+
+
+def _has_dali() -> bool:
+    return find_spec("nvidia") is not None and find_spec("nvidia.dali") is not None
 
 
 def _free_memory(device: torch.device) -> int:

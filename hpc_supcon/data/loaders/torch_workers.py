@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from multiprocessing import util
 from multiprocessing.connection import Connection, wait
+from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
 from typing import NoReturn
 
@@ -109,14 +110,24 @@ class _Team:
         self._workers: list[BaseProcess] = []
         # Runs when this object is dropped, and before multiprocessing waits for its children at exit.
         self.close = util.Finalize(self, _end, (self._workers, self._pipes), exitpriority=10)
-        with _signals_blocked():
-            for _ in range(workers):
-                ours, theirs = context.Pipe()
-                worker = context.Process(target=_work, args=(theirs, reader, self._slots), daemon=True)
-                worker.start()
-                theirs.close()  # so that a worker's death closes its pipe
-                self._pipes.append(ours)
-                self._workers.append(worker)
+        try:
+            with _signals_blocked():
+                for _ in range(workers):
+                    self._start(context, reader)
+        except OSError as error:
+            self._fail(
+                f"worker processes cannot be started ({error}); a script must do its work under "
+                "if __name__ == '__main__', for they import it",
+                error,
+            )
+
+    def _start(self, context: ForkServerContext, reader: SampleReader) -> None:
+        ours, theirs = context.Pipe()
+        self._pipes.append(ours)
+        with theirs:  # closed here, so that a worker's death closes its pipe
+            worker = context.Process(target=_work, args=(theirs, reader, self._slots), daemon=True)
+            worker.start()
+        self._workers.append(worker)
 
     @property
     def has_room(self) -> bool:
