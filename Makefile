@@ -9,7 +9,7 @@ RANKS ?= 2
 quickstart: $(VENV)/.installed  ## the main job on embedded data: two ranks, about a minute
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node $(RANKS) -m hpc_supcon run run_dir=runs/quickstart-$$(date +%Y%m%d-%H%M%S)
 
-test: lint  ## the whole suite
+test: lint $(VENV)/.installed-extras  ## the whole suite, with the ffcv and dali loaders where they can be installed
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.installed-dev
@@ -17,6 +17,7 @@ lint: $(VENV)/.installed-dev
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/loss.py
+	$(BIN)/python benchmarks/loader.py
 
 $(VENV)/.installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
@@ -27,6 +28,10 @@ $(VENV)/.installed-dev: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e .[dev]
 	touch $(VENV)/.installed $@
+
+$(VENV)/.installed-extras: $(VENV)/.installed-dev tests/loaders/install-extras.sh
+	tests/loaders/install-extras.sh $(BIN)
+	touch $@
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -72,9 +72,7 @@ def make_large_set(folder: Path, images: int = 512, side: int = 256) -> Path:
     return folder
 
 
-def torchvision_batches(
-    folder: Path, size: int, batch_size: int, workers: int, device: str, policy: str
-) -> Batches:
+def torchvision_batches(folder: Path, size: int, batch_size: int, workers: int, device: str, policy: str) -> Batches:
     """Two views per image by per-sample transforms in DataLoader workers; endless."""
     one = v2.Compose(
         [
@@ -198,7 +196,9 @@ def _contest(
                 if name == "torchvision":
                     batches = torchvision_batches(folder, side, batch_size, workers, device, policy)
                 elif name in sources and (size or name != "ffcv-decode-twice"):
-                    batches = our_batches(name, sources[name], side, batch_size, workers, device, policy, crop=bool(size))
+                    batches = our_batches(
+                        name, sources[name], side, batch_size, workers, device, policy, crop=bool(size)
+                    )
                 else:
                     break
                 with closing(batches):
@@ -208,7 +208,9 @@ def _contest(
         if rates:
             results.append(Result(label, name, batch_size, workers, max(rates), min(rates), rounds))
             baseline = baseline or (max(rates) if name == "torchvision" else None)
-            speed = f"{max(rates):>10,.0f} images/s" + (f" {max(rates) / baseline:6.1f}x torchvision" if baseline else "")
+            speed = f"{max(rates):>10,.0f} images/s" + (
+                f" {max(rates) / baseline:6.1f}x torchvision" if baseline else ""
+            )
             print(f"{label:>14} {name:>18} batch {batch_size:>5} workers {workers}  {speed}")
     return results
 
