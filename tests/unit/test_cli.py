@@ -119,7 +119,7 @@ def test_wrong_settings_end_with_code_2_one_line_and_no_folder(capsys, tmp_path,
         ["loss.name=supcon_in"],
         ["loss.name=tcl", "log.gradient_response=true", "loss.k1=100"],
         ["loss.name=supcon_out", "log.gradient_response=true", "train.micro_batch_size=3"],
-        ["loss.name=simclr", "data.views=3", "loss.queue_size=20", "augment.crop_scale=[0.9, 1.0]", "augment.flip=0"],
+        ["loss.name=simclr", "data.views=3", "loss.queue_size=20"],
         ["loss.name=triplet", "loss.mining=random", "optim.lr=1e-3"],
         ["loss.name=cross_entropy", "data.views=1", "optim.lr=0.01"],
         ["loss.name=cross_entropy_mae"],
@@ -128,7 +128,9 @@ def test_wrong_settings_end_with_code_2_one_line_and_no_folder(capsys, tmp_path,
     ],
 )
 def test_every_loss_trains_by_name_and_goes_down(capsys, tmp_path, settings):
-    more = ["optim.lr=0.05", *settings, "log.every_steps=1", "train.epochs=10"]
+    # mild views: a few steps on strong ones show more luck than learning
+    mild = ["augment.crop_scale=[0.9, 1.0]", "augment.flip=0"]
+    more = ["optim.lr=0.05", *mild, *settings, "log.every_steps=1", "train.epochs=10"]
     code, _, err = run(capsys, "run", "default", *FAST, *more, f"run_dir={tmp_path}/r")
     assert code == 0, err
     events = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
