@@ -1,7 +1,8 @@
 """Data: sources (name -> images and labels), order (pure permutation), loaders and views (augmentation)."""
 
 from .batch import Batch, Loader
-from .loaders import LOADERS, build_loader
+from .beton import BetonSource, open_beton
+from .loaders import LOADERS, CropOptions, LoaderOptions, build_loader, replaced_everywhere
 from .order import EvalOrder, Order, TrainOrder
 from .sources import ArraySource, Source, channel_statistics
 from .splits import SOURCES, Splits, load_splits
@@ -13,9 +14,12 @@ __all__ = [
     "SOURCES",
     "ArraySource",
     "Batch",
+    "BetonSource",
+    "CropOptions",
     "EvalOrder",
     "EvalTransform",
     "Loader",
+    "LoaderOptions",
     "Order",
     "Source",
     "Splits",
@@ -24,5 +28,7 @@ __all__ = [
     "build_loader",
     "channel_statistics",
     "load_splits",
+    "open_beton",
+    "replaced_everywhere",
     "stratified_split",
 ]

@@ -422,6 +422,6 @@ def test_a_batch_that_ranks_cannot_share_is_refused_before_decoding():
 
 def test_an_unknown_loader_gets_the_list():
     with pytest.raises(
-        ConfigError, match=r"unknown data\.loader 'residnt'; did you mean 'resident'\? known: auto, res"
+        ConfigError, match=r"unknown data\.loader 'residnt'; did you mean 'resident'\? known: auto, dali, ffcv, res"
     ):
         build_loader("residnt", arrays(), TrainOrder(50, 8), seed=0, rank=0, world_size=1, device="cpu")
