@@ -252,8 +252,7 @@ def _started(settings: Config, resume: bool) -> Iterator[tuple[Runtime, Data]]:
     ) as runtime:
         with together():
             run_folder.check_usable(settings.folder, settings, resume=resume)  # before minutes of decoding
-            data = assemble.load_data(settings, runtime)
-        yield runtime, data
+        yield runtime, assemble.load_data(settings, runtime)
 
 
 def _print_result(folder: Path, result: dict[str, Any]) -> None:

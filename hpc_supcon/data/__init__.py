@@ -1,7 +1,8 @@
 """Data: sources (name -> images and labels), order (pure permutation), loaders and views (augmentation)."""
 
 from .batch import Batch, Loader
-from .loaders import LOADERS, CropOptions, LoaderOptions, build_loader, choose
+from .beton import BetonSource, open_beton
+from .loaders import LOADERS, CropOptions, LoaderOptions, build_loader, choose, replaced_everywhere
 from .normalise import EvalTransform
 from .order import EvalOrder, Order, TrainOrder
 from .samplers import SAMPLERS, ClassBalanced, LongTailAware, build_order
@@ -17,6 +18,7 @@ __all__ = [
     "SOURCES",
     "ArraySource",
     "Batch",
+    "BetonSource",
     "ClassBalanced",
     "CropOptions",
     "EvalOrder",
@@ -36,6 +38,8 @@ __all__ = [
     "choose",
     "convert_splits",
     "load_splits",
+    "open_beton",
     "open_source",
+    "replaced_everywhere",
     "stratified_split",
 ]

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..collectives import gather_objects, together
 from ..config import Config
 from ..data import (
     ArraySource,
@@ -52,29 +53,32 @@ class Data:
 
 
 def load_data(config: Config, runtime: Runtime) -> Data:
-    """The data set. Raises ConfigError, DataError.
+    """The data set. Collective. Raises ConfigError, DataError, the same on every rank.
 
     Where the loader holds the set in memory every image is decoded here: damage is met before training.
     """
     data = config.data
-    splits = load_splits(
-        data.source,
-        root=data.root,
-        download=data.download,
-        image_size=data.image_size,
-        channels=data.channels,
-        validation_fraction=data.validation_fraction,
-        seed=config.seed,
-        synthetic=data.synthetic.model_dump() if data.source == "synthetic" else None,
-        beton=data.beton,
-        check_hash=runtime.launch.local_rank == 0,
-    )
-    name, reason, training = data.loader, "as configured", loader_options(config)
-    if name == "auto":
-        name, reason = choose(splits.train, runtime.device, training)
+    with together():
+        training = loader_options(config)
+        splits = load_splits(
+            data.source,
+            root=data.root,
+            download=data.download,
+            image_size=data.image_size,
+            channels=data.channels,
+            validation_fraction=data.validation_fraction,
+            seed=config.seed,
+            synthetic=data.synthetic.model_dump() if data.source == "synthetic" else None,
+            beton=data.beton,
+            check_hash=runtime.launch.local_rank == 0,
+        )
+    name, reason = data.loader, "as configured"
+    if name == "auto":  # by free memory, which differs between nodes: rank 0's choice is everybody's
+        name, reason = gather_objects(choose(splits.train, runtime.device, training))[0]
     if name == "resident" and data.on_corrupt == "fail":
-        validation = None if splits.validation is None else _decoded(splits.validation)
-        splits = Splits(_decoded(splits.train), validation, _decoded(splits.test))
+        with together():
+            validation = None if splits.validation is None else _decoded(splits.validation)
+            splits = Splits(_decoded(splits.train), validation, _decoded(splits.test))
     return Data(splits, name, reason, training, replace(training, crop=None))
 
 

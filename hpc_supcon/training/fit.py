@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..collectives import all_sum
-from ..data import Batch, Loader
+from ..data import Batch, Loader, replaced_everywhere
 from .metrics import MetricLog, ProgressLine
 from .optim import set_learning_rate
 from .state import TrainState
@@ -109,8 +108,8 @@ def fit(
 
 def _details(state: TrainState, loader: Loader, batch: Batch, result: StepResult, plan: Plan) -> dict[str, float]:
     """What only a logged step pays for. Collective."""
-    replaced = all_sum(torch.tensor(float(loader.replaced), device=state.device))
-    numbers: dict[str, Tensor] = {"replaced_images": replaced} if replaced else {}
+    replaced = replaced_everywhere(loader, state.device)
+    numbers: dict[str, Tensor | int] = {"replaced_images": replaced} if replaced else {}
     numbers |= {"grad_norm": result.gradient_norm, **state.objective.statistics()}
     if plan.gradient_response:
         numbers |= state.objective.response(result.outputs, batch.labels)

@@ -115,8 +115,7 @@ def test_damage_that_only_the_last_rows_show_is_met(tmp_path):
         serve(open_train(root))
 
 
-def test_a_pipeline_that_hangs_is_reported_after_the_time_out(folder, monkeypatch):
-    monkeypatch.setattr("hpc_supcon.data.loaders.dali._JOIN_S", 0.2)
+def test_a_pipeline_that_hangs_is_reported_after_the_time_out(folder):
     options = LoaderOptions(timeout_s=0.5)
     source, order = open_train(folder), TrainOrder(N, BATCH)
     loader = build_loader("dali", source, order, seed=0, rank=0, world_size=1, device="cpu", options=options)
@@ -124,7 +123,7 @@ def test_a_pipeline_that_hangs_is_reported_after_the_time_out(folder, monkeypatc
     loader._batch = lambda *arguments: release.wait()
     with pytest.raises(LoaderDied, match=r"data\.loader=dali: no batch within data\.timeout_s=0\.5 s"):
         next(loader.epoch(0))
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 3
     release.set()
     nothing_left(before)
 

@@ -171,8 +171,7 @@ def test_an_exception_in_a_thread_reaches_the_caller(jpegs):
     nothing_left(before)
 
 
-def test_a_thread_that_hangs_is_reported_after_the_time_out(jpegs, monkeypatch):
-    monkeypatch.setattr("hpc_supcon.data.loaders.ffcv._JOIN_S", 0.2)
+def test_a_thread_that_hangs_is_reported_after_the_time_out(jpegs):
     options, source = LoaderOptions(timeout_s=0.5), open_beton(jpegs)
     assert len(source.bytes) > 0  # stays mapped as long as the source lives
     loader = build_loader(
@@ -182,7 +181,7 @@ def test_a_thread_that_hangs_is_reported_after_the_time_out(jpegs, monkeypatch):
     loader._kernel = lambda *arguments: release.wait()
     with pytest.raises(LoaderDied, match=r"no batch within data\.timeout_s=0\.5 s"):
         list(loader.epoch(0))
-    assert time.monotonic() - began < 5
+    assert time.monotonic() - began < 3
     release.set()
     nothing_left(before)
 

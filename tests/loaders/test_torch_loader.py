@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from hpc_supcon.data import ArraySource, EvalOrder, TrainOrder, build_loader
-from hpc_supcon.data.loaders import LoaderOptions, choose
+from hpc_supcon.data.loaders import LoaderOptions, choose, replaced_everywhere
 from hpc_supcon.errors import CorruptSample, DataError, LoaderDied
 
+from ..dist.ranks import run_ranks
 from .contract import BATCH, LoaderContract, N, Things, nothing_left, open_train
 
 
@@ -106,6 +107,24 @@ def test_a_set_of_corrupt_images_only_is_an_error(damaged):
             serve(name, source.subset([index] * 4), on_corrupt="replace")
 
 
+def replaced_on_a_rank(rank, world_size, root):
+    """Of what its own loader replaced, and of what all did."""
+    source = open_train(Path(root))
+    options = LoaderOptions(on_corrupt="replace")
+    order = EvalOrder(len(source), 8)
+    loader = build_loader(
+        "torch", source, order, seed=0, rank=rank, world_size=world_size, device="cpu", options=options
+    )
+    list(loader.epoch(0))
+    loader.close()
+    return loader.replaced, replaced_everywhere(loader)
+
+
+def test_the_number_of_replaced_images_is_the_same_on_all_ranks(damaged):
+    _, _, path = damaged("text")
+    assert run_ranks(replaced_on_a_rank, 2, str(path.parents[2])) == [(0, 1), (1, 1)]
+
+
 # ---- worker processes that die or hang
 
 
@@ -180,6 +199,19 @@ def test_a_worker_that_sleeps_for_ever_is_reported_after_the_time_out_and_killed
     pids = [int(path.name) for path in tmp_path.iterdir()]
     assert pids
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+
+
+def test_workers_that_cannot_start_are_reported(monkeypatch):
+    """What a script gets whose own work is not under `if __name__ == "__main__"`."""
+
+    def broken(process):
+        raise BrokenPipeError("Broken pipe")
+
+    before = Things()
+    monkeypatch.setattr("multiprocessing.process.BaseProcess.start", broken)
+    with pytest.raises(LoaderDied, match=r"cannot be started.*if __name__ == '__main__'"):
+        serve("torch", arrays())
+    nothing_left(before)
 
 
 def test_workers_outlive_the_signals_of_a_scheduler():

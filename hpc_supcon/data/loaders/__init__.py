@@ -9,6 +9,7 @@ from importlib.util import find_spec
 
 import torch
 
+from ...collectives import all_sum
 from ...errors import ConfigError, unknown_name
 from ..batch import Loader
 from ..beton import BetonSource
@@ -21,7 +22,7 @@ from .options import CropOptions, LoaderOptions, OnCorrupt
 from .resident import ResidentLoader
 from .torch_workers import TorchLoader
 
-__all__ = ["LOADERS", "CropOptions", "LoaderOptions", "OnCorrupt", "build_loader", "choose"]
+__all__ = ["LOADERS", "CropOptions", "LoaderOptions", "OnCorrupt", "build_loader", "choose", "replaced_everywhere"]
 
 LOADERS: dict[str, Callable[..., Loader]] = {
     "resident": ResidentLoader,
@@ -60,6 +61,14 @@ def build_loader(
     if name not in LOADERS:
         raise ConfigError(unknown_name("data.loader", name, ["auto", *LOADERS]))
     return LOADERS[name](source, order, seed=seed, rank=rank, world_size=world_size, device=device, options=options)
+
+
+def replaced_everywhere(loader: Loader, device: torch.device | str = "cpu") -> int:
+    """Images replaced so far on all ranks together, the same number on every rank. Collective.
+
+    device: one that the process group can send from (NCCL: the rank's GPU).
+    """
+    return int(all_sum(torch.tensor(loader.replaced, device=device)))
 
 
 def choose(source: Source, device: torch.device | str, options: LoaderOptions) -> tuple[str, str]:

@@ -25,6 +25,7 @@ class Team:
     """A pool of daemon threads: unlike concurrent.futures' they do not keep the process when one of them hangs."""
 
     def __init__(self, threads: int) -> None:
+        self._closed = False
         self._jobs: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
         self._threads = [threading.Thread(target=self._work, name="loader", daemon=True) for _ in range(threads)]
         for thread in self._threads:
@@ -47,7 +48,13 @@ class Team:
             del work, future, job  # or the last batch would live until the next one comes
 
     def close(self, timeout_s: float) -> None:
-        """Drop what has not begun and end the threads; one that hangs is left behind after timeout_s."""
+        """Drop what has not begun and end the threads; one that hangs is left behind after timeout_s.
+
+        Only the first call does anything.
+        """
+        if self._closed:
+            return
+        self._closed = True
         try:
             while (work := self._jobs.get_nowait()) is not None:
                 work[0].cancel()

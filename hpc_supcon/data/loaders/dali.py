@@ -59,6 +59,9 @@ class DaliLoader:
         self._reader = SampleReader(source, seed, self._options.crop, self._options.on_corrupt)
         self.steps_per_epoch = len(self._steps)
         self._largest_batch = self._steps.largest_batch
+        self._gpu: int | None = None  # asked here: every thread has a current device of its own
+        if self._device.type == "cuda":
+            self._gpu = torch.cuda.current_device() if self._device.index is None else self._device.index
         self._pipeline: Any = None
         self._team: Team | None = None
         self._closed = False
@@ -85,6 +88,9 @@ class DaliLoader:
                 yield batches[0]
                 if self._closed or not self._steps.is_current(mine):
                     return
+        except LoaderDied:
+            team.close(0)  # the thread that hangs has been waited for
+            raise
         finally:
             team.close(_JOIN_S)
 
@@ -118,8 +124,11 @@ class DaliLoader:
             self._pipeline.feed_input(f"start_{view}", np.ascontiguousarray(start))
             self._pipeline.feed_input(f"end_{view}", start + extent)
         views = self._pipeline.run()[0].as_tensor()
-        # The tensor belongs to the pipeline, which writes the next batch into it.
-        return torch.utils.dlpack.from_dlpack(views).clone().view(len(index), *self._reader.shape)
+        # The tensor belongs to the pipeline, which writes the next batch into it, on a stream of its own.
+        images = torch.utils.dlpack.from_dlpack(views).clone().view(len(index), *self._reader.shape)
+        if self._gpu is not None:
+            torch.cuda.current_stream(self._gpu).synchronize()
+        return images
 
     def _boxes(self, epoch: int, index: Ints, heights: Ints, widths: Ints) -> Ints:
         """int64 [B, V, 4]; without crops the one central square that `fitted` takes."""
@@ -131,20 +140,19 @@ class DaliLoader:
         """A pipeline from files and boxes to uint8 [V, C, S, S], all in one go: running ahead is done here."""
         dali = _import_dali()
         fn, types = dali.fn, dali.types
-        cuda = self._device.type == "cuda"
         colours = types.RGB if self._source.channels == 3 else types.GRAY
         size = self._reader.shape[-1]
         pipeline = dali.pipeline.Pipeline(
             batch_size=self._largest_batch,
             num_threads=self._options.workers,
-            device_id=torch.cuda.current_device() if cuda else None,
+            device_id=self._gpu,
             exec_pipelined=False,
             exec_async=False,
             prefetch_queue_depth=1,
         )
         with pipeline:
             files = fn.external_source(name="files")
-            images = fn.decoders.image(files, device="mixed" if cuda else "cpu", output_type=colours)
+            images = fn.decoders.image(files, device="cpu" if self._gpu is None else "mixed", output_type=colours)
             resized = [
                 fn.resize(
                     images,

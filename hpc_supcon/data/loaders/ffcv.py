@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ...errors import ConfigError, CorruptSample, MissingExtra
+from ...errors import ConfigError, CorruptSample, LoaderDied, MissingExtra
 from ..batch import Batch
 from ..beton import JPEG, BetonSource
 from ..order import Order
@@ -37,6 +37,9 @@ _JOIN_S = 5.0  # a piece of a batch takes milliseconds
 
 class FfcvLoader:
     """Loader over a BetonSource; `options.workers` threads live as long as an epoch.
+
+    Crops have the boxes of every other loader; OpenCV's area filter makes other pixels of them than Pillow's
+    triangle does, by a few levels.
 
     Raises ConfigError for any other source, MissingExtra without FFCV.
     """
@@ -88,6 +91,9 @@ class FfcvLoader:
                 yield finish()
                 if self._closed or not self._steps.is_current(mine):
                     return
+        except LoaderDied:
+            team.close(0)  # the thread that hangs has been waited for
+            raise
         finally:
             team.close(_JOIN_S)
 
