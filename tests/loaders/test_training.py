@@ -1,0 +1,45 @@
+"""A whole run through every loader: the same images, cropped on the device or while decoding."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from hpc_supcon import cli
+
+from .contract import write_folder
+from .extras import require
+
+require("ffcv", "apt-get install pkg-config libopencv-dev libturbojpeg0-dev g++; pip install ffcv")
+require("nvidia.dali", "pip install nvidia-dali-cuda130")
+
+SETTINGS = [
+    "data.source=image_folder", "data.image_size=32", "data.batch_size=8", "data.workers=2", "model.encoder=conv",
+    "model.projection_hidden=16", "model.projection_dim=8", "train.epochs=2", "probe.epochs=2", "log.every_steps=1",
+    "log.tensorboard=false", "runtime.threads=1", "data.validation_fraction=0", "probe.lrs=[1e-2]",
+]  # fmt: skip
+
+
+def run(*arguments):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*arguments])
+    assert not stopped.value.code
+
+
+@pytest.mark.parametrize("crop", ["false", "true"])
+@pytest.mark.parametrize("loader", ["resident", "torch", "ffcv", "dali"])
+def test_a_run_ends_with_results_whatever_the_loader(tmp_path, loader, crop):
+    root = write_folder(tmp_path / "images", suffix="jpg")
+    where = [f"data.root={root}"]
+    if loader == "ffcv":
+        run("convert", str(root), str(tmp_path / "set.beton"))
+        where = [f"data.beton={tmp_path}/set.beton"]
+    more = [f"data.loader={loader}", f"data.crop_while_decoding={crop}", f"run_dir={tmp_path}/r"]
+    run("run", "default", *SETTINGS, *where, *more)
+    events = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
+    assert events[0]["loader"] == loader
+    steps = [e for e in events if e["event"] == "train"]
+    assert len(steps) == 2 * (26 // 8)
+    assert all(0 <= e["data_wait"] <= 1 for e in steps)
+    assert (tmp_path / "r/results.json").exists()
