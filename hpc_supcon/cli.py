@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from . import __version__
+from .cli_bench import bench
 from .config import Config, load_config, schema_rows, to_yaml
 from .errors import CorruptSample, HpcSupconError
 
@@ -33,6 +34,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+
+app.add_typer(bench, name="bench")
 
 ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A recipe's name or a YAML file.")]
 Overrides = Annotated[
@@ -171,63 +174,6 @@ def _progress() -> Iterator[Callable[[str, int, int], None]]:
             progress.update(bars[name], completed=done, total=total)
 
         yield tell
-
-
-bench = typer.Typer(help="Measure parts of the pipeline on this machine.", no_args_is_help=True)
-app.add_typer(bench, name="bench")
-
-
-@bench.command("loss")
-def bench_loss(
-    size: Annotated[list[int] | None, typer.Option(help="Rows N of the batch; repeat for several.")] = None,
-    only: Annotated[
-        list[str] | None,
-        typer.Option(help="dense | compiled | pml | reference | tiled | triton[-bf16|-tf32]; repeat for several."),
-    ] = None,
-    dim: Annotated[int, typer.Option(help="Embedding size D.")] = 128,
-    device: Annotated[str, typer.Option(help="auto | cpu | cuda")] = "auto",
-    runs: Annotated[int, typer.Option(help="Timed rounds; the best is reported, median and worst are written.")] = 3,
-    threads: Annotated[int, typer.Option(help="CPU threads; 0: PyTorch's own choice.")] = 0,
-    tag: Annotated[str, typer.Option(help="Added to the names of the result files.")] = "",
-    out: Annotated[Path, typer.Option(help="Folder for the JSON and PNG files.")] = Path("benchmarks/results"),
-    debug: Debug = False,
-) -> None:
-    """Time and peak memory of the contrastive loss, against dense PyTorch and pytorch-metric-learning."""
-    import torch
-
-    from .bench.loss import measure
-    from .runtime import Launch, choose_device
-
-    kind = choose_device(device, Launch()).type
-    contenders = only or ["dense", "compiled", "pml", "triton" if kind == "cuda" else "tiled"]
-    measure(
-        size or [1024, 2048, 4096, 8192], dim, contenders, kind, runs, threads or torch.get_num_threads(), tag, out
-    )
-
-
-@bench.command("loader")
-def bench_loader(
-    data: Annotated[Path | None, typer.Option(help="An image folder of small images, such as CIFAR-10.")] = None,
-    batch_size: Annotated[list[int] | None, typer.Option(help="Images per batch; repeat for several.")] = None,
-    workers: Annotated[list[int] | None, typer.Option(help="Decoding workers; repeat for several.")] = None,
-    only: Annotated[
-        list[str] | None,
-        typer.Option(help="torchvision | resident | torch | ffcv | ffcv-decode-twice | dali; repeat for several."),
-    ] = None,
-    device: Annotated[str, typer.Option(help="auto | cpu | cuda")] = "auto",
-    policy: Annotated[str, typer.Option(help="flip_crop | simaugment (with colour jitter and grey)")] = "simaugment",
-    seconds: Annotated[float, typer.Option(help="Length of a timed round.")] = 4.0,
-    rounds: Annotated[int, typer.Option(help="Timed rounds; the best is reported, the worst is written.")] = 2,
-    tag: Annotated[str, typer.Option(help="Added to the names of the result files.")] = "",
-    out: Annotated[Path, typer.Option(help="Folder for the JSON and PNG files.")] = Path("benchmarks/results"),
-    debug: Debug = False,
-) -> None:
-    """Images/s of every loader, two views delivered on the device, against torchvision's ImageFolder."""
-    from .bench.loader import CONTENDERS, measure
-    from .runtime import Launch, choose_device
-
-    kind = choose_device(device, Launch()).type
-    measure(data, batch_size or [512], workers or [2], only or CONTENDERS, kind, policy, seconds, rounds, tag, out)
 
 
 def _settings(config: str, overrides: list[str] | None) -> Config:

@@ -21,6 +21,7 @@ LAYERS = [
     {"training"},
     {"evaluation"},
     {"bench"},
+    {"cli_bench"},
     {"cli"},
     {"__main__"},
 ]

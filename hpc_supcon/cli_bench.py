@@ -1,0 +1,65 @@
+"""The command line of the benchmarks: `hpc-supcon bench loss | loader`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback with every error.")]
+
+bench = typer.Typer(help="Measure parts of the pipeline on this machine.", no_args_is_help=True)
+
+
+@bench.command("loss")
+def bench_loss(
+    size: Annotated[list[int] | None, typer.Option(help="Rows N of the batch; repeat for several.")] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="dense | compiled | pml | reference | tiled | triton[-bf16|-tf32]; repeat for several."),
+    ] = None,
+    dim: Annotated[int, typer.Option(help="Embedding size D.")] = 128,
+    device: Annotated[str, typer.Option(help="auto | cpu | cuda")] = "auto",
+    runs: Annotated[int, typer.Option(help="Timed rounds; the best is reported, median and worst are written.")] = 3,
+    threads: Annotated[int, typer.Option(help="CPU threads; 0: PyTorch's own choice.")] = 0,
+    tag: Annotated[str, typer.Option(help="Added to the names of the result files.")] = "",
+    out: Annotated[Path, typer.Option(help="Folder for the JSON and PNG files.")] = Path("benchmarks/results"),
+    debug: Debug = False,
+) -> None:
+    """Time and peak memory of the contrastive loss, against dense PyTorch and pytorch-metric-learning."""
+    import torch
+
+    from .bench.loss import measure
+    from .runtime import Launch, choose_device
+
+    kind = choose_device(device, Launch()).type
+    contenders = only or ["dense", "compiled", "pml", "triton" if kind == "cuda" else "tiled"]
+    measure(
+        size or [1024, 2048, 4096, 8192], dim, contenders, kind, runs, threads or torch.get_num_threads(), tag, out
+    )
+
+
+@bench.command("loader")
+def bench_loader(
+    data: Annotated[Path | None, typer.Option(help="An image folder of small images, such as CIFAR-10.")] = None,
+    batch_size: Annotated[list[int] | None, typer.Option(help="Images per batch; repeat for several.")] = None,
+    workers: Annotated[list[int] | None, typer.Option(help="Decoding workers; repeat for several.")] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(help="torchvision | resident | torch | ffcv | ffcv-decode-twice | dali; repeat for several."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto | cpu | cuda")] = "auto",
+    policy: Annotated[str, typer.Option(help="flip_crop | simaugment (with colour jitter and grey)")] = "simaugment",
+    seconds: Annotated[float, typer.Option(help="Length of a timed round.")] = 4.0,
+    rounds: Annotated[int, typer.Option(help="Timed rounds; the best is reported, the worst is written.")] = 2,
+    tag: Annotated[str, typer.Option(help="Added to the names of the result files.")] = "",
+    out: Annotated[Path, typer.Option(help="Folder for the JSON and PNG files.")] = Path("benchmarks/results"),
+    debug: Debug = False,
+) -> None:
+    """Images/s of every loader, two views delivered on the device, against torchvision's ImageFolder."""
+    from .bench.loader import CONTENDERS, measure
+    from .runtime import Launch, choose_device
+
+    kind = choose_device(device, Launch()).type
+    measure(data, batch_size or [512], workers or [2], only or CONTENDERS, kind, policy, seconds, rounds, tag, out)
