@@ -57,7 +57,7 @@ class Result:
     rounds: int
 
 
-def make_large_set(folder: Path, images: int = 512, side: int = 256) -> Path:
+def make_large_set(folder: Path, images: int = 1024, side: int = 256) -> Path:
     """An image folder of smooth random JPEGs of side x side px: detail like a photograph's, no download."""
     rng = np.random.default_rng(0)
     for i in range(images):
@@ -86,8 +86,9 @@ def torchvision_batches(folder: Path, size: int, batch_size: int, workers: int, 
     )
     data = datasets.ImageFolder(str(folder / "train"), partial(_twice, one))
     loader = torch.utils.data.DataLoader(
-        data, batch_size, shuffle=True, num_workers=workers, drop_last=True, pin_memory=device != "cpu"
-    )
+        data, batch_size, shuffle=True, num_workers=workers, drop_last=True, pin_memory=device != "cpu",
+        persistent_workers=True,
+    )  # fmt: skip
     for _ in count():
         for views, _ in loader:
             yield views.to(device, non_blocking=True)
@@ -158,7 +159,9 @@ def measure(
             sets.insert(0, (data.name, data, 0))
         for label, folder, size in sets:
             sources = _sources(folder, Path(scratch) / f"{label}.beton", size)
-            for batch_size, n_workers in ((b, w) for b in batch_sizes for w in workers):
+            # large images come in smaller batches
+            own_sizes = [max(32, b // 8) if size else b for b in batch_sizes]
+            for batch_size, n_workers in ((b, w) for b in own_sizes for w in workers):
                 if batch_size <= len(sources["torch"]):
                     contest = partial(_contest, label, folder, sources, size, batch_size, n_workers, device, policy)
                     results += contest(names=names, seconds=seconds, rounds=rounds)

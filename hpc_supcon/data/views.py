@@ -33,6 +33,10 @@ FUSED_SIDE = 64
 """Images and views up to this side, in pixels, are made by one kernel on CUDA."""
 
 
+CPU_CACHE, SMALL = 1 << 22, 64
+"""Bytes of float views worked on at once on a CPU, for views of more than SMALL px."""
+
+
 @dataclass(frozen=True)
 class ViewParameters:
     """What was drawn for n = B * V views (the V views of an image side by side), on the CPU."""
@@ -183,8 +187,17 @@ class Views(nn.Module):
 
                 render(images, parameters, self.jitter.sequences, self.mean, self.std, views)
             else:
-                self._render(images, parameters, views)
+                for piece in self._pieces(images):
+                    rows = slice(piece.start * V, piece.stop * V)
+                    self._render(images[piece], self.select(parameters, piece), views[rows])
         return views.unflatten(0, (B, V))
+
+    def _pieces(self, images: Tensor) -> list[slice]:
+        """Images rendered at a time: all, or on a CPU as many large ones as its cache holds the views of."""
+        B, S = len(images), self.image_size
+        fitting = max(1, CPU_CACHE // (4 * self.count * self.channels * S * S))
+        step = B if images.device.type != "cpu" or S <= SMALL else fitting
+        return [slice(a, min(a + step, B)) for a in range(0, B, max(1, step))]
 
     def _fuses(self, images: Tensor) -> bool:
         simple = self.crops and self.operations is None and not self.blur and images.ndim == 4
