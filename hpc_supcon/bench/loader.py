@@ -227,15 +227,21 @@ def plot(results: Sequence[Result], path: Path) -> None:
     labels = list(dict.fromkeys(r.data for r in results))
     figure, axes = plt.subplots(1, len(labels), figsize=(5.5 * len(labels), 4), layout="constrained", squeeze=False)
     for axis, label in zip(axes[0], labels, strict=True):
-        for name in dict.fromkeys(r.name for r in results if r.data == label):
-            mine = [r for r in results if r.data == label and r.name == name]
-            own_sizes = sorted({r.batch_size for r in mine})
-            best = [max(r.images_per_s for r in mine if r.batch_size == b) for b in own_sizes]
-            axis.plot(own_sizes, best, marker="o", label=name)
-        sizes = sorted({r.batch_size for r in results if r.data == label})
-        axis.set(xscale="log", yscale="log", xlabel="batch size", title=f"images/s, two views: {label}")
+        own = [r for r in results if r.data == label]
+        names, sizes = list(dict.fromkeys(r.name for r in own)), sorted({r.batch_size for r in own})
+        speeds = {(r.name, r.batch_size): r.images_per_s for r in sorted(own, key=lambda r: r.images_per_s)}
+        best = {n: [speeds.get((n, b), 0.0) for b in sizes] for n in names}
+        axis.set_title(f"images/s, two views: {label}")
+        if len(sizes) == 1:
+            bars = axis.barh(names[::-1], [best[n][0] for n in names[::-1]])
+            axis.bar_label(bars, fmt="{:,.0f}", padding=3)
+            axis.margins(x=0.15)
+            continue
+        for name in names:
+            axis.plot(sizes, best[name], marker="o", label=name)
+        axis.set(xscale="log", yscale="log", xlabel="batch size")
         axis.set_xticks(sizes, labels=[str(n) for n in sizes])
-        axis.minorticks_off()
+        axis.xaxis.minorticks_off()
         axis.grid(alpha=0.3)
         axis.legend()
     figure.savefig(path, dpi=120)

@@ -34,7 +34,7 @@ def write_folder(root: Path, suffix: str = "png", **options: object) -> Path:
     for name in "ab":
         for i in range(N // 2):
             save(root / "train" / name / f"{i:02d}.{suffix}", seed=ord(name) * 100 + i, **options)
-        save(root / "test" / name / f"0.{suffix}")
+        save(root / "test" / name / f"0.{suffix}", **options)
     return root
 
 

@@ -1,0 +1,38 @@
+"""The benchmark of the loaders runs and writes what it says."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+from PIL import Image
+
+from hpc_supcon import cli
+
+from .contract import write_folder
+
+
+def bench(tmp_path, *arguments):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["bench", "loader", "--out", str(tmp_path), "--seconds", "0.1", "--rounds", "1", *arguments])
+    return stopped.value.code or 0
+
+
+def test_every_contender_is_measured_and_drawn(tmp_path, monkeypatch):
+    from hpc_supcon.bench import loader
+
+    monkeypatch.setattr(loader, "make_large_set", lambda folder: write_folder(folder, suffix="jpg", size=(64, 64)))
+    small = write_folder(tmp_path / "small", suffix="jpg", size=(32, 32))
+    only = ["--only", "resident", "--only", "torch", "--workers", "1"]
+    assert bench(tmp_path, "--data", str(small), "--batch-size", "8", *only) == 0
+    (table,) = tmp_path.glob("*.json")
+    results = json.loads(table.read_text())["results"]
+    assert {(r["data"], r["name"]) for r in results} >= {("small", "resident"), ("small", "torch")}
+    assert all(r["images_per_s"] > 0 for r in results)
+    with Image.open(table.with_suffix(".png")) as picture:
+        assert picture.size[0] > 300
+
+
+def test_an_unknown_contender_is_named(tmp_path, capsys):
+    assert bench(tmp_path, "--only", "webdataset") == 2
+    assert "unknown contenders webdataset; known: torchvision" in capsys.readouterr().err
