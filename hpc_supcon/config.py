@@ -71,7 +71,7 @@ def digest(config: Config) -> str:
 def differences(old: Config, new: Config) -> list[str]:
     """`key: old -> new` for every setting that changes what is computed."""
     a, b = flatten(old), flatten(new)
-    return [f"{k}: {a.get(k)} -> {b[k]}" for k in b if a.get(k) != b[k] and not _is_neutral(k)]
+    return [f"{k}: {a.get(k)} -> {b.get(k)}" for k in {**a, **b} if a.get(k) != b.get(k) and not _is_neutral(k)]
 
 
 def flatten(config: Config) -> dict[str, Any]:

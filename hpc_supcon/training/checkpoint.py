@@ -11,7 +11,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,8 +44,11 @@ def save(
     world_size: int,
     config_digest: str,
     keep: int = 2,
+    protect: Collection[int] = (),
 ) -> Path:
-    """Publish `folder/step-N` and then delete all but the newest `keep`. Call on one rank only.
+    """Publish `folder/step-N` and then delete all but the newest `keep` and the steps in `protect`.
+
+    Call on one rank only.
 
     Raises RunFolderError naming the path when the disk is full or read-only; earlier checkpoints stay.
     """
@@ -78,7 +81,7 @@ def save(
         raise RunFolderError(
             f"{final}: checkpoint not written: {error.strerror or error}; earlier ones are kept"
         ) from None
-    for old in list_steps(folder)[:-keep]:
+    for old in set(list_steps(folder)[:-keep]).difference(protect):
         shutil.rmtree(folder / f"step-{old}", ignore_errors=True)
     return final
 

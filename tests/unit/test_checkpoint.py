@@ -142,3 +142,9 @@ def test_a_crash_in_the_middle_of_a_save_leaves_what_was_there(tmp_path, monkeyp
     save(tmp_path, 2)  # the left-over is swept away
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-1", "step-2"]
     shutil.rmtree(tmp_path)
+
+
+def test_protected_steps_outlive_the_newest(tmp_path):
+    for step in range(1, 7):
+        checkpoint.save(tmp_path, step, {}, {"step": step}, world_size=1, config_digest="d", keep=2, protect={2, 6})
+    assert checkpoint.list_steps(tmp_path) == [2, 5, 6]

@@ -1,0 +1,29 @@
+"""What every section of the configuration shares: strictness, and the ranges of numbers."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+Probability = Annotated[float, Field(ge=0, le=1)]
+Positive = Annotated[float, Field(gt=0)]
+NonNegative = Annotated[float, Field(ge=0)]
+Count = Annotated[int, Field(ge=1)]
+
+
+class Section(BaseModel):
+    # strict: "5" is no number and 1 is no boolean; validated from JSON, where a list may be a tuple
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+
+class StoppingConfig(Section):
+    """Early stopping by what is measured on the validation split."""
+
+    monitor: Literal["loss", "accuracy"] = Field(description="what is watched on the validation split")
+    patience: Count | None = Field(
+        description="stop after this many evaluations in a row without an improvement; null: never",
+        json_schema_extra={"unit": "evaluations"},
+    )
+    min_change: NonNegative = Field(description="an improvement is a change for the better by more than this")
+    target: float | None = Field(description="stop as soon as this value is reached; null: no target")

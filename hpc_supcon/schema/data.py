@@ -1,0 +1,104 @@
+"""Data and views: sections `data` and `augment`."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, model_validator
+
+from .base import Count, NonNegative, Positive, Probability, Section
+
+
+class SyntheticConfig(Section):
+    images: Count = Field(description="training images made", json_schema_extra={"unit": "images"})
+    classes: Annotated[int, Field(ge=2)] = Field(description="classes made")
+    channels: Literal[1, 3] = Field(description="1 is grey, 3 is RGB")
+    image_size: Count = Field(description="side of the square images", json_schema_extra={"unit": "px"})
+
+
+class DataConfig(Section):
+    source: str = Field(description="digits | mnist | fashion_mnist | cifar10 | cifar100 | image_folder | synthetic")
+    root: str | None = Field(description="folder that holds the data set (digits and synthetic need none)")
+    download: bool = Field(description="fetch a missing torchvision data set into data.root")
+    image_size: Count | None = Field(
+        description="resize the shorter side to this and crop the centre; null keeps the images' own size",
+        json_schema_extra={"unit": "px"},
+    )
+    channels: Literal[1, 3] | None = Field(
+        description="convert every image to 1 (grey) or 3 (RGB) channels; null demands that all agree"
+    )
+    validation_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
+        description="share of train carved off, stratified, where the data set has no validation split"
+    )
+    batch_size: Annotated[int, Field(ge=2)] = Field(
+        description="GLOBAL number of images per optimiser step, over all ranks, before views",
+        json_schema_extra={"unit": "images"},
+    )
+    views: Count = Field(description="augmented views of each image in a batch")
+    sampler: str = Field(
+        description="random | class_balanced (classes_per_batch x images_per_class) | long_tail_aware: which images "
+        "share a batch"
+    )
+    classes_per_batch: Count | None = Field(description="class_balanced: different classes in every global batch")
+    images_per_class: Count | None = Field(
+        description="class_balanced: images of each of them; times classes_per_batch it is batch_size",
+        json_schema_extra={"unit": "images"},
+    )
+    long_tail_alpha: Probability = Field(
+        description="long_tail_aware: a class is drawn with probability ~ (its images) ** this; "
+        "0 is balanced, 1 is as in the data"
+    )
+    beton: str | None = Field(
+        description="read the images from these .beton files (made of data.source by `hpc-supcon convert`)"
+    )
+    loader: str = Field(
+        description="auto | resident (the whole set as uint8 on the device) | torch (worker processes) | ffcv "
+        "(.beton files) | dali"
+    )
+    workers: Count = Field(description="processes or threads that decode, per rank")
+    timeout_s: Positive = Field(description="longest wait for one batch", json_schema_extra={"unit": "s"})
+    on_corrupt: Literal["fail", "replace"] = Field(
+        description="an image that does not decode: stop, or serve another one in its place and count it"
+    )
+    crop_while_decoding: bool = Field(
+        description="the loader takes the random crops from the stored images, at full resolution (for large images)"
+    )
+    synthetic: SyntheticConfig = Field(description="what `source: synthetic` makes")
+
+
+class RandAugmentConfig(Section):
+    operations: Annotated[int, Field(ge=0)] = Field(description="operations on each view, one after the other")
+    magnitude: Annotated[int, Field(ge=0, le=30)] = Field(description="strength of every operation, 0..30")
+
+
+class AugmentConfig(Section):
+    policy: str = Field(
+        description="none (resize alone) | flip_crop | simaugment (flip_crop, jitter, grey, blur) | autoaugment | "
+        "randaugment (both after flip_crop)"
+    )
+    crop_scale: tuple[Positive, Positive] = Field(description="range of the crop's share of the image area")
+    crop_ratio: tuple[Positive, Positive] = Field(description="range of the crop's width / height")
+    flip: Probability = Field(description="probability of a horizontal flip")
+    brightness: NonNegative = Field(description="simaugment: factor drawn from 1 -+ this")
+    contrast: NonNegative = Field(description="simaugment: factor drawn from 1 -+ this")
+    saturation: NonNegative = Field(description="simaugment: factor drawn from 1 -+ this")
+    hue: Annotated[float, Field(ge=0, le=0.5)] = Field(
+        description="simaugment: shift drawn from -+ this", json_schema_extra={"unit": "turns"}
+    )
+    jitter_probability: Probability = Field(description="simaugment: probability that a view is colour-jittered")
+    grey: Probability = Field(description="simaugment: probability that a view loses its colour")
+    blur: Probability = Field(
+        description="simaugment: probability of a gaussian blur, sigma 0.1..2 px, kernel a tenth of the image"
+    )
+    autoaugment: str = Field(description="autoaugment: cifar10 | imagenet | svhn, the policy learned on that set")
+    randaugment: RandAugmentConfig = Field(description="randaugment: how many operations, how strong")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> AugmentConfig:
+        for name in ("crop_scale", "crop_ratio"):
+            low, high = getattr(self, name)
+            if low > high:
+                raise ValueError(f"{name}: {low} is above {high}; give [low, high]")
+        if self.crop_scale[1] > 1:
+            raise ValueError("crop_scale: a crop cannot be larger than the image (at most 1.0)")
+        return self

@@ -1,0 +1,54 @@
+"""Early stopping decides by the definition: patience, minimum change, target."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from hpc_supcon.training.stopping import EarlyStopping
+
+
+def stopped_after(stopping: EarlyStopping, values: list[float]) -> int | None:
+    for i, value in enumerate(values):
+        stopping.update(value, i)
+        if stopping.stop:
+            return i
+    return None
+
+
+@pytest.mark.parametrize(
+    ("monitor", "options", "values", "stop", "best_at"),
+    [
+        ("loss", {"patience": 2}, [3, 2, 2.5, 2.1, 1], 3, 1),
+        ("accuracy", {"patience": 2}, [0.3, 0.5, 0.4, 0.6, 0.5, 0.6], 5, 3),
+        ("loss", {"patience": 1}, [1, 1], 1, 0),  # equal is no improvement
+        ("loss", {"patience": 2, "min_change": 0.1}, [1, 0.95, 0.91, 0.5], 2, 0),
+        ("loss", {"patience": 3, "min_change": 0.1}, [1, 0.95, 0.89, 0.88, 0.87, 0.86], 5, 2),
+        ("accuracy", {"target": 0.9}, [0.5, 0.9, 0.95], 1, 1),
+        ("loss", {"target": 0.2}, [0.5, 0.21, 0.2], 2, 2),
+        ("loss", {}, [1, 2, 3, 4, 5], None, 0),
+        ("loss", {"patience": 2}, [float("nan"), float("nan")], 1, None),
+        ("loss", {"patience": 2}, [1, float("nan"), 0.5, float("nan")], None, 2),
+    ],
+)
+def test_stops_where_the_definition_says(monitor, options, values, stop, best_at):
+    stopping = EarlyStopping(monitor, **options)
+    assert stopped_after(stopping, values) == stop
+    assert stopping.best_at == best_at
+
+
+@pytest.mark.parametrize("cut", range(6))
+def test_goes_on_after_a_restart_as_if_there_had_been_none(cut):
+    values = [0.1, 0.3, 0.3, 0.2, 0.31, 0.1, 0.1]
+    first = EarlyStopping("accuracy", patience=3, min_change=0.05)
+    stopped_after(first, values[:cut])
+    second = EarlyStopping("accuracy", patience=3, min_change=0.05)
+    second.load_state(json.loads(json.dumps(first.state())))
+    whole = EarlyStopping("accuracy", patience=3, min_change=0.05)
+    for i, value in enumerate(values):
+        whole.update(value, i)
+        if i >= cut:
+            second.update(value, i)
+    assert second.state() == whole.state()
+    assert second.stop == whole.stop
