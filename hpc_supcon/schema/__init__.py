@@ -13,7 +13,7 @@ from pydantic import Field
 from .base import Count, Positive, Section
 from .data import AugmentConfig, DataConfig
 from .evaluation import ProbeConfig
-from .training import CheckpointConfig, LogConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig
+from .training import CheckpointConfig, LogConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig, ValidationConfig
 
 
 class RuntimeConfig(Section):
@@ -35,6 +35,7 @@ class Config(Section):
     loss: LossConfig
     optim: OptimConfig
     train: TrainConfig
+    validation: ValidationConfig
     checkpoint: CheckpointConfig
     log: LogConfig
     probe: ProbeConfig

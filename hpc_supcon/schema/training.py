@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from .base import Count, NonNegative, Positive, Probability, Section
+from .base import Count, NonNegative, Positive, Probability, Section, StoppingConfig
 
 
 class ModelConfig(Section):
@@ -29,6 +29,10 @@ class LossConfig(Section):
         description="supcon_out | supcon_in | tcl | simclr | triplet | cross_entropy | cross_entropy_mae | "
         "reconstruction"
     )
+    terms: dict[str, Positive] | None = Field(
+        min_length=1,
+        description="a weighted sum of losses in place of `name`, such as {supcon_out: 1.0, cross_entropy: 0.5}",
+    )
     temperature: Positive = Field(description="tau: similarities are divided by it (contrastive losses)")
     learnable_temperature: bool = Field(description="train tau along, from `temperature` on (contrastive losses)")
     base_temperature: Positive | None = Field(
@@ -45,6 +49,16 @@ class LossConfig(Section):
         json_schema_extra={"unit": "images"},
     )
     backend: str = Field(description="auto | reference | tiled | triton: how the similarity matrix is walked")
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """Loss -> weight of what is minimised."""
+        return dict(self.terms) if self.terms is not None else {self.name: 1.0}
+
+    @property
+    def label(self) -> str:
+        """What is minimised, for people: "supcon_out", or "supcon_out + 0.5 cross_entropy"."""
+        return " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in self.weights.items())
 
 
 class OptimConfig(Section):
@@ -63,6 +77,10 @@ class OptimConfig(Section):
 
 class TrainConfig(Section):
     epochs: Count = Field(description="passes over the training split", json_schema_extra={"unit": "epochs"})
+    iterations: Count | None = Field(
+        description="optimiser steps; when set, replaces epochs", json_schema_extra={"unit": "steps"}
+    )
+    stopping: StoppingConfig = Field(description="early stopping; it needs validation.every_epochs or every_steps")
     precision: Literal["auto", "bf16", "fp32"] = Field(
         description="auto: bf16 autocast where the device computes in bf16; the loss is always fp32"
     )
@@ -71,6 +89,29 @@ class TrainConfig(Section):
         json_schema_extra={"unit": "images"},
     )
     channels_last: bool = Field(description="NHWC memory layout (faster convolutions)")
+
+
+class OnlineProbeConfig(Section):
+    kind: Literal["none", "knn", "linear"] = Field(
+        description="knn, linear: accuracy on validation of that probe on the features as they are, logged"
+    )
+    images: Count = Field(
+        description="at most this many training images are looked at, evenly spaced",
+        json_schema_extra={"unit": "images"},
+    )
+    k: Count = Field(description="knn: neighbours that vote")
+    temperature: Positive = Field(description="knn: a neighbour's vote is exp(cosine / temperature)")
+
+
+class ValidationConfig(Section):
+    every_epochs: Count | None = Field(
+        description="measure loss (and accuracy) on the validation split after every n-th epoch; null: never",
+        json_schema_extra={"unit": "epochs"},
+    )
+    every_steps: Count | None = Field(
+        description="the same after every n-th step", json_schema_extra={"unit": "steps"}
+    )
+    probe: OnlineProbeConfig = Field(description="a probe of the frozen features at the same times")
 
 
 class CheckpointConfig(Section):

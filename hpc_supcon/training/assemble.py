@@ -33,9 +33,10 @@ from ..runtime import Runtime
 from .engine import autocast, distribute, place
 from .fit import Plan
 from .momentum import MomentumQueue
-from .objective import RESPONSE, Objective, build_head, kind_of
+from .objective import RESPONSE, Objective, build_head, heads_of, kind_of, response_term
 from .optim import build_optimiser, learning_rate
 from .state import TrainState
+from .stopping import EarlyStopping
 
 NORMALISATION_SAMPLE = 10_000
 """Images whose statistics stand for all where a set is not held in memory."""
@@ -101,16 +102,17 @@ def _decoded(source: Source) -> ArraySource:
 
 def check_objective(config: Config) -> None:
     """Raise ConfigError where loss, views, queue and the two-pass step contradict each other."""
-    name, kind = config.loss.name, kind_of(config.loss.name)
-    if name == "simclr" and config.data.views < 2:
+    terms, name = config.loss.weights, config.loss.label
+    kinds = [kind_of(term) for term in terms]
+    if "simclr" in terms and config.data.views < 2:
         raise ConfigError("loss.name=simclr pulls an image's views together: it needs data.views of 2 or more")
-    if config.loss.queue_size and not kind.contrastive:
+    if config.loss.queue_size and not any(kind.contrastive for kind in kinds):
         raise ConfigError(f"loss.queue_size={config.loss.queue_size}: {name} takes no queue; use 0")
     if config.model.momentum_encoder is not None and not config.loss.queue_size:
         raise ConfigError("model.momentum_encoder makes the keys of a queue: set loss.queue_size as well")
-    if config.log.gradient_response and name not in RESPONSE:
-        raise ConfigError(f"log.gradient_response is defined for {' and '.join(RESPONSE)}, not for {name}")
-    if config.train.micro_batch_size is not None and kind.head == "decoder":
+    if config.log.gradient_response and response_term(terms) is None:
+        raise ConfigError(f"log.gradient_response is defined for one of {' and '.join(RESPONSE)}, not for {name}")
+    if config.train.micro_batch_size is not None and any(kind.head == "decoder" for kind in kinds):
         raise ConfigError(f"train.micro_batch_size: {name} needs no large batch; lower data.batch_size instead")
 
 
@@ -130,7 +132,7 @@ def build_training_order(config: Config, splits: Splits) -> Order:
 
 def check_batches(config: Config, order: Order, splits: Splits) -> None:
     """Raise DataError when a batch of the first epoch has no two images to pull together."""
-    if config.data.views > 1 or not kind_of(config.loss.name).needs_pairs:
+    if config.data.views > 1 or not any(kind_of(term).needs_pairs for term in config.loss.weights):
         return
     labels = splits.train.labels[order.epoch(config.seed, 0, 0, 1)].sort(dim=1).values
     alone = (labels[:, 1:] != labels[:, :-1]).all(dim=1)
@@ -154,7 +156,7 @@ def describe_model(config: Config, splits: Splits) -> dict[str, Any]:
             "out_dim": model.out_dim,
         },
         "projection": {"hidden": model.projection_hidden, "out_dim": model.projection_dim},
-        "head": kind_of(config.loss.name).head,
+        "heads": heads_of(config.loss.weights),
         "classes": list(splits.classes),
         "normalisation": normalisation_of(splits.train),
     }
@@ -162,16 +164,18 @@ def describe_model(config: Config, splits: Splits) -> dict[str, Any]:
 
 def build_model(description: dict[str, Any]) -> PretrainingModel:
     """The model of `describe_model`, freshly initialised from the global generator. Raises ConfigError."""
-    encoder, head = build_encoder(**description["encoder"]), description["head"]
-    return PretrainingModel(encoder, {head: build_head(head, description, cast(int, encoder.feature_dim))})
+    encoder = build_encoder(**description["encoder"])
+    width = cast(int, encoder.feature_dim)
+    return PretrainingModel(encoder, {head: build_head(head, description, width) for head in description["heads"]})
 
 
 def build_objective(config: Config, views: Views) -> Objective:
-    return Objective(config.loss.name, config.loss.model_dump(), denormalise=views.denormalise)
+    return Objective(config.loss.weights, config.loss.model_dump(), denormalise=views.denormalise)
 
 
-def build_views(config: Config, description: dict[str, Any], runtime: Runtime) -> Views:
-    seed = np.random.SeedSequence([config.seed, 1, runtime.rank]).generate_state(1, np.uint64)[0]
+def build_views(config: Config, description: dict[str, Any], runtime: Runtime, *, stream: int = 1) -> Views:
+    """The random views; another `stream` draws other ones, without touching those of training (1)."""
+    seed = np.random.SeedSequence([config.seed, stream, runtime.rank]).generate_state(1, np.uint64)[0]
     return Views(
         config.data.views,
         description["encoder"]["image_size"],
@@ -209,8 +213,14 @@ def build_state(
         autocast=partial(autocast, runtime.device, config.train.precision),
         device=runtime.device,
         queue=queue,
+        stopping=build_stopping(config),
         micro_batch_size=config.train.micro_batch_size,
     )
+
+
+def build_stopping(config: Config) -> EarlyStopping | None:
+    stop = config.train.stopping
+    return None if stop.patience is None and stop.target is None else EarlyStopping(**stop.model_dump())
 
 
 def peak_lr(config: Config) -> float:
@@ -220,11 +230,14 @@ def peak_lr(config: Config) -> float:
 
 
 def build_plan(config: Config, steps_per_epoch: int) -> Plan:
-    optim, save = config.optim, config.checkpoint
-    steps = config.train.epochs * steps_per_epoch
-    every = [save.every_steps or 0, (save.every_epochs or 0) * steps_per_epoch]
+    optim, save, look = config.optim, config.checkpoint, config.validation
+    steps = config.train.iterations or config.train.epochs * steps_per_epoch
+
+    def due(step: int, every_steps: int | None, every_epochs: int | None) -> bool:
+        return any(n and step % n == 0 for n in (every_steps or 0, (every_epochs or 0) * steps_per_epoch))
+
     return Plan(
-        epochs=config.train.epochs,
+        steps=steps,
         steps_per_epoch=steps_per_epoch,
         images_per_step=config.data.batch_size,
         lr=partial(
@@ -237,7 +250,8 @@ def build_plan(config: Config, steps_per_epoch: int) -> Plan:
         ),
         log_every=config.log.every_steps,
         gradient_response=config.log.gradient_response,
-        save_at=lambda step: step == steps or any(n and step % n == 0 for n in every),
+        save_at=lambda step: step == steps or due(step, save.every_steps, save.every_epochs),
+        validate_at=lambda step: due(step, look.every_steps, look.every_epochs),
     )
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..collectives import gather_objects
 from ..data import Batch, Loader, replaced_everywhere
 from .metrics import MetricLog, ProgressLine
 from .optim import set_learning_rate
@@ -18,19 +19,21 @@ from .step import StepResult, train_step
 
 @dataclass(frozen=True)
 class Plan:
-    """How long to train and when to speak and save, in optimiser steps; `lr(step)` is the schedule."""
+    """How long to train and when to speak, look and save, in optimiser steps; `lr(step)` is the schedule."""
 
-    epochs: int
+    steps: int
     steps_per_epoch: int
     images_per_step: int
     lr: Callable[[int], float]
     log_every: int
     save_at: Callable[[int], bool]
+    validate_at: Callable[[int], bool] = lambda step: False
     gradient_response: bool = False
 
     @property
-    def steps(self) -> int:
-        return self.epochs * self.steps_per_epoch
+    def epochs(self) -> int:
+        """Epochs begun."""
+        return -(-self.steps // self.steps_per_epoch)
 
 
 class Meter:
@@ -45,6 +48,7 @@ class Meter:
 
     def _reset(self) -> None:
         self._steps, self._waited, self._since = 0, 0.0, time.perf_counter()
+        self._stepped = self._since
         self._loss: Tensor | float = 0.0
 
     def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
@@ -60,6 +64,11 @@ class Meter:
     def add(self, loss: Tensor) -> None:
         self._loss = self._loss + loss
         self._steps += 1
+        self._stepped = time.perf_counter()
+
+    def skip(self) -> None:
+        """Leave out the time since the last step: it was spent on something else."""
+        self._since += time.perf_counter() - self._stepped
 
     def read(self, steps_left: int) -> dict[str, float]:
         loss = float(self._loss) / max(1, self._steps)  # waits for the device: the time below is real
@@ -82,12 +91,16 @@ def fit(
     log: MetricLog,
     progress: ProgressLine,
     save: Callable[[TrainState], None],
+    validate: Callable[[TrainState], dict[str, float]] | None = None,
 ) -> None:
-    """Train from `state.step` to `plan.steps`. Raises NonFinite, and what loader and `save` raise."""
+    """Train from `state.step` to `plan.steps`, or until `state.stopping` has seen enough.
+
+    Raises NonFinite, and what loader, `validate` and `save` raise.
+    """
     state.parallel.train()
     meter = Meter(plan.images_per_step)
     numbers: dict[str, float] = {}
-    while state.step < plan.steps:
+    while not _done(state, plan):
         epoch, start = divmod(state.step, plan.steps_per_epoch)
         for batch in meter.timed(loader.epoch(epoch, start)):
             lr = plan.lr(state.step)
@@ -99,11 +112,43 @@ def fit(
                 more = _details(state, loader, batch, result, plan)
                 log.log("train", state.step, epoch=epoch, lr=lr, **numbers, **more)
                 progress.update(state.step, numbers)
-            if plan.save_at(state.step):
+            improved = False
+            if validate is not None and plan.validate_at(state.step):
+                improved = _look(state, validate, log, progress)
+                meter.skip()
+            if improved or plan.save_at(state.step) or _done(state, plan):
                 save(state)
+            if _done(state, plan):
+                break
         progress.epoch_done(epoch + 1, numbers or meter.read(plan.steps - state.step))
     if state.device.type == "cuda":
         torch.cuda.synchronize(state.device)
+
+
+def _done(state: TrainState, plan: Plan) -> bool:
+    return state.step >= plan.steps or (state.stopping is not None and state.stopping.stop)
+
+
+def _look(
+    state: TrainState, validate: Callable[[TrainState], dict[str, float]], log: MetricLog, progress: ProgressLine
+) -> bool:
+    """Measure on validation; whether early stopping calls it the best so far. Collective."""
+    numbers = gather_objects(validate(state))[0]  # rank 0's, to the bit: all must decide alike
+    log.log("validation", state.step, **numbers)
+    progress.validated(state.step, numbers)
+    stopping = state.stopping
+    if stopping is None:
+        return False
+    improved = stopping.update(numbers[stopping.monitor], state.step)
+    if stopping.stop:
+        why = (
+            "target reached" if stopping.reached else f"no improvement in {stopping.without_improvement} evaluations"
+        )
+        log.log("stopped", state.step, reason=why, best=stopping.best, best_step=stopping.best_at)
+        progress.say(
+            f"stopped at step {state.step}: {why}; best {stopping.monitor} {stopping.best} at {stopping.best_at}"
+        )
+    return improved
 
 
 def _details(state: TrainState, loader: Loader, batch: Batch, result: StepResult, plan: Plan) -> dict[str, float]:

@@ -77,6 +77,13 @@ class ProgressLine:
         text += f"data wait {numbers['data_wait']:.1%}"
         self._progress.update(self._task, completed=step, numbers=text)
 
+    def validated(self, step: int, numbers: dict[str, float]) -> None:
+        self.say(f"step {step}  validation " + "  ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
+
+    def say(self, line: str) -> None:
+        if self._shown:
+            console.print(line, soft_wrap=True)
+
     def epoch_done(self, epoch: int, numbers: dict[str, float]) -> None:
         due = time.monotonic() - self._spoke >= self.QUIET_S or epoch == self._epochs
         if self._shown and not self._live and due:

@@ -1,10 +1,12 @@
-"""What is minimised: a loss by name, the head whose output it reads, and how it is called."""
+"""What is minimised: losses by name with their weights, the heads whose outputs they read, how they are called."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import operator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from functools import reduce
+from typing import Any, cast
 
 from torch import Tensor, nn
 
@@ -64,45 +66,79 @@ def build_head(kind: str, description: Mapping[str, Any], feature_dim: int) -> n
 
 
 class Objective(nn.Module):
-    """The loss called `name`: (head outputs, views, labels) -> the mean over all ranks, a scalar.
+    """A weighted sum of losses: (head outputs, views, labels) -> the mean over all ranks, a scalar.
 
     The value is the same on every rank; the average over ranks of the gradients is that of one process.
     """
 
     def __init__(
-        self, name: str, settings: Mapping[str, Any], *, denormalise: Callable[[Tensor], Tensor] | None = None
+        self,
+        terms: Mapping[str, float],
+        settings: Mapping[str, Any],
+        *,
+        denormalise: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        """`settings`: at least those of the loss's Kind. `denormalise`: views -> images in 0..1, for a decoder."""
+        """`terms`: loss -> its weight. `settings`: at least those of the losses' Kinds.
+
+        `denormalise`: views -> images in 0..1, for a decoder.
+        """
         super().__init__()
-        self.name = name
-        self.kind = kind_of(name)
-        chosen = {key: settings[key] for key in self.kind.settings}
-        # the training loop stops on a non-finite loss itself
-        unchecked = {"validate": False} if self.kind.head in ("projection", "features") else {}
-        self.loss: Any = LOSSES[name](**chosen, **unchecked)
-        self.settings = chosen
+        self.weights = dict(terms)
+        self.kinds = {name: kind_of(name) for name in terms}
+        self.losses = nn.ModuleDict()
+        for name, kind in self.kinds.items():
+            # the training loop stops on a non-finite loss itself
+            unchecked = {"validate": False} if kind.head in ("projection", "features") else {}
+            self.losses[name] = LOSSES[name](**{key: settings[key] for key in kind.settings}, **unchecked)
         self._denormalise = denormalise
+        self._last: dict[str, Tensor] = {}
+
+    @property
+    def heads(self) -> list[str]:
+        return heads_of(self.weights)
 
     def forward(
         self, outputs: Mapping[str, Tensor], views: Tensor | None, labels: Tensor, queue: Any = None
     ) -> Tensor:
         """outputs[head] [B, V, ...], views [B, V, C, H, W] (for a decoder only), labels [B]."""
-        output = outputs[self.kind.head]
-        if self.kind.contrastive:
-            return self.loss(output, labels, queue=queue)
-        if self.kind.head == "features":
-            return self.loss(output, labels)
-        if self.kind.head == "classifier":
-            return _mean_of_ranks(self.loss(output.flatten(0, 1), labels.repeat_interleave(output.shape[1])))
+        values = {name: self._term(name, outputs, views, labels, queue) for name in self.weights}
+        self._last = {name: value.detach() for name, value in values.items()}
+        # not sum(): it starts from an integer zero, one more operation for the single loss of most runs
+        return reduce(operator.add, [v if self.weights[n] == 1 else self.weights[n] * v for n, v in values.items()])
+
+    def _term(
+        self, name: str, outputs: Mapping[str, Tensor], views: Tensor | None, labels: Tensor, queue: Any
+    ) -> Tensor:
+        kind, loss = self.kinds[name], self.losses[name]
+        output = outputs[kind.head]
+        if kind.contrastive:
+            return loss(output, labels, queue=queue)
+        if kind.head == "features":
+            return loss(output, labels)
+        return _mean_of_ranks(self.plain(name, output, views, labels))
+
+    def plain(self, name: str, output: Tensor, views: Tensor | None, labels: Tensor) -> Tensor:
+        """This rank's mean of a loss that looks at one image at a time (classifier or decoder)."""
+        if self.kinds[name].head == "classifier":
+            return self.losses[name](output.flatten(0, 1), labels.repeat_interleave(output.shape[1]))
         assert views is not None
+        return self.losses[name](output, self.targets(views))
+
+    def targets(self, views: Tensor) -> Tensor:
+        """What a decoder is to give back: the views' pixels in -1..1."""
         assert self._denormalise is not None
-        return _mean_of_ranks(self.loss(output, self._denormalise(views) * 2 - 1))
+        return self._denormalise(views) * 2 - 1
 
     def statistics(self) -> dict[str, Tensor]:
-        """What the last call saw (0-dim tensors), and a learned temperature."""
-        numbers = dict(getattr(self.loss, "stats", {}))
-        if getattr(self.loss, "log_temperature", None) is not None:
-            numbers["temperature"] = self.loss.log_temperature.detach().exp()
+        """What the last call saw (0-dim tensors): every term of a sum, and a learned temperature."""
+        numbers: dict[str, Tensor] = {}
+        for name, loss in self.losses.items():
+            own = dict(getattr(loss, "stats", {}))
+            if getattr(loss, "log_temperature", None) is not None:
+                own["temperature"] = cast(Tensor, loss.log_temperature).detach().exp()
+            if len(self.losses) > 1:
+                own["loss"] = self._last[name]
+            numbers |= {f"{name}_{key}" if len(self.losses) > 1 else key: value for key, value in own.items()}
         return numbers
 
     def response(self, outputs: Mapping[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
@@ -110,14 +146,28 @@ class Objective(nn.Module):
 
         Collective.
         """
+        name = response_term(self.weights)
+        assert name is not None
+        loss: Any = self.losses[name]
         found = gradient_response(
-            outputs[self.kind.head].detach(),
+            outputs[self.kinds[name].head].detach(),
             labels,
-            float(self.loss.temperature),
-            self.settings.get("k1", 0.0),
-            self.settings.get("k2", 1.0),
+            float(loss.temperature),
+            getattr(loss, "k1", 0.0),
+            getattr(loss, "k2", 1.0),
         )
         return {"response_positives": found.positives, "response_negatives": found.negatives}
+
+
+def heads_of(terms: Iterable[str]) -> list[str]:
+    """The heads that the losses read, each once, in their order."""
+    return list(dict.fromkeys(kind_of(name).head for name in terms))
+
+
+def response_term(terms: Iterable[str]) -> str | None:
+    """The one loss among `terms` that gradient responses are defined for; None unless there is exactly one."""
+    found = [name for name in terms if name in RESPONSE]
+    return found[0] if len(found) == 1 else None
 
 
 def _mean_of_ranks(loss: Tensor) -> Tensor:

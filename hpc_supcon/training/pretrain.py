@@ -14,17 +14,25 @@ import torch
 from .. import __version__
 from ..collectives import barrier, gather_objects, raise_together, together
 from ..config import Config, digest
-from ..data import build_loader
+from ..data import EvalTransform, build_loader
 from ..errors import HpcSupconError, WorldSizeMismatch
 from ..runtime import Runtime, seed_everything
 from . import assemble, checkpoint, run_folder
 from .fit import fit
 from .metrics import MetricLog, ProgressLine, console
 from .state import TrainState
+from .validation import VIEWS_STREAM, OnlineProbe, Validate, build_validate, check_validation
 
 
-def pretrain(config: Config, runtime: Runtime, data: assemble.Data, *, resume: bool = False) -> Path:
-    """Train encoder and projection; returns the run folder. Collective.
+def pretrain(
+    config: Config,
+    runtime: Runtime,
+    data: assemble.Data,
+    *,
+    resume: bool = False,
+    online_probe: OnlineProbe | None = None,
+) -> Path:
+    """Train encoder and heads; returns the run folder. Collective. `online_probe`: see validation.build_validate.
 
     Everything that can be wrong with the input is checked before the folder is made. With `resume`, goes on
     from the newest checkpoint that verifies, bit for bit on the same number of ranks.
@@ -33,6 +41,7 @@ def pretrain(config: Config, runtime: Runtime, data: assemble.Data, *, resume: b
     with together():
         run_folder.check_usable(folder, config, resume=resume)
         assemble.check_objective(config)
+        check_validation(config, splits.validation)
         order = assemble.build_training_order(config, splits)
         loader = build_loader(
             data.loader,
@@ -51,6 +60,7 @@ def pretrain(config: Config, runtime: Runtime, data: assemble.Data, *, resume: b
         objective = assemble.build_objective(config, views)
     seed_everything(config.seed, runtime.rank)
     state = assemble.build_state(config, model, objective, views, runtime)
+    validate = _validate(config, runtime, data, description, online_probe)
     resumed = resume and _resume(state, folder, runtime)
     with together():
         if runtime.is_main and not resumed:
@@ -67,9 +77,17 @@ def pretrain(config: Config, runtime: Runtime, data: assemble.Data, *, resume: b
         if shown and config.data.loader == "auto":
             console.print(f"loader: {data.loader} ({data.reason})", soft_wrap=True)
         began = time.perf_counter()
-        fit(state, loader, plan, log=log, progress=progress, save=save)
+        fit(state, loader, plan, log=log, progress=progress, save=save, validate=validate)
         log.log("end", state.step, seconds=round(time.perf_counter() - began, 3))
     return folder
+
+
+def _validate(
+    config: Config, runtime: Runtime, data: assemble.Data, description: dict[str, Any], probe: OnlineProbe | None
+) -> Validate | None:
+    views = assemble.build_views(config, description, runtime, stream=VIEWS_STREAM).to(runtime.device)
+    transform = EvalTransform(**description["normalisation"]).to(runtime.device)
+    return build_validate(config, data, views, transform, runtime, probe)
 
 
 def _facts(config: Config, data: assemble.Data, model: torch.nn.Module) -> dict[str, Any]:
@@ -108,7 +126,7 @@ def _resume(state: TrainState, folder: Path, runtime: Runtime) -> bool:
             raise WorldSizeMismatch(
                 f"{path}: saved by {saved_world} ranks, resumed on {runtime.world_size}; start {saved_world} ranks"
             )
-        state.load(found.tensors, found.state["step"])
+        state.load(found.tensors, found.state)
     if runtime.is_main:
         console.print(f"{folder}: going on from step {state.step}", soft_wrap=True)
     return True
@@ -124,10 +142,11 @@ def _save(state: TrainState, *, folder: Path, config: Config, runtime: Runtime, 
                 folder / run_folder.CHECKPOINTS,
                 state.step,
                 tensors,
-                {"step": state.step, **description},
+                {**state.numbers(), **description},
                 world_size=runtime.world_size,
                 config_digest=digest(config),
                 keep=config.checkpoint.keep,
+                protect=state.best_steps(),
             )
         except HpcSupconError as caught:
             error = caught

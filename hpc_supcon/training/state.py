@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from ..data import Views
 from ..models import PretrainingModel
 from .momentum import MomentumQueue
 from .objective import Objective
+from .stopping import EarlyStopping
 
 
 @dataclass
@@ -32,6 +34,8 @@ class TrainState:
     queue: MomentumQueue | None = None
     micro_batch_size: int | None = None
     """Images per piece of the two-pass step; None for one pass."""
+    stopping: EarlyStopping | None = None
+    """What early stopping has seen; None without it."""
     step: int = 0
     """Optimiser steps done."""
 
@@ -55,8 +59,16 @@ class TrainState:
             tensors["queue"] = dict(self.queue.state_dict())
         return tensors
 
-    def load(self, tensors: dict[str, dict[str, Tensor]], step: int) -> None:
-        """Go back to what `tensors` returned after `step` steps (same model, same number of ranks)."""
+    def numbers(self) -> dict[str, Any]:
+        """The plain part of a checkpoint: what `tensors` does not hold."""
+        return {"step": self.step} | ({} if self.stopping is None else {"stopping": self.stopping.state()})
+
+    def best_steps(self) -> list[int]:
+        """Steps whose checkpoints must outlive newer ones: the best that early stopping has seen."""
+        return [] if self.stopping is None or self.stopping.best_at is None else [self.stopping.best_at]
+
+    def load(self, tensors: dict[str, dict[str, Tensor]], numbers: dict[str, Any]) -> None:
+        """Go back to what `tensors` and `numbers` returned (same model, same number of ranks)."""
         self.model.load_state_dict(tensors["model"])
         self.objective.load_state_dict(tensors.get("objective", {}))
         if self.queue is not None:
@@ -67,7 +79,9 @@ class TrainState:
         self.views.load_state(own["views"])
         if "cuda" in own:
             torch.cuda.set_rng_state(own["cuda"], self.device)
-        self.step = step
+        if self.stopping is not None and "stopping" in numbers:
+            self.stopping.load_state(numbers["stopping"])
+        self.step = numbers["step"]
 
     def _named_parameters(self) -> dict[str, nn.Parameter]:
         own = {f"objective.{name}": p for name, p in self.objective.named_parameters()}

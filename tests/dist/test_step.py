@@ -265,7 +265,7 @@ def test_a_queue_state_survives_a_checkpoint():
     assert set(saved) == {"model", "optimizer", "rng", "objective", "queue"}
     want = [float(train_step(state, batch).loss) for batch in batches[2:]]
     other, _ = build(0, 1, overrides)
-    other.load(saved, 2)
+    other.load(saved, {"step": 2})
     assert [float(train_step(other, batch).loss) for batch in batches[2:]] == want
 
 

@@ -1,0 +1,166 @@
+"""The objective on the validation split, during training: nothing that training draws or counts is touched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from ..collectives import all_sum
+from ..config import Config
+from ..data import EvalOrder, EvalTransform, Order, Source, TrainOrder, Views, build_loader
+from ..errors import ConfigError
+from ..runtime import Runtime
+from .assemble import Data
+from .objective import kind_of
+from .state import TrainState
+
+VIEWS_STREAM = 2
+"""Random stream of the validation views; training's is another."""
+
+Validate = Callable[[TrainState], dict[str, float]]
+OnlineProbe = Callable[[TrainState], float]
+"""Accuracy on validation of a probe of the features as they are; collective."""
+
+
+def check_validation(config: Config, validation: Source | None) -> None:
+    """Raise ConfigError where early stopping or validation is asked for and cannot be done."""
+    look, stop = config.validation, config.train.stopping
+    looks = look.every_epochs is not None or look.every_steps is not None
+    stops = stop.patience is not None or stop.target is not None
+    if (looks or stops) and validation is None:
+        asked = "train.stopping" if stops else "validation.every_*"
+        raise ConfigError(f"{asked} needs a validation split: set data.validation_fraction")
+    if stops and not looks:
+        raise ConfigError(
+            "train.stopping judges by validation: set validation.every_epochs or validation.every_steps"
+        )
+    if look.probe.kind != "none" and not looks:
+        raise ConfigError(f"validation.probe.kind={look.probe.kind}: set validation.every_epochs, when to do it")
+    has_accuracy = look.probe.kind != "none" or "classifier" in {kind_of(term).head for term in config.loss.weights}
+    if stops and stop.monitor == "accuracy" and not has_accuracy:
+        raise ConfigError(
+            f"train.stopping.monitor=accuracy: {config.loss.label} has no classifier; set validation.probe.kind=knn "
+            "or linear"
+        )
+
+
+def build_validate(
+    config: Config, data: Data, views: Views, transform: EvalTransform, runtime: Runtime, probe: OnlineProbe | None
+) -> Validate | None:
+    """`validate(state)` -> {"loss", "accuracy" ...}, as `check_validation` allows it; None where it is not asked for.
+
+    `views` are the validation's own. The accuracy is the classifier's where the model has one, else `probe`'s.
+    """
+    look, source = config.validation, data.splits.validation
+    if source is None or (look.every_epochs is None and look.every_steps is None):
+        return None
+    kinds = {name: kind_of(name) for name in config.loss.weights}
+    paired = [name for name, kind in kinds.items() if kind.head in ("projection", "features")]
+    plain = [name for name in kinds if name not in paired]
+    serve = partial(
+        build_loader,
+        data.loader,
+        source,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        device=runtime.device,
+        options=data.evaluation,
+    )
+    whole = len(source) - len(source) % runtime.world_size
+    batch_size = min(config.data.batch_size, whole)
+
+    def batches(order: Order, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
+        with closing(serve(order, seed=seed)) as loader:
+            for batch in loader.epoch(0):
+                yield batch.images, batch.labels
+
+    first = views.state()
+
+    def validate(state: TrainState) -> dict[str, float]:
+        views.load_state(first)  # the same views at every evaluation: losses compare
+        with _undisturbed(state):
+            numbers: dict[str, float] = {}
+            if probe is not None:
+                numbers["accuracy"] = numbers[f"{look.probe.kind}_accuracy"] = probe(state)
+            values: dict[str, float] = {}
+            if plain:
+                order = EvalOrder(len(source), max(1, batch_size // runtime.world_size))
+                values, more = _plain_terms(state, plain, batches(order, 0), transform)
+                numbers |= more
+            if paired:
+                # shuffled, for files are sorted by class; the same global batches on any number of ranks
+                values |= _paired_terms(
+                    state, paired, batches(TrainOrder(len(source), batch_size), config.seed), views
+                )
+        loss = sum(weight * values[name] for name, weight in config.loss.weights.items())
+        return {"loss": loss, **numbers}
+
+    return validate
+
+
+def _plain_terms(
+    state: TrainState, names: list[str], batches: Iterator[tuple[Tensor, Tensor]], transform: EvalTransform
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Losses of one image at a time, on every image as it is: (means by loss, accuracy or MAE and MSE)."""
+    sums: dict[str, Tensor] = {}
+    count = 0
+
+    def add(name: str, mean: Tensor, n: int) -> None:
+        sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=state.device)) + mean.double() * n
+
+    for images, labels in batches:
+        x = transform(images).unsqueeze(1)  # one view
+        with state.autocast():
+            outputs = state.model(x)
+        count += len(labels)
+        for name in names:
+            head = state.objective.kinds[name].head
+            add(name, state.objective.plain(name, outputs[head], x, labels), len(labels))
+        if "classifier" in outputs:
+            right = outputs["classifier"].squeeze(1).argmax(1) == labels
+            add("accuracy", right.double().mean(), len(labels))
+        if "decoder" in outputs:
+            error = outputs["decoder"].float() - state.objective.targets(x)
+            add("mae", error.abs().mean(), len(labels))
+            add("mse", error.square().mean(), len(labels))
+    keys = [*names, *(["accuracy"] if "classifier" in state.objective.heads else [])]
+    keys += ["mae", "mse"] if "decoder" in state.objective.heads else []
+    zero = torch.zeros((), dtype=torch.float64, device=state.device)  # a rank may have had no image
+    message = torch.stack([*(sums.get(key, zero) for key in keys), zero + count])
+    *totals, images_seen = all_sum(message).tolist()
+    means = {key: total / images_seen for key, total in zip(keys, totals, strict=True)}
+    return {key: means.pop(key) for key in names}, means
+
+
+def _paired_terms(
+    state: TrainState, names: list[str], batches: Iterator[tuple[Tensor, Tensor]], views: Views
+) -> dict[str, float]:
+    """Losses that compare images: means over global batches of random views; the incomplete last one is left out."""
+    sums, steps = dict.fromkeys(names, 0.0), 0
+    for images, labels in batches:
+        x = views(images)
+        with state.autocast():
+            outputs = state.model(x)
+        for name in names:
+            output = outputs[state.objective.kinds[name].head]
+            sums[name] += float(state.objective.losses[name](output, labels))
+        steps += 1
+    return {name: total / steps for name, total in sums.items()}
+
+
+@contextmanager
+def _undisturbed(state: TrainState) -> Iterator[None]:
+    """Evaluation mode without gradients; afterwards modes and global generators are as they were."""
+    was = state.parallel.training
+    devices = [state.device] if state.device.type == "cuda" else []
+    with torch.random.fork_rng(devices), torch.no_grad():
+        torch.manual_seed(0)  # triplets are drawn: the same at every evaluation
+        state.parallel.eval()
+        try:
+            yield
+        finally:
+            state.parallel.train(was)

@@ -1,0 +1,85 @@
+"""A weighted sum of losses: its value and, over ranks, its gradient are those of the parts on the whole batch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from hpc_supcon.config import load_config
+from hpc_supcon.errors import ConfigError
+from hpc_supcon.losses import SupConLoss, TripletLoss
+from hpc_supcon.models import PretrainingModel, build_encoder
+from hpc_supcon.runtime import Launch, Runtime
+from hpc_supcon.training import assemble
+from hpc_supcon.training.engine import distribute
+from hpc_supcon.training.objective import Objective, build_head
+from tests.dist.ranks import run_ranks
+
+TERMS = {"supcon_out": 0.5, "cross_entropy": 2.0, "reconstruction": 0.25, "triplet": 1.5}
+LABELS = torch.tensor([0, 0, 0, 0, 0, 1, 0, 2, 3, 1, 2, 2])  # the ranks hold other classes
+SETTINGS = load_config().loss.model_dump() | {"mining": "hard", "temperature": 0.2}
+
+
+def make():
+    torch.manual_seed(0)
+    encoder = build_encoder("conv", in_channels=1, image_size=8, out_dim=16)
+    description = {
+        "projection": {"hidden": 8, "out_dim": 8},
+        "classes": list("abcd"),
+        "encoder": {"name": "conv", "in_channels": 1, "image_size": 8},
+    }
+    heads = {head: build_head(head, description, 16) for head in ("projection", "classifier", "decoder", "features")}
+    return PretrainingModel(encoder, heads).double(), torch.rand(12, 2, 1, 8, 8, dtype=torch.float64)
+
+
+def one_rank(rank, world_size):
+    model, x = make()
+    runtime = Runtime(Launch(rank=rank, world_size=world_size), torch.device("cpu"))
+    parallel = distribute(model, runtime, sync_bn=True)
+    objective = Objective(TERMS, SETTINGS, denormalise=lambda views: views)
+    own = slice(rank * 12 // world_size, (rank + 1) * 12 // world_size)
+    loss = objective(parallel(x[own]), x[own], LABELS[own])
+    loss.backward()
+    return float(loss.detach()), {n: p.grad.clone() for n, p in model.named_parameters()}, objective.statistics()
+
+
+def test_a_sum_is_the_sum_of_its_parts():
+    value, _, statistics = one_rank(0, 1)
+    model, x = make()
+    outputs = {name: out.detach() for name, out in model(x).items()}
+    logits = outputs["classifier"].flatten(0, 1)
+    error = outputs["decoder"] - (2 * x - 1)
+    parts = {
+        "supcon_out": SupConLoss(temperature=0.2)(outputs["projection"], LABELS),
+        "cross_entropy": F.cross_entropy(logits, LABELS.repeat_interleave(2)),
+        "reconstruction": 0.5 * error.square().mean() + 0.5 * error.abs().mean(),
+        "triplet": TripletLoss(mining="hard")(outputs["features"], LABELS),
+    }
+    assert value == pytest.approx(float(sum(TERMS[name] * part for name, part in parts.items())), rel=1e-12)
+    for name, part in parts.items():
+        assert float(statistics[f"{name}_loss"]) == pytest.approx(float(part), rel=1e-12)
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_gradient_of_a_sum_over_ranks_equals_one_process(world_size):
+    want_value, want, _ = one_rank(0, 1)
+    for value, got, _ in run_ranks(one_rank, world_size):
+        assert value == pytest.approx(want_value, rel=1e-12)
+        for name in want:
+            torch.testing.assert_close(got[name], want[name], rtol=1e-9, atol=1e-11, msg=name)
+
+
+@pytest.mark.parametrize(
+    ("terms", "more", "message"),
+    [
+        ("{supcon: 1.0}", [], "unknown loss 'supcon'"),
+        ("{simclr: 1.0, cross_entropy: 1.0}", ["data.views=1"], "simclr"),
+        ("{cross_entropy: 1.0, triplet: 1.0}", ["loss.queue_size=64"], "takes no queue"),
+        ("{supcon_out: 1.0, tcl: 1.0}", ["log.gradient_response=true"], "gradient_response"),
+        ("{supcon_out: 1.0, reconstruction: 1.0}", ["train.micro_batch_size=4"], "micro_batch_size"),
+    ],
+)
+def test_sums_that_cannot_be_are_named(terms, more, message):
+    with pytest.raises(ConfigError, match=message):
+        assemble.check_objective(load_config("default", [f"loss.terms={terms}", *more]))
