@@ -45,17 +45,40 @@ def load_config(path_or_name: str | Path = "default", overrides: list[str] | tup
     """The validated configuration: default.yaml, then the recipe, then `key.sub=value` overrides.
 
     `path_or_name` is a recipe that ships with the package, or a YAML file (anything with a slash or
-    ending in .yaml/.yml). Raises ConfigError.
+    ending in .yaml/.yml). A recipe may name another one as its `base`, which it is then merged over.
+    Raises ConfigError.
     """
     data, origins = _read("default"), dict[str, str]()
-    if str(path_or_name) != "default":
-        _merge(data, _read(path_or_name), _where(path_or_name), origins)
+    for recipe, changes in _with_bases(path_or_name):
+        _merge(data, changes, _where(recipe), origins)
     for override in overrides:
         _merge(data, _parse_override(override), f"override {override!r}", origins)
     try:
         return Config.model_validate_json(json.dumps(data))
     except ValidationError as error:
         raise ConfigError(_explain(error, origins, _where(path_or_name))) from None
+
+
+def _with_bases(path_or_name: str | Path) -> list[tuple[str | Path, dict[str, Any]]]:
+    """The recipe and all it builds on, the deepest base first."""
+    chain: list[tuple[str | Path, dict[str, Any]]] = []
+    current: str | Path | None = None if str(path_or_name) == "default" else path_or_name
+    while current is not None:
+        changes = _read(current)
+        base = changes.pop("base", None)
+        chain.insert(0, (current, changes))
+        if base is not None and not isinstance(base, str):
+            raise ConfigError(f"{_where(current)}: base must be the name of a recipe or a YAML file, not {base!r}")
+        if base is not None and _is_path(base):
+            base = Path(current).parent / base if _is_path(current) else Path(base)
+        if base is not None and any(_same(base, seen) for seen, _ in chain):
+            raise ConfigError(f"{_where(current)}: base {str(base)!r} leads back to itself")
+        current = None if base == "default" else base
+    return chain
+
+
+def _same(a: str | Path, b: str | Path) -> bool:
+    return Path(a).resolve() == Path(b).resolve() if _is_path(a) and _is_path(b) else str(a) == str(b)
 
 
 def to_yaml(config: Config) -> str:

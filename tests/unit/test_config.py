@@ -191,3 +191,31 @@ def test_no_mapping_gives_anything_but_a_config_or_a_named_error(tmp_path_factor
     path.write_text(yaml12.dumps(data), encoding="utf-8")
     with contextlib.suppress(ConfigError):
         cfg.load_config(path)
+
+
+def test_a_recipe_builds_on_its_base(tmp_path):
+    (tmp_path / "a.yaml").write_text("base: mnist\noptim: {lr: 0.25, momentum: 0.8}\n")
+    (tmp_path / "sub").mkdir()
+    (tmp_path / "sub" / "b.yaml").write_text("base: ../a.yaml\noptim: {lr: 0.125}\n")
+    loaded = cfg.load_config(tmp_path / "sub" / "b.yaml", ["train.epochs=3"])
+    assert (loaded.data.source, loaded.optim.momentum, loaded.optim.lr) == ("mnist", 0.8, 0.125)
+    assert loaded.train.epochs == 3
+    assert cfg.load_config("mnist").optim.momentum == cfg.load_config().optim.momentum
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"a": "base: a.yaml"}, "leads back"),
+        ({"a": "base: b.yaml", "b": "base: ./a.yaml"}, "leads back"),
+        ({"a": "base: [b]"}, "base must be"),
+        ({"a": "base: mnits"}, "mnist"),
+        ({"a": "base: gone.yaml"}, "gone.yaml: cannot be read"),
+        ({"a": "base: b.yaml", "b": "optim: {learning_rate: 1}"}, "b.yaml: unknown key"),
+    ],
+)
+def test_a_base_that_cannot_be_is_named(files, message, tmp_path):
+    for name, text in files.items():
+        (tmp_path / f"{name}.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=message):
+        cfg.load_config(tmp_path / "a.yaml")
