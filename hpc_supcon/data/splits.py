@@ -14,7 +14,7 @@ from .builtin import digits, synthetic
 from .convert import convert
 from .folder import open_folder
 from .sources import ArraySource, Source, check_form, fit_images
-from .stratify import stratified_split
+from .stratify import stratified_sample, stratified_split
 from .vision import open_cifar, open_mnist
 
 
@@ -118,6 +118,7 @@ def load_splits(
     image_size: int | None = None,
     channels: int | None = None,
     validation_fraction: float = 0.1,
+    train_images: int | None = None,
     seed: int = 0,
     synthetic: Mapping[str, int] | None = None,
     beton: str | Path | None = None,
@@ -132,7 +133,8 @@ def load_splits(
     root: folder of the files (not for digits and synthetic). download: fetch them where they are missing.
     image_size (pixels) and channels (1 or 3): what images are converted to; None keeps theirs.
     validation_fraction in [0, 1): share of train carved out, by class, with `seed`; 0 gives none. A data set
-    with its own validation set keeps it. synthetic: arguments of `builtin.synthetic`, for that name only.
+    with its own validation set keeps it. train_images: how many of what is then left for training are used, the
+    mix of classes kept. synthetic: arguments of `builtin.synthetic`, for that name only.
 
     Image folders are listed here and decoded by `stack`, which is where damaged images come to light.
     Raises ConfigError for names and values that make no sense, DataError for data that is missing or damaged.
@@ -155,6 +157,10 @@ def load_splits(
         if len(picked) == 0:
             raise DataError("no class has two images, so no validation set can be carved: data.validation_fraction=0")
         train, validation = train.subset(kept), train.subset(picked)
+    if train_images is not None:
+        if not 1 <= train_images <= len(train):
+            raise ConfigError(f"data.train_images={train_images}: the training split has {len(train)} images")
+        train = train.subset(stratified_sample(train.labels, count=train_images, seed=seed))
     return Splits(train, validation, test)
 
 

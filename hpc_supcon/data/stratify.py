@@ -29,6 +29,20 @@ def stratified_split(labels: Tensor, *, fraction: float, seed: int) -> tuple[Ten
     return torch.where(~picked)[0], torch.where(picked)[0]
 
 
+def stratified_sample(labels: Tensor, *, count: int, seed: int) -> Tensor:
+    """`count` ascending int64 indices, of every class as many as its share gives (the largest remainders round up).
+
+    labels int64 [N], 1 <= count <= N. A pure function.
+    """
+    rng = np.random.default_rng([seed, _STREAM + 1])
+    members = _members(labels)
+    shares = np.array([len(m) * count / len(labels) for m in members])
+    counts = np.floor(shares).astype(int)
+    counts[np.argsort(counts - shares, kind="stable")[: count - counts.sum()]] += 1
+    chosen = [m[torch.from_numpy(rng.permutation(len(m))[:n])] for m, n in zip(members, counts, strict=True)]
+    return torch.cat(chosen).sort().values
+
+
 def _members(labels: Tensor) -> list[Tensor]:
     """Indices of each class that occurs, in class order."""
     order = torch.argsort(labels, stable=True)

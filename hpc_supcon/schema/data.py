@@ -30,6 +30,10 @@ class DataConfig(Section):
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
         description="share of train carved off, stratified, where the data set has no validation split"
     )
+    train_images: Count | None = Field(
+        description="train on this many images only, as many of each class as their shares give (drawn with seed)",
+        json_schema_extra={"unit": "images"},
+    )
     batch_size: Annotated[int, Field(ge=2)] = Field(
         description="GLOBAL number of images per optimiser step, over all ranks, before views",
         json_schema_extra={"unit": "images"},

@@ -33,6 +33,9 @@ class LossConfig(Section):
         min_length=1,
         description="a weighted sum of losses in place of `name`, such as {supcon_out: 1.0, cross_entropy: 0.5}",
     )
+    supervised: bool = Field(
+        description="false: an image's views are its positives, whatever its label (contrastive losses, triplet)"
+    )
     temperature: Positive = Field(description="tau: similarities are divided by it (contrastive losses)")
     learnable_temperature: bool = Field(description="train tau along, from `temperature` on (contrastive losses)")
     base_temperature: Positive | None = Field(

@@ -33,7 +33,7 @@ from ..runtime import Runtime
 from .engine import autocast, distribute, place
 from .fit import Plan
 from .momentum import MomentumQueue
-from .objective import RESPONSE, Objective, build_head, heads_of, kind_of, response_term
+from .objective import PAIRED, RESPONSE, Objective, build_head, heads_of, kind_of, response_term
 from .optim import build_optimiser, learning_rate
 from .state import TrainState
 from .stopping import EarlyStopping
@@ -68,6 +68,7 @@ def load_data(config: Config, runtime: Runtime) -> Data:
             image_size=data.image_size,
             channels=data.channels,
             validation_fraction=data.validation_fraction,
+            train_images=data.train_images,
             seed=config.seed,
             synthetic=data.synthetic.model_dump() if data.source == "synthetic" else None,
             beton=data.beton,
@@ -106,6 +107,11 @@ def check_objective(config: Config) -> None:
     kinds = [kind_of(term) for term in terms]
     if "simclr" in terms and config.data.views < 2:
         raise ConfigError("loss.name=simclr pulls an image's views together: it needs data.views of 2 or more")
+    paired = [term for term, kind in zip(terms, kinds, strict=True) if kind.head in PAIRED]
+    if not config.loss.supervised and not paired:
+        raise ConfigError(f"loss.supervised=false: {name} compares no images; it needs their labels")
+    if not config.loss.supervised and config.data.views < 2:
+        raise ConfigError("loss.supervised=false pulls an image's views together: it needs data.views of 2 or more")
     if config.loss.queue_size and not any(kind.contrastive for kind in kinds):
         raise ConfigError(f"loss.queue_size={config.loss.queue_size}: {name} takes no queue; use 0")
     if config.model.momentum_encoder is not None and not config.loss.queue_size:

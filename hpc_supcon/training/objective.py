@@ -41,6 +41,8 @@ KINDS = {
     "cross_entropy_mae": Kind("classifier", ()),
     "reconstruction": Kind("decoder", ("alpha",)),
 }
+# Heads whose losses compare images; the others look at one at a time.
+PAIRED = ("projection", "features")
 # Queries and keys with labels; these losses weigh positives and negatives as gradient_response does.
 RESPONSE = ("supcon_out", "tcl")
 
@@ -78,17 +80,18 @@ class Objective(nn.Module):
         *,
         denormalise: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        """`terms`: loss -> its weight. `settings`: at least those of the losses' Kinds.
+        """`terms`: loss -> its weight. `settings`: at least those of the losses' Kinds, and `supervised`.
 
         `denormalise`: views -> images in 0..1, for a decoder.
         """
         super().__init__()
         self.weights = dict(terms)
+        self.supervised = bool(settings["supervised"])
         self.kinds = {name: kind_of(name) for name in terms}
         self.losses = nn.ModuleDict()
         for name, kind in self.kinds.items():
             # the training loop stops on a non-finite loss itself
-            unchecked = {"validate": False} if kind.head in ("projection", "features") else {}
+            unchecked = {"validate": False} if kind.head in PAIRED else {}
             self.losses[name] = LOSSES[name](**{key: settings[key] for key in kind.settings}, **unchecked)
         self._denormalise = denormalise
         self._last: dict[str, Tensor] = {}
@@ -109,13 +112,20 @@ class Objective(nn.Module):
     def _term(
         self, name: str, outputs: Mapping[str, Tensor], views: Tensor | None, labels: Tensor, queue: Any
     ) -> Tensor:
-        kind, loss = self.kinds[name], self.losses[name]
+        kind = self.kinds[name]
         output = outputs[kind.head]
-        if kind.contrastive:
-            return loss(output, labels, queue=queue)
-        if kind.head == "features":
-            return loss(output, labels)
+        if kind.head in PAIRED:
+            return self.paired(name, output, labels, queue)
         return _mean_of_ranks(self.plain(name, output, views, labels))
+
+    def paired(self, name: str, output: Tensor, labels: Tensor, queue: Any = None) -> Tensor:
+        """The global value of a loss that compares images (contrastive or triplet). Collective."""
+        compared = labels if self.supervised else None
+        if not self.kinds[name].contrastive:
+            return self.losses[name](output, compared)
+        if queue is not None and not self.supervised:
+            queue = (queue[0], None)
+        return self.losses[name](output, compared, queue=queue)
 
     def plain(self, name: str, output: Tensor, views: Tensor | None, labels: Tensor) -> Tensor:
         """This rank's mean of a loss that looks at one image at a time (classifier or decoder)."""

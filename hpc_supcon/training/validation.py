@@ -15,7 +15,7 @@ from ..data import EvalOrder, EvalTransform, Order, Source, TrainOrder, Views, b
 from ..errors import ConfigError
 from ..runtime import Runtime
 from .assemble import Data
-from .objective import kind_of
+from .objective import PAIRED, kind_of
 from .state import TrainState
 
 VIEWS_STREAM = 2
@@ -59,7 +59,7 @@ def build_validate(
     if source is None or (look.every_epochs is None and look.every_steps is None):
         return None
     kinds = {name: kind_of(name) for name in config.loss.weights}
-    paired = [name for name, kind in kinds.items() if kind.head in ("projection", "features")]
+    paired = [name for name, kind in kinds.items() if kind.head in PAIRED]
     plain = [name for name in kinds if name not in paired]
     serve = partial(
         build_loader,
@@ -147,7 +147,7 @@ def _paired_terms(
             outputs = state.model(x)
         for name in names:
             output = outputs[state.objective.kinds[name].head]
-            sums[name] += float(state.objective.losses[name](output, labels))
+            sums[name] += float(state.objective.paired(name, output, labels))
         steps += 1
     return {name: total / steps for name, total in sums.items()}
 

@@ -70,12 +70,27 @@ def test_gradient_of_a_sum_over_ranks_equals_one_process(world_size):
             torch.testing.assert_close(got[name], want[name], rtol=1e-9, atol=1e-11, msg=name)
 
 
+@pytest.mark.parametrize("name", ["supcon_out", "tcl", "triplet"])
+def test_unsupervised_an_images_views_are_its_positives(name):
+    torch.manual_seed(1)
+    outputs = {head: F.normalize(torch.randn(12, 3, 8), dim=2) for head in ("projection", "features")}
+    queue = None if name == "triplet" else (F.normalize(torch.randn(5, 8), dim=1), torch.arange(5))
+    settings = SETTINGS | {"supervised": False}
+    got = Objective({name: 1.0}, settings)(outputs, None, LABELS, queue)
+    apart = None if queue is None else (queue[0], torch.arange(100, 105))  # nobody's class
+    want = Objective({name: 1.0}, SETTINGS)(outputs, None, torch.arange(12), apart)
+    assert float(got) == pytest.approx(float(want), rel=1e-6)
+    assert float(got) != pytest.approx(float(Objective({name: 1.0}, SETTINGS)(outputs, None, LABELS, queue)))
+
+
 @pytest.mark.parametrize(
     ("terms", "more", "message"),
     [
         ("{supcon: 1.0}", [], "unknown loss 'supcon'"),
         ("{simclr: 1.0, cross_entropy: 1.0}", ["data.views=1"], "simclr"),
         ("{cross_entropy: 1.0, triplet: 1.0}", ["loss.queue_size=64"], "takes no queue"),
+        ("{cross_entropy: 1.0}", ["loss.supervised=false"], "needs their labels"),
+        ("{tcl: 1.0}", ["loss.supervised=false", "data.views=1"], "data.views of 2"),
         ("{supcon_out: 1.0, tcl: 1.0}", ["log.gradient_response=true"], "gradient_response"),
         ("{supcon_out: 1.0, reconstruction: 1.0}", ["train.micro_batch_size=4"], "micro_batch_size"),
     ],

@@ -26,6 +26,7 @@ from hpc_supcon.data import (
     stratified_split,
 )
 from hpc_supcon.data.sources import fit_images
+from hpc_supcon.data.stratify import stratified_sample
 from hpc_supcon.errors import ConfigError, DataError
 
 
@@ -36,6 +37,25 @@ def arrays(n: int = 50, channels: int = 3, size: int = 6, classes: int = 3) -> A
 
 
 # ---- splits
+
+
+@pytest.mark.parametrize("count", [1, 7, 50, 99, 100])
+def test_a_stratified_sample_has_each_class_to_within_one_image(count):
+    labels = torch.tensor([0] * 50 + [1] * 33 + [2] * 15 + [3] * 2)[torch.randperm(100)]
+    rows = stratified_sample(labels, count=count, seed=0)
+    assert len(rows) == count
+    assert torch.equal(rows, rows.unique())
+    for c, n in enumerate((50, 33, 15, 2)):
+        assert abs((labels[rows] == c).sum() - n * count / 100) < 1
+    assert torch.equal(rows, stratified_sample(labels, count=count, seed=0))
+
+
+def test_training_images_are_taken_from_what_validation_leaves():
+    whole, part = load_splits("digits"), load_splits("digits", train_images=100)
+    assert len(part.train) == 100
+    assert torch.equal(part.validation.labels, whole.validation.labels)
+    with pytest.raises(ConfigError, match=r"data.train_images=9999: the training split has"):
+        load_splits("digits", train_images=9999)
 
 
 def test_a_split_is_disjoint_complete_and_stratified():
