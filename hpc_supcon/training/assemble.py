@@ -30,11 +30,13 @@ from ..data import (
 from ..errors import ConfigError, CorruptSample, DataError
 from ..models import PretrainingModel, build_encoder
 from ..runtime import Runtime
+from .ema import WeightAverage
 from .engine import autocast, distribute, place
 from .fit import Plan
 from .momentum import MomentumQueue
 from .objective import RESPONSE, Objective, build_head, kind_of
-from .optim import build_optimiser, learning_rate
+from .optim import build_optimiser, check_optimiser, learning_rate
+from .optim.schedule import check_schedule
 from .state import TrainState
 
 NORMALISATION_SAMPLE = 10_000
@@ -112,6 +114,15 @@ def check_objective(config: Config) -> None:
         raise ConfigError(f"log.gradient_response is defined for {' and '.join(RESPONSE)}, not for {name}")
     if config.train.micro_batch_size is not None and kind.head == "decoder":
         raise ConfigError(f"train.micro_batch_size: {name} needs no large batch; lower data.batch_size instead")
+
+
+def check_optim(config: Config) -> None:
+    """Raise ConfigError where the settings of optimiser and schedule contradict each other."""
+    optim = config.optim.model_dump()
+    checked = ("name", "momentum", "nesterov", "eps", "lamb_norm_range")
+    check_optimiser(**{key: optim[key] for key in checked})
+    checked = ("schedule", "warmup_epochs", "warmup_iterations", "final_lr_fraction", "milestones")
+    check_schedule(**{key: optim[key] for key in checked})
 
 
 def build_training_order(config: Config, splits: Splits) -> Order:
@@ -203,12 +214,18 @@ def build_state(
             momentum=optim.momentum,
             nesterov=optim.nesterov,
             weight_decay=optim.weight_decay,
+            beta2=optim.beta2,
+            eps=optim.eps,
+            lars_eta=optim.lars_eta,
+            lamb_norm_range=optim.lamb_norm_range,
         ),
         views=views.to(runtime.device),
         objective=objective,
         autocast=partial(autocast, runtime.device, config.train.precision),
         device=runtime.device,
         queue=queue,
+        ema=None if config.train.ema is None else WeightAverage(placed, config.train.ema),
+        clip_norm=optim.clip_norm,
         micro_batch_size=config.train.micro_batch_size,
     )
 
@@ -231,9 +248,11 @@ def build_plan(config: Config, steps_per_epoch: int) -> Plan:
             learning_rate,
             peak=peak_lr(config),
             steps=steps,
-            warmup_steps=round(optim.warmup_epochs * steps_per_epoch),
+            warmup_steps=optim.warmup_iterations or round(optim.warmup_epochs * steps_per_epoch),
             schedule=optim.schedule,
             final_fraction=optim.final_lr_fraction,
+            milestones=optim.milestones,
+            gamma=optim.gamma,
         ),
         log_every=config.log.every_steps,
         gradient_response=config.log.gradient_response,
