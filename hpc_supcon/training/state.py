@@ -102,7 +102,7 @@ def _load_optimiser(
     for full_name, value in tensors.items():
         name, _, key = full_name.rpartition("/")
         p = parameters[name]
-        # a slot shaped like its parameter gets its device and memory layout; a step counter stays on the CPU
-        is_like = key != "step" and value.shape == p.shape
-        slot = torch.empty_like(p, dtype=value.dtype).copy_(value) if is_like else value
-        optimiser.state[p][key] = slot
+        if key == "step":  # counted on the CPU, but for fused kernels
+            optimiser.state[p][key] = value.to(p.device) if optimiser.defaults.get("fused") else value
+        else:  # its parameter's device and memory layout
+            optimiser.state[p][key] = torch.empty_like(p, dtype=value.dtype).copy_(value)

@@ -108,10 +108,10 @@ def test_clipping_bounds_the_update_and_the_norm_reported_is_the_one_before():
         torch.testing.assert_close(b, a * 0.01 / free_norm, rtol=1e-2, atol=1e-7)
 
 
-def test_a_slot_of_a_0_dim_parameter_goes_where_the_parameter_is():
-    temperature = nn.Parameter(torch.empty((), device="meta"))
-    optimiser = torch.optim.SGD([temperature], lr=0.1)
-    slots = {"t/momentum_buffer": torch.tensor(1.0), "t/step": torch.tensor(3.0)}
-    _load_optimiser({"t": temperature}, optimiser, slots)
-    assert optimiser.state[temperature]["momentum_buffer"].device.type == "meta"
-    assert optimiser.state[temperature]["step"].device.type == "cpu"
+def test_the_state_of_a_0_dim_parameter_goes_where_the_parameter_is():
+    for settings, counts_on in (({"foreach": True}, "cpu"), ({"fused": True}, "meta")):
+        temperature = nn.Parameter(torch.empty((), device="meta"))
+        optimiser = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1, **settings)
+        _load_optimiser({"t": temperature}, optimiser, {"t/exp_avg": torch.tensor(1.0), "t/step": torch.tensor(3.0)})
+        assert optimiser.state[temperature]["exp_avg"].device.type == "meta"
+        assert optimiser.state[temperature]["step"].device.type == counts_on

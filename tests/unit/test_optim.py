@@ -95,6 +95,34 @@ def lamb_reference(beta1, beta2, decay, eps, clamp):
     return weights
 
 
+def sgd_reference(momentum, nesterov, decay):
+    weights = [p.detach() for p in parameters()]
+    velocity = [torch.zeros_like(w) for w in weights]
+    for step in range(24):
+        for k, g in enumerate(gradients(step)):
+            if g is not None:
+                g = g + decay * weights[k] if g.dim() > 1 else g
+                velocity[k] = momentum * velocity[k] + g
+                weights[k] = weights[k] - rate(step) * (g + momentum * velocity[k] if nesterov else velocity[k])
+    return weights
+
+
+def adamw_reference(beta1, beta2, decay, eps):
+    weights = [p.detach() for p in parameters()]
+    m, v, t = [torch.zeros_like(w) for w in weights], [torch.zeros_like(w) for w in weights], Counter()
+    for step in range(24):
+        for k, g in enumerate(gradients(step)):
+            if g is None:
+                continue
+            t[k] += 1
+            w = weights[k] * (1 - rate(step) * decay) if g.dim() > 1 else weights[k]
+            m[k] = beta1 * m[k] + (1 - beta1) * g
+            v[k] = beta2 * v[k] + (1 - beta2) * g**2
+            direction = (m[k] / (1 - beta1 ** t[k])) / ((v[k] / (1 - beta2 ** t[k])).sqrt() + eps)
+            weights[k] = w - rate(step) * direction
+    return weights
+
+
 def assert_equal(got, want):
     for k, (a, b) in enumerate(zip(got, want, strict=True)):
         assert torch.isfinite(a).all()
@@ -121,6 +149,20 @@ def test_lamb_equals_the_formula_in_a_loop(clamp, decay, beta1, beta2, eps):
         params, name="lamb", lr=1.0, momentum=beta1, beta2=beta2, weight_decay=decay, eps=eps, lamb_norm_range=clamp
     )
     assert_equal(run(params, optimiser), lamb_reference(beta1, beta2, decay, eps, clamp or (0.0, math.inf)))
+
+
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.9, False), (0.9, True), (0.0, False)])
+def test_sgd_equals_the_formula_in_a_loop(momentum, nesterov):
+    params = parameters()
+    optimiser = build_optimiser(params, name="sgd", lr=1.0, momentum=momentum, nesterov=nesterov, weight_decay=0.01)
+    assert_equal(run(params, optimiser), sgd_reference(momentum, nesterov, 0.01))
+
+
+@pytest.mark.parametrize("eps", [None, 1e-3])
+def test_adamw_equals_the_formula_in_a_loop(eps):
+    params = parameters()
+    optimiser = build_optimiser(params, name="adamw", lr=1.0, weight_decay=0.1, beta2=0.95, eps=eps)
+    assert_equal(run(params, optimiser), adamw_reference(0.9, 0.95, 0.1, eps or 1e-8))
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
@@ -238,6 +280,29 @@ def test_multi_tensor_calls_take_the_form_that_cuda_has_a_kernel_for():
         model(torch.randn(2, 4, 5, 5).to(memory_format=torch.channels_last)).sum().backward()
         with Forms():
             optimiser.step()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lars", "lamb"])
+def test_on_cuda_no_step_waits_and_the_weights_are_those_of_the_cpu(name):
+    settings = {"name": name, "lr": 0.1, "weight_decay": 1e-2, "lars_eta": 0.02}
+    want = parameters()
+    run(want, build_optimiser(want, **settings))
+    params = [nn.Parameter(p.detach().cuda()) for p in parameters()]
+    optimiser = build_optimiser(params, **settings)
+    for step in range(24):
+        for p, g in zip(params, gradients(step), strict=True):
+            p.grad = None if g is None else g.cuda()
+        set_learning_rate(optimiser, rate(step))
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            optimiser.step()
+            grads = [p.grad for p in params if p.grad is not None]
+            clip_gradients(grads, torch.nn.utils.get_total_norm(grads), 0.1)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    for a, b in zip(params, want, strict=True):
+        torch.testing.assert_close(a.detach().cpu(), b.detach(), rtol=1e-10, atol=1e-12)
 
 
 # --- checks

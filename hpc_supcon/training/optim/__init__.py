@@ -27,12 +27,13 @@ Groups = list[dict[str, Any]]
 
 
 def _sgd(groups: Groups, settings: dict[str, Any]) -> torch.optim.Optimizer:
+    # not fused: the fused form fails where a parameter gets its first gradient later than others
     return torch.optim.SGD(groups, momentum=settings["momentum"], nesterov=settings["nesterov"], foreach=True)
 
 
 def _adamw(groups: Groups, settings: dict[str, Any]) -> torch.optim.Optimizer:
     betas = (settings["momentum"], settings["beta2"])
-    return torch.optim.AdamW(groups, betas=betas, eps=settings["eps"] or 1e-8, foreach=True)
+    return torch.optim.AdamW(groups, betas=betas, eps=settings["eps"] or 1e-8, fused=True)
 
 
 def _lars(groups: Groups, settings: dict[str, Any]) -> torch.optim.Optimizer:
@@ -54,8 +55,6 @@ def _lamb(groups: Groups, settings: dict[str, Any]) -> torch.optim.Optimizer:
     )
 
 
-# foreach, not fused: fused kernels raise where a gradient's strides are not its parameter's to the letter, which
-# 1x1 convolutions in channels_last meet; an update is a small share of a step either way.
 OPTIMISERS: dict[str, Callable[[Groups, dict[str, Any]], torch.optim.Optimizer]] = {
     "sgd": _sgd,
     "adamw": _adamw,
