@@ -20,12 +20,12 @@ Tensors = tuple[Tensor, ...] | list[Tensor]
 
 
 class Lars(torch.optim.Optimizer):
-    """SGD with momentum whose steps are scaled to the weights' norms (You et al. 2017, equations 5 and 6).
+    """SGD with momentum whose steps are scaled to the weights' norms (You et al. 2017, algorithm 1).
 
     For each weight w with gradient g, u = g + weight_decay w:
         ratio = eta |w| / (|g| + weight_decay |w| + eps), 1 where |w| or |g| is 0
         v = momentum v + ratio u,   w = w - lr v   (Nesterov: w - lr (ratio u + momentum v))
-    The learning rate stands outside the momentum, as PyTorch's SGD has it: a schedule acts at once.
+    Unlike there, the learning rate stands outside the momentum, as in PyTorch's SGD: a schedule acts at once.
     """
 
     def __init__(
