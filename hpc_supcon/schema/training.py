@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from .base import Count, NonNegative, Positive, Probability, Section
 
@@ -79,6 +80,32 @@ class OptimConfig(Section):
         min_length=1, description="step: shares of the training after which the rate is multiplied by gamma"
     )
     gamma: Annotated[float, Field(gt=0, le=1)] = Field(description="step: factor at each milestone")
+
+    @model_validator(mode="after")
+    def _optimiser_heeds_its_settings(self) -> OptimConfig:
+        if self.nesterov and (self.name not in ("sgd", "lars") or self.momentum == 0):
+            raise ValueError("nesterov is for sgd and lars with momentum above 0; use false")
+        if self.eps is not None and self.name == "sgd":
+            raise ValueError("eps: sgd divides by nothing; use null")
+        if self.lamb_norm_range is not None and self.name != "lamb":
+            raise ValueError(f"lamb_norm_range is for lamb, not for {self.name}; use null")
+        if self.lamb_norm_range is not None and self.lamb_norm_range[0] > self.lamb_norm_range[1]:
+            raise ValueError(f"lamb_norm_range={list(self.lamb_norm_range)}: the lower end comes first")
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> OptimConfig:
+        if self.warmup_epochs and self.warmup_iterations:
+            raise ValueError(
+                "warmup_epochs and warmup_iterations are two lengths of one warm-up; set one of them to 0"
+            )
+        if self.schedule == "one_cycle" and not (self.warmup_epochs or self.warmup_iterations):
+            raise ValueError("one_cycle rises in the warm-up: set warmup_epochs (usual: 0.3 of train.epochs)")
+        if self.final_lr_fraction and self.schedule not in ("cosine", "one_cycle"):
+            raise ValueError(f"final_lr_fraction is where cosine and one_cycle end, not {self.schedule}; use 0")
+        if any(a >= b for a, b in pairwise(self.milestones)):
+            raise ValueError(f"milestones={list(self.milestones)} must increase")
+        return self
 
 
 class TrainConfig(Section):

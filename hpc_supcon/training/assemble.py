@@ -35,8 +35,7 @@ from .engine import autocast, distribute, place
 from .fit import Plan
 from .momentum import MomentumQueue
 from .objective import RESPONSE, Objective, build_head, kind_of
-from .optim import build_optimiser, check_optimiser, learning_rate
-from .optim.schedule import check_schedule
+from .optim import OPTIMISER_SETTINGS, build_optimiser, learning_rate
 from .state import TrainState
 
 NORMALISATION_SAMPLE = 10_000
@@ -114,15 +113,6 @@ def check_objective(config: Config) -> None:
         raise ConfigError(f"log.gradient_response is defined for {' and '.join(RESPONSE)}, not for {name}")
     if config.train.micro_batch_size is not None and kind.head == "decoder":
         raise ConfigError(f"train.micro_batch_size: {name} needs no large batch; lower data.batch_size instead")
-
-
-def check_optim(config: Config) -> None:
-    """Raise ConfigError where the settings of optimiser and schedule contradict each other."""
-    optim = config.optim.model_dump()
-    checked = ("name", "momentum", "nesterov", "eps", "lamb_norm_range")
-    check_optimiser(**{key: optim[key] for key in checked})
-    checked = ("schedule", "warmup_epochs", "warmup_iterations", "final_lr_fraction", "milestones")
-    check_schedule(**{key: optim[key] for key in checked})
 
 
 def build_training_order(config: Config, splits: Splits) -> Order:
@@ -209,15 +199,8 @@ def build_state(
         parallel=parallel,
         optimiser=build_optimiser(
             [*placed.parameters(), *objective.parameters()],
-            name=optim.name,
             lr=peak_lr(config),
-            momentum=optim.momentum,
-            nesterov=optim.nesterov,
-            weight_decay=optim.weight_decay,
-            beta2=optim.beta2,
-            eps=optim.eps,
-            lars_eta=optim.lars_eta,
-            lamb_norm_range=optim.lamb_norm_range,
+            **optim.model_dump(include=OPTIMISER_SETTINGS),
         ),
         views=views.to(runtime.device),
         objective=objective,

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +30,19 @@ class WeightAverage:
     def update(self) -> None:
         """After an optimiser step."""
         follow(self._average.values(), self._model.parameters(), self.decay)
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """Inside, the model's parameters are the average: for an evaluation during training, without gradients."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for name, p in self._model.named_parameters():
+            p.data, self._average[name] = self._average[name], p.data
 
     def state_dict(self) -> dict[str, Tensor]:
         """As the model's own, with the average in the place of the parameters: any such model can load it."""

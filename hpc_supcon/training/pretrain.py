@@ -33,7 +33,6 @@ def pretrain(config: Config, runtime: Runtime, data: assemble.Data, *, resume: b
     with together():
         run_folder.check_usable(folder, config, resume=resume)
         assemble.check_objective(config)
-        assemble.check_optim(config)
         order = assemble.build_training_order(config, splits)
         loader = build_loader(
             data.loader,

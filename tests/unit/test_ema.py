@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 
 import pytest
@@ -42,6 +43,22 @@ def test_the_average_shares_no_memory_with_the_model():
     with torch.no_grad():
         model.weight.zero_()
     assert ema.state_dict()["weight"].abs().sum() > 0
+
+
+def test_inside_applied_the_model_is_the_average_and_afterwards_itself():
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)).to(memory_format=torch.channels_last)
+    ema = WeightAverage(model, 0.5)
+    with torch.no_grad():
+        model[0].weight.mul_(3)
+    ema.update()
+    own, average = copy.deepcopy(model.state_dict()), copy.deepcopy(ema.state_dict())
+    where = [p.data_ptr() for p in model.parameters()]
+    with contextlib.suppress(KeyError), ema.applied():
+        assert all(torch.equal(t, average[name]) for name, t in model.state_dict().items())
+        raise KeyError
+    assert all(torch.equal(t, own[name]) for name, t in model.state_dict().items())
+    assert all(torch.equal(t, average[name]) for name, t in ema.state_dict().items())
+    assert [p.data_ptr() for p in model.parameters()] == where
 
 
 RUNS = [

@@ -305,24 +305,9 @@ def test_on_cuda_no_step_waits_and_the_weights_are_those_of_the_cpu(name):
         torch.testing.assert_close(a.detach().cpu(), b.detach(), rtol=1e-10, atol=1e-12)
 
 
-# --- checks
-
-
-@pytest.mark.parametrize(
-    ("settings", "message"),
-    [
-        ({"name": "lasr"}, "unknown optimiser 'lasr'; did you mean 'lars'? known: adamw, lamb, lars, sgd"),
-        ({"name": "adamw", "nesterov": True}, "optim.nesterov is for sgd and lars, not for adamw"),
-        ({"name": "lars", "nesterov": True, "momentum": 0.0}, "needs optim.momentum above 0"),
-        ({"name": "sgd", "eps": 1e-8}, "optim.eps"),
-        ({"name": "lars", "lamb_norm_range": (0.0, 1.0)}, "lamb_norm_range is for lamb"),
-        ({"name": "lamb", "lamb_norm_range": (2.0, 1.0)}, "the lower end comes first"),
-    ],
-)
-def test_settings_that_would_not_be_heeded_are_refused(settings, message):
-    with pytest.raises(ConfigError) as caught:
-        build_optimiser(parameters(), lr=0.1, **settings)
-    assert message in str(caught.value)
+def test_an_unknown_optimiser_is_named_with_the_known_ones():
+    with pytest.raises(ConfigError, match="unknown optimiser 'lasr'; did you mean 'lars'"):
+        build_optimiser(parameters(), name="lasr", lr=0.1)
 
 
 # --- clipping

@@ -105,27 +105,39 @@ def test_an_unknown_schedule_is_named_with_the_known_ones():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["optim.warmup_epochs=1", "optim.warmup_iterations=10"], "two lengths for one warm-up"),
+        (["optim.warmup_epochs=1", "optim.warmup_iterations=10"], "two lengths of one warm-up"),
         (["optim.final_lr_fraction=0.1", "optim.schedule=step"], "where cosine and one_cycle end, not step"),
         (["optim.final_lr_fraction=0.1", "optim.schedule=constant"], "where cosine and one_cycle end, not constant"),
         (["optim.schedule=one_cycle"], "one_cycle rises in the warm-up"),
-        (["optim.schedule=step", "optim.milestones=[0.8, 0.6]"], "must increase"),
-        (["optim.name=lamb", "optim.nesterov=true"], "optim.nesterov is for sgd and lars"),
+        (["optim.milestones=[0.8, 0.6]"], "must increase"),
+        (["optim.milestones=[]"], "at least 1"),
+        (["optim.milestones=[1.0]"], "less than 1"),
+        (["optim.name=lamb", "optim.nesterov=true"], "nesterov is for sgd and lars"),
+        (["optim.momentum=0", "optim.nesterov=true"], "momentum above 0"),
+        (["optim.eps=1e-8"], "eps: sgd"),
+        (["optim.name=lars", "optim.lamb_norm_range=[0, 10]"], "lamb_norm_range is for lamb, not for lars"),
+        (["optim.name=lamb", "optim.lamb_norm_range=[2, 1]"], "the lower end comes first"),
+        (["optim.name=lasr"], "'lars'"),
     ],
 )
-def test_contradictions_of_a_configuration_are_one_line(overrides, message):
+def test_contradictions_are_one_line_before_anything_is_read(overrides, message):
     with pytest.raises(ConfigError) as caught:
-        assemble.check_optim(load_config("default", overrides))
+        load_config("default", overrides)
     assert message in str(caught.value)
+    assert "optim" in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     "overrides",
-    [[], ["optim.name=lars", "optim.nesterov=true"], ["optim.schedule=one_cycle", "optim.warmup_epochs=2"]],
+    [
+        ["optim.name=lars", "optim.nesterov=true", "optim.eps=1e-8"],
+        ["optim.name=lamb", "optim.lamb_norm_range=[0, 10]"],
+        ["optim.schedule=one_cycle", "optim.warmup_epochs=2", "optim.final_lr_fraction=0.01"],
+    ],
 )
 def test_what_fits_together_is_accepted(overrides):
-    assemble.check_optim(load_config("default", overrides))
+    load_config("default", overrides)
 
 
 def test_a_plan_has_the_schedule_of_its_configuration():

@@ -14,10 +14,10 @@ from .schedule import learning_rate
 
 __all__ = [
     "OPTIMISERS",
+    "OPTIMISER_SETTINGS",
     "Lamb",
     "Lars",
     "build_optimiser",
-    "check_optimiser",
     "clip_gradients",
     "learning_rate",
     "set_learning_rate",
@@ -62,6 +62,9 @@ OPTIMISERS: dict[str, Callable[[Groups, dict[str, Any]], torch.optim.Optimizer]]
     "lamb": _lamb,
 }
 
+OPTIMISER_SETTINGS = {"name", "momentum", "nesterov", "weight_decay", "beta2", "eps", "lars_eta", "lamb_norm_range"}
+"""Settings of the configuration's optim section that `build_optimiser` takes as they are."""
+
 
 def build_optimiser(
     params: list[nn.Parameter],
@@ -82,9 +85,10 @@ def build_optimiser(
     neither decays nor, by LARS and LAMB, has its rate adapted to its norm. `momentum` is beta 1 of AdamW and
     LAMB; `eps` None is the optimiser's own.
 
-    Raises ConfigError for an unknown name, and as `check_optimiser`.
+    Raises ConfigError for an unknown name.
     """
-    check_optimiser(name=name, momentum=momentum, nesterov=nesterov, eps=eps, lamb_norm_range=lamb_norm_range)
+    if name not in OPTIMISERS:
+        raise ConfigError("optim.name: " + unknown_name("optimiser", name, OPTIMISERS))
     settings = {
         "momentum": momentum,
         "nesterov": nesterov,
@@ -101,25 +105,6 @@ def build_optimiser(
     if name in ("lars", "lamb"):
         groups[1]["adapt"] = False
     return OPTIMISERS[name](groups, settings)
-
-
-def check_optimiser(
-    *, name: str, momentum: float, nesterov: bool, eps: float | None, lamb_norm_range: tuple[float, float] | None
-) -> None:
-    """Raise ConfigError for an unknown name, or settings that the optimiser would not heed."""
-    if name not in OPTIMISERS:
-        raise ConfigError("optim.name: " + unknown_name("optimiser", name, OPTIMISERS))
-    if nesterov and name not in ("sgd", "lars"):
-        raise ConfigError(f"optim.nesterov is for sgd and lars, not for {name}; use false")
-    if nesterov and momentum == 0:
-        raise ConfigError("optim.nesterov needs optim.momentum above 0")
-    if eps is not None and name == "sgd":
-        raise ConfigError("optim.eps: sgd divides by nothing; use null")
-    if lamb_norm_range is not None:
-        if name != "lamb":
-            raise ConfigError(f"optim.lamb_norm_range is for lamb, not for {name}; use null")
-        if lamb_norm_range[0] > lamb_norm_range[1]:
-            raise ConfigError(f"optim.lamb_norm_range={list(lamb_norm_range)}: the lower end comes first")
 
 
 def set_learning_rate(optimiser: torch.optim.Optimizer, lr: float) -> None:

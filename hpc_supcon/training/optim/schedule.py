@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import pairwise
 
 from ...errors import ConfigError, unknown_name
 
@@ -51,29 +50,3 @@ def learning_rate(
 
 def _half_cosine(start: float, end: float, progress: float) -> float:
     return end + (start - end) * (1 + math.cos(math.pi * min(1.0, progress))) / 2
-
-
-def check_schedule(
-    *,
-    schedule: str,
-    warmup_epochs: float,
-    warmup_iterations: int,
-    final_lr_fraction: float,
-    milestones: Sequence[float],
-) -> None:
-    """Raise ConfigError for an unknown schedule, or settings that contradict it."""
-    if schedule not in SCHEDULES:
-        raise ConfigError("optim.schedule: " + unknown_name("schedule", schedule, SCHEDULES))
-    if warmup_epochs and warmup_iterations:
-        raise ConfigError(
-            f"optim.warmup_epochs={warmup_epochs:g} and optim.warmup_iterations={warmup_iterations} are two lengths "
-            "for one warm-up; set one of them to 0"
-        )
-    if final_lr_fraction and schedule not in ("cosine", "one_cycle"):
-        raise ConfigError(f"optim.final_lr_fraction is where cosine and one_cycle end, not {schedule}; use 0")
-    if schedule == "one_cycle" and not (warmup_epochs or warmup_iterations):
-        raise ConfigError(
-            "optim.schedule=one_cycle rises in the warm-up: set optim.warmup_epochs (usual: 0.3 of train.epochs)"
-        )
-    if schedule == "step" and any(a >= b for a, b in pairwise(milestones)):
-        raise ConfigError(f"optim.milestones={list(milestones)} must increase")
