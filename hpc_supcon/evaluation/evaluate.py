@@ -35,7 +35,7 @@ def load_model(folder: Path) -> tuple[PretrainingModel, checkpoint.Checkpoint]:
     if found is None:
         raise CheckpointCorrupt(f"{folder}: no checkpoint in it; run `hpc-supcon pretrain` first")
     model = assemble.build_model(found.state)
-    model.load_state_dict(found.tensors["model"])
+    model.load_state_dict(found.tensors.get("ema", found.tensors["model"]))
     return model, found
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 
 import torch
@@ -154,10 +154,14 @@ def _paired_terms(
 
 @contextmanager
 def _undisturbed(state: TrainState) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards modes and global generators are as they were."""
+    """Evaluation mode without gradients, with the averaged weights where there are any.
+
+    Afterwards modes, weights and global generators are as they were.
+    """
     was = state.parallel.training
     devices = [state.device] if state.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.no_grad():
+    averaged = nullcontext() if state.ema is None else state.ema.applied()
+    with torch.random.fork_rng(devices), torch.no_grad(), averaged:
         torch.manual_seed(0)  # triplets are drawn: the same at every evaluation
         state.parallel.eval()
         try:

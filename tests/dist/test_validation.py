@@ -115,7 +115,7 @@ def supcon_brute_force(z, y, tau):
 
 def test_looking_changes_nothing_in_training(tmp_path):
     for name, look in {"plain": [], "looked": ["validation.every_steps=1"]}.items():
-        train(tmp_path / name, SUM, *look)
+        train(tmp_path / name, SUM, "train.ema=0.9", *look)
     plain, looked = (checkpoint.load_newest(tmp_path / name / "checkpoints")[0] for name in ("plain", "looked"))
     assert plain.path.name == looked.path.name
     for stem, tensors in plain.tensors.items():
