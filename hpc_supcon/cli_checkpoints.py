@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from .errors import CheckpointCorrupt, RunFolderError
 
@@ -85,7 +86,7 @@ def _print(run_dir: Path, rows: list[dict[str, Any]], *, verified: bool) -> None
     if not rows:
         console.print(f"{run_dir}: no checkpoint yet", soft_wrap=True, highlight=False, markup=False)
         return
-    table = Table(title=str(run_dir), title_style="bold")
+    table = Table(title=Text(str(run_dir)))
     for heading in ("step", "written", "bytes", "ranks", "state"):
         table.add_column(heading, justify="right" if heading in ("step", "bytes", "ranks") else "left")
     sound = "verified" if verified else "sizes right"

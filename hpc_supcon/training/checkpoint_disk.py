@@ -60,7 +60,7 @@ def tensor_content(named: Mapping[str, Tensor]) -> Content:
     Pieces are made when they are asked for: a contiguous tensor on the CPU is written from where it lies.
     Tensors that share memory are written once each.
     """
-    # wide dtypes first, so that every tensor is aligned (and as the library itself orders them)
+    # wide dtypes first, so that every tensor is aligned
     ordered = sorted(named.items(), key=lambda item: (-item[1].element_size(), item[0]))
     header: dict[str, Any] = {}
     end = 0
