@@ -34,8 +34,11 @@ def load_model(folder: Path) -> tuple[PretrainingModel, checkpoint.Checkpoint]:
     found, _ = checkpoint.load_newest(folder / run_folder.CHECKPOINTS)
     if found is None:
         raise CheckpointCorrupt(f"{folder}: no checkpoint in it; run `hpc-supcon pretrain` first")
-    model = assemble.build_model(found.state)
-    model.load_state_dict(found.tensors.get("ema", found.tensors["model"]))
+    with checkpoint.understood(found.path):
+        model = assemble.build_model(found.state)
+        model.load_state_dict(found.tensors.get("ema", found.tensors["model"]))
+        EvalTransform(**found.state["normalisation"])  # read later: wrong ones are found here
+        tuple(found.state["classes"])
     return model, found
 
 

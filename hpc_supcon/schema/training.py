@@ -173,7 +173,18 @@ class CheckpointConfig(Section):
         description="save after every n-th epoch", json_schema_extra={"unit": "epochs"}
     )
     every_steps: Count | None = Field(description="save after every n-th step", json_schema_extra={"unit": "steps"})
-    keep: Annotated[int, Field(ge=2)] = Field(description="newest checkpoints kept")
+    keep: Annotated[int, Field(ge=2)] = Field(description="newest checkpoints kept; only whole ones count")
+    keep_every_steps: Count | None = Field(
+        description="keep the checkpoints of every n-th step for good; null: the newest alone",
+        json_schema_extra={"unit": "steps"},
+    )
+    asynchronous: bool = Field(
+        description="write while training goes on; needs host memory for one more copy of model and optimiser"
+    )
+    max_failed_saves: Annotated[int, Field(ge=0)] = Field(
+        description="saves in a row that may fail (a full disk) before training stops; the last of a run may not",
+        json_schema_extra={"unit": "saves"},
+    )
 
 
 class LogConfig(Section):

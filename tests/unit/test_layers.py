@@ -21,7 +21,7 @@ LAYERS = [
     {"training"},
     {"evaluation"},
     {"bench"},
-    {"cli_bench"},
+    {"cli_bench", "cli_checkpoints"},
     {"cli"},
     {"__main__"},
 ]
