@@ -80,7 +80,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, overrid
     for batch in batches[2:]:
         train_step(state, batch)
     other, _ = build(0, 1, overrides)
-    other.load(checkpoint.load(path).tensors, 2)
+    other.load(checkpoint.load(path).tensors, {"step": 2})
     for batch in batches[2:]:
         train_step(other, batch)
     want, got = state.tensors(), other.tensors()
