@@ -9,12 +9,14 @@ import pytest
 import torch
 from torch import nn
 
+from hpc_supcon.config import load_config
+from hpc_supcon.data import ArraySource, Splits
 from hpc_supcon.evaluation.evaluate import load_model
-from hpc_supcon.training import checkpoint
+from hpc_supcon.training import assemble, checkpoint
 from hpc_supcon.training.ema import WeightAverage
 from hpc_supcon.training.state import _load_optimiser
 from hpc_supcon.training.step import train_step
-from tests.dist.test_step import build
+from tests.dist.test_step import SETTINGS, build
 
 
 def test_the_average_is_the_plain_formula():
@@ -95,10 +97,9 @@ def test_evaluation_takes_the_average_where_there_is_one(tmp_path):
     state, batches = build(0, 1, ["train.ema=0.9"])
     for batch in batches[:2]:
         train_step(state, batch)
-    description = {
-        "encoder": {"name": "conv", "in_channels": 3, "image_size": 8, "stem": "auto", "out_dim": None},
-        "projection": {"hidden": 16, "out_dim": 8}, "head": "projection", "classes": list("abcde"),
-    }  # fmt: skip
+    source = ArraySource(torch.zeros(5, 3, 8, 8, dtype=torch.uint8), torch.arange(5), tuple("abcde"))
+    config = load_config("default", SETTINGS)
+    description = assemble.describe_model(config, Splits(source, source, source))
     for tensors, want in ((state.tensors(), state.ema.state_dict()), (None, state.model.state_dict())):
         parts = tensors or {"model": state.model.state_dict()}
         folder = tmp_path / ("with" if tensors else "without")
