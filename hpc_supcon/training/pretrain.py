@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from contextlib import closing
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ..collectives import barrier, gather_objects, raise_together, together
 from ..config import Config, digest
 from ..data import build_loader
 from ..errors import HpcSupconError, WorldSizeMismatch
+from ..models import LoadedWeights, PretrainingModel, load_weights
 from ..runtime import Runtime, seed_everything
 from . import assemble, checkpoint, run_folder
 from .fit import fit
@@ -48,6 +50,7 @@ def pretrain(config: Config, runtime: Runtime, data: assemble.Data, *, resume: b
         description = assemble.describe_model(config, splits)
         assemble.seed_models(config)
         model, views = assemble.build_model(description), assemble.build_views(config, description, runtime)
+        weights = _load_weights(config, model, folder, resume=resume)
         objective = assemble.build_objective(config, views)
     seed_everything(config.seed, runtime.rank)
     state = assemble.build_state(config, model, objective, views, runtime)
@@ -64,12 +67,23 @@ def pretrain(config: Config, runtime: Runtime, data: assemble.Data, *, resume: b
         ProgressLine(plan.steps, plan.epochs, shown=shown) as progress,
     ):
         log.log("start", state.step, world_size=runtime.world_size, **_facts(config, data, model))
+        if weights is not None:
+            log.log("weights", state.step, **asdict(weights))
+            if shown:
+                console.print(weights.summary(), soft_wrap=True)
         if shown and config.data.loader == "auto":
             console.print(f"loader: {data.loader} ({data.reason})", soft_wrap=True)
         began = time.perf_counter()
         fit(state, loader, plan, log=log, progress=progress, save=save)
         log.log("end", state.step, seconds=round(time.perf_counter() - began, 3))
     return folder
+
+
+def _load_weights(config: Config, model: PretrainingModel, folder: Path, *, resume: bool) -> LoadedWeights | None:
+    """The encoder's initial weights from `model.weights`; a checkpoint to go on from stands in for the file."""
+    if config.model.weights is None or (resume and checkpoint.list_steps(folder / run_folder.CHECKPOINTS)):
+        return None
+    return load_weights(model.encoder, config.model.weights)
 
 
 def _facts(config: Config, data: assemble.Data, model: torch.nn.Module) -> dict[str, Any]:
