@@ -97,11 +97,20 @@ def _cannot_take(name: str, in_channels: int, size: int, error: Exception) -> Co
     """Names the least larger size that works, or what timm said where none does."""
     cfg = timm.get_pretrained_cfg(name)
     usual = cfg.input_size[-1] if cfg is not None else 224
-    if size < usual and _takes(name, in_channels, usual):
+    one_for_all = None if cfg is None or cfg.fixed_input_size else _on_meta(name, in_channels, size)
+
+    def takes(side: int) -> bool:
+        try:
+            _feature_dim(one_for_all or _on_meta(name, in_channels, side), in_channels, side)
+        except Exception:  # any refusal is an answer
+            return False
+        return True
+
+    if size < usual and takes(usual):
         low, high = size, usual
         while high - low > 1:
             middle = (low + high) // 2
-            low, high = (low, middle) if _takes(name, in_channels, middle) else (middle, high)
+            low, high = (low, middle) if takes(middle) else (middle, high)
         return too_small(name, size, high)
     said = (str(error).splitlines() or [""])[0] or type(error).__name__
     return ConfigError(
@@ -110,10 +119,6 @@ def _cannot_take(name: str, in_channels: int, size: int, error: Exception) -> Co
     )
 
 
-def _takes(name: str, in_channels: int, size: int) -> bool:
-    try:
-        with torch.device("meta"):
-            _feature_dim(_create(name, in_channels, size, "auto", None), in_channels, size)
-    except Exception:  # any refusal is an answer
-        return False
-    return True
+def _on_meta(name: str, in_channels: int, size: int) -> nn.Module:
+    with torch.device("meta"):
+        return _create(name, in_channels, size, "auto", None)
