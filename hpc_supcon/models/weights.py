@@ -106,7 +106,7 @@ def _read(path: Path) -> bytes:
 def _unpack(path: Path, payload: bytes) -> Any:
     if path.suffix == ".safetensors":
         try:
-            return safetensors.torch.load(payload)
+            return dict(sorted(safetensors.torch.load(payload).items()))  # its own order is another one each time
         except safetensors.SafetensorError as error:
             raise ConfigError(f"model.weights={path}: not a whole safetensors file: {error}") from None
     try:

@@ -333,8 +333,8 @@ def test_a_run_begins_with_the_weights_logs_them_and_resumes_without_the_file(tm
         "default",
         *FAST,
         f"model.weights={path}",
-        f"run_dir={run_dir}",
         "checkpoint.every_steps=2",
+        f"run_dir={run_dir}",
     ]
     assert command(*arguments) == 0
     events = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
