@@ -5,14 +5,17 @@ from .encoders import ENCODERS, build_encoder
 from .heads import LinearHeads, Projection
 from .pretraining import PretrainingModel
 from .sync_batchnorm import synchronise_batchnorm
+from .weights import LoadedWeights, load_weights
 
 __all__ = [
     "ENCODERS",
     "ConvDecoder",
     "LinearHeads",
+    "LoadedWeights",
     "PretrainingModel",
     "Projection",
     "build_decoder",
     "build_encoder",
+    "load_weights",
     "synchronise_batchnorm",
 ]

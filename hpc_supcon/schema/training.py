@@ -11,9 +11,19 @@ from .base import Count, NonNegative, Positive, Probability, Section, StoppingCo
 
 
 class ModelConfig(Section):
-    encoder: str = Field(description="name of the encoder (see the error for an unknown one)")
+    encoder: str = Field(
+        description="conv | resnet9 | resnet9_small | vgg16_bn_embed, or any name in timm.list_models()"
+    )
     stem: Literal["auto", "small", "standard"] = Field(
         description="small: 3x3 stride 1 without max-pool, for inputs up to 64 px; auto chooses by image size"
+    )
+    input_size: Count | None = Field(
+        description="resize the images to this inside the encoder, for encoders that need larger ones; null: never",
+        json_schema_extra={"unit": "px"},
+    )
+    weights: str | None = Field(
+        description="initial encoder weights: a file of timm, torchvision, SupContrast, solo-learn or MoCo; "
+        "null: random"
     )
     out_dim: Count | None = Field(description="size of the features; null is the encoder's own")
     projection_hidden: Count = Field(description="width of the projection's hidden layer")

@@ -161,6 +161,7 @@ def describe_model(config: Config, splits: Splits) -> dict[str, Any]:
             "image_size": splits.image_size,
             "stem": model.stem,
             "out_dim": model.out_dim,
+            "input_size": model.input_size,
         },
         "projection": {"hidden": model.projection_hidden, "out_dim": model.projection_dim},
         "heads": heads_of(config.loss.weights),

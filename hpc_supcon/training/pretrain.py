@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import time
 from contextlib import closing, nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from ..collectives import gather_objects, together
 from ..config import Config, digest
 from ..data import EvalTransform, build_loader
 from ..errors import WorldSizeMismatch
+from ..models import LoadedWeights, PretrainingModel, load_weights
 from ..runtime import Runtime, seed_everything
 from . import assemble, checkpoint, run_folder
 from .checkpoint_writer import CheckpointWriter
@@ -58,6 +60,7 @@ def pretrain(
         description = assemble.describe_model(config, splits)
         assemble.seed_models(config)
         model, views = assemble.build_model(description), assemble.build_views(config, description, runtime)
+        weights = _load_weights(config, model, folder, resume=resume)
         objective = assemble.build_objective(config, views)
     seed_everything(config.seed, runtime.rank)
     state = assemble.build_state(config, model, objective, views, runtime)
@@ -77,6 +80,10 @@ def pretrain(
         ProgressLine(plan.steps, plan.epochs, shown=shown) as progress,
     ):
         log.log("start", state.step, world_size=runtime.world_size, **_facts(config, data, model))
+        if weights is not None:
+            log.log("weights", state.step, **asdict(weights))
+            if shown:
+                console.print(weights.summary(), soft_wrap=True)
         if shown and config.data.loader == "auto":
             console.print(f"loader: {data.loader} ({data.reason})", soft_wrap=True)
         began = time.perf_counter()
@@ -94,6 +101,13 @@ def _validate(
     views = assemble.build_views(config, description, runtime, stream=VIEWS_STREAM).to(runtime.device)
     transform = EvalTransform(**description["normalisation"]).to(runtime.device)
     return build_validate(config, data, views, transform, runtime, probe)
+
+
+def _load_weights(config: Config, model: PretrainingModel, folder: Path, *, resume: bool) -> LoadedWeights | None:
+    """The encoder's initial weights from `model.weights`; a checkpoint to go on from stands in for the file."""
+    if config.model.weights is None or (resume and checkpoint.list_steps(folder / run_folder.CHECKPOINTS)):
+        return None
+    return load_weights(model.encoder, config.model.weights)
 
 
 def _facts(config: Config, data: assemble.Data, model: torch.nn.Module) -> dict[str, Any]:
