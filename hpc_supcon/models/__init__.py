@@ -2,16 +2,20 @@
 
 from .autoencoder import ConvDecoder, build_decoder
 from .encoders import ENCODERS, build_encoder
-from .heads import LinearHeads, Projection
+from .heads import Heads, LinearHeads, Logistic, Mlp, Projection, SingleHead
 from .pretraining import PretrainingModel
 from .sync_batchnorm import synchronise_batchnorm
 
 __all__ = [
     "ENCODERS",
     "ConvDecoder",
+    "Heads",
     "LinearHeads",
+    "Logistic",
+    "Mlp",
     "PretrainingModel",
     "Projection",
+    "SingleHead",
     "build_decoder",
     "build_encoder",
     "synchronise_batchnorm",
