@@ -138,7 +138,7 @@ def _logits(task: Task, fitted: FittedProbe, split: str) -> tuple[Tensor, Tensor
         features, labels = extract(
             fitted.encoder,
             getattr(task.data.splits, split),
-            fitted.prepare,  # type: ignore[arg-type]
+            fitted.prepare,
             task.runtime,
             loader=task.data.loader,
             options=task.data.evaluation,

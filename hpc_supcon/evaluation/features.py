@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from ..data import Batch, EvalOrder, EvalTransform, LoaderOptions, Source, build_loader
+from ..data import Batch, EvalOrder, LoaderOptions, Source, build_loader
 from ..runtime import Runtime
 
 
@@ -17,7 +17,7 @@ from ..runtime import Runtime
 def extract(
     encoder: nn.Module,
     source: Source,
-    transform: EvalTransform,
+    transform: nn.Module,
     runtime: Runtime,
     *,
     batch_size: int = 256,
@@ -25,6 +25,8 @@ def extract(
     options: LoaderOptions | None = None,
 ) -> tuple[Tensor, Tensor]:
     """This rank's share of the source: (features float32 [n_r, feature_dim], labels int64 [n_r]).
+
+    transform: uint8 [B, C, H, W] -> what the encoder reads (EvalTransform).
 
     Every sample is on exactly one rank, in rank order (see EvalOrder). Always fp32 and in batches of one
     size, so that a feature does not depend on how many ranks share the work. Leaves the encoder in eval mode.

@@ -33,20 +33,21 @@ class Standardise(nn.Module):
         return (x - self.mean) / self.std
 
 
-def build_prepare(input: str, width: int, normalisation: Mapping[str, Any]) -> nn.Module:
+def build_prepare(input: str, width: int, normalisation: Mapping[str, Any], *, standardise: bool) -> nn.Sequential:
     """Raw input -> what the head reads: `features` [n, width] and `pixels` (uint8 images) give float [n, width];
-    `images` (uint8) gives normalised images for an encoder."""
-    if input == "images":
-        return EvalTransform(**normalisation)
+    `images` (uint8) gives normalised images for an encoder. standardise: ends with `Standardise`."""
+    steps: list[nn.Module] = []
+    if input != "features":
+        steps.append(EvalTransform(**normalisation))
     if input == "pixels":
-        return nn.Sequential(EvalTransform(**normalisation), nn.Flatten(), Standardise(width))
-    return nn.Sequential(Standardise(width))
+        steps.append(nn.Flatten())
+    return nn.Sequential(*steps, *[Standardise(width)] * standardise)
 
 
 @torch.no_grad()
-def fit_standardisation(prepare: nn.Module, x: Tensor) -> None:
-    """Set mean and standard deviation of `prepare`'s last part to those of all of `x`, in float64, in chunks."""
-    assert isinstance(prepare, nn.Sequential)
+def fit_standardisation(prepare: nn.Sequential, x: Tensor) -> None:
+    """Set mean and standard deviation of `prepare`'s last part, a Standardise not fitted yet, to those of all of
+    `x`, in float64, in chunks."""
     last = prepare[-1]
     assert isinstance(last, Standardise)
 

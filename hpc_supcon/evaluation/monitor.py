@@ -72,7 +72,7 @@ def monitor(
 def _linear(known: Part, asked: Part, classes: int, plan: Plan, seed: int, runtime: Runtime) -> dict[str, float]:
     train, validation = ((gather_rows(x), gather_rows(labels)) for x, labels in (known, asked))
     width = train[0].shape[1]
-    prepare = build_prepare("features", width, {}).to(runtime.device)
+    prepare = build_prepare("features", width, {}, standardise=True).to(runtime.device)
     fit_standardisation(prepare, train[0])
     with seeded(seed, runtime.device):
         heads = LinearHeads(1, width, classes).to(runtime.device)

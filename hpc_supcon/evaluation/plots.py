@@ -92,6 +92,8 @@ def _draw(
 
 
 def _label(axis: Axes, number: str, title: str, kept: int | None) -> None:
+    from matplotlib.ticker import MaxNLocator
+
     units = {"loss": "loss (mean over images)", "accuracy": "accuracy (fraction)"}
     axis.set(xlabel="iteration (optimiser steps)", ylabel=units[number], title=f"{title}: {number}")
     if number == "accuracy":
@@ -99,5 +101,6 @@ def _label(axis: Axes, number: str, title: str, kept: int | None) -> None:
         axis.set_ylim(min(low, 1.0), 1.0 + 0.02)
     if kept is not None:
         axis.axvline(kept, color="0.4", linestyle=":", linewidth=1, label=f"kept: iteration {kept:,}")
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     axis.grid(alpha=0.3)
     axis.legend()

@@ -31,13 +31,18 @@ class FittedProbe(nn.Module):
     """Raw input -> [preparation, encoder where it has its own, head] -> logits.
 
     `description` is what builds it again: kind, input ("features": float [n, D] of the run's encoder; "pixels"
-    and "images": uint8 [n, C, H, W]), classes, normalisation, in_dim, head, and for finetune the encoder.
+    and "images": uint8 [n, C, H, W]), classes, normalisation, standardise, in_dim, head; for finetune the encoder.
     """
 
     def __init__(self, description: dict[str, Any], *, head: nn.Module, encoder: nn.Module | None = None) -> None:
         super().__init__()
         self.description = description
-        self.prepare = build_prepare(description["input"], description["in_dim"], description["normalisation"])
+        self.prepare = build_prepare(
+            description["input"],
+            description["in_dim"],
+            description["normalisation"],
+            standardise=description["standardise"],
+        )
         self.encoder = encoder if encoder is not None else nn.Identity()
         self.head = head
 

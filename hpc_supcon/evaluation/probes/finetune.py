@@ -69,6 +69,7 @@ def fit_finetune(kind: str, task: Task) -> Outcome:
         "input": "images",
         "classes": list(task.classes),
         "normalisation": task.description["normalisation"],
+        "standardise": False,
         "in_dim": model.head.in_features,
         "encoder": task.description["encoder"],
         "head": {"name": "linear", "options": {}},

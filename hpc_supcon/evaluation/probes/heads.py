@@ -60,6 +60,7 @@ def fit_head(kind: str, task: Task) -> Outcome:
         "input": source,
         "classes": list(classes),
         "normalisation": task.description["normalisation"],
+        "standardise": settings.standardise,
         "in_dim": in_dim,
         "encoder": None,
         "head": _describe(kind, settings),

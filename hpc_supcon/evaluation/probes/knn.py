@@ -24,6 +24,7 @@ def fit_knn(kind: str, task: Task) -> Outcome:
         "input": source,
         "classes": list(task.classes),
         "normalisation": task.description["normalisation"],
+        "standardise": False,
         "in_dim": in_dim,
         "encoder": None,
         "head": {"name": "knn", "options": options},

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ...collectives import all_sum, gather_objects, rank, together
 from ...errors import NonFinite
 from ...models import Heads
-from ..inputs import CHUNK, Part
+from ..inputs import CHUNK, Part, in_chunks
 from .watch import Plan, Watch, batches, best_head, build_stepper, decayed, set_share, steps_per_epoch
 
 
@@ -47,6 +47,8 @@ def train_heads(
     means over the batches since the evaluation before, taken while training. Raises NonFinite. Collective.
     """
     x, labels = train
+    if validation is not None:
+        validation = (in_chunks(prepare, validation[0]), validation[1])
     watch = Watch(plan, steps_per_epoch(len(x), plan.batch_size))
     groups = [(heads.head_parameters(k), lr) for k, lr in enumerate(plan.lrs)]
     stepper = build_stepper(groups, optimiser=plan.optimiser, weight_decay=plan.weight_decay)
@@ -59,7 +61,7 @@ def train_heads(
         sums += _step(heads, stepper, prepare(x[rows]), labels[rows], plan)
         seen += len(rows)
         if watch.due(i):
-            numbers, value, k = _look(heads, prepare, validation, sums / seen, plan.monitor)
+            numbers, value, k = _look(heads, validation, sums / seen, plan.monitor)
             if watch.note(i, value, lr=[share * lr for lr in plan.lrs], **numbers):
                 kept, best_k, at = heads.one(k), k, i
             sums, seen = torch.zeros_like(sums), 0
@@ -114,24 +116,24 @@ def _right(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def _look(
-    heads: Heads, prepare: nn.Module, validation: Part | None, train: Tensor, monitor: str
+    heads: Heads, validation: Part | None, train: Tensor, monitor: str
 ) -> tuple[dict[str, Any], float | None, int]:
     """(numbers of each head for the history, the monitored one of the best head, which head that is)."""
     numbers = {"train_loss": train[0].tolist(), "train_accuracy": train[1].tolist()}
     if validation is None:
         return numbers, None, 0
-    loss, accuracy = evaluate_heads(heads, prepare, validation).cpu()
+    loss, accuracy = evaluate_heads(heads, validation).cpu()
     k, value = best_head(loss, accuracy, monitor)
     return {**numbers, "validation_loss": loss.tolist(), "validation_accuracy": accuracy.tolist()}, value, k
 
 
 @torch.no_grad()
-def evaluate_heads(heads: Heads, prepare: nn.Module, part: Part) -> Tensor:
-    """float64 [2, K]: mean cross-entropy and accuracy (0..1) of every head on these rows."""
+def evaluate_heads(heads: Heads, part: Part) -> Tensor:
+    """float64 [2, K]: mean cross-entropy and accuracy (0..1) of every head on these prepared rows."""
     heads.train(False)
     sums = []
     for x, labels in zip(part[0].split(CHUNK), part[1].split(CHUNK), strict=True):
-        logits = heads(prepare(x))
+        logits = heads(x)
         sums.append(torch.stack([_losses(logits, labels).double().sum(dim=1), _right(logits, labels).double()]))
     heads.train(True)
     return torch.stack(sums).sum(dim=0) / len(part[0])
