@@ -17,6 +17,8 @@ from .probes.watch import steps_per_epoch
 def needs_encoder(config: Config) -> bool:
     """Whether any of `probe.kind` reads more than pixels. Raises ConfigError for an unknown kind."""
     kinds = config.probe.kinds
+    if not kinds:
+        raise ConfigError(f"probe.kind is an empty list: name one or more of {', '.join(PROBES)}")
     for kind in kinds:
         if kind not in PROBES:
             raise ConfigError("probe.kind: " + unknown_name("probe", kind, PROBES))

@@ -83,7 +83,7 @@ class Heads(Protocol):
 
 
 class LinearHeads(nn.Module):
-    """Linear `Heads`: one batched product instead of K small ones."""
+    """Linear `Heads`: one product instead of K small ones."""
 
     def __init__(self, heads: int, in_dim: int, classes: int) -> None:
         super().__init__()
@@ -101,8 +101,8 @@ class LinearHeads(nn.Module):
         return layer
 
     def forward(self, features: Tensor) -> Tensor:
-        weight, bias = torch.stack(list(self.weights)), torch.stack(list(self.biases))
-        return torch.baddbmm(bias[:, None], features.expand(len(weight), -1, -1), weight)
+        weight, bias = torch.cat(list(self.weights), dim=1), torch.cat(list(self.biases))
+        return torch.addmm(bias, features, weight).unflatten(1, (len(self.weights), -1)).transpose(0, 1)
 
 
 class SingleHead(nn.Module):

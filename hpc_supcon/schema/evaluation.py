@@ -81,7 +81,7 @@ class FinetuneConfig(FitConfig):
 
 
 class ProbeConfig(Section):
-    kind: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+    kind: str | tuple[str, ...] = Field(
         description="linear | softmax | logistic | mlp | knn | finetune, or a list of them, evaluated in that order"
     )
     linear: LinearConfig
