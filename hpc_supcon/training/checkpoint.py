@@ -25,8 +25,9 @@ from .checkpoint_disk import (
     write_file,
 )
 from .checkpoint_names import DELETED, MANIFEST, PARTIAL, REPLACED, STATE, TENSORS, path_of, step_of
-from .checkpoint_read import FORMAT, list_steps, problem_of
+from .checkpoint_read import FORMAT, problem_of
 from .checkpoint_read import Checkpoint as Checkpoint
+from .checkpoint_read import list_steps as list_steps
 from .checkpoint_read import load as load
 from .checkpoint_read import load_newest as load_newest
 from .checkpoint_read import understood as understood
