@@ -78,15 +78,19 @@ def pretrain_command(
 
 
 def _pretrained(settings: Config, runtime: Runtime, data: Data, resume: bool) -> Path:
-    """The run folder after pre-training, with its curves drawn. Collective."""
+    """The run folder after pre-training, with its curves (and an autoencoder's pictures) drawn. Collective."""
     from .collectives import together
+    from .evaluation.autoencoder import evaluate_autoencoder
+    from .evaluation.monitor import online_probe
     from .evaluation.plots import draw_training_curves
     from .training.pretrain import pretrain
 
-    folder = pretrain(settings, runtime, data, resume=resume)
+    folder = pretrain(settings, runtime, data, resume=resume, online_probe=online_probe(settings, runtime, data))
     with together():
         if runtime.is_main:
             draw_training_curves(folder)
+    if "reconstruction" in settings.loss.weights:
+        evaluate_autoencoder(folder, settings, runtime, data)
     return folder
 
 

@@ -11,10 +11,13 @@ import torch
 from torch import nn
 
 from ..collectives import gather_rows
+from ..config import Config
 from ..data import EvalTransform, LoaderOptions, Source
 from ..errors import ConfigError, unknown_name
 from ..models import LinearHeads
 from ..runtime import Runtime
+from ..training.assemble import Data
+from ..training.validation import OnlineProbe
 from .features import extract
 from .inputs import Part, build_prepare, fit_standardisation
 from .neighbours import knn_accuracy
@@ -78,6 +81,28 @@ def _linear(known: Part, asked: Part, classes: int, plan: Plan, seed: int, runti
         heads = LinearHeads(1, width, classes).to(runtime.device)
         last = train_heads(heads, prepare, train, validation, plan, seed=seed).history[-1]
     return {"accuracy": last["validation_accuracy"], "loss": last["validation_loss"]}
+
+
+def online_probe(config: Config, runtime: Runtime, data: Data) -> OnlineProbe | None:
+    """`validation.probe` of a configuration, to be asked during pre-training; None where it is not asked for."""
+    settings, validation = config.validation.probe, data.splits.validation
+    if settings.kind == "none" or validation is None:
+        return None
+
+    def accuracy(encoder: nn.Module, transform: EvalTransform) -> float:
+        return monitor(
+            encoder,
+            data.splits.train,
+            validation,
+            transform,
+            runtime,
+            **settings.model_dump(),
+            seed=config.seed,
+            loader=data.loader,
+            options=data.evaluation,
+        )["accuracy"]
+
+    return accuracy
 
 
 @contextmanager

@@ -11,6 +11,8 @@ from ..errors import RunFolderError
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+    from torch import Tensor
 
 PLOTS = "plots"
 Curve = tuple[Sequence[float], Sequence[float]]
@@ -59,6 +61,21 @@ def draw_training_curves(folder: Path) -> list[Path]:
     return paths
 
 
+def save_tiles(folder: Path, name: str, rows: Mapping[str, Tensor]) -> Path:
+    """plots/NAME.png: a row for each entry of `rows`, images [n, C, H, W] in -1..1. Raises RunFolderError."""
+    columns = max(len(images) for images in rows.values())
+    figure = _figure((1.0 + columns * 1.1, 0.2 + len(rows) * 1.15))
+    axes = figure.subplots(len(rows), columns, squeeze=False)
+    for row, (label, images) in zip(axes, rows.items(), strict=True):
+        pixels = images.detach().float().cpu().add(1).div(2).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+        for axis in row:
+            axis.set_axis_off()
+        for axis, image in zip(row, pixels, strict=False):
+            axis.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
+        row[0].set_title(label, loc="left", fontsize=9)
+    return _save(figure, folder / PLOTS / f"{name}.png")
+
+
 def _curve(lines: Sequence[Mapping[str, Any]], step: str, name: str) -> Curve:
     found = [line for line in lines if line.get(name) is not None]
     return [line[step] for line in found], [line[name] for line in found]
@@ -70,17 +87,25 @@ def _draw(
     curves = {split: curve for split, curve in curves.items() if curve[0]}
     if not curves:
         return []
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure  # no pyplot: it keeps every figure in a global list
-
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = _figure((7, 4.2))
     axis = figure.add_subplot()
     for split, (steps, values) in curves.items():
         marker = "o" if len(steps) <= _MARKED else None
         axis.plot(steps, values, label=split, color=_COLOURS[split], marker=marker, markersize=3, linewidth=1.3)
     _label(axis, number, title, kept)
-    path = folder / PLOTS / f"{number}-{name}.png"
+    return [_save(figure, folder / PLOTS / f"{number}-{name}.png")]
+
+
+def _figure(size: tuple[float, float]) -> Figure:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure  # no pyplot: it keeps every figure in a global list
+
+    figure = Figure(figsize=size, layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Figure, path: Path) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f".{path.name}.partial")
@@ -88,7 +113,7 @@ def _draw(
         partial.replace(path)
     except OSError as error:
         raise RunFolderError(f"{path}: not written: {error.strerror or error}") from None
-    return [path]
+    return path
 
 
 def _label(axis: Axes, number: str, title: str, kept: int | None) -> None:

@@ -44,7 +44,7 @@ def pretrain(
     with together():
         run_folder.check_usable(folder, config, resume=resume)
         assemble.check_objective(config)
-        check_validation(config, splits.validation)
+        check_validation(config, splits)
         order = assemble.build_training_order(config, splits)
         loader = build_loader(
             data.loader,
