@@ -11,7 +11,7 @@ from torch import Tensor, nn
 def normalise_(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """(x - mean) / std in place; x float [C, ...], mean and std [C]."""
     shape = (-1, *[1] * (x.ndim - 1))
-    return x.sub_(mean.view(shape)).mul_(std.reciprocal().view(shape))
+    return torch.addcmul((-mean / std).view(shape), x, std.reciprocal().view(shape), out=x)
 
 
 class EvalTransform(nn.Module):
