@@ -8,6 +8,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from .prefetch import sent
+
 TRIES = 10
 """Boxes drawn before falling back to the centre, as torchvision's RandomResizedCrop does."""
 _Drawn = Callable[..., tuple[Tensor, Tensor]]
@@ -120,3 +122,18 @@ def resample(images: Tensor, boxes: Tensor, flip: Tensor, size: int) -> Tensor:
     for c in range(C):
         torch.bmm(rows[:, :, c], wx_t, out=out[c])
     return out.view(C, B, V, size, size)
+
+
+def flipped(images: Tensor, rows: Tensor, flip: Tensor) -> Tensor:
+    """Rows (int64 [n], on the CPU) of uint8 [m, C, S, S], new, those chosen (bool [n], there too) mirrored.
+
+    The memory layout is kept. A CPU reads chosen rows ten times faster than it writes to them.
+    """
+    planes = images.is_contiguous()
+    memory = images if planes else images.permute(0, 2, 3, 1)
+    plain, chosen = memory.index_select(0, sent(rows, images.device)), torch.where(flip)[0]
+    mirrored = memory.index_select(0, sent(rows[chosen], images.device)).flip(3 if planes else 2)
+    sources = torch.arange(len(rows))
+    sources[chosen] = torch.arange(len(rows), len(rows) + len(chosen))
+    made = torch.cat((plain, mirrored)).index_select(0, sent(sources, images.device))
+    return made if planes else made.permute(0, 3, 1, 2)

@@ -13,12 +13,12 @@ from ..errors import ConfigError, unknown_name
 from .blur import SIGMA, gaussian_blur, kernel_size
 from .colour import grey
 from .jitter import Jitter
-from .normalise import normalise_
+from .normalise import normalise_, normalise_levels_
 from .ops import operate_
 from .parameters import ViewParameters
 from .policies import AutoAugment, RandAugment
 from .prefetch import sent
-from .resample import draw_boxes, resample
+from .resample import draw_boxes, flipped, resample
 
 POLICIES: dict[str, Callable[..., AutoAugment | RandAugment | None]] = {
     "none": lambda **_: None,
@@ -106,6 +106,7 @@ class Views(nn.Module):
         self.jitter = Jitter(strengths, jitter_probability)
         self.orders = self.jitter.orders
         self.flip, self.grey, self.blur = flip * self.crops, grey * colour, blur * light
+        self.colours = bool(self.orders or self.operations or self.grey or self.blur)
         if self.blur and image_size < 2:
             raise ConfigError(f"augment.blur needs images of at least 2 pixels a side, not {image_size}")
         seeds = np.random.SeedSequence(seed).generate_state(2, np.uint64) >> np.uint64(1)
@@ -162,6 +163,7 @@ class Views(nn.Module):
     def render(self, images: Tensor, parameters: ViewParameters) -> Tensor:
         """The views that `parameters` describe: [B, V, C, S, S] of `dtype`; nothing is drawn."""
         B, C, V, S = len(images), images.shape[-3], self.count, self.image_size
+        assert images.ndim == 4 or images.shape[1:] == (V, C, S, S), f"cropped images of shape {tuple(images.shape)}"
         assert self.channels == C, f"mean and std are for {self.channels} channels, the images have {C}"
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         views = torch.empty((B * V, C, S, S), dtype=self.dtype, device=images.device, memory_format=layout)
@@ -172,8 +174,9 @@ class Views(nn.Module):
 
                 render(images, parameters, self.jitter.sequences, self.mean, self.std, views)
             else:
+                make = self._convert if images.ndim == 5 and not self.colours else self._render
                 for rows in self._pieces(parameters, images.device):
-                    self._render(images, parameters, rows, views)
+                    make(images, parameters, rows, views)
         return views.unflatten(0, (B, V))
 
     def _pieces(self, parameters: ViewParameters, device: torch.device) -> list[Tensor]:
@@ -191,7 +194,7 @@ class Views(nn.Module):
     def _render(self, images: Tensor, parameters: ViewParameters, rows: Tensor, views: Tensor) -> None:
         """The views of these rows (int64 [n], on the CPU) of `parameters`, into those of `views` [B * V, C, S, S]."""
         there = sent(rows, images.device)
-        x = self._crop(images, parameters.boxes.index_select(0, there), parameters.flip[rows], there)
+        x = self._crop(images, parameters, rows)
         if self.operations is not None:
             x = self._operate(x, parameters.operations[rows], parameters.magnitudes[rows])
         if self.orders:
@@ -200,24 +203,33 @@ class Views(nn.Module):
         self._blur(x, parameters.sigma[rows])
         # in the layout of `views`, so that whole rows of memory are copied
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        done = normalise_(x, self.mean, self.std).transpose(0, 1).to(views.dtype, memory_format=layout)
-        self._flat(views).index_copy_(0, there, self._flat(done))
+        done = normalise_(x, self.mean, self.std).transpose(0, 1)
+        if self.orders:
+            self._flat(views).index_copy_(0, there, self._flat(done.to(views.dtype, memory_format=layout)))
+        else:
+            views[_span(rows)].copy_(done)
 
     def _flat(self, views: Tensor) -> Tensor:
         return (views.permute(0, 2, 3, 1) if self.channels_last else views).flatten(1)
 
-    def _crop(self, images: Tensor, boxes: Tensor, flip: Tensor, rows: Tensor) -> Tensor:
-        """Cropped, resized and flipped: float32 [C, n, S, S] in 0..1. boxes [n, 4]; flip [n], on the CPU."""
-        V, S = self.count, self.image_size
-        flip = sent(flip, images.device)
-        if images.ndim == 4:
-            own = images.index_select(0, rows // V)
-            return resample(own, boxes.unsqueeze(1), flip.unsqueeze(1), S).squeeze(2)
-        assert images.shape[1] == V, f"cropped images come in {V} views each, not {images.shape[1]}"
-        assert images.shape[3:] == (S, S), f"cropped images have {S} x {S} pixels, not {tuple(images.shape[3:])}"
-        own = images.flatten(0, 1).index_select(0, rows)
-        cropped = torch.where(flip.view(-1, 1, 1, 1), own.flip(-1), own).transpose(0, 1)
-        return cropped.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
+    def _crop(self, images: Tensor, parameters: ViewParameters, rows: Tensor) -> Tensor:
+        """Cropped, resized and flipped: float32 [C, n, S, S] in 0..1."""
+        flip = parameters.flip[rows]
+        if images.ndim == 5:
+            cropped = flipped(images.flatten(0, 1), rows, flip).transpose(0, 1)
+            return cropped.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
+        there = sent(rows, images.device)
+        own, boxes = images.index_select(0, there // self.count), parameters.boxes.index_select(0, there)
+        return resample(own, boxes.unsqueeze(1), sent(flip, there.device).unsqueeze(1), self.image_size).squeeze(2)
+
+    def _convert(self, images: Tensor, parameters: ViewParameters, rows: Tensor, views: Tensor) -> None:
+        """As _render, where cropped images [B, V, C, S, S] are flipped and normalised and no more."""
+        pixels = flipped(images.flatten(0, 1), rows, parameters.flip[rows])
+        target = views[_span(rows)]
+        x = target if target.dtype == torch.float32 else torch.empty_like(target, dtype=torch.float32)
+        normalise_levels_(x.copy_(pixels), self.mean, self.std)
+        if x is not target:
+            target.copy_(x)
 
     def _operate(self, x: Tensor, operations: Tensor, magnitudes: Tensor) -> Tensor:
         """x [C, n, S, S] after its AutoAugment or RandAugment operations, which work on whole grey levels."""
@@ -257,6 +269,11 @@ class Views(nn.Module):
         numbers = self._numbers()
         if numbers is not self.generator and len(rest):
             numbers.set_state(rest.clone())
+
+
+def _span(rows: Tensor) -> slice:
+    """Of consecutive rows."""
+    return slice(int(rows[0]), int(rows[-1]) + 1)
 
 
 def _check_ranges(
