@@ -21,7 +21,6 @@ import torch
 from ...errors import ConfigError, CorruptSample, LoaderDied, MissingExtra
 from ..batch import Batch
 from ..beton import JPEG, BetonSource
-from ..order import Order
 from ..prefetch import to_device
 from ..sources import Source
 from .ahead import Begun, Team, in_order
@@ -44,28 +43,15 @@ class FfcvLoader:
     Raises ConfigError for any other source, MissingExtra without FFCV.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        order: Order,
-        *,
-        seed: int,
-        rank: int,
-        world_size: int,
-        device: torch.device | str,
-        options: LoaderOptions | None = None,
-    ) -> None:
-        assert order.n == len(source)
+    def __init__(self, source: Source, steps: Steps, device: torch.device | str, options: LoaderOptions) -> None:
         if not isinstance(source, BetonSource):
             raise ConfigError(
                 "data.loader=ffcv reads .beton files: make one with `hpc-supcon convert DATA OUT.beton`"
             )
         self._kernel = _decoder()
-        self._source, self._seed, self._device = source, seed, device
-        self._options = options or LoaderOptions()
-        self._steps = Steps(order, seed, rank, world_size)
-        self._reader = SampleReader(source, seed, self._options.crop, self._options.on_corrupt)
-        self.steps_per_epoch = len(self._steps)
+        self._source, self._steps, self._device, self._options = source, steps, device, options
+        self._reader = SampleReader(source, steps.seed, options.crop, options.on_corrupt)
+        self.steps_per_epoch = len(steps)
         self._team: Team | None = None
         self._closed = False
 
@@ -126,7 +112,7 @@ class FfcvLoader:
         H, W = heights.astype(np.int64), widths.astype(np.int64)
         if self._options.crop is None:
             return central_boxes(H, W)
-        return crop_boxes(self._seed, epoch, index, H, W, self._options.crop)
+        return crop_boxes(self._steps.seed, epoch, index, H, W, self._options.crop)
 
     def _finish(self, epoch: int, index: torch.Tensor, images: torch.Tensor, failed: np.ndarray) -> Batch:
         served = index.clone()
