@@ -253,6 +253,7 @@ def plot(results: Sequence[Result], path: Path) -> None:
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
     labels, names = (list(dict.fromkeys(values)) for values in zip(*((r.data, r.name) for r in results), strict=True))
     counts = sorted({r.workers for r in results})
@@ -276,8 +277,12 @@ def plot(results: Sequence[Result], path: Path) -> None:
         axis.set(xscale="log", yscale="log", xlabel="batch size")
         axis.set_xticks(sizes, labels=[str(n) for n in sizes])
         axis.xaxis.minorticks_off()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
         axis.yaxis.set_major_formatter("{x:,.0f}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3)
-        axis.legend(title="loader, workers", fontsize="small", loc="center left", bbox_to_anchor=(1, 0.5))
+        axis.legend(
+            title="loader, workers", fontsize="small", handlelength=3.5, loc="center left", bbox_to_anchor=(1, 0.5)
+        )
     figure.savefig(path, dpi=120)
     plt.close(figure)
