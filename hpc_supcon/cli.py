@@ -1,4 +1,4 @@
-"""The command line: `hpc-supcon run | pretrain | probe | config`."""
+"""The command line: `hpc-supcon run | pretrain | probe | prune | config`."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ from rich.table import Table
 from . import __version__
 from .cli_bench import bench
 from .cli_checkpoints import checkpoints
+from .cli_prune import prune
+from .cli_start import started
 from .config import Config, load_config, schema_rows, to_yaml
 from .errors import CorruptSample, HpcSupconError
 
@@ -38,6 +40,7 @@ app = typer.Typer(
 
 app.add_typer(bench, name="bench")
 app.command("checkpoints")(checkpoints)
+app.command("prune")(prune)
 
 ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A recipe's name or a YAML file.")]
 Overrides = Annotated[
@@ -56,7 +59,7 @@ def run(
     from .evaluation.evaluate import probe, start_without_encoder
 
     settings = _settings(config, overrides)
-    with _started(settings, resume) as (runtime, data):
+    with started(settings, resume) as (runtime, data):
         check_probe(settings, data.splits)
         if needs_encoder(settings):
             folder = _pretrained(settings, runtime, data, resume)
@@ -73,7 +76,7 @@ def pretrain_command(
 ) -> None:
     """Pre-train an encoder with a contrastive loss into a run folder."""
     settings = _settings(config, overrides)
-    with _started(settings, resume) as (runtime, data):
+    with started(settings, resume) as (runtime, data):
         _pretrained(settings, runtime, data, resume)
 
 
@@ -109,7 +112,7 @@ def probe_command(
     settings = read_config(run_dir, overrides or [])
     if needs_encoder(settings):
         check_has_encoder(run_dir)  # before minutes of decoding
-    with _started(settings, resume=True) as (runtime, data):
+    with started(settings, resume=True) as (runtime, data):
         results = probe(run_dir, settings, runtime, data)
         if runtime.is_main:
             _print_results(run_dir, results)
@@ -205,24 +208,6 @@ def _settings(config: str, overrides: list[str] | None) -> Config:
     if "=" in config:
         return load_config(QUICKSTART, [config, *(overrides or [])])
     return load_config(config, overrides or [])
-
-
-@contextmanager
-def _started(settings: Config, resume: bool) -> Iterator[tuple[Runtime, Data]]:
-    """The process group and the data, for the length of a command."""
-    from . import runtime as rt
-    from .collectives import together
-    from .training import assemble, run_folder
-
-    with rt.start(
-        device=settings.runtime.device,
-        threads=settings.runtime.threads,
-        timeout_s=settings.runtime.timeout_s,
-        deterministic=settings.deterministic,
-    ) as runtime:
-        with together():
-            run_folder.check_usable(settings.folder, settings, resume=resume)  # before minutes of decoding
-        yield runtime, assemble.load_data(settings, runtime)
 
 
 def _print_results(folder: Path, results: list[dict[str, Any]]) -> None:

@@ -32,6 +32,7 @@ NEUTRAL = (
     "checkpoint",
     "log",
     "probe",
+    "prune",
     "runtime.timeout_s",
 )
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import platform
 import time
 from contextlib import closing, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import __version__
 from ..collectives import gather_objects, together
@@ -18,6 +19,7 @@ from ..config import Config, digest
 from ..data import EvalTransform, build_loader
 from ..errors import WorldSizeMismatch
 from ..models import LoadedWeights, PretrainingModel, load_weights
+from ..pruning import WeightMasks
 from ..runtime import Runtime, seed_everything
 from . import assemble, checkpoint, run_folder
 from .checkpoint_writer import CheckpointWriter
@@ -27,6 +29,16 @@ from .state import TrainState
 from .validation import VIEWS_STREAM, OnlineProbe, Validate, build_validate, check_validation
 
 
+@dataclass(frozen=True)
+class Start:
+    """What training starts from in place of random weights: states of the model and of the objective."""
+
+    model: dict[str, Tensor]
+    objective: dict[str, Tensor]
+    masks: dict[str, Tensor]
+    """bool by the encoder's parameter, False where pruned; those weights stay zero."""
+
+
 def pretrain(
     config: Config,
     runtime: Runtime,
@@ -34,6 +46,7 @@ def pretrain(
     *,
     resume: bool = False,
     online_probe: OnlineProbe | None = None,
+    start: Start | None = None,
 ) -> Path:
     """Train encoder and heads; returns the run folder. Collective. `online_probe`: see validation.build_validate.
 
@@ -62,8 +75,10 @@ def pretrain(
         model, views = assemble.build_model(description), assemble.build_views(config, description, runtime)
         weights = _load_weights(config, model, folder, resume=resume)
         objective = assemble.build_objective(config, views)
+        _begin(start, model, objective)
     seed_everything(config.seed, runtime.rank)
     state = assemble.build_state(config, model, objective, views, runtime)
+    state.masks = None if start is None else WeightMasks(state.model.encoder, start.masks)
     validate = _validate(config, runtime, data, description, online_probe)
     resumed = resume and _resume(state, folder, runtime)
     with together():
@@ -93,6 +108,15 @@ def pretrain(
                 writer.close()
         log.log("end", state.step, seconds=round(time.perf_counter() - began, 3))
     return folder
+
+
+def _begin(start: Start | None, model: PretrainingModel, objective: torch.nn.Module) -> None:
+    """Before the model is wrapped or copied: averages and a momentum encoder start pruned as well."""
+    if start is None:
+        return
+    model.load_state_dict(start.model)
+    objective.load_state_dict(start.objective)
+    WeightMasks(model.encoder, start.masks)
 
 
 def _validate(

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..collectives import gather_rows, rank
 from ..data import Views
 from ..models import PretrainingModel
+from ..pruning import WeightMasks
 from .ema import WeightAverage
 from .momentum import MomentumQueue
 from .objective import Objective
@@ -21,7 +22,7 @@ from .stopping import EarlyStopping
 
 @dataclass
 class TrainState:
-    """The parts of one training run on this rank. Only `step` is ever rebound."""
+    """The parts of one training run on this rank. Only `step` is ever rebound, and `masks` by `load`."""
 
     model: PretrainingModel
     """The bare model: what is saved."""
@@ -40,6 +41,8 @@ class TrainState:
     """Images per piece of the two-pass step; None for one pass."""
     stopping: EarlyStopping | None = None
     """What early stopping has seen; None without it."""
+    masks: WeightMasks | None = None
+    """The encoder's pruned weights, held at zero; None where nothing was pruned."""
     step: int = 0
     """Optimiser steps done."""
 
@@ -63,6 +66,8 @@ class TrainState:
             tensors["queue"] = dict(self.queue.state_dict())
         if self.ema is not None:
             tensors["ema"] = self.ema.state_dict()
+        if self.masks is not None:
+            tensors["masks"] = self.masks.packed()
         return tensors
 
     def numbers(self) -> dict[str, Any]:
@@ -76,6 +81,8 @@ class TrainState:
     def load(self, tensors: dict[str, dict[str, Tensor]], numbers: dict[str, Any]) -> None:
         """Go back to what `tensors` and `numbers` returned (same model, same number of ranks)."""
         self.model.load_state_dict(tensors["model"])
+        if "masks" in tensors:  # a pruned model stays pruned, whoever goes on with it
+            self.masks = WeightMasks.unpacked(self.model.encoder, tensors["masks"])
         self.objective.load_state_dict(tensors.get("objective", {}))
         if self.queue is not None:
             self.queue.load_state_dict(tensors["queue"])

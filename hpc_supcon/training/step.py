@@ -45,6 +45,8 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
 
     loss, outputs, keys = (_one_pass if len(pieces) == 1 else _two_passes)(state, batch, views, pieces)
     _average_over_ranks(state.objective)
+    if state.masks is not None:
+        state.masks.apply_to_gradients()
     gradients = [p.grad for p in state.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
     if not torch.isfinite(loss + norm):
@@ -52,6 +54,8 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
     if state.clip_norm is not None:
         clip_gradients(gradients, norm, state.clip_norm)
     state.optimiser.step()
+    if state.masks is not None:
+        state.masks.apply_to_weights()
     state.optimiser.zero_grad(set_to_none=True)
     if state.ema is not None:
         state.ema.update()
