@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,26 +37,28 @@ def prune(
 
 
 def _print(run_dir: Path, results: list[dict[str, Any]]) -> None:
-    """A row for each rate and probe; the ratios are dense bytes over compressed and over sparse bytes."""
+    """A row for each rate and probe; "x" is how many times smaller than the dense file."""
     first = results[0]
-    settings = first["prune"]
-    title = f"{first['encoder']}, {first['loss']} ({settings['dense_checkpoint']}), {settings['method']}, "
-    table = Table(title=f"{title}{settings['scope']}, of {settings['weights']:,} weights")
-    numbers = ("rate", "zeros", "dense", "gzip", "ratio", "sparse", "ratio", "validation", "test")
-    for heading in (*numbers[:-2], "probe", *numbers[-2:]):
-        table.add_column(heading, justify="left" if heading == "probe" else "right")
+    about = first["prune"]
+    table = Table(
+        title=f"{first['encoder']}, {first['loss']} ({about['dense_checkpoint']}): {about['method']}, "
+        f"{about['scope']}, of {about['weights']:,} weights",
+        caption=f"the encoder as dense safetensors: {first['size']['dense_bytes']:,} bytes",
+        caption_justify="left",
+    )
+    for heading in ("rate", "zeros", "gzip bytes", "x", "sparse bytes", "x", "probe", "validation", "test"):
+        table.add_column(heading, justify="left" if heading == "probe" else "right", no_wrap=True)
     for result in results:
-        size, pruned = result["size"], result["prune"]
+        size = result["size"]
         scores = (result[split] for split in ("validation", "test"))
         table.add_row(
-            f"{pruned['rate']:g}",
-            f"{pruned['zeros']:,}",
-            *(f"{size['dense_bytes']:,}", f"{size['gzip_bytes']:,}", f"{size['ratio_gzip']:.2f}x"),
-            *(f"{size['sparse_bytes']:,}", f"{size['ratio_sparse']:.2f}x", result["probe"]),
+            f"{result['prune']['rate']:g}",
+            f"{result['prune']['zeros']:,}",
+            *(f"{size['gzip_bytes']:,}", f"{size['ratio_gzip']:.2f}"),
+            *(f"{size['sparse_bytes']:,}", f"{size['ratio_sparse']:.2f}"),
+            result["probe"],
             *("" if score is None else f"{score['accuracy']:.4f}" for score in scores),
         )
-    console = Console()
+    console = Console(width=None if sys.stdout.isatty() else 160)
     console.print(table)
-    console.print(
-        f"bytes of the encoder's weights; results: {run_dir / 'results.json'}", soft_wrap=True, highlight=False
-    )
+    console.print(f"results: {run_dir / 'results.json'}", soft_wrap=True, highlight=False)

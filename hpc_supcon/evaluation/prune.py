@@ -124,7 +124,6 @@ def _check_folder(plan: Config, *, resume: bool) -> None:
         raise RunFolderError(
             f"{folder}: pruned already; add --resume to go on, delete it, or keep both with prune.label=TEXT"
         )
-    run_folder.check_usable(folder, plan, resume=True)
     old, new = (flatten_data(c.prune.model_dump(mode="json")) for c in (run_folder.read_config(folder), plan))
     changed = [f"prune.{key}: {old[key]} -> {new[key]}" for key in new if old[key] != new[key]]
     if changed:
@@ -132,6 +131,7 @@ def _check_folder(plan: Config, *, resume: bool) -> None:
             f"{folder}: was pruned with other settings ({'; '.join(changed)}); resume with the same ones, or choose "
             "another folder with prune.label=TEXT"
         )
+    run_folder.check_usable(folder, plan, resume=True)
 
 
 def _agree(folder: Path, chosen: dict[float, Masks]) -> None:

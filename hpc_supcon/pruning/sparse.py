@@ -73,8 +73,6 @@ def load_sparse(path: Path) -> dict[str, Tensor]:
 def _encode(tensor: Tensor) -> tuple[str, dict[str, Tensor]]:
     flat, width = tensor.flatten(), tensor.element_size()
     dense = {"values": tensor.clone()}  # tensors that share memory have no place in a safetensors file
-    if width not in _BITS:
-        return "dense", dense
     kept = flat.view(_BITS[width]) != 0
     n, values = len(flat), int(kept.sum()) * width
     index = torch.int32 if n < 2**31 else torch.int64

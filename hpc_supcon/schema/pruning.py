@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from .base import Count, NonNegative, Positive, Section
-
-Rate = Annotated[float, Field(ge=0, lt=1)]
 
 
 class PruneFinetuneConfig(Section):
@@ -29,9 +27,9 @@ class PruneFinetuneConfig(Section):
 
 class PruneConfig(Section):
     method: str = Field(description="l1: weights of the smallest absolute value go first")
-    rate: Rate | Annotated[tuple[Rate, ...], Field(min_length=1)] = Field(
-        description="share of the encoder's convolution and linear weights to prune, or a list of shares, each from "
-        "the dense encoder"
+    rate: float | tuple[float, ...] = Field(
+        description="share of the encoder's convolution and linear weights to prune, 0 to below 1; or a list of "
+        "shares, each pruned from the dense encoder"
     )
     scope: Literal["global", "layer"] = Field(
         description="global: the share of all these weights together; layer: of each layer's"
@@ -41,6 +39,17 @@ class PruneConfig(Section):
         "rate apart; null: nothing"
     )
     finetune: PruneFinetuneConfig
+
+    @field_validator("rate")
+    @classmethod
+    def _is_a_share(cls, rate: float | tuple[float, ...]) -> float | tuple[float, ...]:
+        rates = rate if isinstance(rate, tuple) else (rate,)
+        if not rates:
+            raise ValueError("an empty list: name one rate or more, such as [0.2, 0.5]")
+        for one in rates:
+            if not 0 <= one < 1:
+                raise ValueError(f"{one:g} is no share of weights to prune: 0 or more and below 1")
+        return rate
 
     @property
     def rates(self) -> tuple[float, ...]:
