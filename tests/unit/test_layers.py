@@ -20,13 +20,15 @@ LAYERS = [
     {"data", "models", "losses"},
     {"training"},
     {"evaluation"},
+    {"export"},
     {"bench"},
-    {"cli_bench", "cli_checkpoints"},
+    {"cli_progress"},
+    {"cli_bench", "cli_checkpoints", "cli_export"},
     {"cli"},
     {"__main__"},
 ]
 NEVER_SEE_A_CONFIG = {"data", "models", "losses", "collectives", "runtime"}
-OPTIONAL = {"ffcv", "nvidia", "deepspeed", "submitit", "triton", "plotly"}
+OPTIONAL = {"ffcv", "nvidia", "deepspeed", "submitit", "triton", "plotly", "onnx", "onnxruntime", "onnxscript"}
 
 
 def part_of(path: Path) -> str:
