@@ -5,8 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,6 +15,8 @@ from rich.table import Table
 from . import __version__
 from .cli_bench import bench
 from .cli_checkpoints import checkpoints
+from .cli_export import embed, export, predict
+from .cli_progress import progress_bars
 from .cli_prune import prune
 from .cli_start import started
 from .config import Config, load_config, schema_rows, to_yaml
@@ -41,6 +41,9 @@ app = typer.Typer(
 app.add_typer(bench, name="bench")
 app.command("checkpoints")(checkpoints)
 app.command("prune")(prune)
+app.command("export")(export)
+app.command("embed")(embed)
+app.command("predict")(predict)
 
 ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A recipe's name or a YAML file.")]
 Overrides = Annotated[
@@ -155,7 +158,7 @@ def convert_command(
     name = "image_folder" if is_folder else data
     # a .beton takes mixed sizes: image_size=1 keeps them from being checked, and nothing is resized to it
     opened = open_source(name, data if is_folder else root, download=download, image_size=1 if is_folder else None)
-    with _progress() as tell:
+    with progress_bars() as tell:
         manifests = convert_splits(
             name, opened, out, progress=tell, max_size=max_size, jpeg_quality=jpeg_quality, raw_fraction=raw_fraction
         )
@@ -172,7 +175,7 @@ def verify_command(
     """Decode every image: sizes, channels, classes, and each image that training would refuse."""
     from .data.verify import verify
 
-    with _progress() as tell:
+    with progress_bars() as tell:
         reports = verify(path, progress=lambda done, total: tell(path.name, done, total))
     broken = 0
     for name, report in reports.items():
@@ -184,23 +187,6 @@ def verify_command(
         broken += len(report.problems)
     if broken:
         raise CorruptSample(f"{path}: {broken} images cannot be used")
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for each named job on a terminal, nothing elsewhere."""
-    from rich.progress import Progress
-
-    bars: dict[str, Any] = {}
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
-
-        def tell(name: str, done: int, total: int) -> None:
-            if name not in bars:
-                bars[name] = progress.add_task(name, total=total)
-            progress.update(bars[name], completed=done, total=total)
-
-        yield tell
 
 
 def _settings(config: str, overrides: list[str] | None) -> Config:

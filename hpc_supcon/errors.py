@@ -52,6 +52,16 @@ class WorldSizeMismatch(HpcSupconError):
     """A run is being resumed on another number of ranks than it was started with."""
 
 
+class OutputError(HpcSupconError):
+    """A file that a command should write exists already, or cannot be written."""
+
+
+class ExportError(HpcSupconError):
+    """A model has no such form, or its exported file does not give the model's outputs; no file is left."""
+
+    exit_code = 1
+
+
 class MissingExtra(HpcSupconError):
     """An optional package is needed; the message holds the install line."""
 

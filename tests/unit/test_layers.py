@@ -20,14 +20,15 @@ LAYERS = [
     {"data", "models", "losses", "pruning"},
     {"training"},
     {"evaluation"},
+    {"export"},
     {"bench"},
-    {"cli_start"},
-    {"cli_bench", "cli_checkpoints", "cli_prune"},
+    {"cli_start", "cli_progress"},
+    {"cli_bench", "cli_checkpoints", "cli_export", "cli_prune"},
     {"cli"},
     {"__main__"},
 ]
 NEVER_SEE_A_CONFIG = {"data", "models", "losses", "pruning", "collectives", "runtime"}
-OPTIONAL = {"ffcv", "nvidia", "deepspeed", "submitit", "triton", "plotly"}
+OPTIONAL = {"ffcv", "nvidia", "deepspeed", "submitit", "triton", "plotly", "onnx", "onnxruntime", "onnxscript"}
 
 
 def part_of(path: Path) -> str:
