@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from .errors import ConfigError, LaunchError
 
@@ -216,6 +217,13 @@ def start(
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def set_collective_timeout(seconds: float) -> None:
+    """The longest wait of the collectives that begin from now on."""
+    # public since PyTorch 2.15, which warns of the older name
+    change = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
+    change(timedelta(seconds=seconds), dist.group.WORLD)
 
 
 def _set_determinism(deterministic: bool) -> None:
