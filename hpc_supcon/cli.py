@@ -18,7 +18,7 @@ from . import __version__
 from .cli_bench import bench
 from .cli_checkpoints import checkpoints
 from .config import Config, load_config, schema_rows, to_yaml
-from .errors import CorruptSample, HpcSupconError
+from .errors import CorruptSample, HpcSupconError, Preempted
 
 if TYPE_CHECKING:
     from .runtime import Runtime
@@ -29,7 +29,9 @@ QUICKSTART = "quickstart"
 app = typer.Typer(
     name="hpc-supcon",
     help="Supervised contrastive learning of images, from one CPU to a Slurm cluster.",
-    epilog="Several ranks: torchrun --nproc_per_node N -m hpc_supcon run CONFIG, or srun hpc-supcon run CONFIG.",
+    epilog="Several ranks: torchrun --nproc_per_node N -m hpc_supcon run CONFIG, or srun hpc-supcon run CONFIG. "
+    "Exit codes: 0 done; 2 wrong input; 3 NaN or Inf; 4 the loader died; 5 another rank was lost or hangs; 75 asked "
+    "to leave (SIGTERM, SIGUSR2) and saved: start again with --resume.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -213,13 +215,19 @@ def _started(settings: Config, resume: bool) -> Iterator[tuple[Runtime, Data]]:
     from . import runtime as rt
     from .collectives import together
     from .training import assemble, run_folder
+    from .training.watchdog import connected, watching
 
-    with rt.start(
-        device=settings.runtime.device,
-        threads=settings.runtime.threads,
-        timeout_s=settings.runtime.timeout_s,
-        deterministic=settings.deterministic,
-    ) as runtime:
+    limits = settings.runtime
+    with (
+        watching(settings.folder, step_s=limits.timeout_s, first_step_s=limits.first_step_timeout_s) as watch,
+        rt.start(
+            device=limits.device,
+            threads=limits.threads,
+            timeout_s=limits.first_step_timeout_s,
+            deterministic=settings.deterministic,
+        ) as runtime,
+        connected(watch, runtime),
+    ):
         with together():
             run_folder.check_usable(settings.folder, settings, resume=resume)  # before minutes of decoding
         yield runtime, assemble.load_data(settings, runtime)
@@ -258,7 +266,8 @@ def main(arguments: list[str] | None = None) -> None:
         if "--debug" in arguments:
             traceback.print_exc()
         elif _speaks():
-            sys.stderr.write(f"hpc-supcon: error: {error}\n")
+            kind = "" if isinstance(error, Preempted) else "error: "
+            sys.stderr.write(f"hpc-supcon: {kind}{error}\n")
         sys.exit(error.exit_code)
 
 

@@ -33,6 +33,8 @@ NEUTRAL = (
     "log",
     "probe",
     "runtime.timeout_s",
+    "runtime.first_step_timeout_s",
+    "train.allow_world_size_change",
 )
 
 

@@ -234,9 +234,12 @@ def _set_determinism(deterministic: bool) -> None:
     torch.set_float32_matmul_precision("highest" if deterministic else "high")
 
 
-def seed_everything(seed: int, rank: int) -> None:
-    """Seed every global generator; ranks differ in their draws. (Models are built before, from `seed` alone.)"""
-    word = int(np.random.SeedSequence([seed, rank]).generate_state(1, np.uint64)[0])
+def seed_everything(seed: int, rank: int, step: int = 0) -> None:
+    """Seed every global generator; ranks differ in their draws, and so do the steps at which a rank may begin.
+
+    (Models are built before, from `seed` alone.)
+    """
+    word = int(np.random.SeedSequence([seed, rank, step]).generate_state(1, np.uint64)[0])
     random.seed(word)
     np.random.seed(word % 2**32)
     torch.manual_seed(word % 2**63)

@@ -132,8 +132,7 @@ class Views(nn.Module):
         if self.blur and image_size < 2:
             raise ConfigError(f"augment.blur needs images of at least 2 pixels a side, not {image_size}")
         self.generator = torch.Generator()
-        state = np.random.SeedSequence(seed).generate_state(1, np.uint64)
-        self.generator.manual_seed(int(state[0] >> np.uint64(1)))
+        self.reseed(seed)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -257,6 +256,11 @@ class Views(nn.Module):
     def denormalise(self, views: Tensor) -> Tensor:
         """Normalised views [..., C, S, S] as images in 0..1 again."""
         return views * self.std.view(-1, 1, 1) + self.mean.view(-1, 1, 1)
+
+    def reseed(self, seed: int | Sequence[int]) -> None:
+        """Draw from here on what new Views of this seed would draw."""
+        state = np.random.SeedSequence(seed).generate_state(1, np.uint64)
+        self.generator.manual_seed(int(state[0] >> np.uint64(1)))
 
     def state(self) -> Tensor:
         """The generator's state, uint8 [k] on the CPU: what a resumed run needs to go on with the same views."""

@@ -154,8 +154,8 @@ class TrainConfig(Section):
         "weights themselves"
     )
     allow_world_size_change: bool = Field(
-        description="resume on another number of ranks: the same batches go on, but random views differ, and so do the "
-        "last bits; false: an error"
+        description="resume on another number of ranks: the same batches go on, but random views differ, and so do "
+        "the last bits; false: an error"
     )
 
 

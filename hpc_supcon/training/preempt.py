@@ -18,19 +18,17 @@ SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 EXIT_CODE = 75
 """EX_TEMPFAIL of sysexits.h: nothing is wrong, try again later."""
 
-_reason: str | None = None
+_reasons: list[str] = []
 
 
 def requested() -> str | None:
     """What asked this run to leave, such as "SIGUSR2" or "SIGTERM on rank 3"; None while nothing has."""
-    return _reason
+    return _reasons[0] if _reasons else None
 
 
 def request(reason: str) -> None:
     """Ask this run to leave; the first reason stays. From any thread."""
-    global _reason
-    if _reason is None:
-        _reason = reason
+    _reasons.append(reason)
 
 
 @contextmanager
@@ -41,7 +39,6 @@ def listening() -> Iterator[int | None]:
     themselves wait until the main thread comes back from C, which in a collective may take minutes. None, and no
     handlers, outside the main thread (Python allows them nowhere else).
     """
-    global _reason
     if threading.current_thread() is not threading.main_thread():
         yield None
         return
@@ -49,7 +46,7 @@ def listening() -> Iterator[int | None]:
     def note(number: int, frame: FrameType | None) -> None:
         request(signal.Signals(number).name)
 
-    _reason = None
+    _reasons.clear()
     heard, told = os.pipe()
     os.set_blocking(told, False)
     os.set_blocking(heard, False)
@@ -63,4 +60,4 @@ def listening() -> Iterator[int | None]:
             signal.signal(number, handler)
         os.close(heard)
         os.close(told)
-        _reason = None
+        _reasons.clear()

@@ -67,9 +67,7 @@ class Watch:
         self._turn = threading.Lock()
 
     @contextmanager
-    def phase(
-        self, name: str, *, may_leave: bool = False, held: Callable[[], None] | None = None
-    ) -> Iterator[None]:
+    def phase(self, name: str, *, may_leave: bool = False, held: Callable[[], None] | None = None) -> Iterator[None]:
         """What the main thread does inside, however long it takes; see Phase."""
         with self._inside(Phase(name, None, may_leave, held)):
             yield

@@ -65,7 +65,7 @@ class _Thread(threading.Thread):
 
 
 class Watcher(_Thread):
-    """Hears signals at once, and sees a main thread or a messenger that makes no progress. Waits for no other rank."""
+    """Hears signals at once, and sees a main thread or a messenger that stands still. Waits for no other rank."""
 
     def __init__(self, watch: Watch, heard: int | None) -> None:
         super().__init__("watch", watch)
@@ -80,7 +80,9 @@ class Watcher(_Thread):
             self._clock.tick()
             phase, took = watch.phase_now, marks.of(watch.marks)
             if phase.limit_s is not None and took > phase.limit_s:
-                give_up(watch, f"rank {watch.rank}: {phase.name}: step {watch.step + 1} took over {phase.limit_s:g} s")
+                give_up(
+                    watch, f"rank {watch.rank}: {phase.name}: step {watch.step + 1} took over {phase.limit_s:g} s"
+                )
             silent = rounds.of(watch.rounds)
             if watch.board is not None and watch.step_s is not None and silent > watch.step_s:
                 give_up(watch, f"rank {watch.rank}: rank 0 or the launcher did not answer for {watch.step_s:g} s")
@@ -233,7 +235,7 @@ def _send(pid: int, number: signal.Signals) -> None:
 
 
 def write_stacks(watch: Watch, why: str, error: BaseException | None = None) -> str:
-    """Every thread's stack into folder/stacks/rank-R.txt; to stderr where the run has no folder yet. Returns where."""
+    """Every thread's stack into folder/stacks/rank-R.txt, or to stderr without a folder; returns where."""
     if watch.folder is None or not watch.folder.is_dir():
         faulthandler.dump_traceback(sys.stderr)
         return "stderr"
