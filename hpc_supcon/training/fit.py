@@ -107,10 +107,13 @@ def fit(
     numbers: dict[str, float] = {}
     leaving = False
 
+    def look_is_due() -> bool:
+        return validate is not None and plan.validate_at(state.step) and state.looked < state.step
+
     def settle() -> None:
         """Look at validation, then save, where this step is one for it; on the way out the look waits."""
         improved = False
-        if validate is not None and plan.validate_at(state.step) and state.looked < state.step and not leaving:
+        if validate is not None and look_is_due() and not leaving:
             with watch.phase("validation", may_leave=True, held=hold and hold(state)):
                 improved = _look(state, validate, log, progress)
             meter.skip()
@@ -119,7 +122,7 @@ def fit(
                 save(state)
 
     with watch.training():
-        if state.step and state.looked < state.step:
+        if state.step and look_is_due():
             settle()  # the run left between this step and its look
         while not _done(state, plan) and not leaving:
             epoch, start = divmod(state.step, plan.steps_per_epoch)

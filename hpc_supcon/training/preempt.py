@@ -28,7 +28,8 @@ def requested() -> str | None:
 
 def request(reason: str) -> None:
     """Ask this run to leave; the first reason stays. From any thread."""
-    _reasons.append(reason)
+    if not _reasons:
+        _reasons.append(reason)
 
 
 @contextmanager
