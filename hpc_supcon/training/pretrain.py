@@ -159,7 +159,9 @@ def _resume(state: TrainState, folder: Path, runtime: Runtime, config: Config) -
         if runtime.rank >= saved_world:
             _seed_new_rank(state, config.seed, runtime.rank)
     if runtime.is_main:
-        console.print(f"{folder}: going on from step {state.step}", soft_wrap=True)
+        changed = saved_world != runtime.world_size
+        note = f" (saved by {saved_world} ranks, going on with {runtime.world_size})" if changed else ""
+        console.print(f"{folder}: going on from step {state.step}{note}", soft_wrap=True)
     return True
 
 
