@@ -20,7 +20,7 @@ from .cli_progress import progress_bars
 from .cli_prune import prune
 from .cli_start import started
 from .config import Config, load_config, schema_rows, to_yaml
-from .errors import CorruptSample, HpcSupconError
+from .errors import CorruptSample, HpcSupconError, Preempted
 
 if TYPE_CHECKING:
     from .runtime import Runtime
@@ -31,7 +31,9 @@ QUICKSTART = "quickstart"
 app = typer.Typer(
     name="hpc-supcon",
     help="Supervised contrastive learning of images, from one CPU to a Slurm cluster.",
-    epilog="Several ranks: torchrun --nproc_per_node N -m hpc_supcon run CONFIG, or srun hpc-supcon run CONFIG.",
+    epilog="Several ranks: torchrun --nproc_per_node N -m hpc_supcon run CONFIG, or srun hpc-supcon run CONFIG. "
+    "Exit codes: 0 done; 2 wrong input; 3 NaN or Inf; 4 the loader died; 5 another rank was lost or hangs; 75 asked "
+    "to leave (SIGTERM, SIGUSR2) and saved: start again with --resume.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -231,7 +233,8 @@ def main(arguments: list[str] | None = None) -> None:
         if "--debug" in arguments:
             traceback.print_exc()
         elif _speaks():
-            sys.stderr.write(f"hpc-supcon: error: {error}\n")
+            kind = "" if isinstance(error, Preempted) else "error: "
+            sys.stderr.write(f"hpc-supcon: {kind}{error}\n")
         sys.exit(error.exit_code)
 
 

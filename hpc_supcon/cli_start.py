@@ -19,13 +19,19 @@ def started(settings: Config, resume: bool) -> Iterator[tuple[Runtime, Data]]:
     from . import runtime as rt
     from .collectives import together
     from .training import assemble, run_folder
+    from .training.watchdog import connected, watching
 
-    with rt.start(
-        device=settings.runtime.device,
-        threads=settings.runtime.threads,
-        timeout_s=settings.runtime.timeout_s,
-        deterministic=settings.deterministic,
-    ) as runtime:
+    limits = settings.runtime
+    with (
+        watching(settings.folder, step_s=limits.timeout_s, first_step_s=limits.first_step_timeout_s) as watch,
+        rt.start(
+            device=limits.device,
+            threads=limits.threads,
+            timeout_s=limits.first_step_timeout_s,
+            deterministic=settings.deterministic,
+        ) as runtime,
+        connected(watch, runtime),
+    ):
         with together():
             run_folder.check_usable(settings.folder, settings, resume=resume)  # before minutes of decoding
         yield runtime, assemble.load_data(settings, runtime)

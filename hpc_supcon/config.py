@@ -34,6 +34,8 @@ NEUTRAL = (
     "probe",
     "prune",
     "runtime.timeout_s",
+    "runtime.first_step_timeout_s",
+    "train.allow_world_size_change",
 )
 
 

@@ -78,6 +78,18 @@ class LoaderDied(HpcSupconError):
     exit_code = 4
 
 
+class RankLost(HpcSupconError):
+    """Another rank was killed, was stopped, or hangs; all end."""
+
+    exit_code = 5
+
+
+class Preempted(HpcSupconError):
+    """The run was asked to leave (SIGTERM, SIGUSR2): it has saved, and is to be started again with --resume."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h
+
+
 def unknown_name(kind: str, name: object, known: Iterable[str], *, listed: str | None = None) -> str:
     """The message for a name that does not exist: the nearest one, and the whole list.
 

@@ -109,9 +109,8 @@ class Views(nn.Module):
         self.colours = bool(self.orders or self.operations or self.grey or self.blur)
         if self.blur and image_size < 2:
             raise ConfigError(f"augment.blur needs images of at least 2 pixels a side, not {image_size}")
-        seeds = np.random.SeedSequence(seed).generate_state(2, np.uint64) >> np.uint64(1)
-        self.generator = torch.Generator().manual_seed(int(seeds[0]))
-        self._device_seed, self._device_generator = int(seeds[1]), self.generator
+        self.generator = self._device_generator = torch.Generator()
+        self.reseed(seed)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -256,6 +255,12 @@ class Views(nn.Module):
     def denormalise(self, views: Tensor) -> Tensor:
         """Normalised views [..., C, S, S] as images in 0..1 again."""
         return views * self.std.view(-1, 1, 1) + self.mean.view(-1, 1, 1)
+
+    def reseed(self, seed: int | Sequence[int]) -> None:
+        """Draw from here on what new Views of this seed would draw."""
+        seeds = np.random.SeedSequence(seed).generate_state(2, np.uint64) >> np.uint64(1)
+        self.generator.manual_seed(int(seeds[0]))
+        self._device_seed, self._device_generator = int(seeds[1]), self.generator
 
     def state(self) -> Tensor:
         """The generators' states, uint8 [k] on the CPU: what a resumed run needs to go on with the same views."""

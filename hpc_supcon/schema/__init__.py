@@ -20,7 +20,15 @@ from .training import CheckpointConfig, LogConfig, LossConfig, ModelConfig, Opti
 class RuntimeConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(description="auto: CUDA where there is one")
     threads: Count | None = Field(description="CPU threads per rank; null shares the machine's cores")
-    timeout_s: Positive = Field(description="longest wait for another rank", json_schema_extra={"unit": "s"})
+    timeout_s: Positive = Field(
+        description="longest time for one training step, and without a sign of life of a rank; then all ranks end",
+        json_schema_extra={"unit": "s"},
+    )
+    first_step_timeout_s: Positive = Field(
+        description="the same for the first step of a process (compilation), and the longest wait for another rank "
+        "in evaluation and saving",
+        json_schema_extra={"unit": "s"},
+    )
 
 
 class Config(Section):

@@ -153,6 +153,10 @@ class TrainConfig(Section):
         description="evaluate an exponential moving average of the weights with this decay per step; null: the "
         "weights themselves"
     )
+    allow_world_size_change: bool = Field(
+        description="resume on another number of ranks: the same batches go on, but random views differ, and so do "
+        "the last bits; false: an error"
+    )
 
 
 class OnlineProbeConfig(Section):

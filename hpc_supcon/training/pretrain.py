@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -17,7 +18,7 @@ from .. import __version__
 from ..collectives import gather_objects, together
 from ..config import Config, digest
 from ..data import EvalTransform, build_loader
-from ..errors import WorldSizeMismatch
+from ..errors import Preempted, WorldSizeMismatch
 from ..models import LoadedWeights, PretrainingModel, load_weights
 from ..pruning import WeightMasks
 from ..runtime import Runtime, seed_everything
@@ -25,6 +26,7 @@ from . import assemble, checkpoint, run_folder
 from .checkpoint_writer import CheckpointWriter
 from .fit import fit
 from .metrics import MetricLog, ProgressLine, console
+from .preempt import requested
 from .state import TrainState
 from .validation import VIEWS_STREAM, OnlineProbe, Validate, build_validate, check_validation
 
@@ -80,13 +82,13 @@ def pretrain(
     state = assemble.build_state(config, model, objective, views, runtime)
     state.masks = None if start is None else WeightMasks(state.model.encoder, start.masks)
     validate = _validate(config, runtime, data, description, online_probe)
-    resumed = resume and _resume(state, folder, runtime)
+    resumed = resume and _resume(state, folder, runtime, config)
     with together():
         if runtime.is_main and not resumed:
             run_folder.create(folder, config)
     plan = assemble.build_plan(config, loader.steps_per_epoch)
     writer = _checkpoint_writer(config, folder, runtime) if runtime.is_main else None
-    save = partial(_save, writer=writer, description=description)
+    hold = partial(_hold, writer=writer, description=description)
     shown = runtime.is_main and config.log.progress
     with (
         closing(loader),
@@ -102,11 +104,16 @@ def pretrain(
         if shown and config.data.loader == "auto":
             console.print(f"loader: {data.loader} ({data.reason})", soft_wrap=True)
         began = time.perf_counter()
-        fit(state, loader, plan, log=log, progress=progress, save=save, validate=validate)
+        left = fit(
+            state, loader, plan, log=log, progress=progress, save=partial(_save, hold), validate=validate,
+            hold=partial(_hold_to_leave, hold, writer),
+        )  # fmt: skip
         with together():
             if writer is not None:
                 writer.close()
-        log.log("end", state.step, seconds=round(time.perf_counter() - began, 3))
+        log.log("left" if left else "end", state.step, seconds=round(time.perf_counter() - began, 3))
+    if left:
+        raise Preempted(f"left ({requested()}): saved at step {state.step}; start again with --resume")
     return folder
 
 
@@ -147,7 +154,7 @@ def _facts(config: Config, data: assemble.Data, model: torch.nn.Module) -> dict[
     }
 
 
-def _resume(state: TrainState, folder: Path, runtime: Runtime) -> bool:
+def _resume(state: TrainState, folder: Path, runtime: Runtime, config: Config) -> bool:
     """Load the newest checkpoint that verifies into `state`; False when the run has not saved one yet.
 
     Rank 0 chooses and the others load the same one: each choosing for itself could part them.
@@ -166,15 +173,27 @@ def _resume(state: TrainState, folder: Path, runtime: Runtime) -> bool:
     with together():
         found = found or checkpoint.load(path)
         saved_world = found.manifest["world_size"]
-        if saved_world != runtime.world_size:
+        if saved_world != runtime.world_size and not config.train.allow_world_size_change:
             raise WorldSizeMismatch(
-                f"{path}: saved by {saved_world} ranks, resumed on {runtime.world_size}; start {saved_world} ranks"
+                f"{path}: saved by {saved_world} ranks, resumed on {runtime.world_size}; start {saved_world} ranks, "
+                "or set train.allow_world_size_change=true"
             )
         with checkpoint.understood(path):
             state.load(found.tensors, found.state)
+        if runtime.rank >= saved_world:
+            _seed_new_rank(state, config.seed, runtime.rank)
     if runtime.is_main:
-        console.print(f"{folder}: going on from step {state.step}", soft_wrap=True)
+        changed = saved_world != runtime.world_size
+        note = f" (saved by {saved_world} ranks, going on with {runtime.world_size})" if changed else ""
+        console.print(f"{folder}: going on from step {state.step}{note}", soft_wrap=True)
     return True
+
+
+def _seed_new_rank(state: TrainState, seed: int, rank: int) -> None:
+    """Generators of a rank that did not exist when the checkpoint was saved: from seed, rank and step, so that
+    nothing is drawn again that a rank of this number may have drawn earlier in the run."""
+    seed_everything(seed, rank, state.step)
+    state.views.reseed([seed, 1, rank, state.step])
 
 
 def _checkpoint_writer(config: Config, folder: Path, runtime: Runtime) -> CheckpointWriter:
@@ -196,9 +215,33 @@ def _checkpoint_writer(config: Config, folder: Path, runtime: Runtime) -> Checkp
     )
 
 
-def _save(state: TrainState, *, writer: CheckpointWriter | None, description: dict[str, Any]) -> None:
-    """Collective: every rank contributes its generators, rank 0 has the writer, a failure is everybody's."""
-    tensors = state.tensors()
-    with together():
+def _hold(state: TrainState, *, writer: CheckpointWriter | None, description: dict[str, Any]) -> Callable[[], None]:
+    """What saves the state as it is now. Collective: every rank contributes its generators, rank 0 has the writer."""
+    tensors, numbers, protect = state.tensors(), {**state.numbers(), **description}, state.best_steps()
+
+    def write() -> None:
         if writer is not None:
-            writer.save(state.step, tensors, {**state.numbers(), **description}, protect=state.best_steps())
+            writer.save(numbers["step"], tensors, numbers, protect=protect)
+
+    return write
+
+
+def _save(hold: Callable[[TrainState], Callable[[], None]], state: TrainState) -> None:
+    """Collective; a failure is everybody's."""
+    write = hold(state)
+    with together():
+        write()
+
+
+def _hold_to_leave(
+    hold: Callable[[TrainState], Callable[[], None]], writer: CheckpointWriter | None, state: TrainState
+) -> Callable[[], None]:
+    """As `_hold`; what is returned comes back when all is on disk."""
+    write = hold(state)
+
+    def write_and_close() -> None:
+        write()
+        if writer is not None:
+            writer.close()
+
+    return write_and_close
