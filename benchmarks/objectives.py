@@ -4,7 +4,7 @@
 
 All share encoder, optimiser (AdamW), batch size, the number of images that pass through the encoder in training (an
 image with two views counts twice) and the validation split. The learning rate of each is tuned on seed 0 by
-validation accuracy, on 10,000 images; then each seed trains with it. A run that is there already is not repeated.
+validation accuracy, on 5,000 images; then each seed trains with it. A run that is there already is not repeated.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from typing import Any
 
 RATES = (1e-3, 3e-3, 1e-2)
 SEEDS = (0, 1, 2)
-TUNING_IMAGES = 10_000
+TUNING_IMAGES = 5_000
 
 
 @dataclass(frozen=True)
@@ -83,7 +83,7 @@ def data_sets(arguments: argparse.Namespace) -> list[DataSet]:
     crop = "augment={policy: flip_crop, crop_scale: [0.5, 1.0]"
     if arguments.mnist:
         settings = ("data.source=mnist", f"data.root={arguments.mnist}", f"{crop}, flip: 0.0}}")
-        found.append(DataSet("MNIST", settings, passes=8))
+        found.append(DataSet("MNIST", settings, passes=6))
     if arguments.cifar10:
         settings = (
             "data.source=image_folder",
@@ -91,7 +91,7 @@ def data_sets(arguments: argparse.Namespace) -> list[DataSet]:
             f"{crop}}}",
             "data.train_images=10000",
         )
-        found.append(DataSet("CIFAR-10, 10,000 images", settings, passes=16))
+        found.append(DataSet("CIFAR-10, 10,000 images", settings, passes=10))
     return found
 
 

@@ -1,4 +1,4 @@
-"""The command line: `hpc-supcon run | pretrain | probe | config`."""
+"""The command line: `hpc-supcon run | pretrain | probe | prune | config`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,10 @@ from rich.table import Table
 from . import __version__
 from .cli_bench import bench
 from .cli_checkpoints import checkpoints
+from .cli_prune import prune
+from .cli_start import started
 from .config import Config, load_config, schema_rows, to_yaml
-from .errors import CorruptSample, HpcSupconError, Preempted
+from .errors import CorruptSample, HpcSupconError, Preempted, RankLost
 
 if TYPE_CHECKING:
     from .runtime import Runtime
@@ -40,6 +42,7 @@ app = typer.Typer(
 
 app.add_typer(bench, name="bench")
 app.command("checkpoints")(checkpoints)
+app.command("prune")(prune)
 
 ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A recipe's name or a YAML file.")]
 Overrides = Annotated[
@@ -58,7 +61,7 @@ def run(
     from .evaluation.evaluate import probe, start_without_encoder
 
     settings = _settings(config, overrides)
-    with _started(settings, resume) as (runtime, data):
+    with started(settings, resume) as (runtime, data):
         check_probe(settings, data.splits)
         if needs_encoder(settings):
             folder = _pretrained(settings, runtime, data, resume)
@@ -75,7 +78,7 @@ def pretrain_command(
 ) -> None:
     """Pre-train an encoder with a contrastive loss into a run folder."""
     settings = _settings(config, overrides)
-    with _started(settings, resume) as (runtime, data):
+    with started(settings, resume) as (runtime, data):
         _pretrained(settings, runtime, data, resume)
 
 
@@ -111,7 +114,7 @@ def probe_command(
     settings = read_config(run_dir, overrides or [])
     if needs_encoder(settings):
         check_has_encoder(run_dir)  # before minutes of decoding
-    with _started(settings, resume=True) as (runtime, data):
+    with started(settings, resume=True) as (runtime, data):
         results = probe(run_dir, settings, runtime, data)
         if runtime.is_main:
             _print_results(run_dir, results)
@@ -209,30 +212,6 @@ def _settings(config: str, overrides: list[str] | None) -> Config:
     return load_config(config, overrides or [])
 
 
-@contextmanager
-def _started(settings: Config, resume: bool) -> Iterator[tuple[Runtime, Data]]:
-    """The process group and the data, for the length of a command."""
-    from . import runtime as rt
-    from .collectives import together
-    from .training import assemble, run_folder
-    from .training.watchdog import connected, watching
-
-    limits = settings.runtime
-    with (
-        watching(settings.folder, step_s=limits.timeout_s, first_step_s=limits.first_step_timeout_s) as watch,
-        rt.start(
-            device=limits.device,
-            threads=limits.threads,
-            timeout_s=limits.first_step_timeout_s,
-            deterministic=settings.deterministic,
-        ) as runtime,
-        connected(watch, runtime),
-    ):
-        with together():
-            run_folder.check_usable(settings.folder, settings, resume=resume)  # before minutes of decoding
-        yield runtime, assemble.load_data(settings, runtime)
-
-
 def _print_results(folder: Path, results: list[dict[str, Any]]) -> None:
     """A row for each probe and split."""
     table = Table(title=_title(results))
@@ -260,12 +239,14 @@ def _title(results: list[dict[str, Any]]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; named errors become one line and their exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    # PyTorch asks once: first use of a large CPU tensor costs a fifth with huge pages
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         app(arguments, prog_name="hpc-supcon")
     except HpcSupconError as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        elif _speaks():
+        elif _speaks() or isinstance(error, RankLost):
             kind = "" if isinstance(error, Preempted) else "error: "
             sys.stderr.write(f"hpc-supcon: {kind}{error}\n")
         sys.exit(error.exit_code)

@@ -32,6 +32,7 @@ NEUTRAL = (
     "checkpoint",
     "log",
     "probe",
+    "prune",
     "runtime.timeout_s",
     "runtime.first_step_timeout_s",
     "train.allow_world_size_change",

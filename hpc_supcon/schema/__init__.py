@@ -13,6 +13,7 @@ from pydantic import Field
 from .base import Count, Positive, Section
 from .data import AugmentConfig, DataConfig
 from .evaluation import ProbeConfig
+from .pruning import PruneConfig
 from .training import CheckpointConfig, LogConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig, ValidationConfig
 
 
@@ -47,6 +48,7 @@ class Config(Section):
     checkpoint: CheckpointConfig
     log: LogConfig
     probe: ProbeConfig
+    prune: PruneConfig
     runtime: RuntimeConfig
 
     @property

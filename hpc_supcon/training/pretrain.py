@@ -6,12 +6,13 @@ import platform
 import time
 from collections.abc import Callable
 from contextlib import closing, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import __version__
 from ..collectives import gather_objects, together
@@ -19,6 +20,7 @@ from ..config import Config, digest
 from ..data import EvalTransform, build_loader
 from ..errors import Preempted, WorldSizeMismatch
 from ..models import LoadedWeights, PretrainingModel, load_weights
+from ..pruning import WeightMasks
 from ..runtime import Runtime, seed_everything
 from . import assemble, checkpoint, run_folder
 from .checkpoint_writer import CheckpointWriter
@@ -29,6 +31,16 @@ from .state import TrainState
 from .validation import VIEWS_STREAM, OnlineProbe, Validate, build_validate, check_validation
 
 
+@dataclass(frozen=True)
+class Start:
+    """What training starts from in place of random weights: states of the model and of the objective."""
+
+    model: dict[str, Tensor]
+    objective: dict[str, Tensor]
+    masks: dict[str, Tensor]
+    """bool by the encoder's parameter, False where pruned; those weights stay zero."""
+
+
 def pretrain(
     config: Config,
     runtime: Runtime,
@@ -36,6 +48,7 @@ def pretrain(
     *,
     resume: bool = False,
     online_probe: OnlineProbe | None = None,
+    start: Start | None = None,
 ) -> Path:
     """Train encoder and heads; returns the run folder. Collective. `online_probe`: see validation.build_validate.
 
@@ -64,8 +77,10 @@ def pretrain(
         model, views = assemble.build_model(description), assemble.build_views(config, description, runtime)
         weights = _load_weights(config, model, folder, resume=resume)
         objective = assemble.build_objective(config, views)
+        _begin(start, model, objective)
     seed_everything(config.seed, runtime.rank)
     state = assemble.build_state(config, model, objective, views, runtime)
+    state.masks = None if start is None else WeightMasks(state.model.encoder, start.masks)
     validate = _validate(config, runtime, data, description, online_probe)
     resumed = resume and _resume(state, folder, runtime, config)
     with together():
@@ -100,6 +115,15 @@ def pretrain(
     if left:
         raise Preempted(f"left ({requested()}): saved at step {state.step}; start again with --resume")
     return folder
+
+
+def _begin(start: Start | None, model: PretrainingModel, objective: torch.nn.Module) -> None:
+    """Before the model is wrapped or copied: averages and a momentum encoder start pruned as well."""
+    if start is None:
+        return
+    model.load_state_dict(start.model)
+    objective.load_state_dict(start.objective)
+    WeightMasks(model.encoder, start.masks)
 
 
 def _validate(
@@ -157,7 +181,7 @@ def _resume(state: TrainState, folder: Path, runtime: Runtime, config: Config) -
         with checkpoint.understood(path):
             state.load(found.tensors, found.state)
         if runtime.rank >= saved_world:
-            _seed_new_rank(state, config.seed, runtime.rank)
+            _seed_new_rank(state, config, found.state, runtime)
     if runtime.is_main:
         changed = saved_world != runtime.world_size
         note = f" (saved by {saved_world} ranks, going on with {runtime.world_size})" if changed else ""
@@ -165,11 +189,12 @@ def _resume(state: TrainState, folder: Path, runtime: Runtime, config: Config) -
     return True
 
 
-def _seed_new_rank(state: TrainState, seed: int, rank: int) -> None:
+def _seed_new_rank(state: TrainState, config: Config, description: dict[str, Any], runtime: Runtime) -> None:
     """Generators of a rank that did not exist when the checkpoint was saved: from seed, rank and step, so that
     nothing is drawn again that a rank of this number may have drawn earlier in the run."""
-    seed_everything(seed, rank, state.step)
-    state.views.reseed([seed, 1, rank, state.step])
+    seed_everything(config.seed, runtime.rank, state.step)
+    views = assemble.build_views(config, description, runtime, stream=VIEWS_STREAM + state.step)
+    state.views.load_state(views.to(runtime.device).state())
 
 
 def _checkpoint_writer(config: Config, folder: Path, runtime: Runtime) -> CheckpointWriter:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +13,9 @@ from torch import Tensor, nn
 from ..collectives import gather_rows, rank
 from ..data import Views
 from ..models import PretrainingModel
+from ..pruning import WeightMasks
 from .ema import WeightAverage
+from .guard import Guard
 from .momentum import MomentumQueue
 from .objective import Objective
 from .stopping import EarlyStopping
@@ -21,7 +23,7 @@ from .stopping import EarlyStopping
 
 @dataclass
 class TrainState:
-    """The parts of one training run on this rank. Only `step` is ever rebound."""
+    """The parts of one training run on this rank. Only `step` is ever rebound, and `masks` by `load`."""
 
     model: PretrainingModel
     """The bare model: what is saved."""
@@ -40,6 +42,9 @@ class TrainState:
     """Images per piece of the two-pass step; None for one pass."""
     stopping: EarlyStopping | None = None
     """What early stopping has seen; None without it."""
+    masks: WeightMasks | None = None
+    """The encoder's pruned weights, held at zero; None where nothing was pruned."""
+    guard: Guard = field(default_factory=lambda: Guard(torch.device("cpu")))
     step: int = 0
     """Optimiser steps done."""
     looked: int = 0
@@ -53,7 +58,11 @@ class TrainState:
         return None if self.queue is None else self.queue.columns()
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Tensors by checkpoint file. Collective: every rank's generators are in `rng`."""
+        """Tensors by checkpoint file. Collective: every rank's generators are in `rng`.
+
+        Raises NonFinite where the last step was not finite: nothing of it is saved.
+        """
+        self.guard.settle()
         tensors = {
             "model": dict(self.model.state_dict()),
             "optimizer": _optimiser_tensors(self._named_parameters(), self.optimiser),
@@ -65,6 +74,8 @@ class TrainState:
             tensors["queue"] = dict(self.queue.state_dict())
         if self.ema is not None:
             tensors["ema"] = self.ema.state_dict()
+        if self.masks is not None:
+            tensors["masks"] = self.masks.packed()
         return tensors
 
     def numbers(self) -> dict[str, Any]:
@@ -81,6 +92,8 @@ class TrainState:
         """Go back to what `tensors` and `numbers` returned (same model). Ranks that did not exist then keep their
         generators as they are."""
         self.model.load_state_dict(tensors["model"])
+        if "masks" in tensors:  # a pruned model stays pruned, whoever goes on with it
+            self.masks = WeightMasks.unpacked(self.model.encoder, tensors["masks"])
         self.objective.load_state_dict(tensors.get("objective", {}))
         if self.queue is not None:
             self.queue.load_state_dict(tensors["queue"])
@@ -97,6 +110,14 @@ class TrainState:
             self.stopping.load_state(numbers["stopping"])
         self.step = numbers["step"]
         self.looked = numbers.get("looked", self.step)
+
+    def changing(self) -> list[Tensor]:
+        """All tensors on the device that a step may change: what of a step that was not finite is taken back."""
+        modules = [m for m in (self.model, self.objective, self.queue) if m is not None]
+        tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+        tensors += [t for slots in self.optimiser.state.values() for t in slots.values() if isinstance(t, Tensor)]
+        tensors += [] if self.ema is None else self.ema.averages()
+        return [t.detach() for t in tensors if t.device.type == self.device.type and t.numel()]
 
     def _named_parameters(self) -> dict[str, nn.Parameter]:
         own = {f"objective.{name}": p for name, p in self.objective.named_parameters()}

@@ -17,15 +17,16 @@ LAYERS = [
     {"config"},
     {"runtime"},
     {"collectives"},
-    {"data", "models", "losses"},
+    {"data", "models", "losses", "pruning"},
     {"training"},
     {"evaluation"},
     {"bench"},
-    {"cli_bench", "cli_checkpoints"},
+    {"cli_start"},
+    {"cli_bench", "cli_checkpoints", "cli_prune"},
     {"cli"},
     {"__main__"},
 ]
-NEVER_SEE_A_CONFIG = {"data", "models", "losses", "collectives", "runtime"}
+NEVER_SEE_A_CONFIG = {"data", "models", "losses", "pruning", "collectives", "runtime"}
 OPTIONAL = {"ffcv", "nvidia", "deepspeed", "submitit", "triton", "plotly"}
 
 
