@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..collectives import all_sum, gather_objects, world_size
+from ..collectives import all_sum, world_size
 from ..data import Batch
-from ..errors import NonFinite
 from .optim import clip_gradients
 from .state import TrainState
 
@@ -33,7 +32,8 @@ class StepResult:
 
 
 def train_step(state: TrainState, batch: Batch) -> StepResult:
-    """Train on this rank's share of one global batch. Raises NonFinite before the update."""
+    """Train on this rank's share of one global batch. Raises NonFinite as guard.py says."""
+    state.guard.begin(state.changing)
     whole = len(batch.images)
     size = state.micro_batch_size or whole
     # drawn once for the whole batch: how it is cut into pieces changes no view
@@ -49,8 +49,7 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
         state.masks.apply_to_gradients()
     gradients = [p.grad for p in state.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
-    if not torch.isfinite(loss + norm):
-        _raise_non_finite(state, loss, outputs)
+    state.guard.check(state.step + 1, loss, norm, outputs)
     if state.clip_norm is not None:
         clip_gradients(gradients, norm, state.clip_norm)
     state.optimiser.step()
@@ -62,6 +61,7 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
     if state.queue is not None:
         state.queue.follow(state.model)
         state.queue.push(torch.cat(keys), batch.labels)
+    state.guard.end()
     state.step += 1
     return StepResult(loss, norm, outputs)
 
@@ -138,14 +138,3 @@ def _average_over_ranks(objective: nn.Module) -> None:
     for p in objective.parameters():
         if p.grad is not None and world_size() > 1:
             p.grad.copy_(all_sum(p.grad) / world_size())
-
-
-def _raise_non_finite(state: TrainState, loss: Tensor, outputs: dict[str, Tensor]) -> None:
-    # Loss and averaged gradients are equal on all ranks, so all of them come here and may talk.
-    finite = gather_objects(all(bool(torch.isfinite(out).all()) for out in outputs.values()))
-    broken = [str(r) for r, ok in enumerate(finite) if not ok]
-    what = f"outputs of rank {', '.join(broken)}" if broken else "gradients" if loss.isfinite() else "loss"
-    raise NonFinite(
-        f"step {state.step}: {what} became NaN or Inf (loss {float(loss):g}); stopped before the update. "
-        "Lower optim.lr, warm up longer, or try train.precision=fp32"
-    )
