@@ -12,7 +12,6 @@ from torch import Tensor
 from ..collectives import gather_objects
 from ..data import Batch, Loader, replaced_everywhere
 from .metrics import MetricLog, ProgressLine
-from .optim import set_learning_rate
 from .state import TrainState
 from .step import StepResult, train_step
 
@@ -104,7 +103,7 @@ def fit(
         epoch, start = divmod(state.step, plan.steps_per_epoch)
         for batch in meter.timed(loader.epoch(epoch, start)):
             lr = plan.lr(state.step)
-            set_learning_rate(state.optimiser, lr)
+            state.engine.set_learning_rate(lr)
             result = train_step(state, batch)
             meter.add(result.loss)
             if state.step % plan.log_every == 0 or state.step == plan.steps:
@@ -154,8 +153,10 @@ def _look(
 def _details(state: TrainState, loader: Loader, batch: Batch, result: StepResult, plan: Plan) -> dict[str, float]:
     """What only a logged step pays for. Collective."""
     replaced = replaced_everywhere(loader, state.device)
-    numbers: dict[str, Tensor | int] = {"replaced_images": replaced} if replaced else {}
-    numbers |= {"grad_norm": result.gradient_norm, **state.objective.statistics()}
+    numbers: dict[str, Tensor | float] = {"replaced_images": replaced} if replaced else {}
+    numbers |= {**state.engine.statistics(), **state.objective.statistics()}
+    if torch.isfinite(result.gradient_norm):  # not so in a step that fp16's loss scaling skipped
+        numbers["grad_norm"] = result.gradient_norm
     if plan.gradient_response:
         numbers |= state.objective.response(result.outputs, batch.labels)
     return {name: float(value) for name, value in numbers.items()}

@@ -21,6 +21,7 @@ from ..models import LoadedWeights, PretrainingModel, load_weights
 from ..runtime import Runtime, seed_everything
 from . import assemble, checkpoint, run_folder
 from .checkpoint_writer import CheckpointWriter
+from .engine import check_engine
 from .fit import fit
 from .metrics import MetricLog, ProgressLine, console
 from .state import TrainState
@@ -44,6 +45,7 @@ def pretrain(
     with together():
         run_folder.check_usable(folder, config, resume=resume)
         assemble.check_objective(config)
+        check_engine(config, runtime)
         check_validation(config, splits)
         order = assemble.build_training_order(config, splits)
         loader = build_loader(

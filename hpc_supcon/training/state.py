@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..collectives import gather_rows, rank
 from ..data import Views
 from ..models import PretrainingModel
+from .engine import Engine
 from .ema import WeightAverage
 from .momentum import MomentumQueue
 from .objective import Objective
@@ -25,9 +26,8 @@ class TrainState:
 
     model: PretrainingModel
     """The bare model: what is saved."""
-    parallel: nn.Module
-    """The same model as data-parallel training wraps it: what is called."""
-    optimiser: torch.optim.Optimizer
+    engine: Engine
+    """Runs that model on all ranks, and updates it."""
     views: Views
     objective: Objective
     autocast: Callable[[], AbstractContextManager[object]]
@@ -43,9 +43,10 @@ class TrainState:
     step: int = 0
     """Optimiser steps done."""
 
-    def parameters(self) -> list[nn.Parameter]:
-        """All that is trained: the model's, then the loss's own (a learned temperature)."""
-        return [p for module in (self.model, self.objective) for p in module.parameters() if p.requires_grad]
+    @property
+    def parallel(self) -> nn.Module:
+        """The same model as the engine wraps it, in training or evaluation mode."""
+        return self.engine.parallel
 
     def queue_columns(self) -> tuple[Tensor, Tensor] | None:
         return None if self.queue is None else self.queue.columns()
@@ -54,7 +55,7 @@ class TrainState:
         """Tensors by checkpoint file. Collective: every rank's generators are in `rng`."""
         tensors = {
             "model": dict(self.model.state_dict()),
-            "optimizer": _optimiser_tensors(self._named_parameters(), self.optimiser),
+            "optimizer": self.engine.tensors(),
             "rng": self._rng(),
         }
         if objective := dict(self.objective.state_dict()):
@@ -67,21 +68,26 @@ class TrainState:
 
     def numbers(self) -> dict[str, Any]:
         """The plain part of a checkpoint: what `tensors` does not hold."""
-        return {"step": self.step} | ({} if self.stopping is None else {"stopping": self.stopping.state()})
+        numbers: dict[str, Any] = {"step": self.step}
+        if self.stopping is not None:
+            numbers["stopping"] = self.stopping.state()
+        if self.engine.scaler is not None:
+            numbers["loss_scale"] = self.engine.scaler.state()
+        return numbers
 
     def best_steps(self) -> list[int]:
         """Steps whose checkpoints must outlive newer ones: the best that early stopping has seen."""
         return [] if self.stopping is None or self.stopping.best_at is None else [self.stopping.best_at]
 
     def load(self, tensors: dict[str, dict[str, Tensor]], numbers: dict[str, Any]) -> None:
-        """Go back to what `tensors` and `numbers` returned (same model, same number of ranks)."""
+        """Go back to what `tensors` and `numbers` returned (same model and number of ranks, any engine)."""
         self.model.load_state_dict(tensors["model"])
         self.objective.load_state_dict(tensors.get("objective", {}))
         if self.queue is not None:
             self.queue.load_state_dict(tensors["queue"])
         if self.ema is not None:
             self.ema.load_state_dict(tensors["ema"])
-        _load_optimiser(self._named_parameters(), self.optimiser, tensors["optimizer"])
+        self.engine.load(tensors["optimizer"])
         own = {name.partition(".")[2]: t for name, t in tensors["rng"].items() if name.startswith(f"rank{rank()}.")}
         torch.set_rng_state(own["torch"])
         self.views.load_state(own["views"])
@@ -89,11 +95,9 @@ class TrainState:
             torch.cuda.set_rng_state(own["cuda"], self.device)
         if self.stopping is not None and "stopping" in numbers:
             self.stopping.load_state(numbers["stopping"])
+        if self.engine.scaler is not None and "loss_scale" in numbers:
+            self.engine.scaler.load_state(numbers["loss_scale"])
         self.step = numbers["step"]
-
-    def _named_parameters(self) -> dict[str, nn.Parameter]:
-        own = {f"objective.{name}": p for name, p in self.objective.named_parameters()}
-        return dict(self.model.named_parameters()) | own
 
     def _rng(self) -> dict[str, Tensor]:
         own = {"torch": torch.get_rng_state(), "views": self.views.state()}
@@ -102,21 +106,3 @@ class TrainState:
         gathered = {name: gather_rows(state[None].cpu()) for name, state in own.items()}
         return {f"rank{r}.{name}": row for name, rows in gathered.items() for r, row in enumerate(rows)}
 
-
-def _optimiser_tensors(parameters: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """`parameter/slot` -> tensor: safetensors holds names and tensors, no nested objects."""
-    slots = [(name, optimiser.state[p]) for name, p in parameters.items() if p in optimiser.state]
-    return {f"{name}/{key}": t for name, state in slots for key, t in state.items() if isinstance(t, Tensor)}
-
-
-def _load_optimiser(
-    parameters: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]
-) -> None:
-    optimiser.state.clear()
-    for full_name, value in tensors.items():
-        name, _, key = full_name.rpartition("/")
-        p = parameters[name]
-        if key == "step":  # counted on the CPU, but for fused kernels
-            optimiser.state[p][key] = value.to(p.device) if optimiser.defaults.get("fused") else value
-        else:  # its parameter's device and memory layout
-            optimiser.state[p][key] = torch.empty_like(p, dtype=value.dtype).copy_(value)

@@ -19,7 +19,7 @@ from ...collectives import all_sum, together
 from ...data import Batch, EvalTransform, Loader, LoaderOptions, Source, TrainOrder, build_loader
 from ...errors import NonFinite
 from ...training import assemble
-from ...training.engine import autocast, distribute
+from ...training.engine import autocast, distribute, place, unscaled
 from ..features import extract
 from ..inputs import in_chunks
 from ..saved import FittedProbe
@@ -49,7 +49,8 @@ def fit_finetune(kind: str, task: Task) -> Outcome:
         loader = _training_loader(task)
         render = _views(task)
     with closing(loader), seeded(config.seed, runtime.device):
-        model = Classifier(copy.deepcopy(task.encoder), len(task.classes)).to(runtime.device)
+        model = Classifier(copy.deepcopy(task.encoder), len(task.classes))
+        model = place(model, runtime, sync_bn=config.model.sync_bn)
         parallel = distribute(model, runtime, sync_bn=config.model.sync_bn)
         torch.manual_seed(int(np.random.SeedSequence([config.seed, 2, runtime.rank]).generate_state(1)[0]))
         transform = EvalTransform(**task.description["normalisation"]).to(runtime.device)
@@ -62,7 +63,7 @@ def fit_finetune(kind: str, task: Task) -> Outcome:
             None if validation is None else partial(_evaluate, model, validation, transform, task),
             plan_of(settings),
             encoder_lr=settings.encoder_lr,
-            precision=partial(autocast, runtime.device, config.train.precision),
+            precision=partial(autocast, runtime.device, unscaled(config.train.precision)),
         )
     description = {
         "kind": kind,
