@@ -39,7 +39,9 @@ def recompute_activations(encoder: nn.Module) -> int:
     for block in _blocks(encoder):
         number += _cut(block) if _is_chain(block) else _wrap(block)
     if not number:
-        raise ConfigError(f"train.activation_checkpointing: {type(encoder).__name__} has no repeated blocks; use false")
+        raise ConfigError(
+            f"train.activation_checkpointing: {type(encoder).__name__} has no repeated blocks; use false"
+        )
     return number
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..collectives import gather_objects
 from ..data import Batch, Loader, replaced_everywhere
+from .memory import memory_advice
 from .metrics import MetricLog, ProgressLine
 from .state import TrainState
 from .step import StepResult, train_step
@@ -94,7 +95,7 @@ def fit(
 ) -> None:
     """Train from `state.step` to `plan.steps`, or until `state.stopping` has seen enough.
 
-    Raises NonFinite, and what loader, `validate` and `save` raise.
+    Raises NonFinite, OutOfMemory, and what loader, `validate` and `save` raise.
     """
     state.parallel.train()
     meter = Meter(plan.images_per_step)
@@ -104,7 +105,8 @@ def fit(
         for batch in meter.timed(loader.epoch(epoch, start)):
             lr = plan.lr(state.step)
             state.engine.set_learning_rate(lr)
-            result = train_step(state, batch)
+            with memory_advice(state, batch):
+                result = train_step(state, batch)
             meter.add(result.loss)
             if state.step % plan.log_every == 0 or state.step == plan.steps:
                 numbers = meter.read(plan.steps - state.step)

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from ..collectives import gather_rows, rank
 from ..data import Views
 from ..models import PretrainingModel
-from .engine import Engine
 from .ema import WeightAverage
+from .engine import Engine
 from .momentum import MomentumQueue
 from .objective import Objective
 from .stopping import EarlyStopping
@@ -105,4 +105,3 @@ class TrainState:
             own["cuda"] = torch.cuda.get_rng_state(self.device)
         gathered = {name: gather_rows(state[None].cpu()) for name, state in own.items()}
         return {f"rank{r}.{name}": row for name, rows in gathered.items() for r, row in enumerate(rows)}
-

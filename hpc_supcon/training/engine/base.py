@@ -43,6 +43,8 @@ class Engine(Protocol):
     parallel: nn.Module
     """What `forward` runs, to be put into training mode; the bare model is inside."""
     scaler: LossScale | None
+    takes_pieces: bool
+    """Whether gradients of several passes can be added up before they are exchanged."""
 
     def forward(self, views: Tensor) -> dict[str, Tensor]:
         """The model's outputs for views [B, V, C, H, W]."""

@@ -73,6 +73,6 @@ def _check_compile(config: Config, runtime: Runtime) -> None:
     chosen = os.environ.get("CC" if runtime.device.type == "cuda" else "CXX")
     if shutil.which(chosen or known[0]) is None and (chosen or shutil.which(known[1]) is None):
         raise ConfigError(
-            f"train.compile=true needs a compiler, and {chosen or ' or '.join(known)} is not on PATH; install one, or "
-            "use train.compile=false"
+            f"train.compile=true needs a compiler, and {chosen or ' or '.join(known)} is not on PATH; install one, "
+            "or use train.compile=false"
         )

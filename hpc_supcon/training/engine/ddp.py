@@ -18,7 +18,7 @@ class DdpEngine:
 
     def __init__(self, parts: Parts) -> None:
         self.parallel = distribute(parts.model, parts.runtime, sync_bn=parts.sync_bn)
-        self.scaler = parts.scaler
+        self.scaler, self.takes_pieces = parts.scaler, True
         self._forward = parts.compile(self.parallel)
         self._parameters = named_parameters(parts.model, parts.objective)
         self._optimiser = parts.make_optimiser(list(self._parameters.values()))

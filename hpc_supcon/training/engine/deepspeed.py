@@ -23,8 +23,6 @@ from .base import Parts, gradients_of, load_optimiser, named_parameters, optimis
 from .deepspeed_settings import deepspeed_settings
 from .zero import Partitions
 
-BROADCAST_BYTES = 250 * 2**20
-
 
 class DeepSpeedEngine:
     """DeepSpeed's engine around the model; the loss's own parameters have an optimiser of their own. See Engine.
@@ -33,8 +31,10 @@ class DeepSpeedEngine:
     """
 
     def __init__(self, parts: Parts, *, zero: int, own: Mapping[str, Any] | None, images_per_rank: int) -> None:
-        model, self.scaler = parts.model, parts.scaler
+        model, self.scaler, self.takes_pieces = parts.model, parts.scaler, zero < 2
         self._model = model
+        for p in model.parameters():  # DeepSpeed sends bytes and flattens; channels_last views keep convolutions fast
+            p.data = p.data.contiguous()
         self._parameters = named_parameters(model, nn.Module())
         self._objective = named_parameters(nn.Module(), parts.objective)
         self._optimiser = parts.make_optimiser(list(self._parameters.values()))
@@ -53,8 +53,8 @@ class DeepSpeedEngine:
         self._follows_rank_0 = parts.runtime.world_size > 1 and not parts.sync_bn
 
     def forward(self, views: Tensor) -> dict[str, Tensor]:
-        if self._follows_rank_0 and self.parallel.training and (buffers := list(self._model.buffers())):
-            dist._broadcast_coalesced(dist.group.WORLD, buffers, BROADCAST_BYTES, 0)
+        if self._follows_rank_0 and self.parallel.training:
+            _send_from_rank_0(list(self._model.buffers()))
         return self._engine(views)
 
     @contextmanager
@@ -148,12 +148,22 @@ class _Called(nn.Module):
         return self._call[0](views)
 
 
+def _send_from_rank_0(tensors: list[Tensor]) -> None:
+    """One message for each dtype."""
+    for dtype in sorted({t.dtype for t in tensors}, key=str):
+        same = [t for t in tensors if t.dtype == dtype]
+        flat = torch.cat([t.reshape(-1) for t in same])
+        dist.broadcast(flat, 0)
+        parts = flat.split([t.numel() for t in same])
+        torch._foreach_copy_(same, [part.view_as(t) for part, t in zip(parts, same, strict=True)])
+
+
 def _started(module: nn.Module, optimiser: torch.optim.Optimizer, settings: dict[str, Any], parts: Parts) -> Any:
     """DeepSpeed's engine. Raises ConfigError."""
     device = parts.runtime.device
     if not dist.is_initialized():  # a single process
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
     with _environment(parts.runtime.launch, device):
         import deepspeed
         from deepspeed.runtime.config import DeepSpeedConfigError
@@ -162,9 +172,9 @@ def _started(module: nn.Module, optimiser: torch.optim.Optimizer, settings: dict
         # messages in shared memory would be compiled at the first start; gloo is there
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         try:
-            return deepspeed.initialize(
-                model=module, optimizer=optimiser, config=settings, dist_init_required=False
-            )[0]
+            return deepspeed.initialize(model=module, optimizer=optimiser, config=settings, dist_init_required=False)[
+                0
+            ]
         except (ValueError, TypeError, KeyError, AssertionError, DeepSpeedConfigError) as error:
             lines = " ".join(str(error).split()) or type(error).__name__
             raise ConfigError(f"train.deepspeed.config: DeepSpeed refuses it: {lines}") from error

@@ -80,6 +80,7 @@ def deepspeed_settings(
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": images_per_rank,
         "gradient_accumulation_steps": 1,
+        "gradient_clipping": 0.0,  # by itself DeepSpeed clips to 1
         "zero_optimization": {"stage": zero},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

@@ -16,7 +16,7 @@ from ...runtime import Runtime, has_fast_bf16
 M = TypeVar("M", bound=nn.Module)
 
 
-def place(model: M, runtime: Runtime, *, channels_last: bool = False, sync_bn: bool) -> M:
+def place(model: M, runtime: Runtime, *, channels_last: bool = False, sync_bn: bool = False) -> M:
     """`model` on this rank's device, in the wanted memory layout; `sync_bn`: BatchNorm over all ranks."""
     layout = torch.channels_last if channels_last else torch.preserve_format
     placed = model.to(runtime.device).to(memory_format=layout)
