@@ -24,6 +24,7 @@ from ..pruning import WeightMasks
 from ..runtime import Runtime, seed_everything
 from . import assemble, checkpoint, run_folder
 from .checkpoint_writer import CheckpointWriter
+from .engine import check_engine
 from .fit import fit
 from .metrics import MetricLog, ProgressLine, console
 from .preempt import requested
@@ -59,6 +60,7 @@ def pretrain(
     with together():
         run_folder.check_usable(folder, config, resume=resume)
         assemble.check_objective(config)
+        check_engine(config, runtime)
         check_validation(config, splits)
         order = assemble.build_training_order(config, splits)
         loader = build_loader(
