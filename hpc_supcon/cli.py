@@ -1,4 +1,4 @@
-"""The command line: `hpc-supcon run | pretrain | probe | prune | config`."""
+"""The command line: `hpc-supcon run | pretrain | probe | config`, and those of cli_*.py."""
 
 from __future__ import annotations
 
