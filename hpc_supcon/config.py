@@ -29,6 +29,8 @@ NEUTRAL = (
     "data.download",
     "data.workers",
     "data.timeout_s",
+    "train.profile",
+    "train.gc_every_steps",
     "checkpoint",
     "log",
     "probe",

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .colour import HUE, adjust_hue, blend
+from .transfer import send
 
 CPU_GROUP = 64
 """Views whose colour is worked on at once on a CPU: 32x32 RGB ones stay in a core's cache."""
@@ -53,10 +54,10 @@ class Jitter:
         rows = torch.argsort(turn, stable=True)
         blends = self._blends[order[rows]]
         factors = factors[rows]
-        hue = factors[:, HUE].to(x.device)
-        strength = factors.gather(1, blends).to(x.device)
-        blends = blends.to(x.device)
-        x = x.index_select(1, rows.to(x.device))
+        hue = send(factors[:, HUE], x.device)
+        strength = send(factors.gather(1, blends), x.device)
+        blends = send(blends, x.device)
+        x = x.index_select(1, send(rows, x.device))
 
         size = CPU_GROUP if x.device.type == "cpu" else len(rows)
         ends = torch.bincount(turn + 1, minlength=blends.shape[1] + 2).cumsum(0).tolist()

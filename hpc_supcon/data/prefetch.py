@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from .batch import Batch
+from .transfer import send
 
 
 def to_device(batches: Iterator[Batch], device: torch.device | str) -> Iterator[Batch]:
@@ -36,9 +37,4 @@ def _copy(batch: Batch | None, device: torch.device, side: torch.cuda.Stream) ->
     if batch is None:
         return None
     with torch.cuda.stream(side):
-        # The caching host allocator keeps pinned memory until the copy out of it is done.
-        images, labels, index = (
-            tensor if tensor.is_cuda else tensor.pin_memory().to(device, non_blocking=True)
-            for tensor in (batch.images, batch.labels, batch.index)
-        )
-    return Batch(images, labels, index)
+        return Batch(send(batch.images, device), send(batch.labels, device), send(batch.index, device))

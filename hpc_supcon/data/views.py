@@ -19,6 +19,7 @@ from .normalise import normalise_
 from .ops import operate_
 from .policies import AutoAugment, RandAugment
 from .resample import draw_boxes, resample
+from .transfer import send
 
 POLICIES: dict[str, Callable[..., AutoAugment | RandAugment | None]] = {
     "none": lambda **_: None,
@@ -216,7 +217,7 @@ class Views(nn.Module):
         self._blur(x, parameters.sigma[rows])
         done = normalise_(x, self.mean, self.std).transpose(0, 1)
         if self.orders:
-            views.index_copy_(0, rows.to(views.device), done.to(views.dtype))
+            views.index_copy_(0, send(rows, views.device), done.to(views.dtype))
         else:
             views.copy_(done)
 
@@ -225,10 +226,10 @@ class Views(nn.Module):
         B, V, S = len(images), self.count, self.image_size
         if images.ndim == 4:
             boxes, flip = parameters.boxes.view(B, V, 4), parameters.flip.view(B, V)
-            return resample(images, boxes.to(images.device), flip.to(images.device), S).flatten(1, 2)
+            return resample(images, send(boxes, images.device), send(flip, images.device), S).flatten(1, 2)
         assert images.shape[1] == V, f"cropped images come in {V} views each, not {images.shape[1]}"
         assert images.shape[3:] == (S, S), f"cropped images have {S} x {S} pixels, not {tuple(images.shape[3:])}"
-        flip = parameters.flip.to(images.device).view(-1, 1, 1, 1)
+        flip = send(parameters.flip, images.device).view(-1, 1, 1, 1)
         cropped = torch.where(flip, images.flip(-1).flatten(0, 1), images.flatten(0, 1)).transpose(0, 1)
         return cropped.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
 
@@ -243,14 +244,14 @@ class Views(nn.Module):
     def _make_grey(self, x: Tensor, chosen: Tensor) -> None:
         """x [C, n, S, S] with the chosen views (bool [n], on the CPU) grey; in place."""
         if self.grey > 0:
-            rows = torch.where(chosen)[0].to(x.device)
+            rows = send(torch.where(chosen)[0], x.device)
             x.index_copy_(1, rows, grey(x.index_select(1, rows)).expand(x.shape[0], -1, -1, -1))
 
     def _blur(self, x: Tensor, sigma: Tensor) -> None:
         """x [C, n, S, S] with the views of sigma > 0 ([n], on the CPU) blurred; in place."""
         rows = torch.where(sigma > 0)[0]
         if len(rows):
-            there, width = rows.to(x.device), sigma[rows].to(x.device)
+            there, width = send(rows, x.device), send(sigma[rows], x.device)
             size = kernel_size(self.image_size)
             x.index_copy_(1, there, gaussian_blur(x.index_select(1, there), width, size))
 

@@ -20,6 +20,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .sources import LUMA
+from .transfer import send
 
 if TYPE_CHECKING:
     from .views import ViewParameters
@@ -159,8 +160,8 @@ def render(
     drawn = torch.cat((parameters.boxes, flags, sequences[parameters.order]), dim=1).to(torch.int32)
     _views_kernel[(n,)](
         images.contiguous(),
-        drawn.to(images.device, non_blocking=True),
-        parameters.factors.to(images.device, non_blocking=True),
+        send(drawn, images.device),
+        send(parameters.factors, images.device),
         mean,
         std,
         views,

@@ -222,6 +222,8 @@ def build_state(
         ema=None if config.train.ema is None else WeightAverage(placed, config.train.ema),
         clip_norm=optim.clip_norm,
         micro_batch_size=config.train.micro_batch_size,
+        # training orders share every global batch equally, and drop the last one that is not whole
+        images_per_rank=[config.data.batch_size // runtime.world_size] * runtime.world_size,
     )
 
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..collectives import gather_objects
 from ..data import Batch, Loader, replaced_everywhere
+from ..phases import phase
 from .metrics import MetricLog, ProgressLine
 from .optim import set_learning_rate
 from .state import TrainState
@@ -55,7 +56,8 @@ class Meter:
         iterator = iter(batches)
         while True:
             asked = time.perf_counter()
-            batch = next(iterator, None)
+            with phase("data"):
+                batch = next(iterator, None)
             self._waited += time.perf_counter() - asked
             if batch is None:
                 return
@@ -92,10 +94,12 @@ def fit(
     progress: ProgressLine,
     save: Callable[[TrainState], None],
     validate: Callable[[TrainState], dict[str, float]] | None = None,
+    stepped: Callable[[int], None] = lambda step: None,
 ) -> None:
     """Train from `state.step` to `plan.steps`, or until `state.stopping` has seen enough.
 
-    Raises NonFinite, and what loader, `validate` and `save` raise.
+    `stepped` is told of every step once all that belongs to it is done, in the same order on all ranks.
+    Raises NonFinite, and what loader, `validate`, `save` and `stepped` raise.
     """
     state.parallel.train()
     meter = Meter(plan.images_per_step)
@@ -118,6 +122,7 @@ def fit(
                 meter.skip()
             if improved or plan.save_at(state.step) or _done(state, plan):
                 save(state)
+            stepped(state.step)
             if _done(state, plan):
                 break
         progress.epoch_done(epoch + 1, numbers or meter.read(plan.steps - state.step))
@@ -129,6 +134,7 @@ def _done(state: TrainState, plan: Plan) -> bool:
     return state.step >= plan.steps or (state.stopping is not None and state.stopping.stop)
 
 
+@phase("validation")
 def _look(
     state: TrainState, validate: Callable[[TrainState], dict[str, float]], log: MetricLog, progress: ProgressLine
 ) -> bool:

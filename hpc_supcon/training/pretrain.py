@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import platform
 import time
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -18,11 +19,14 @@ from ..config import Config, digest
 from ..data import EvalTransform, build_loader
 from ..errors import WorldSizeMismatch
 from ..models import LoadedWeights, PretrainingModel, load_weights
+from ..phases import phase
 from ..runtime import Runtime, seed_everything
 from . import assemble, checkpoint, run_folder
 from .checkpoint_writer import CheckpointWriter
 from .fit import fit
+from .garbage import collected_every
 from .metrics import MetricLog, ProgressLine, console
+from .profile import Breakdown, StepProfile
 from .state import TrainState
 from .validation import VIEWS_STREAM, OnlineProbe, Validate, build_validate, check_validation
 
@@ -87,12 +91,36 @@ def pretrain(
         if shown and config.data.loader == "auto":
             console.print(f"loader: {data.loader} ({data.reason})", soft_wrap=True)
         began = time.perf_counter()
-        fit(state, loader, plan, log=log, progress=progress, save=save, validate=validate)
+        with _at_every_step(config, state, folder, runtime, log) as stepped:
+            fit(state, loader, plan, log=log, progress=progress, save=save, validate=validate, stepped=stepped)
         with together():
             if writer is not None:
                 writer.close()
         log.log("end", state.step, seconds=round(time.perf_counter() - began, 3))
     return folder
+
+
+@contextmanager
+def _at_every_step(
+    config: Config, state: TrainState, folder: Path, runtime: Runtime, log: MetricLog
+) -> Iterator[Callable[[int], None]]:
+    """What `fit` calls after every step: garbage collection and, where it is asked for, the profile."""
+
+    def report(found: Breakdown) -> None:
+        log.log("profile", state.step, steps=found.steps, **found.numbers())
+        console.print(found.table())
+
+    steps = config.train.profile
+    into = folder / run_folder.PROFILE if runtime.is_main else None
+    profile = None if steps is None else StepProfile(steps, state.model, runtime.device, into, report)
+
+    def stepped(step: int) -> None:
+        collect(step)
+        if profile is not None:
+            profile.stepped()
+
+    with collected_every(config.train.gc_every_steps) as collect, profile or nullcontext():
+        yield stepped
 
 
 def _validate(
@@ -172,6 +200,7 @@ def _checkpoint_writer(config: Config, folder: Path, runtime: Runtime) -> Checkp
     )
 
 
+@phase("checkpoint")
 def _save(state: TrainState, *, writer: CheckpointWriter | None, description: dict[str, Any]) -> None:
     """Collective: every rank contributes its generators, rank 0 has the writer, a failure is everybody's."""
     tensors = state.tensors()

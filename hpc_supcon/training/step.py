@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..collectives import all_sum, gather_objects, world_size
 from ..data import Batch
 from ..errors import NonFinite
+from ..phases import BACKWARD, ENCODER, LOSS, PROJECTION, on_gradient, phase
 from .optim import clip_gradients
 from .state import TrainState
 
@@ -37,29 +38,44 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
     whole = len(batch.images)
     size = state.micro_batch_size or whole
     # drawn once for the whole batch: how it is cut into pieces changes no view
-    drawn = state.views.draw(whole, *batch.images.shape[-2:])
+    with phase("views"):
+        drawn = state.views.draw(whole, *batch.images.shape[-2:])
     pieces = [slice(a, min(a + size, whole)) for a in range(0, whole, size)]
 
     def views(piece: slice) -> Tensor:
-        return state.views.render(batch.images[piece], state.views.select(drawn, piece))
+        with phase("views"):
+            return state.views.render(batch.images[piece], state.views.select(drawn, piece))
 
     loss, outputs, keys = (_one_pass if len(pieces) == 1 else _two_passes)(state, batch, views, pieces)
+    with phase("optimiser"):
+        norm = _update(state, loss, outputs)
+    if state.queue is not None:
+        with phase("queue"):
+            state.queue.follow(state.model)
+            state.queue.push(torch.cat(keys), batch.labels, state.images_per_rank)
+    state.step += 1
+    return StepResult(loss, norm, outputs)
+
+
+def _update(state: TrainState, loss: Tensor, outputs: dict[str, Tensor]) -> Tensor:
+    """From gradients to new weights; returns the gradients' norm before clipping."""
     _average_over_ranks(state.objective)
     gradients = [p.grad for p in state.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
-    if not torch.isfinite(loss + norm):
-        _raise_non_finite(state, loss, outputs)
+    guard(state, loss, norm, outputs)
     if state.clip_norm is not None:
         clip_gradients(gradients, norm, state.clip_norm)
     state.optimiser.step()
     state.optimiser.zero_grad(set_to_none=True)
     if state.ema is not None:
         state.ema.update()
-    if state.queue is not None:
-        state.queue.follow(state.model)
-        state.queue.push(torch.cat(keys), batch.labels)
-    state.step += 1
-    return StepResult(loss, norm, outputs)
+    return norm
+
+
+def guard(state: TrainState, loss: Tensor, norm: Tensor, outputs: dict[str, Tensor]) -> None:
+    """Raise NonFinite, on all ranks, unless loss and gradients (their `norm`) are finite. Reads from the device."""
+    if not torch.isfinite(loss + norm):
+        _raise_non_finite(state, loss, outputs)
 
 
 Passed = tuple[Tensor, dict[str, Tensor], list[Tensor]]
@@ -69,10 +85,9 @@ Passed = tuple[Tensor, dict[str, Tensor], list[Tensor]]
 def _one_pass(state: TrainState, batch: Batch, views: Callable[[slice], Tensor], pieces: list[slice]) -> Passed:
     x = views(pieces[0])
     with state.autocast():
-        outputs = state.parallel(x)
+        outputs = _forward(state.parallel, x)
         keys = _keys(state, x, outputs)
-    loss = state.objective(outputs, x, batch.labels, state.queue_columns())
-    loss.backward()
+    loss = _loss(state, outputs, x, batch.labels)
     return loss.detach(), {name: out.detach() for name, out in outputs.items()}, keys
 
 
@@ -82,23 +97,43 @@ def _two_passes(state: TrainState, batch: Batch, views: Callable[[slice], Tensor
         for piece in pieces:
             generators.append(_generator_states(state.device))
             x = views(piece)
-            parts.append(state.model(x))
+            parts.append(_forward(state.model, x))
             keys += _keys(state, x, parts[-1])
     outputs = {name: torch.cat([p[name] for p in parts]).requires_grad_() for name in parts[0]}
-    loss = state.objective(outputs, None, batch.labels, state.queue_columns())
-    loss.backward()
+    loss = _loss(state, outputs, None, batch.labels)
     gradients = {name: out.grad for name, out in outputs.items() if out.grad is not None}
     for piece, generator, is_last in zip(pieces, generators, [False] * (len(pieces) - 1) + [True], strict=True):
         _restore_generators(generator, state.device)  # the same dropout as in the first pass
         # ranks exchange gradients once, with the last piece
         with nullcontext() if is_last else _without_exchange(state.parallel), state.autocast():
-            again = state.parallel(views(piece))
-            torch.autograd.backward(list(again.values()), [gradients[name][piece] for name in again])
+            again = _forward(state.parallel, views(piece))
+            with phase(ENCODER + BACKWARD):
+                torch.autograd.backward(list(again.values()), [gradients[name][piece] for name in again])
     return loss.detach(), {name: out.detach() for name, out in outputs.items()}, keys
 
 
+def _forward(model: nn.Module, views: Tensor) -> dict[str, Tensor]:
+    with phase(ENCODER):
+        outputs: dict[str, Tensor] = model(views)
+        for output in outputs.values():
+            on_gradient(output, PROJECTION)
+        return outputs
+
+
+def _loss(state: TrainState, outputs: dict[str, Tensor], views: Tensor | None, labels: Tensor) -> Tensor:
+    """The loss over all ranks, its gradients left in weights or (two passes) `outputs`."""
+    with phase(LOSS):
+        loss: Tensor = state.objective(outputs, views, labels, state.queue_columns(), state.images_per_rank)
+    with phase(LOSS + BACKWARD):
+        loss.backward()
+    return loss
+
+
 def _keys(state: TrainState, views: Tensor, outputs: dict[str, Tensor]) -> list[Tensor]:
-    return [] if state.queue is None else [state.queue.keys(views, outputs["projection"])]
+    if state.queue is None:
+        return []
+    with phase("queue"):
+        return [state.queue.keys(views, outputs["projection"])]
 
 
 def _without_exchange(parallel: nn.Module) -> AbstractContextManager[None]:

@@ -16,6 +16,7 @@ LAYERS = [
     {"schema"},
     {"config"},
     {"runtime"},
+    {"phases"},
     {"collectives"},
     {"data", "models", "losses"},
     {"training"},
@@ -25,7 +26,7 @@ LAYERS = [
     {"cli"},
     {"__main__"},
 ]
-NEVER_SEE_A_CONFIG = {"data", "models", "losses", "collectives", "runtime"}
+NEVER_SEE_A_CONFIG = {"data", "models", "losses", "collectives", "phases", "runtime"}
 OPTIONAL = {"ffcv", "nvidia", "deepspeed", "submitit", "triton", "plotly"}
 
 
