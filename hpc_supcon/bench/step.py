@@ -95,6 +95,13 @@ def settings(encoder: str, precision: str, compiled: bool, batch_size: int, over
     return load_config("default", [*rows, "train.compile=true"] if compiled else rows)
 
 
+def check(config: Config, kind: str) -> None:
+    """Raise ConfigError or DataError where no step could be taken."""
+    assemble.check_objective(config)
+    data = assemble.load_data(config, Runtime(Launch(), torch.device(kind)))
+    assemble.build_model(assemble.describe_model(config, data.splits))
+
+
 class Session:
     """A training run without a run folder: `run(n)` does n steps, as `hpc-supcon pretrain` would."""
 
@@ -260,7 +267,7 @@ def measure(
     sizes = sorted(batch_sizes or [SMALLEST << k for k in range(LARGEST.bit_length()) if SMALLEST << k <= LARGEST])
     grid = list(product(encoders, precisions, compiles))
     for encoder, precision, compiled in grid:  # a mistake is met before minutes of measuring
-        assemble.check_objective(settings(encoder, precision, compiled, sizes[0], overrides))
+        check(settings(encoder, precision, compiled, sizes[0], overrides), kind)
     if plain:
         check_comparable(settings(encoders[0], "fp32", False, sizes[0], overrides))
     about = machine(kind)

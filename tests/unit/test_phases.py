@@ -303,7 +303,7 @@ def ranks_that_agree_in_every_step(rank, world_size, overrides):
     [
         ["loss.backend=reference"],
         ["loss.name=simclr", "loss.backend=reference", "loss.queue_size=30"],
-        ["loss.name=triplet", "loss.mining=hard"],
+        ["loss.name=triplet", "loss.mining=hard", "optim.lr=0.0001"],
     ],
 )
 def test_ranks_that_know_their_batches_need_not_agree_and_lose_nothing(overrides):
