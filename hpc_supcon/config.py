@@ -34,7 +34,10 @@ NEUTRAL = (
     "checkpoint",
     "log",
     "probe",
+    "prune",
     "runtime.timeout_s",
+    "runtime.first_step_timeout_s",
+    "train.allow_world_size_change",
 )
 
 

@@ -162,6 +162,10 @@ class TrainConfig(Section):
         description="Python's garbage is collected at every n-th step, on all ranks at once; null: when Python likes",
         json_schema_extra={"unit": "steps"},
     )
+    allow_world_size_change: bool = Field(
+        description="resume on another number of ranks: the same batches go on, but random views differ, and so do "
+        "the last bits; false: an error"
+    )
 
 
 class OnlineProbeConfig(Section):

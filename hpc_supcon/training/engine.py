@@ -29,6 +29,10 @@ def distribute(model: nn.Module, runtime: Runtime, *, sync_bn: bool) -> nn.Modul
     options: dict[str, Any] = {"gradient_as_bucket_view": True}
     if runtime.device.type == "cuda":
         options["device_ids"] = [runtime.device]
+    if torch.are_deterministic_algorithms_enabled():
+        # Else the second step of a process lays gradients out anew, in the order in which they came in the first. An
+        # all-reduce of three or more ranks adds by position: the first step after a resume would round differently.
+        options["find_unused_parameters"] = True
     if sync_bn:
         model = synchronise_batchnorm(model, runtime.device)
         options[_BUFFER_SYNC] = False  # synchronised statistics are equal already

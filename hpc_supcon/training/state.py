@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..collectives import gather_rows, rank
 from ..data import Views
 from ..models import PretrainingModel
+from ..pruning import WeightMasks
 from .ema import WeightAverage
 from .momentum import MomentumQueue
 from .objective import Objective
@@ -21,7 +22,7 @@ from .stopping import EarlyStopping
 
 @dataclass
 class TrainState:
-    """The parts of one training run on this rank. Only `step` is ever rebound."""
+    """The parts of one training run on this rank. Only `step` is ever rebound, and `masks` by `load`."""
 
     model: PretrainingModel
     """The bare model: what is saved."""
@@ -42,8 +43,12 @@ class TrainState:
     """Images of every rank's batch, the same in every step; None: the ranks agree on them anew in each."""
     stopping: EarlyStopping | None = None
     """What early stopping has seen; None without it."""
+    masks: WeightMasks | None = None
+    """The encoder's pruned weights, held at zero; None where nothing was pruned."""
     step: int = 0
     """Optimiser steps done."""
+    looked: int = 0
+    """The last step that validation has looked at; a run may leave between a step and its look."""
 
     def parameters(self) -> list[nn.Parameter]:
         """All that is trained: the model's, then the loss's own (a learned temperature)."""
@@ -65,19 +70,26 @@ class TrainState:
             tensors["queue"] = dict(self.queue.state_dict())
         if self.ema is not None:
             tensors["ema"] = self.ema.state_dict()
+        if self.masks is not None:
+            tensors["masks"] = self.masks.packed()
         return tensors
 
     def numbers(self) -> dict[str, Any]:
         """The plain part of a checkpoint: what `tensors` does not hold."""
-        return {"step": self.step} | ({} if self.stopping is None else {"stopping": self.stopping.state()})
+        return {"step": self.step, "looked": self.looked} | (
+            {} if self.stopping is None else {"stopping": self.stopping.state()}
+        )
 
     def best_steps(self) -> list[int]:
         """Steps whose checkpoints must outlive newer ones: the best that early stopping has seen."""
         return [] if self.stopping is None or self.stopping.best_at is None else [self.stopping.best_at]
 
     def load(self, tensors: dict[str, dict[str, Tensor]], numbers: dict[str, Any]) -> None:
-        """Go back to what `tensors` and `numbers` returned (same model, same number of ranks)."""
+        """Go back to what `tensors` and `numbers` returned (same model). Ranks that did not exist then keep their
+        generators as they are."""
         self.model.load_state_dict(tensors["model"])
+        if "masks" in tensors:  # a pruned model stays pruned, whoever goes on with it
+            self.masks = WeightMasks.unpacked(self.model.encoder, tensors["masks"])
         self.objective.load_state_dict(tensors.get("objective", {}))
         if self.queue is not None:
             self.queue.load_state_dict(tensors["queue"])
@@ -85,13 +97,15 @@ class TrainState:
             self.ema.load_state_dict(tensors["ema"])
         _load_optimiser(self._named_parameters(), self.optimiser, tensors["optimizer"])
         own = {name.partition(".")[2]: t for name, t in tensors["rng"].items() if name.startswith(f"rank{rank()}.")}
-        torch.set_rng_state(own["torch"])
-        self.views.load_state(own["views"])
+        if own:  # a rank that did not exist when this was saved has none
+            torch.set_rng_state(own["torch"])
+            self.views.load_state(own["views"])
         if "cuda" in own:
             torch.cuda.set_rng_state(own["cuda"], self.device)
         if self.stopping is not None and "stopping" in numbers:
             self.stopping.load_state(numbers["stopping"])
         self.step = numbers["step"]
+        self.looked = numbers.get("looked", self.step)
 
     def _named_parameters(self) -> dict[str, nn.Parameter]:
         own = {f"objective.{name}": p for name, p in self.objective.named_parameters()}

@@ -15,9 +15,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..collectives import all_sum, gather_objects, world_size
+from ..collectives import all_sum, world_size
 from ..data import Batch
-from ..errors import NonFinite
 from ..phases import BACKWARD, ENCODER, LOSS, PROJECTION, on_gradient, phase
 from .optim import clip_gradients
 from .state import TrainState
@@ -34,7 +33,9 @@ class StepResult:
 
 
 def train_step(state: TrainState, batch: Batch) -> StepResult:
-    """Train on this rank's share of one global batch. Raises NonFinite before the update."""
+    """Train on this rank's share of one global batch. Raises NonFinite as guard.py says."""
+    with phase("guard"):
+        state.guard.begin(state.changing)
     whole = len(batch.images)
     size = state.micro_batch_size or whole
     # drawn once for the whole batch: how it is cut into pieces changes no view
@@ -53,6 +54,8 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
         with phase("queue"):
             state.queue.follow(state.model)
             state.queue.push(torch.cat(keys), batch.labels, state.images_per_rank)
+    with phase("guard"):
+        state.guard.end()
     state.step += 1
     return StepResult(loss, norm, outputs)
 
@@ -60,22 +63,21 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
 def _update(state: TrainState, loss: Tensor, outputs: dict[str, Tensor]) -> Tensor:
     """From gradients to new weights; returns the gradients' norm before clipping."""
     _average_over_ranks(state.objective)
+    if state.masks is not None:
+        state.masks.apply_to_gradients()
     gradients = [p.grad for p in state.parameters() if p.grad is not None]
     norm = torch.nn.utils.get_total_norm(gradients)
-    guard(state, loss, norm, outputs)
+    with phase("guard"):
+        state.guard.check(state.step + 1, loss, norm, outputs)
     if state.clip_norm is not None:
         clip_gradients(gradients, norm, state.clip_norm)
     state.optimiser.step()
+    if state.masks is not None:
+        state.masks.apply_to_weights()
     state.optimiser.zero_grad(set_to_none=True)
     if state.ema is not None:
         state.ema.update()
     return norm
-
-
-def guard(state: TrainState, loss: Tensor, norm: Tensor, outputs: dict[str, Tensor]) -> None:
-    """Raise NonFinite, on all ranks, unless loss and gradients (their `norm`) are finite. Reads from the device."""
-    if not torch.isfinite(loss + norm):
-        _raise_non_finite(state, loss, outputs)
 
 
 Passed = tuple[Tensor, dict[str, Tensor], list[Tensor]]
@@ -169,14 +171,3 @@ def _average_over_ranks(objective: nn.Module) -> None:
     for p in objective.parameters():
         if p.grad is not None and world_size() > 1:
             p.grad.copy_(all_sum(p.grad) / world_size())
-
-
-def _raise_non_finite(state: TrainState, loss: Tensor, outputs: dict[str, Tensor]) -> None:
-    # Loss and averaged gradients are equal on all ranks, so all of them come here and may talk.
-    finite = gather_objects(all(bool(torch.isfinite(out).all()) for out in outputs.values()))
-    broken = [str(r) for r, ok in enumerate(finite) if not ok]
-    what = f"outputs of rank {', '.join(broken)}" if broken else "gradients" if loss.isfinite() else "loss"
-    raise NonFinite(
-        f"step {state.step}: {what} became NaN or Inf (loss {float(loss):g}); stopped before the update. "
-        "Lower optim.lr, warm up longer, or try train.precision=fp32"
-    )

@@ -18,16 +18,18 @@ LAYERS = [
     {"runtime"},
     {"phases"},
     {"collectives"},
-    {"data", "models", "losses"},
+    {"data", "models", "losses", "pruning"},
     {"training"},
     {"evaluation"},
+    {"export"},
     {"bench"},
-    {"cli_bench", "cli_checkpoints"},
+    {"cli_start", "cli_progress"},
+    {"cli_bench", "cli_checkpoints", "cli_export", "cli_prune"},
     {"cli"},
     {"__main__"},
 ]
-NEVER_SEE_A_CONFIG = {"data", "models", "losses", "collectives", "phases", "runtime"}
-OPTIONAL = {"ffcv", "nvidia", "deepspeed", "submitit", "triton", "plotly"}
+NEVER_SEE_A_CONFIG = {"data", "models", "losses", "pruning", "collectives", "phases", "runtime"}
+OPTIONAL = {"ffcv", "nvidia", "deepspeed", "submitit", "triton", "plotly", "onnx", "onnxruntime", "onnxscript"}
 
 
 def part_of(path: Path) -> str:
