@@ -20,7 +20,7 @@ from .cli_progress import progress_bars
 from .cli_prune import prune
 from .cli_start import started
 from .config import Config, load_config, schema_rows, to_yaml
-from .errors import CorruptSample, HpcSupconError, Preempted
+from .errors import CorruptSample, HpcSupconError, Preempted, RankLost
 
 if TYPE_CHECKING:
     from .runtime import Runtime
@@ -232,7 +232,7 @@ def main(arguments: list[str] | None = None) -> None:
     except HpcSupconError as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        elif _speaks():
+        elif _speaks() or isinstance(error, RankLost):
             kind = "" if isinstance(error, Preempted) else "error: "
             sys.stderr.write(f"hpc-supcon: {kind}{error}\n")
         sys.exit(error.exit_code)

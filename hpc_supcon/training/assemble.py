@@ -33,6 +33,7 @@ from ..runtime import Runtime
 from .ema import WeightAverage
 from .engine import autocast, distribute, place
 from .fit import Plan
+from .guard import Guard
 from .momentum import MomentumQueue
 from .objective import PAIRED, RESPONSE, Objective, build_head, heads_of, kind_of, response_term
 from .optim import OPTIMISER_SETTINGS, build_optimiser, learning_rate
@@ -215,6 +216,7 @@ def build_state(
         ),
         views=views.to(runtime.device),
         objective=objective,
+        guard=Guard(runtime.device),
         autocast=partial(autocast, runtime.device, config.train.precision),
         device=runtime.device,
         queue=queue,

@@ -29,7 +29,7 @@ def distribute(model: nn.Module, runtime: Runtime, *, sync_bn: bool) -> nn.Modul
     options: dict[str, Any] = {"gradient_as_bucket_view": True}
     if runtime.device.type == "cuda":
         options["device_ids"] = [runtime.device]
-    if torch.are_deterministic_algorithms_enabled():
+    if torch.are_deterministic_algorithms_enabled() and runtime.world_size > 2:
         # Else the second step of a process lays gradients out anew, in the order in which they came in the first. An
         # all-reduce of three or more ranks adds by position: the first step after a resume would round differently.
         options["find_unused_parameters"] = True

@@ -137,6 +137,7 @@ def fit(
                 meter.add(result.loss)
                 leaving = watch.edge(state.step) and state.step < plan.steps
                 if state.step % plan.log_every == 0 or state.step == plan.steps:
+                    state.guard.settle()
                     numbers = meter.read(plan.steps - state.step)
                     more = _details(state, loader, batch, result, plan)
                     log.log("train", state.step, epoch=epoch, lr=lr, **numbers, **more)

@@ -8,8 +8,7 @@ selection between the state before and after, and the host reads the answer one 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -37,11 +36,11 @@ class Guard:
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
         self._pending: int | None = None
 
-    def begin(self, state: Iterable[Tensor]) -> None:
-        """`state`: all that this step may change."""
+    def begin(self, changing: Callable[[], list[Tensor]]) -> None:
+        """`changing()`: all tensors on the device that this step may change, each once; called where it is needed."""
         if not self._deferred:
             return
-        self._state = list(state)
+        self._state = changing()
         if [t.shape for t in self._before] != [t.shape for t in self._state]:  # the optimiser's after the first step
             self._before = [torch.empty_like(t) for t in self._state]
         torch._foreach_copy_(self._before, self._state)
@@ -88,16 +87,6 @@ class Guard:
             self._copied.synchronize()
         if self._read[0]:
             _stop(step, bool(self._read[1]), None)
-
-
-def state_of(model: torch.nn.Module, optimiser: torch.optim.Optimizer, *more: Any) -> list[Tensor]:
-    """Every tensor of model, optimiser and `more` modules on the model's device."""
-    tensors = [*model.parameters(), *model.buffers()]
-    for module in more:
-        tensors += [*module.parameters(), *module.buffers()]
-    slots = [t for slots in optimiser.state.values() for t in slots.values() if isinstance(t, Tensor)]
-    device = tensors[0].device
-    return [t.detach() for t in [*tensors, *slots] if t.device == device and t.numel()]
 
 
 def _stop(step: int, here: bool, loss: Tensor | None) -> None:

@@ -208,7 +208,7 @@ def _resume(state: TrainState, folder: Path, runtime: Runtime, config: Config) -
         with checkpoint.understood(path):
             state.load(found.tensors, found.state)
         if runtime.rank >= saved_world:
-            _seed_new_rank(state, config.seed, runtime.rank)
+            _seed_new_rank(state, config, found.state, runtime)
     if runtime.is_main:
         changed = saved_world != runtime.world_size
         note = f" (saved by {saved_world} ranks, going on with {runtime.world_size})" if changed else ""
@@ -216,11 +216,12 @@ def _resume(state: TrainState, folder: Path, runtime: Runtime, config: Config) -
     return True
 
 
-def _seed_new_rank(state: TrainState, seed: int, rank: int) -> None:
+def _seed_new_rank(state: TrainState, config: Config, description: dict[str, Any], runtime: Runtime) -> None:
     """Generators of a rank that did not exist when the checkpoint was saved: from seed, rank and step, so that
     nothing is drawn again that a rank of this number may have drawn earlier in the run."""
-    seed_everything(seed, rank, state.step)
-    state.views.reseed([seed, 1, rank, state.step])
+    seed_everything(config.seed, runtime.rank, state.step)
+    views = assemble.build_views(config, description, runtime, stream=VIEWS_STREAM + state.step)
+    state.views.load_state(views.to(runtime.device).state())
 
 
 def _checkpoint_writer(config: Config, folder: Path, runtime: Runtime) -> CheckpointWriter:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ from ..data import Views
 from ..models import PretrainingModel
 from ..pruning import WeightMasks
 from .ema import WeightAverage
+from .guard import Guard
 from .momentum import MomentumQueue
 from .objective import Objective
 from .stopping import EarlyStopping
@@ -45,6 +46,7 @@ class TrainState:
     """What early stopping has seen; None without it."""
     masks: WeightMasks | None = None
     """The encoder's pruned weights, held at zero; None where nothing was pruned."""
+    guard: Guard = field(default_factory=lambda: Guard(torch.device("cpu")))
     step: int = 0
     """Optimiser steps done."""
     looked: int = 0
@@ -58,7 +60,11 @@ class TrainState:
         return None if self.queue is None else self.queue.columns()
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Tensors by checkpoint file. Collective: every rank's generators are in `rng`."""
+        """Tensors by checkpoint file. Collective: every rank's generators are in `rng`.
+
+        Raises NonFinite where the last step was not finite: nothing of it is saved.
+        """
+        self.guard.settle()
         tensors = {
             "model": dict(self.model.state_dict()),
             "optimizer": _optimiser_tensors(self._named_parameters(), self.optimiser),
@@ -106,6 +112,14 @@ class TrainState:
             self.stopping.load_state(numbers["stopping"])
         self.step = numbers["step"]
         self.looked = numbers.get("looked", self.step)
+
+    def changing(self) -> list[Tensor]:
+        """All tensors on the device that a step may change: what of a step that was not finite is taken back."""
+        modules = [m for m in (self.model, self.objective, self.queue) if m is not None]
+        tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
+        tensors += [t for slots in self.optimiser.state.values() for t in slots.values() if isinstance(t, Tensor)]
+        tensors += [] if self.ema is None else self.ema.averages()
+        return [t.detach() for t in tensors if t.device.type == self.device.type and t.numel()]
 
     def _named_parameters(self) -> dict[str, nn.Parameter]:
         own = {f"objective.{name}": p for name, p in self.objective.named_parameters()}

@@ -27,7 +27,8 @@ GRACE_S = 5.0
 """A rank that gives up waits so long for the others' stacks."""
 STACKS = "stacks"
 
-_ending = threading.Lock()
+ending = threading.Lock()
+"""Held while stacks are written, and for ever by whoever ends this process."""
 
 
 class _Clock:
@@ -189,7 +190,7 @@ def give_up(watch: Watch, why: str, *, told: bool = False) -> NoReturn:
 
     told: the others know already.
     """
-    with _ending:  # never released
+    with ending:
         path = write_stacks(watch, why)
         if not told:
             say(f"error: {why}; all ranks end; stacks: {path}; start again with --resume")
@@ -208,12 +209,16 @@ def give_up(watch: Watch, why: str, *, told: bool = False) -> NoReturn:
 
 def _tell(board: Callable[[], Board], why: str, silent: list[int]) -> None:
     """Tell the others, wait for their stacks; `silent` keeps the ranks of whom nothing is heard."""
-    with suppress(RuntimeError):
+    try:
         mine = board()
         mine.post(LOST, why)
         mine.write("stacks", "yes")
         _wait_for(mine, "stacks", range(mine.world_size))
         silent[:] = [rank for rank in silent if mine.own("stacks", [rank]) is None]
+        if mine.rank == 0:
+            time.sleep(TICK_S)  # the store may be here: the others leave first
+    except RuntimeError:  # rank 0 has gone, having waited for all, or was lost, which each sees for itself
+        silent.clear()
 
 
 def _neighbours(watch: Watch, ranks: Iterable[int]) -> list[int]:

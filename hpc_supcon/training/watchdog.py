@@ -13,7 +13,7 @@ from ..runtime import Runtime
 from . import preempt
 from .board import Board, who
 from .watch import Watch, make_current
-from .watch_threads import Messenger, Watcher, write_stacks
+from .watch_threads import Messenger, Watcher, ending, write_stacks
 
 
 @contextmanager
@@ -56,7 +56,8 @@ def connected(watch: Watch, runtime: Runtime) -> Iterator[None]:
         if not _is_broken_connection(error):
             raise
         reason = str(error).strip().splitlines()[0]
-        path = write_stacks(watch, reason, error)
+        with ending:
+            path = write_stacks(watch, reason, error)
         raise RankLost(
             f"rank {watch.rank}: another rank was lost ({watch.phase_now.name}, after step {watch.step}: "
             f"{reason:.160}); stack: {path}; start again with --resume"

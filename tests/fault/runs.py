@@ -31,7 +31,7 @@ GONE_S = 150
 class Run:
     """Ranks of one run; `said` is what all of them wrote to stderr."""
 
-    def __init__(self, ranks, folder, *more, fault="", stage="pretrain", main=None):
+    def __init__(self, ranks, folder, *more, fault="", stage="pretrain", main=None, environment=None):
         self.folder, self._said = folder, folder.with_suffix(".stderr")
         self._said.unlink(missing_ok=True)
         arguments = [stage, "default", *SETTINGS, f"run_dir={folder}", *more]
@@ -39,8 +39,9 @@ class Run:
             port = free.getsockname()[1]
         context = multiprocessing.get_context("forkserver")
         self.ranks = []
+        given = {"HPC_SUPCON_FAULT": fault, **(environment or {})}
         for rank in range(ranks):
-            environment = {"HPC_SUPCON_FAULT": fault}
+            environment = given
             if ranks > 1:
                 world = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "RANK": rank, "LOCAL_RANK": rank}
                 environment |= world | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}

@@ -44,16 +44,21 @@ def served(folder, from_step, to_step):
 
 
 @pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 3), (2, 4)])
-def test_every_sample_of_the_epoch_is_still_served_exactly_once(tmp_path, monkeypatch, before, after):
+def test_every_sample_of_the_epoch_is_still_served_exactly_once(tmp_path, before, after):
     folder, parts = tmp_path / "r", [tmp_path / "before", tmp_path / "after"]
     for part in parts:
         part.mkdir()
-    monkeypatch.setenv("SERVED", str(parts[0]))
-    run(before, folder, fault="usr2@step=8", code=75, main=noting_what_is_served)
+    run(
+        before,
+        folder,
+        fault="usr2@step=8",
+        code=75,
+        main=noting_what_is_served,
+        environment={"SERVED": str(parts[0])},
+    )
     left = newest(folder)
     assert left % STEPS_PER_EPOCH, "in the middle of an epoch"
-    monkeypatch.setenv("SERVED", str(parts[1]))
-    said = run(after, folder, "--resume", ALLOWED, main=noting_what_is_served)
+    said = run(after, folder, "--resume", ALLOWED, main=noting_what_is_served, environment={"SERVED": str(parts[1])})
     assert f"saved by {before} ranks, going on with {after}" in said
     batches = served(parts[0], 1, left) | served(parts[1], left + 1, STEPS)
     assert sorted(batches) == list(range(1, STEPS + 1))
