@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from .errors import HpcSupconError
+from .phases import phase
 
 T = TypeVar("T")
 
@@ -45,7 +46,8 @@ def all_sum(value: Tensor) -> Tensor:
     """Sum of `value` over ranks (any shape, the same on every rank); a new tensor without gradient."""
     total = value.detach().clone()
     if world_size() > 1:
-        dist.all_reduce(total)
+        with phase("gather"):
+            dist.all_reduce(total)
     return total
 
 
@@ -67,8 +69,11 @@ def gather_rows(x: Tensor, rows: list[int] | None = None) -> Tensor:
     x = x.detach()
     if world_size() == 1:
         return x
-    if rows is None:
-        rows = gather_sizes(x)
+    with phase("gather"):
+        return _gather_rows(x, rows if rows is not None else gather_sizes(x))
+
+
+def _gather_rows(x: Tensor, rows: list[int]) -> Tensor:
     largest = max(rows)
     if all(n == largest for n in rows):
         out = x.new_empty((len(rows) * largest, *x.shape[1:]))

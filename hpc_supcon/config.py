@@ -34,6 +34,8 @@ NEUTRAL = (
     "train.compile",
     "train.cuda_graphs",
     "train.activation_checkpointing",
+    "train.profile",
+    "train.gc_every_steps",
     "checkpoint",
     "log",
     "probe",

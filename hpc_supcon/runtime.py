@@ -246,11 +246,15 @@ def seed_everything(seed: int, rank: int, step: int = 0) -> None:
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """True where bf16 is computed natively, not emulated."""
+    """True where training in bf16 is faster than in fp32: on GPUs since Ampere, on CPUs with matrix units (AMX).
+
+    AVX-512's bf16 instructions alone speed the forward pass up, but the convolutions' backward pass takes two to
+    three times as long as in fp32.
+    """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     try:
         flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("flags")[2].partition("\n")[0]
     except OSError:
         return False
-    return "avx512_bf16" in flags or "amx_bf16" in flags
+    return "amx_bf16" in flags

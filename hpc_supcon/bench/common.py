@@ -1,10 +1,11 @@
-"""What the benchmarks share: the machine they ran on."""
+"""What the benchmarks share: the machine they ran on, and its memory."""
 
 from __future__ import annotations
 
 import platform
 import subprocess
 import time
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,3 +44,20 @@ def machine(device: str) -> dict[str, Any]:
         "torch": torch.__version__,
         "matmul_tflops": matmul_rate(device),
     }
+
+
+def resident(field: str) -> int:
+    """VmRSS, VmHWM (its high-water mark) or VmData of this process, in bytes."""
+    return _kilobytes(Path("/proc/self/status"), field)
+
+
+def memory_available() -> int:
+    """Bytes that this machine's processes could still take."""
+    return _kilobytes(Path("/proc/meminfo"), "MemAvailable")
+
+
+def _kilobytes(file: Path, field: str) -> int:
+    for line in file.read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"{file} has no {field}")

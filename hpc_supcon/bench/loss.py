@@ -26,7 +26,7 @@ from torch import Tensor
 
 from ..errors import MissingExtra
 from ..losses import SupConLoss
-from .common import machine, wait_for
+from .common import machine, resident, wait_for
 
 TEMPERATURE = 0.1
 CLASSES = 100
@@ -95,14 +95,6 @@ def one_call(loss: Loss, z: Tensor, labels: Tensor) -> tuple[float, float]:
     return time.perf_counter() - start, float(value.detach())
 
 
-def _resident(field: str) -> int:
-    """VmRSS or VmHWM of this process in bytes."""
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith(field + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {field}")
-
-
 def _cpu_memory(name: str, n: int, d: int, threads: int, answer: Any) -> None:
     torch.set_num_threads(threads)
     loss = contender(name)
@@ -110,10 +102,10 @@ def _cpu_memory(name: str, n: int, d: int, threads: int, answer: Any) -> None:
     if name == "compiled":
         one_call(loss, *make_batch(n, d, "cpu"))
     z, labels = make_batch(n, d, "cpu")
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     one_call(loss, z, labels)
-    answer.put(_resident("VmHWM") - before)
+    answer.put(resident("VmHWM") - before)
 
 
 def peak_extra(name: str, n: int, d: int, device: str) -> int:

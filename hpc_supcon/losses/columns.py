@@ -41,13 +41,15 @@ class _UnitRows(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         u, scale, inverse_length, order = ctx.saved_tensors
         grad = torch.empty_like(u)
-        grad_scale = torch.zeros_like(scale)
+        # Only for a learned temperature: otherwise `scale` is on the CPU, and its gradient a wait for the device.
+        grad_scale = torch.zeros_like(scale) if ctx.needs_input_grad[2] else None
         # By pieces: whole temporaries would double the memory of the backward pass at large N.
         for start in range(0, u.shape[0], _PIECE):
             piece = slice(start, start + _PIECE)
             g = grads[0][piece]
             radial = (g * u[piece]).sum(1, keepdim=True)
-            grad_scale += (radial.sum() / scale).to(scale)
+            if grad_scale is not None:
+                grad_scale += (radial.sum() / scale).to(scale)
             part = torch.addcmul(g, u[piece], radial / -(scale * scale)).mul_(inverse_length[piece] * scale)
             if order is None:
                 grad[piece] = part

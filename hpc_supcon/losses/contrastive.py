@@ -49,7 +49,12 @@ class _Contrastive(nn.Module):
         return self._temperature if self.log_temperature is None else self.log_temperature.exp()
 
     def _statistics(
-        self, features: Tensor, labels: Tensor | None, queue: Queue | None, inverse: bool = False
+        self,
+        features: Tensor,
+        labels: Tensor | None,
+        queue: Queue | None,
+        rows_per_rank: list[int] | None,
+        inverse: bool = False,
     ) -> PairwiseStats:
         return pairwise_stats(
             features,
@@ -61,6 +66,7 @@ class _Contrastive(nn.Module):
             queue=queue,
             validate=self.validate,
             precision=self.precision,
+            rows_per_rank=rows_per_rank,
         )
 
     def _mean(self, per_anchor: Tensor, stats: PairwiseStats, features: Tensor) -> Tensor:
@@ -102,12 +108,19 @@ class SupConLoss(_Contrastive):
             raise ConfigError(f"base_temperature must be positive, or null for no factor; got {base_temperature}")
         self.form, self.base_temperature = form, base_temperature
 
-    def forward(self, features: Tensor, labels: Tensor | None = None, queue: Queue | None = None) -> Tensor:
+    def forward(
+        self,
+        features: Tensor,
+        labels: Tensor | None = None,
+        queue: Queue | None = None,
+        rows_per_rank: list[int] | None = None,
+    ) -> Tensor:
         """features [B, V, D] or [N, D], labels [B] or [N] or None (an image's views) -> 0-dim loss.
 
-        `queue`: (past embeddings [Q, D], labels [Q]), more columns without gradient. Raises LossInputError.
+        `queue`: (past embeddings [Q, D], labels [Q]), more columns without gradient. `rows_per_rank`: see
+        `pairwise_stats`. Raises LossInputError.
         """
-        stats = self._statistics(features, labels, queue)
+        stats = self._statistics(features, labels, queue, rows_per_rank)
         per_anchor = torch.logaddexp(stats.log_pos, stats.log_neg)
         if self.form == "out":
             per_anchor = per_anchor - stats.mean_pos
@@ -136,9 +149,15 @@ class TCLLoss(_Contrastive):
                 raise ConfigError(f"{name} must be a finite number >= 0; got {value}")
         self.k1, self.k2 = k1, k2
 
-    def forward(self, features: Tensor, labels: Tensor | None = None, queue: Queue | None = None) -> Tensor:
+    def forward(
+        self,
+        features: Tensor,
+        labels: Tensor | None = None,
+        queue: Queue | None = None,
+        rows_per_rank: list[int] | None = None,
+    ) -> Tensor:
         """As SupConLoss.forward."""
-        stats = self._statistics(features, labels, queue, inverse=self.k1 > 0)
+        stats = self._statistics(features, labels, queue, rows_per_rank, inverse=self.k1 > 0)
         return self._mean(log_denominator(stats, self.k1, self.k2) - stats.mean_pos, stats, features)
 
 
@@ -162,7 +181,13 @@ class SimCLRLoss(_Contrastive):
     def __init__(self, temperature: float = 0.5, backend: str = "auto", **engine: Any) -> None:
         super().__init__(temperature, backend=backend, **engine)
 
-    def forward(self, features: Tensor, labels: Tensor | None = None, queue: Queue | None = None) -> Tensor:
+    def forward(
+        self,
+        features: Tensor,
+        labels: Tensor | None = None,
+        queue: Queue | None = None,
+        rows_per_rank: list[int] | None = None,
+    ) -> Tensor:
         """features [B, V, D], V >= 2 -> 0-dim loss."""
-        stats = self._statistics(features, None, None if queue is None else (queue[0], None))
+        stats = self._statistics(features, None, None if queue is None else (queue[0], None), rows_per_rank)
         return self._mean(torch.logaddexp(stats.log_pos, stats.log_neg) - stats.mean_pos, stats, features)

@@ -41,21 +41,28 @@ def prepare(
     gather: bool = True,
     validate: bool = True,
     queue: Queue | None = None,
+    rows_per_rank: list[int] | None = None,
 ) -> Anchors:
     """Flatten views, number the images where labels are missing, and check everything on every rank.
 
     features [B, V, D] or [N, D]; labels [B] or [N] of an integer dtype. Without labels the views of an
     image are its positives, which needs [B, V, D] with V >= 2. `validate` looks for NaN and Inf (one read
     from the device); shapes and dtypes are always checked. Raises LossInputError, the same on all ranks.
+
+    `rows_per_rank`: rows (images times views) of every rank, where the caller knows that all ranks know the
+    same, that dtype and feature dimension are equal and queues equally long. Then nothing is exchanged here and
+    no number comes back from the device; an error is this rank's alone.
     """
     spans_ranks = gather and collectives.world_size() > 1
     error = _find_error(features, labels, queue, validate)
-    if not spans_ranks:
+    if spans_ranks and rows_per_rank is None:
+        counts = _agree(features, queue, error)
+    else:
         if error is not None:
             raise error
         counts = [_counts(features, queue)]
-    else:
-        counts = _agree(features, queue, error)
+        if spans_ranks and rows_per_rank is not None:
+            counts = _counts_of_ranks(counts[0], rows_per_rank)
     images_before = sum(row[0] for row in counts[: collectives.rank()]) if spans_ranks else 0
     views = features.shape[1] if features.ndim == 3 else 1
     if labels is None:
@@ -73,6 +80,18 @@ def _counts(features: Tensor, queue: Queue | None) -> list[int]:
     """[images, rows, queue columns] of this rank."""
     rows = features.numel() // features.shape[-1]
     return [features.shape[0], rows, 0 if queue is None else queue[0].shape[0]]
+
+
+def _counts_of_ranks(own: list[int], rows_per_rank: list[int]) -> list[list[int]]:
+    """`_counts` of every rank, from the rows that the caller says they have."""
+    images, rows, columns = own
+    if len(rows_per_rank) != collectives.world_size() or rows_per_rank[collectives.rank()] != rows:
+        raise LossInputError(
+            f"rows_per_rank={rows_per_rank} is not true: rank {collectives.rank()} of {collectives.world_size()} "
+            f"has {rows} rows; leave it out where the ranks' batches differ"
+        )
+    views = rows // images if images else 1
+    return [[n // views, n, columns] for n in rows_per_rank]
 
 
 def _find_error(

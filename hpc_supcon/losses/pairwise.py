@@ -27,7 +27,9 @@ PRECISIONS = ("auto", "bf16", "tf32", "ieee")
 # exp(1 / tau) summed over millions of columns stays inside fp32 down to the first, inside fp64 to the second.
 FP32_TEMPERATURE = 0.025
 MIN_TEMPERATURE = 0.002
-_SMALL, _LARGE = 512, 1024
+# Columns up to which the dense backend is the fastest; on CUDA the kernels need many rows to fill the device,
+# and `tiled` would wait for it.
+_SMALL_ON_CPU, _SMALL_ON_CUDA = 128, 1023
 
 
 @dataclass(frozen=True)
@@ -70,6 +72,7 @@ def pairwise_stats(
     validate: bool = True,
     precision: str = "auto",
     tile: int = tiled.TILE,
+    rows_per_rank: list[int] | None = None,
 ) -> PairwiseStats:
     """The streamed numbers of every local anchor: all a contrastive loss is made of.
 
@@ -78,7 +81,9 @@ def pairwise_stats(
     With `gather`, under an initialised process group, the columns are the rows of all ranks (their
     numbers may differ) and every rank must call this. `queue` = (past embeddings [Q, D], labels [Q] or
     None for negatives only): more columns, without gradient. `precision` is that of the Triton tiles
-    (auto: bf16 for half-precision features, else tf32); `tile` the edge of the torch tiles.
+    (auto: bf16 for half-precision features, else tf32); `tile` the edge of the torch tiles. `rows_per_rank`:
+    rows (images times views) of every rank where all ranks know them, which saves a message and a wait for the
+    device in every call (see `inputs.prepare`).
 
     A new loss in five lines; here decoupled contrastive learning (Yeh et al., ECCV 2022): no positives in
     the denominator:
@@ -94,7 +99,7 @@ def pairwise_stats(
     check_choices(backend, precision)
     tau = _number(temperature)
     check_temperature(tau)
-    anchors = prepare(features, labels, gather=gather, validate=validate, queue=queue)
+    anchors = prepare(features, labels, gather=gather, validate=validate, queue=queue, rows_per_rank=rows_per_rank)
     with torch.autocast(features.device.type, enabled=False):
         dtype = compute_dtype(features, tau)
         exact_tau = torch.as_tensor(temperature, dtype=torch.float64)
@@ -164,11 +169,9 @@ def choose_backend(backend: str, anchors: Anchors, features: Tensor, tau: float)
         raise MissingExtra("backend 'triton' needs the package triton: pip install triton")
     if backend != "auto":
         return backend
-    if columns <= _SMALL:
+    if columns <= (_SMALL_ON_CUDA if features.is_cuda else _SMALL_ON_CPU):
         return "reference"
-    if features.is_cuda and columns >= _LARGE and fits_triton and _has_triton():
-        return "triton"
-    return "tiled"
+    return "triton" if features.is_cuda and fits_triton and _has_triton() else "tiled"
 
 
 def check_choices(backend: str, precision: str = "auto") -> None:

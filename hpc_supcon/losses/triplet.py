@@ -53,14 +53,18 @@ class TripletLoss(nn.Module):
         self.stats: dict[str, Tensor] = {}
 
     def forward(
-        self, features: Tensor, labels: Tensor | None = None, generator: torch.Generator | None = None
+        self,
+        features: Tensor,
+        labels: Tensor | None = None,
+        generator: torch.Generator | None = None,
+        rows_per_rank: list[int] | None = None,
     ) -> Tensor:
         """features [B, V, D] or [N, D], labels [B] or [N] or None (an image's views) -> 0-dim loss.
 
         `generator` draws the random positives and negatives of this rank; None is torch's global one.
-        Raises LossInputError, the same on every rank.
+        `rows_per_rank`: see `pairwise_stats`. Raises LossInputError, the same on every rank.
         """
-        anchors = prepare(features, labels, gather=self.gather, validate=self.validate)
+        anchors = prepare(features, labels, gather=self.gather, validate=self.validate, rows_per_rank=rows_per_rank)
         with torch.autocast(features.device.type, enabled=False):
             own = anchors.rows if features.dtype == torch.float64 else anchors.rows.float()
             rows, row_labels = own, anchors.labels

@@ -172,6 +172,15 @@ class TrainConfig(Section):
         description="evaluate an exponential moving average of the weights with this decay per step; null: the "
         "weights themselves"
     )
+    profile: Count | None = Field(
+        description="measure where the time of a step goes over this many steps, after 5 of warm-up, and write a "
+        "profiler trace of 3 more into RUN_DIR/profile; null: never",
+        json_schema_extra={"unit": "steps"},
+    )
+    gc_every_steps: Count | None = Field(
+        description="Python's garbage is collected at every n-th step, on all ranks at once; null: when Python likes",
+        json_schema_extra={"unit": "steps"},
+    )
     allow_world_size_change: bool = Field(
         description="resume on another number of ranks: the same batches go on, but random views differ, and so do "
         "the last bits; false: an error"

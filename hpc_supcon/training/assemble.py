@@ -236,6 +236,8 @@ def build_state(
         ema=ema,
         clip_norm=optim.clip_norm,
         micro_batch_size=train.micro_batch_size,
+        # training orders share every global batch equally, and drop the last one that is not whole
+        images_per_rank=[config.data.batch_size // runtime.world_size] * runtime.world_size,
     )
 
 

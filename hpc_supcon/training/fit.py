@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..collectives import gather_objects
 from ..data import Batch, Loader, replaced_everywhere
+from ..phases import phase
 from .memory import memory_advice
 from .metrics import MetricLog, ProgressLine
 from .state import TrainState
@@ -56,7 +57,8 @@ class Meter:
         iterator = iter(batches)
         while True:
             asked = time.perf_counter()
-            batch = next(iterator, None)
+            with phase("data"):
+                batch = next(iterator, None)
             self._waited += time.perf_counter() - asked
             if batch is None:
                 return
@@ -94,13 +96,15 @@ def fit(
     save: Callable[[TrainState], None],
     validate: Callable[[TrainState], dict[str, float]] | None = None,
     hold: Callable[[TrainState], Callable[[], None]] | None = None,
+    stepped: Callable[[int], None] = lambda step: None,
 ) -> bool:
     """Train from `state.step` to `plan.steps`, or until `state.stopping` has seen enough.
 
     True when it was asked to leave (see watch.py) and did so earlier, having saved. `hold(state)`, collective,
-    returns what saves the state of now, from any thread.
+    returns what saves the state of now, from any thread. `stepped` is told of every step once all that belongs
+    to it is done, in the same order on all ranks.
 
-    Raises NonFinite, OutOfMemory, and what loader, `validate` and `save` raise.
+    Raises NonFinite, OutOfMemory, and what loader, `validate`, `save` and `stepped` raise.
     """
     state.parallel.train()
     meter, watch = Meter(plan.images_per_step), current()
@@ -140,6 +144,7 @@ def fit(
                     log.log("train", state.step, epoch=epoch, lr=lr, **numbers, **more)
                     progress.update(state.step, numbers)
                 settle()
+                stepped(state.step)
                 if leaving or _done(state, plan):
                     break
             progress.epoch_done(epoch + 1, numbers or meter.read(plan.steps - state.step))
@@ -152,6 +157,7 @@ def _done(state: TrainState, plan: Plan) -> bool:
     return state.step >= plan.steps or (state.stopping is not None and state.stopping.stop)
 
 
+@phase("validation")
 def _look(
     state: TrainState, validate: Callable[[TrainState], dict[str, float]], log: MetricLog, progress: ProgressLine
 ) -> bool:

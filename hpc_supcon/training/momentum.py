@@ -46,13 +46,16 @@ class MomentumQueue(nn.Module):
         return self.key_model(views[:, :1])["projection"][:, 0].float()
 
     @torch.no_grad()
-    def push(self, keys: Tensor, labels: Tensor) -> None:
-        """Put the keys [B, D] of all ranks in the place of the oldest ones. Collective."""
-        keys, labels = gather_rows(keys), gather_rows(labels)
+    def push(self, keys: Tensor, labels: Tensor, images_per_rank: list[int] | None = None) -> None:
+        """Put the keys [B, D] of all ranks in the place of the oldest ones. Collective.
+
+        images_per_rank: B of every rank, where it is known (saves a message and a wait for the device).
+        """
+        keys, labels = gather_rows(keys, images_per_rank), gather_rows(labels, images_per_rank)
         size = len(self.labels)
         start = int(self.pushed) + max(0, len(keys) - size)
         keys, labels = keys[-size:], labels[-size:]
-        places = (torch.arange(len(keys)) + start).remainder(size).to(keys.device)
+        places = torch.arange(start, start + len(keys), device=keys.device).remainder(size)
         self.features.index_copy_(0, places, keys)
         self.labels.index_copy_(0, places, labels)
         self.pushed.fill_(start + len(keys))

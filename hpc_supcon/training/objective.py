@@ -101,31 +101,53 @@ class Objective(nn.Module):
         return heads_of(self.weights)
 
     def forward(
-        self, outputs: Mapping[str, Tensor], views: Tensor | None, labels: Tensor, queue: Any = None
+        self,
+        outputs: Mapping[str, Tensor],
+        views: Tensor | None,
+        labels: Tensor,
+        queue: Any = None,
+        images_per_rank: list[int] | None = None,
     ) -> Tensor:
-        """outputs[head] [B, V, ...], views [B, V, C, H, W] (for a decoder only), labels [B]."""
-        values = {name: self._term(name, outputs, views, labels, queue) for name in self.weights}
+        """outputs[head] [B, V, ...], views [B, V, C, H, W] (for a decoder only), labels [B].
+
+        images_per_rank: B of every rank, where all of them know it: the ranks then need not agree on it.
+        """
+        values = {name: self._term(name, outputs, views, labels, queue, images_per_rank) for name in self.weights}
         self._last = {name: value.detach() for name, value in values.items()}
         # not sum(): it starts from an integer zero, one more operation for the single loss of most runs
         return reduce(operator.add, [v if self.weights[n] == 1 else self.weights[n] * v for n, v in values.items()])
 
     def _term(
-        self, name: str, outputs: Mapping[str, Tensor], views: Tensor | None, labels: Tensor, queue: Any
+        self,
+        name: str,
+        outputs: Mapping[str, Tensor],
+        views: Tensor | None,
+        labels: Tensor,
+        queue: Any,
+        images_per_rank: list[int] | None,
     ) -> Tensor:
         kind = self.kinds[name]
         output = outputs[kind.head]
         if kind.head in PAIRED:
-            return self.paired(name, output, labels, queue)
+            return self.paired(name, output, labels, queue, images_per_rank)
         return _mean_of_ranks(self.plain(name, output, views, labels))
 
-    def paired(self, name: str, output: Tensor, labels: Tensor, queue: Any = None) -> Tensor:
+    def paired(
+        self,
+        name: str,
+        output: Tensor,
+        labels: Tensor,
+        queue: Any = None,
+        images_per_rank: list[int] | None = None,
+    ) -> Tensor:
         """The global value of a loss that compares images (contrastive or triplet). Collective."""
         compared = labels if self.supervised else None
+        rows = None if images_per_rank is None else [n * output.shape[1] for n in images_per_rank]
         if not self.kinds[name].contrastive:
-            return self.losses[name](output, compared)
+            return self.losses[name](output, compared, rows_per_rank=rows)
         if queue is not None and not self.supervised:
             queue = (queue[0], None)
-        return self.losses[name](output, compared, queue=queue)
+        return self.losses[name](output, compared, queue=queue, rows_per_rank=rows)
 
     def plain(self, name: str, output: Tensor, views: Tensor | None, labels: Tensor) -> Tensor:
         """This rank's mean of a loss that looks at one image at a time (classifier or decoder)."""

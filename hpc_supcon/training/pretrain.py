@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import platform
 import time
-from collections.abc import Callable
-from contextlib import closing, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -20,14 +20,17 @@ from ..config import Config, digest
 from ..data import EvalTransform, build_loader
 from ..errors import Preempted, WorldSizeMismatch
 from ..models import LoadedWeights, PretrainingModel, load_weights
+from ..phases import phase
 from ..pruning import WeightMasks
 from ..runtime import Runtime, seed_everything
 from . import assemble, checkpoint, run_folder
 from .checkpoint_writer import CheckpointWriter
 from .engine import check_engine
 from .fit import fit
+from .garbage import collected_every
 from .metrics import MetricLog, ProgressLine, console
 from .preempt import requested
+from .profile import Breakdown, StepProfile
 from .state import TrainState
 from .validation import VIEWS_STREAM, OnlineProbe, Validate, build_validate, check_validation
 
@@ -106,10 +109,11 @@ def pretrain(
         if shown and config.data.loader == "auto":
             console.print(f"loader: {data.loader} ({data.reason})", soft_wrap=True)
         began = time.perf_counter()
-        left = fit(
-            state, loader, plan, log=log, progress=progress, save=partial(_save, hold), validate=validate,
-            hold=partial(_hold_to_leave, hold, writer),
-        )  # fmt: skip
+        with _at_every_step(config, state, folder, runtime, log) as stepped:
+            left = fit(
+                state, loader, plan, log=log, progress=progress, save=partial(_save, hold), validate=validate,
+                hold=partial(_hold_to_leave, hold, writer), stepped=stepped,
+            )  # fmt: skip
         with together():
             if writer is not None:
                 writer.close()
@@ -117,6 +121,29 @@ def pretrain(
     if left:
         raise Preempted(f"left ({requested()}): saved at step {state.step}; start again with --resume")
     return folder
+
+
+@contextmanager
+def _at_every_step(
+    config: Config, state: TrainState, folder: Path, runtime: Runtime, log: MetricLog
+) -> Iterator[Callable[[int], None]]:
+    """What `fit` calls after every step: garbage collection and, where it is asked for, the profile."""
+
+    def report(found: Breakdown) -> None:
+        log.log("profile", state.step, steps=found.steps, **found.numbers())
+        console.print(found.table())
+
+    steps = config.train.profile
+    into = folder / run_folder.PROFILE if runtime.is_main else None
+    profile = None if steps is None else StepProfile(steps, state.model, runtime.device, into, report)
+
+    def stepped(step: int) -> None:
+        collect(step)
+        if profile is not None:
+            profile.stepped()
+
+    with collected_every(config.train.gc_every_steps) as collect, profile or nullcontext():
+        yield stepped
 
 
 def _begin(start: Start | None, model: PretrainingModel, objective: torch.nn.Module) -> None:
@@ -229,6 +256,7 @@ def _hold(state: TrainState, *, writer: CheckpointWriter | None, description: di
     return write
 
 
+@phase("checkpoint")
 def _save(hold: Callable[[TrainState], Callable[[], None]], state: TrainState) -> None:
     """Collective; a failure is everybody's."""
     write = hold(state)

@@ -10,7 +10,7 @@ from typing import Any
 from ..config import Config, differences, load_config, to_yaml
 from ..errors import RunFolderError
 
-CONFIG, RESULTS, CHECKPOINTS = "config.yaml", "results.json", "checkpoints"
+CONFIG, RESULTS, CHECKPOINTS, PROFILE = "config.yaml", "results.json", "checkpoints", "profile"
 
 
 def is_used(folder: Path) -> bool:

@@ -40,6 +40,8 @@ class TrainState:
     """Largest global norm of the gradients that the optimiser sees; None: any."""
     micro_batch_size: int | None = None
     """Images per piece of the two-pass step; None for one pass."""
+    images_per_rank: list[int] | None = None
+    """Images of every rank's batch, the same in every step; None: the ranks agree on them anew in each."""
     stopping: EarlyStopping | None = None
     """What early stopping has seen; None without it."""
     masks: WeightMasks | None = None

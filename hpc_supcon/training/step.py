@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from ..collectives import all_sum, world_size
 from ..data import Batch
 from ..models import untouched_statistics
+from ..phases import BACKWARD, ENCODER, LOSS, PROJECTION, on_gradient, phase
 from .state import TrainState
 
 
@@ -34,34 +35,47 @@ class StepResult:
 
 def train_step(state: TrainState, batch: Batch) -> StepResult:
     """Train on this rank's share of one global batch. Raises NonFinite as guard.py says."""
-    state.guard.begin(state.changing)
+    with phase("guard"):
+        state.guard.begin(state.changing)
     whole = len(batch.images)
     size = state.micro_batch_size or whole
     # drawn once for the whole batch: how it is cut into pieces changes no view
-    drawn = state.views.draw(whole, *batch.images.shape[-2:])
+    with phase("views"):
+        drawn = state.views.draw(whole, *batch.images.shape[-2:])
     pieces = [slice(a, min(a + size, whole)) for a in range(0, whole, size)]
 
     def views(piece: slice) -> Tensor:
-        return state.views.render(batch.images[piece], state.views.select(drawn, piece))
+        with phase("views"):
+            return state.views.render(batch.images[piece], state.views.select(drawn, piece))
 
     loss, outputs, keys = (_one_pass if len(pieces) == 1 else _two_passes)(state, batch, views, pieces)
+    with phase("optimiser"):
+        norm = _update(state, loss, outputs)
+    if state.queue is not None:
+        with phase("queue"):
+            state.queue.follow(state.model)
+            state.queue.push(torch.cat(keys), batch.labels, state.images_per_rank)
+    with phase("guard"):
+        state.guard.end()
+    state.step += 1
+    return StepResult(loss, norm, outputs)
+
+
+def _update(state: TrainState, loss: Tensor, outputs: dict[str, Tensor]) -> Tensor:
+    """From gradients to new weights; returns the gradients' norm before clipping."""
     _average_over_ranks(state.objective)
     if state.masks is not None:
         state.masks.apply_to_gradients()
     norm = state.engine.gradient_norm()
     if not _overflowed(state, loss, norm):
-        state.guard.check(state.step + 1, loss, norm, outputs)
+        with phase("guard"):
+            state.guard.check(state.step + 1, loss, norm, outputs)
         state.engine.step(norm, state.clip_norm)
         if state.masks is not None:
             state.masks.apply_to_weights()
     if state.ema is not None:
         state.ema.update()
-    if state.queue is not None:
-        state.queue.follow(state.model)
-        state.queue.push(torch.cat(keys), batch.labels)
-    state.guard.end()
-    state.step += 1
-    return StepResult(loss, norm, outputs)
+    return norm
 
 
 Passed = tuple[Tensor, dict[str, Tensor], list[Tensor]]
@@ -71,10 +85,9 @@ Passed = tuple[Tensor, dict[str, Tensor], list[Tensor]]
 def _one_pass(state: TrainState, batch: Batch, views: Callable[[slice], Tensor], pieces: list[slice]) -> Passed:
     x = views(pieces[0])
     with state.autocast():
-        outputs = state.engine.forward(x)
+        outputs = _forward(state.engine.forward, x)
         keys = _keys(state, x, outputs)
-    loss = state.objective(outputs, x, batch.labels, state.queue_columns())
-    state.engine.backward(state.engine.scaled(loss))
+    loss = _loss(state, outputs, x, batch.labels, state.engine.backward)
     return loss.detach(), {name: out.detach() for name, out in outputs.items()}, keys
 
 
@@ -84,20 +97,21 @@ def _two_passes(state: TrainState, batch: Batch, views: Callable[[slice], Tensor
         for piece in pieces:
             generators.append(_generator_states(state.device))
             x = views(piece)
-            parts.append(state.model(x))
+            parts.append(_forward(state.model, x))
             keys += _keys(state, x, parts[-1])
     outputs = {name: torch.cat([p[name] for p in parts]).requires_grad_() for name in parts[0]}
-    loss = state.objective(outputs, None, batch.labels, state.queue_columns())
-    state.engine.scaled(loss).backward()
+    loss = _loss(state, outputs, None, batch.labels, Tensor.backward)
     gradients = {name: out.grad for name, out in outputs.items() if out.grad is not None}
     for piece, generator, is_last in zip(pieces, generators, [False] * (len(pieces) - 1) + [True], strict=True):
         _restore_generators(generator, state.device)  # the same dropout as in the first pass
         # ranks exchange gradients once, with the last piece
         with nullcontext() if is_last else state.engine.no_exchange():
             with state.autocast():
-                again = state.engine.forward(views(piece))
-            # a number whose gradient is the given one: engines take nothing else
-            state.engine.backward(reduce(operator.add, [(again[n] * g[piece]).sum() for n, g in gradients.items()]))
+                again = _forward(state.engine.forward, views(piece))
+            with phase(ENCODER + BACKWARD):
+                # a number whose gradient is the given one: engines take nothing else
+                pulled = [(again[name] * gradient[piece]).sum() for name, gradient in gradients.items()]
+                state.engine.backward(reduce(operator.add, pulled))
     return loss.detach(), {name: out.detach() for name, out in outputs.items()}, keys
 
 
@@ -108,8 +122,34 @@ def _overflowed(state: TrainState, loss: Tensor, norm: Tensor) -> bool:
     return state.engine.skip()
 
 
+def _forward(forward: Callable[[Tensor], dict[str, Tensor]], views: Tensor) -> dict[str, Tensor]:
+    with phase(ENCODER):
+        outputs = forward(views)
+        for output in outputs.values():
+            on_gradient(output, PROJECTION)
+        return outputs
+
+
+def _loss(
+    state: TrainState,
+    outputs: dict[str, Tensor],
+    views: Tensor | None,
+    labels: Tensor,
+    backward: Callable[[Tensor], None],
+) -> Tensor:
+    """The loss over all ranks, its gradients left in weights or (two passes) `outputs` by `backward`."""
+    with phase(LOSS):
+        loss: Tensor = state.objective(outputs, views, labels, state.queue_columns(), state.images_per_rank)
+    with phase(LOSS + BACKWARD):
+        backward(state.engine.scaled(loss))
+    return loss
+
+
 def _keys(state: TrainState, views: Tensor, outputs: dict[str, Tensor]) -> list[Tensor]:
-    return [] if state.queue is None else [state.queue.keys(views, outputs["projection"])]
+    if state.queue is None:
+        return []
+    with phase("queue"):
+        return [state.queue.keys(views, outputs["projection"])]
 
 
 def _generator_states(device: torch.device) -> list[Tensor]:

@@ -43,7 +43,7 @@ class DoubleEncoder(nn.Module):
         return self.layers(x.double())
 
 
-def build(rank, world_size, overrides, *, encoder=None):
+def build(rank, world_size, overrides, *, encoder=None, runtime=None):
     """(state, this rank's batches): 5 global batches with another class mix on every rank."""
     config = load_config("default", [*SETTINGS, *overrides])
     generator = torch.Generator().manual_seed(3)
@@ -52,7 +52,7 @@ def build(rank, world_size, overrides, *, encoder=None):
     labels[5] = 4  # an image without partner
     source = ArraySource(images, labels, tuple("abcde"))
     splits = Splits(source, source, source)
-    runtime = Runtime(Launch(rank=rank, world_size=world_size), torch.device("cpu"))
+    runtime = runtime or Runtime(Launch(rank=rank, world_size=world_size), torch.device("cpu"))
     assemble.check_objective(config)
     description = assemble.describe_model(config, splits)
     assemble.seed_models(config)

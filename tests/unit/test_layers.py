@@ -16,6 +16,7 @@ LAYERS = [
     {"schema"},
     {"config"},
     {"runtime"},
+    {"phases"},
     {"collectives"},
     {"data", "models", "losses", "pruning"},
     {"training"},
@@ -27,7 +28,7 @@ LAYERS = [
     {"cli"},
     {"__main__"},
 ]
-NEVER_SEE_A_CONFIG = {"data", "models", "losses", "pruning", "collectives", "runtime"}
+NEVER_SEE_A_CONFIG = {"data", "models", "losses", "pruning", "collectives", "phases", "runtime"}
 OPTIONAL = {"ffcv", "nvidia", "deepspeed", "submitit", "triton", "plotly", "onnx", "onnxruntime", "onnxscript"}
 
 

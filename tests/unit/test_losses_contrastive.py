@@ -319,8 +319,8 @@ def test_auto_takes_the_dense_backend_when_small_and_streams_when_large():
         anchors = pairwise.Anchors(anchors.rows, anchors.labels, anchors.rows_per_rank, queue)
         return pairwise.choose_backend("auto", anchors, anchors.rows, tau)
 
-    assert chosen(512) == "reference"
-    assert chosen(513) == "tiled"
+    assert chosen(128) == "reference"
+    assert chosen(129) == "tiled"
     assert chosen(100, queue=4096) == "tiled"
 
 

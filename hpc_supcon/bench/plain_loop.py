@@ -1,0 +1,108 @@
+"""The loop that most code for this task is: the baseline of `hpc-supcon bench step`.
+
+Written after the way of SupContrast (Khosla et al. 2020, their released code): torchvision's transforms sample by
+sample in DataLoader workers, twice; views concatenated; encoder, head, unit length; the dense loss over a mask of
+positives; SGD; the loss read in every step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, RandomSampler
+from torchvision import transforms
+
+from .loss import dense_supcon
+
+WORKERS = 2
+POLICIES = ("flip_crop", "simaugment")
+
+
+class TwoCrops:
+    """Two views of one PIL image."""
+
+    def __init__(self, transform: Any) -> None:
+        self.transform = transform
+
+    def __call__(self, image: Any) -> list[Tensor]:
+        return [self.transform(image), self.transform(image)]
+
+
+class PilImages(Dataset[tuple[list[Tensor], int]]):
+    """Images in memory, uint8 [N, C, H, W], served as torchvision's CIFAR10 serves its own."""
+
+    def __init__(self, images: Tensor, labels: Tensor, transform: TwoCrops) -> None:
+        self.arrays = images.permute(0, 2, 3, 1).squeeze(3).contiguous().numpy()
+        self.labels = labels.tolist()
+        self.transform = transform
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[list[Tensor], int]:
+        return self.transform(Image.fromarray(self.arrays[index])), self.labels[index]
+
+
+def sample_transform(size: int, mean: Sequence[float], std: Sequence[float], policy: str) -> Any:
+    """torchvision's form of this package's policies `flip_crop` and `simaugment`, at their default strengths."""
+    assert policy in POLICIES
+    colour: list[Any] = []
+    if policy == "simaugment":
+        grey = [transforms.RandomGrayscale(p=0.2)] if len(mean) == 3 else []
+        colour = [transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8), *grey]
+    return transforms.Compose(
+        [
+            transforms.RandomResizedCrop(size, scale=(0.2, 1.0)),
+            transforms.RandomHorizontalFlip(),
+            *colour,
+            transforms.ToTensor(),
+            transforms.Normalize(mean, std),
+        ]
+    )
+
+
+class PlainLoop:
+    """`run()` trains for `steps` steps, to the last batch that the workers made."""
+
+    def __init__(
+        self,
+        encoder: nn.Module,
+        head: nn.Module,
+        data: PilImages,
+        *,
+        batch_size: int,
+        steps: int,
+        lr: float,
+        device: torch.device,
+    ) -> None:
+        self.encoder, self.head, self.device = encoder.train(), head.train(), device
+        parameters = [*encoder.parameters(), *head.parameters()]
+        self.optimiser = torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=1e-4)
+        self.loader = DataLoader(
+            data,
+            batch_size=batch_size,
+            sampler=RandomSampler(data, num_samples=batch_size * steps),
+            num_workers=WORKERS,
+            pin_memory=device.type == "cuda",
+            persistent_workers=True,
+        )
+        self.losses: list[float] = []
+
+    def run(self) -> None:
+        for views, labels in self.loader:
+            self.step(views, labels)
+
+    def step(self, views: list[Tensor], labels: Tensor) -> None:
+        images = torch.cat(views, dim=0).to(self.device, non_blocking=True)
+        labels = labels.to(self.device, non_blocking=True)
+        embeddings = F.normalize(self.head(self.encoder(images)), dim=1)
+        loss = dense_supcon(embeddings, labels.repeat(len(views)))
+        self.losses.append(loss.item())
+        self.optimiser.zero_grad()
+        loss.backward()
+        self.optimiser.step()
