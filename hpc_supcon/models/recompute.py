@@ -17,15 +17,19 @@ from ..errors import ConfigError
 
 @contextmanager
 def untouched_statistics(*modules: nn.Module) -> Iterator[None]:
-    """Inside, BatchNorm normalises by its batch as in training, but its running statistics stay as they are."""
-    found = {id(m): m for module in modules for m in module.modules() if _is_batch_norm(m) and m.track_running_stats}
-    for norm in found.values():
-        norm.track_running_stats = False  # type: ignore[assignment]
+    """Inside, BatchNorm normalises by its batch as in training, but its running statistics stay as they are.
+
+    They move in copies: without them BatchNorm would save fewer tensors for its backward pass than before.
+    """
+    norms = {id(m): m for module in modules for m in module.modules() if _is_batch_norm(m)}
+    own = [(norm, dict(norm._buffers)) for norm in norms.values()]
+    for norm, buffers in own:
+        norm._buffers.update({name: None if b is None else b.clone() for name, b in buffers.items()})
     try:
         yield
     finally:
-        for norm in found.values():
-            norm.track_running_stats = True  # type: ignore[assignment]
+        for norm, buffers in own:
+            norm._buffers.update(buffers)
 
 
 def recompute_activations(encoder: nn.Module) -> int:

@@ -34,7 +34,10 @@ def test_five_steps_on_several_ranks_give_the_weights_of_one(world_size, one_ran
     runs = run_all(world_size, [Case(PLAIN, OPTIMISERS[name], double=double) for name, double in one_rank])
     for (name, double), ranks in zip(one_rank, runs, strict=True):
         for got in ranks:
-            assert_same(got, one_rank[name, double], 1e-10 if double and name != "x" else 1e-6)
+            if double:
+                assert_same(got, one_rank[name, double], 1e-10, parts=("model",))
+            else:  # biases start at zero: of them rounding is a larger share
+                assert_same(got, one_rank[name, double], 1e-6, floor=1.0)
 
 
 def test_loss_scaling_changes_no_weight():

@@ -41,7 +41,11 @@ def _everything_installed(monkeypatch):
         (CPU, [DEEPSPEED, "train.deepspeed.zero=1", "optim.name=lars"], r"optim\.name=lars .* use zero 0"),
         (CPU, [DEEPSPEED, "train.deepspeed.zero=2", "optim.name=lamb"], r"optim\.name=lamb .* use zero 0"),
         (CPU, ["train.deepspeed.config={steps_per_print: 5}"], r"train\.engine=ddp heeds none of it"),
-        (CPU, [DEEPSPEED, "train.deepspeed.config={train_batch_size: 5}"], r"train_batch_size is set by data\.batch_size"),
+        (
+            CPU,
+            [DEEPSPEED, "train.deepspeed.config={train_batch_size: 5}"],
+            r"train_batch_size is set by data\.batch_size",
+        ),
         (CPU, [DEEPSPEED, "train.deepspeed.config={fp16: {enabled: true}}"], r"fp16 is set by train\.precision=fp16"),
         (
             CPU,
