@@ -54,8 +54,8 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
         if _is_chain(child):
             yield child
-        elif isinstance(child, nn.Sequential | nn.ModuleList) and len(parts := _composite(child)) > 1:
-            for part in parts:
+        elif isinstance(child, nn.Sequential | nn.ModuleList) and _repeats(child):
+            for part in _composite(child):
                 inner = list(_blocks(part))
                 if inner and not _is_chain(inner[0]):
                     yield from inner
@@ -63,6 +63,11 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
                     yield part
         else:
             yield from (b for b in _blocks(child) if not _is_chain(b) or isinstance(child, nn.Sequential))
+
+
+def _repeats(container: nn.Sequential | nn.ModuleList) -> bool:
+    """Blocks one after the other; also the stage of one block that a small model of a family has."""
+    return len(_composite(container)) > 1 or (len(container) == 1 and len(_composite(container)) == 1)
 
 
 def _composite(container: nn.Module) -> list[nn.Module]:
