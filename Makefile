@@ -9,7 +9,7 @@ RANKS ?= 2
 quickstart: $(VENV)/.installed  ## the main job on embedded data: two ranks, about a minute
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node $(RANKS) -m hpc_supcon run run_dir=runs/quickstart-$$(date +%Y%m%d-%H%M%S)
 
-test: lint $(VENV)/.installed-extras  ## the whole suite, with the ffcv and dali loaders where they can be installed
+test: lint $(VENV)/.installed-extras  ## the whole suite, with DeepSpeed and the ffcv and dali loaders where they can be installed
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.installed-dev

@@ -17,15 +17,19 @@ from ..errors import ConfigError
 
 @contextmanager
 def untouched_statistics(*modules: nn.Module) -> Iterator[None]:
-    """Inside, BatchNorm normalises by its batch as in training, but its running statistics stay as they are."""
-    found = {id(m): m for module in modules for m in module.modules() if _is_batch_norm(m) and m.track_running_stats}
-    for norm in found.values():
-        norm.track_running_stats = False  # type: ignore[assignment]
+    """Inside, BatchNorm normalises by its batch as in training, but its running statistics stay as they are.
+
+    They move in copies: without them BatchNorm would save fewer tensors for its backward pass than before.
+    """
+    norms = {id(m): m for module in modules for m in module.modules() if _is_batch_norm(m)}
+    own = [(norm, dict(norm._buffers)) for norm in norms.values()]
+    for norm, buffers in own:
+        norm._buffers.update({name: None if b is None else b.clone() for name, b in buffers.items()})
     try:
         yield
     finally:
-        for norm in found.values():
-            norm.track_running_stats = True  # type: ignore[assignment]
+        for norm, buffers in own:
+            norm._buffers.update(buffers)
 
 
 def recompute_activations(encoder: nn.Module) -> int:
@@ -50,8 +54,8 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
     for child in module.children():
         if _is_chain(child):
             yield child
-        elif isinstance(child, nn.Sequential | nn.ModuleList) and len(parts := _composite(child)) > 1:
-            for part in parts:
+        elif isinstance(child, nn.Sequential | nn.ModuleList) and _repeats(child):
+            for part in _composite(child):
                 inner = list(_blocks(part))
                 if inner and not _is_chain(inner[0]):
                     yield from inner
@@ -59,6 +63,11 @@ def _blocks(module: nn.Module) -> Iterator[nn.Module]:
                     yield part
         else:
             yield from (b for b in _blocks(child) if not _is_chain(b) or isinstance(child, nn.Sequential))
+
+
+def _repeats(container: nn.Sequential | nn.ModuleList) -> bool:
+    """Blocks one after the other; also the stage of one block that a small model of a family has."""
+    return len(_composite(container)) > 1 or (len(container) == 1 and len(_composite(container)) == 1)
 
 
 def _composite(container: nn.Module) -> list[nn.Module]:

@@ -101,7 +101,7 @@ class _LiveBytes(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.peak = 0
-        self._now = 0
+        self.now = 0
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -110,18 +110,18 @@ class _LiveBytes(TorchDispatchMode):
         for t in tree_leaves(out):
             if isinstance(t, Tensor) and t.untyped_storage()._cdata not in before | self._known:
                 self._add(t.untyped_storage())
-        self.peak = max(self.peak, self._now)
+        self.peak = max(self.peak, self.now)
         return out
 
     def _add(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
         self._known.add(key)
-        self._now += size
+        self.now += size
         weakref.finalize(storage, self._drop, key, size)
 
     def _drop(self, key: int, size: int) -> None:
         self._known.discard(key)
-        self._now -= size
+        self.now -= size
 
 
 def used_and_limit(device: torch.device) -> tuple[int, int]:

@@ -178,6 +178,7 @@ def _facts(config: Config, data: assemble.Data, model: torch.nn.Module) -> dict[
         "parameters": sum(p.numel() for p in model.parameters()),
         "train_images": len(data.splits.train),
         "loader": data.loader,
+        "engine": config.train.engine,
         "peak_lr": assemble.peak_lr(config),
         "config_digest": digest(config),
     }

@@ -28,7 +28,7 @@ def test_live_bytes_are_those_of_tensors_that_are_alive():
         del d, c, view
         torch.zeros(10)
     assert live.peak == 4000 + 2 * 3960
-    assert live._now == 0
+    assert live.now == 0
 
 
 def test_live_bytes_include_the_backward_pass():

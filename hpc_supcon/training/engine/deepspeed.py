@@ -168,7 +168,7 @@ def _started(module: nn.Module, optimiser: torch.optim.Optimizer, settings: dict
         import deepspeed
         from deepspeed.runtime.config import DeepSpeedConfigError
 
-        logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
         # messages in shared memory would be compiled at the first start; gloo is there
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         try:
