@@ -16,6 +16,7 @@ from rich.table import Table
 
 from . import __version__
 from .cli_bench import bench
+from .cli_grid import grid
 from .config import Config, load_config, schema_rows, to_yaml
 from .errors import CorruptSample, HpcSupconError
 
@@ -36,6 +37,7 @@ app = typer.Typer(
 )
 
 app.add_typer(bench, name="bench")
+app.add_typer(grid, name="grid")
 
 ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A recipe's name or a YAML file.")]
 Overrides = Annotated[

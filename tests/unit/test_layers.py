@@ -20,8 +20,8 @@ LAYERS = [
     {"data", "models", "losses"},
     {"training"},
     {"evaluation"},
-    {"bench"},
-    {"cli_bench"},
+    {"bench", "grid"},
+    {"cli_bench", "cli_grid"},
     {"cli"},
     {"__main__"},
 ]
