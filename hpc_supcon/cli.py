@@ -16,6 +16,7 @@ from rich.table import Table
 
 from . import __version__
 from .cli_bench import bench
+from .cli_checkpoints import checkpoints
 from .cli_grid import grid
 from .config import Config, load_config, schema_rows, to_yaml
 from .errors import CorruptSample, HpcSupconError
@@ -37,6 +38,7 @@ app = typer.Typer(
 )
 
 app.add_typer(bench, name="bench")
+app.command("checkpoints")(checkpoints)
 app.add_typer(grid, name="grid")
 
 ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A recipe's name or a YAML file.")]
@@ -51,17 +53,20 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback with ever
 def run(
     config: ConfigArgument = QUICKSTART, overrides: Overrides = None, resume: Resume = False, debug: Debug = False
 ) -> None:
-    """Pre-train an encoder, then evaluate it (pretrain + probe)."""
-    from .evaluation.evaluate import check_probe, probe
-    from .training.pretrain import pretrain
+    """Pre-train an encoder, then evaluate it (pretrain + probe). Probes of pixels need no encoder, and get none."""
+    from .evaluation.checks import check_probe, needs_encoder
+    from .evaluation.evaluate import probe, start_without_encoder
 
     settings = _settings(config, overrides)
     with _started(settings, resume) as (runtime, data):
         check_probe(settings, data.splits)
-        folder = pretrain(settings, runtime, data, resume=resume)
-        result = probe(folder, settings, runtime, data)
+        if needs_encoder(settings):
+            folder = _pretrained(settings, runtime, data, resume)
+        else:
+            folder = start_without_encoder(settings, runtime, resume=resume)
+        results = probe(folder, settings, runtime, data)
         if runtime.is_main:
-            _print_result(folder, result)
+            _print_results(folder, results)
 
 
 @app.command("pretrain")
@@ -69,11 +74,26 @@ def pretrain_command(
     config: ConfigArgument = QUICKSTART, overrides: Overrides = None, resume: Resume = False, debug: Debug = False
 ) -> None:
     """Pre-train an encoder with a contrastive loss into a run folder."""
-    from .training.pretrain import pretrain
-
     settings = _settings(config, overrides)
     with _started(settings, resume) as (runtime, data):
-        pretrain(settings, runtime, data, resume=resume)
+        _pretrained(settings, runtime, data, resume)
+
+
+def _pretrained(settings: Config, runtime: Runtime, data: Data, resume: bool) -> Path:
+    """The run folder after pre-training, with its curves (and an autoencoder's pictures) drawn. Collective."""
+    from .collectives import together
+    from .evaluation.autoencoder import evaluate_autoencoder
+    from .evaluation.monitor import online_probe
+    from .evaluation.plots import draw_training_curves
+    from .training.pretrain import pretrain
+
+    folder = pretrain(settings, runtime, data, resume=resume, online_probe=online_probe(settings, runtime, data))
+    with together():
+        if runtime.is_main:
+            draw_training_curves(folder)
+    if "reconstruction" in settings.loss.weights:
+        evaluate_autoencoder(folder, settings, runtime, data)
+    return folder
 
 
 @app.command("probe")
@@ -82,15 +102,19 @@ def probe_command(
     overrides: Overrides = None,
     debug: Debug = False,
 ) -> None:
-    """Evaluate a run folder's encoder, frozen; writes results.json there."""
+    """Evaluate a run folder's encoder, or the pixels, by the probes of probe.kind; writes results.json there."""
+    from .evaluation.checks import needs_encoder
+    from .evaluation.encoder import check_has_encoder
     from .evaluation.evaluate import probe
     from .training.run_folder import read_config
 
     settings = read_config(run_dir, overrides or [])
+    if needs_encoder(settings):
+        check_has_encoder(run_dir)  # before minutes of decoding
     with _started(settings, resume=True) as (runtime, data):
-        result = probe(run_dir, settings, runtime, data)
+        results = probe(run_dir, settings, runtime, data)
         if runtime.is_main:
-            _print_result(run_dir, result)
+            _print_results(run_dir, results)
 
 
 @app.command("config")
@@ -203,17 +227,28 @@ def _started(settings: Config, resume: bool) -> Iterator[tuple[Runtime, Data]]:
         yield runtime, assemble.load_data(settings, runtime)
 
 
-def _print_result(folder: Path, result: dict[str, Any]) -> None:
-    table = Table(title=f"{result['encoder']}, {result['loss']}, {result['probe']} probe ({result['checkpoint']})")
+def _print_results(folder: Path, results: list[dict[str, Any]]) -> None:
+    """A row for each probe and split."""
+    table = Table(title=_title(results))
     names = ("accuracy", "f1", "precision", "recall")
-    for heading in ("split", *names):
-        table.add_column(heading, justify="left" if heading == "split" else "right")
-    for split in ("validation", "test"):
-        if result[split] is not None:
-            table.add_row(split, *(f"{result[split][name]:.4f}" for name in names))
+    for heading in ("probe", "split", *names):
+        table.add_column(heading, justify="right" if heading in names else "left")
+    for result in results:
+        for split in ("validation", "test"):
+            if result[split] is not None:
+                numbers = (f"{result[split][name]:.4f}" for name in names)
+                table.add_row(result["probe"], split, *numbers, end_section=split == "test")
     console = Console()
     console.print(table)
     console.print(f"results: {folder / 'results.json'}", soft_wrap=True, highlight=False)
+
+
+def _title(results: list[dict[str, Any]]) -> str:
+    """What was probed: the encoder, or the pixels where no probe reads one."""
+    for result in results:
+        if result["encoder"] is not None:
+            return f"{result['encoder']}, {result['loss']} ({result['checkpoint']})"
+    return f"{results[0]['data']}, pixels"
 
 
 def main(arguments: list[str] | None = None) -> None:

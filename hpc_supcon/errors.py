@@ -20,6 +20,10 @@ class ConfigError(HpcSupconError):
     """A configuration value is unknown, of the wrong type, or contradicts another one."""
 
 
+class UnsafeWeights(ConfigError):
+    """A weights file that loads only by running code from it."""
+
+
 class LaunchError(HpcSupconError):
     """The distributed environment (torchrun, Slurm) is partial or contradicts itself."""
 
@@ -64,9 +68,12 @@ class LoaderDied(HpcSupconError):
     exit_code = 4
 
 
-def unknown_name(kind: str, name: object, known: Iterable[str]) -> str:
-    """The message for a name that does not exist: the nearest one, and the whole list."""
+def unknown_name(kind: str, name: object, known: Iterable[str], *, listed: str | None = None) -> str:
+    """The message for a name that does not exist: the nearest one, and the whole list.
+
+    `listed` stands for a list too long to be read; three near names are then given.
+    """
     names = sorted(known)
-    near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-    hint = f"; did you mean {near[0]!r}?" if near else ";"
-    return f"unknown {kind} {str(name)!r}{hint} known: {', '.join(names)}"
+    near = difflib.get_close_matches(str(name), names, n=1 if listed is None else 3, cutoff=0.5)
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ";"
+    return f"unknown {kind} {str(name)!r}{hint} known: {listed or ', '.join(names)}"

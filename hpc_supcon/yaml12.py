@@ -16,7 +16,20 @@ from .errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):
-    pass
+    """No tags and no aliases: a tag breaks PyYAML's constructors in many ways, and an alias can hold itself or
+    make a short text a huge value.
+    """
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        event: Any = self.peek_event()
+        mark, problem = event.start_mark, None
+        if isinstance(event, yaml.AliasEvent):
+            problem = f"an alias (*{event.anchor}) has no use here: write the value itself"
+        elif event.tag is not None:
+            problem = f"the tag {event.tag!r} has no use here"
+        if problem:
+            raise yaml.constructor.ConstructorError(None, None, problem, mark)
+        return super().compose_node(parent, index)
 
 
 class _Dumper(yaml.SafeDumper):
@@ -48,7 +61,10 @@ for _class in (_Loader, _Dumper):
 def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     text = str(loader.construct_scalar(node))
     base = 8 if text.startswith("0o") else 16 if text.startswith("0x") else 10
-    return int(text, base)
+    value = int(text, base)
+    if value.bit_length() > 1024:
+        raise ValueError("a number beyond every float")  # thousands of digits do not print
+    return value
 
 
 def _construct_mapping(loader: yaml.SafeLoader, node: yaml.MappingNode) -> dict[Hashable, Any]:

@@ -1,96 +1,163 @@
-"""Stage `probe`: a run folder's encoder, frozen, to results.json."""
+"""Stage `probe`: a run folder's encoder, or the pixels alone, to results.json."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..collectives import gather_rows, together
-from ..config import Config
-from ..data import EvalTransform, Source, Splits
-from ..errors import CheckpointCorrupt, ConfigError, DataError
-from ..models import PretrainingModel
+import torch
+from torch import Tensor
+
+from ..collectives import together
+from ..config import Config, digest
+from ..data import EvalTransform, Source
+from ..errors import DataError
 from ..runtime import Runtime
-from ..training import assemble, checkpoint, run_folder
+from ..training import assemble, run_folder
 from ..training.engine import place
-from ..training.metrics import MetricLog
-from .features import extract
-from .probes import train_linear_probe
+from ..training.metrics import MetricLog, console
+from .checks import check_probe, needs_encoder
+from .encoder import load_model
+from .features import extract, read_images
+from .inputs import Inputs, Part, in_chunks
+from .plots import draw_probe_curves
+from .probes import PROBES, Outcome, Task
+from .probes.classes import only
+from .saved import PROBES as SAVED
+from .saved import FittedProbe, save_probe
 from .scores import classification_scores
 
 
-def check_probe(config: Config, splits: Splits) -> None:
-    """Raise ConfigError where the probe's choices cannot be made. Cheap: meant for before training."""
-    if splits.validation is None and len(config.probe.lrs) > 1:
-        raise ConfigError(
-            f"probe.lrs has {len(config.probe.lrs)} learning rates but there is no validation split to choose on: "
-            "give one rate, or set data.validation_fraction"
-        )
+@dataclass(frozen=True)
+class Origin:
+    """The checkpoint that a run's encoder came from."""
+
+    name: str
+    step: int
 
 
-def load_model(folder: Path) -> tuple[PretrainingModel, checkpoint.Checkpoint]:
-    """The model of a run's newest verified checkpoint, on the CPU. Raises CheckpointCorrupt."""
-    found, _ = checkpoint.load_newest(folder / run_folder.CHECKPOINTS)
-    if found is None:
-        raise CheckpointCorrupt(f"{folder}: no checkpoint in it; run `hpc-supcon pretrain` first")
-    model = assemble.build_model(found.state)
-    model.load_state_dict(found.tensors["model"])
-    return model, found
-
-
-def probe(folder: Path, config: Config, runtime: Runtime, data: assemble.Data) -> dict[str, Any]:
-    """Linear evaluation of the newest checkpoint; the entry written into results.json. Collective.
-
-    Learning rate and epoch are chosen on validation; the test set is read once, at the end.
-    """
-    began, splits = time.perf_counter(), data.splits
+def start_without_encoder(config: Config, runtime: Runtime, *, resume: bool) -> Path:
+    """Make the run folder of a run whose probes all read pixels; returns it. Collective. Raises RunFolderError."""
+    folder = config.folder
     with together():
-        check_probe(config, splits)
-        model, found = load_model(folder)
-        if tuple(found.state["classes"]) != splits.classes:
-            raise DataError(
-                f"{folder}: trained on classes {found.state['classes']}, the data has {list(splits.classes)}"
-            )
-    encoder = place(model.encoder, runtime, channels_last=config.train.channels_last)
-    transform = EvalTransform(**found.state["normalisation"]).to(runtime.device)
-
-    def features(source: Source) -> Any:
-        return extract(encoder, source, transform, runtime, loader=data.loader, options=data.evaluation)
-
-    train = tuple(gather_rows(part) for part in features(splits.train))
-    validation = features(splits.validation) if splits.validation is not None else None
-    settings = config.probe
-    head = train_linear_probe(
-        train,  # type: ignore[arg-type]
-        validation,
-        classes=len(splits.classes),
-        lrs=settings.lrs,
-        epochs=settings.epochs,
-        batch_size=settings.batch_size,
-        optimiser=settings.optimiser,
-        weight_decay=settings.weight_decay,
-        standardise=settings.standardise,
-        seed=config.seed,
-    )
-
-    def scores(part: Any) -> dict[str, float]:
-        return classification_scores(head.predict(part[0]), part[1], len(splits.classes))
-
-    result = {
-        "stage": "probe",
-        "probe": settings.kind,
-        "encoder": config.model.encoder,
-        "loss": config.loss.name,
-        "checkpoint": found.path.name,
-        "chosen": {"lr": head.lr, "epoch": head.epoch},
-        "validation": scores(validation) if validation is not None else None,
-        "test": scores(features(splits.test)),
-        "seconds": round(time.perf_counter() - began, 2),
-    }
-    with together():
+        run_folder.check_usable(folder, config, resume=resume)
         if runtime.is_main:
-            run_folder.add_result(folder, result)
-    with MetricLog(folder if runtime.is_main else None, tensorboard=False) as log:
-        log.log("probe", found.state["step"], **{k: result[k] for k in ("chosen", "validation", "test")})
-    return result
+            if not run_folder.is_used(folder):
+                run_folder.create(folder, config)
+            console.print(f"probe.kind={', '.join(config.probe.kinds)} reads pixels: no encoder is pre-trained")
+    return folder
+
+
+def probe(folder: Path, config: Config, runtime: Runtime, data: assemble.Data) -> list[dict[str, Any]]:
+    """Fit every probe of `probe.kind` in turn; the entries written into results.json. Collective.
+
+    Whatever is chosen (learning rate, iteration) is chosen on validation; the test set is read once, at the end of
+    each probe. Raises ConfigError, DataError, RunFolderError, CheckpointCorrupt before work, NonFinite during it.
+    """
+    with together():
+        check_probe(config, data.splits)
+    task, origin = _task(folder, config, runtime, data)
+    results = []
+    with MetricLog(folder if runtime.is_main else None, tensorboard=config.log.tensorboard) as log:
+        for kind in config.probe.kinds:
+            began = time.perf_counter()
+            outcome = PROBES[kind](kind, task)
+            for line in outcome.history:
+                log.log(f"probe/{kind}", line["iteration"], **{k: v for k, v in line.items() if k != "iteration"})
+            result = _result(task, outcome, origin) | {"seconds": round(time.perf_counter() - began, 2)}
+            with together():
+                if runtime.is_main:
+                    _write(folder, config, outcome, result, origin, runtime.world_size)
+            names = ("probe", "chosen", "validation", "test")
+            log.log("probe", origin.step if origin else 0, **{name: result[name] for name in names})
+            results.append(result)
+    return results
+
+
+def _task(folder: Path, config: Config, runtime: Runtime, data: assemble.Data) -> tuple[Task, Origin | None]:
+    origin, encoder, description = None, None, None
+    if needs_encoder(config):
+        model, found = load_model(folder)
+        with together():
+            if tuple(found.state["classes"]) != data.splits.classes:
+                raise DataError(
+                    f"{folder}: trained on classes {found.state['classes']}, the data has {list(data.splits.classes)}"
+                )
+        encoder = place(model.encoder, runtime, channels_last=config.train.channels_last)
+        origin, description = Origin(found.path.name, found.state["step"]), found.state
+    else:
+        with together():
+            normalisation = assemble.normalisation_of(data.splits.train)
+        description = {"classes": list(data.splits.classes), "normalisation": normalisation}
+    transform = EvalTransform(**description["normalisation"]).to(runtime.device)
+    served: dict[str, Any] = {"loader": data.loader, "options": data.evaluation}
+
+    def read(source: Source, input: str) -> Part:
+        if input == "pixels":
+            return read_images(source, runtime, **served)
+        assert encoder is not None
+        return extract(encoder, source, transform, runtime, **served)
+
+    return Task(config, runtime, data, Inputs(data.splits, read), description, encoder), origin
+
+
+def _result(task: Task, outcome: Outcome, origin: Origin | None) -> dict[str, Any]:
+    """The entry of one probe. Collective; the only place that reads the test split."""
+    config, fitted = task.config, outcome.probe
+    pixels = fitted.input == "pixels"
+    return {
+        "stage": "probe",
+        "probe": fitted.kind,
+        "input": fitted.input,
+        "encoder": None if pixels else config.model.encoder,
+        "loss": None if pixels else config.loss.label,
+        "checkpoint": None if pixels or origin is None else origin.name,
+        "seed": config.seed,
+        "data": config.data.source,
+        "classes": len(fitted.classes),
+        "parameters": fitted.parameters_of_head,
+        **outcome.facts,
+        "chosen": outcome.chosen,
+        "validation": _scores(task, fitted, "validation"),
+        "test": _scores(task, fitted, "test"),
+    }
+
+
+def _scores(task: Task, fitted: FittedProbe, split: str) -> dict[str, float] | None:
+    if getattr(task.data.splits, split) is None:
+        return None
+    logits, labels = _logits(task, fitted, split)
+    return classification_scores(logits.argmax(dim=1), labels, len(fitted.classes))
+
+
+def _logits(task: Task, fitted: FittedProbe, split: str) -> tuple[Tensor, Tensor]:
+    """(logits, labels) of this rank's share."""
+    if fitted.input == "images":  # streamed: a set of large images is not held
+        features, labels = extract(
+            fitted.encoder,
+            getattr(task.data.splits, split),
+            fitted.prepare,
+            task.runtime,
+            loader=task.data.loader,
+            options=task.data.evaluation,
+        )
+        with torch.no_grad():
+            return in_chunks(fitted.head, features), labels
+    part = task.inputs.share(split, fitted.input)
+    assert part is not None
+    if fitted.kind == "logistic":
+        first, second = (task.classes.index(name) for name in fitted.classes)
+        part = only(part, (first, second))
+    return fitted.logits(part[0]), part[1]
+
+
+def _write(
+    folder: Path, config: Config, outcome: Outcome, result: dict[str, Any], origin: Origin | None, world_size: int
+) -> None:
+    fitted = outcome.probe
+    step = origin.step if origin and fitted.input != "pixels" else 0
+    save_probe(fitted, folder / SAVED / fitted.kind, step, world_size=world_size, config_digest=digest(config))
+    draw_probe_curves(folder, fitted.kind, outcome.history, kept=outcome.chosen.get("iteration"))
+    run_folder.add_result(folder, result)

@@ -2,17 +2,24 @@
 
 from .autoencoder import ConvDecoder, build_decoder
 from .encoders import ENCODERS, build_encoder
-from .heads import LinearHeads, Projection
+from .heads import Heads, LinearHeads, Logistic, Mlp, Projection, SingleHead
 from .pretraining import PretrainingModel
 from .sync_batchnorm import synchronise_batchnorm
+from .weights import LoadedWeights, load_weights
 
 __all__ = [
     "ENCODERS",
     "ConvDecoder",
+    "Heads",
     "LinearHeads",
+    "LoadedWeights",
+    "Logistic",
+    "Mlp",
     "PretrainingModel",
     "Projection",
+    "SingleHead",
     "build_decoder",
     "build_encoder",
+    "load_weights",
     "synchronise_batchnorm",
 ]

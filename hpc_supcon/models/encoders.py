@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import timm
 from torch import Tensor, nn
 
 from ..errors import ConfigError, unknown_name
-
-SMALL_STEM_UP_TO = 64  # px; the 7x7 stride-2 stem and max-pool leave too little of smaller images
+from .input_size import resize_inputs, too_small
+from .timm_encoders import STEMS, build_timm_encoder, only_its_own_stem
 
 
 def _conv_bn_relu(c_in: int, c_out: int, *, stride: int = 1, pool: bool = False) -> list[nn.Module]:
@@ -59,7 +59,7 @@ class ResNet9(nn.Module):
     def __init__(self, in_channels: int, image_size: int, out_dim: int | None, *, width: int) -> None:
         super().__init__()
         if image_size < 16:
-            raise ConfigError(f"resnet9 halves the image three times: it takes 16 px or more, not {image_size}")
+            raise too_small("resnet9", image_size, 16)
         w = width
         self.feature_dim = out_dim or 8 * w
         self.layers = nn.Sequential(
@@ -78,52 +78,90 @@ class ResNet9(nn.Module):
         return self.latent(self.layers(x))
 
 
-def _resnet(name: str, in_channels: int, image_size: int, out_dim: int | None, *, small_stem: bool) -> nn.Module:
-    model: Any = timm.create_model(name, pretrained=False, num_classes=out_dim or 0, in_chans=in_channels)
-    if small_stem:  # SimCLR, appendix B.9: 3x3 stride 1 in place of 7x7 stride 2, no max-pool
-        model.conv1 = nn.Conv2d(in_channels, 64, 3, 1, 1, bias=False)
-        nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
-        model.maxpool = nn.Identity()
-    model.feature_dim = out_dim or model.num_features
-    return model
+class Vgg16BnEmbed(nn.Module):
+    """VGG-16 with BatchNorm, average-pooled to 7x7, and one linear layer 25,088 -> `out_dim` (64 by default).
+
+    Simonyan & Zisserman 2015, configuration D. 16,328,832 parameters for 3 channels at 64. `features.N` are
+    torchvision's and timm's names. It halves the image five times: 32 px or more.
+    """
+
+    PLAN = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M")
+
+    def __init__(self, in_channels: int, image_size: int, out_dim: int | None) -> None:
+        super().__init__()
+        if image_size < 32:
+            raise too_small("vgg16_bn_embed", image_size, 32)
+        self.feature_dim = out_dim or 64
+        layers: list[nn.Module] = []
+        channels = in_channels
+        for step in self.PLAN:
+            if isinstance(step, int):
+                conv = nn.Conv2d(channels, step, 3, padding=1)
+                nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.zeros_(cast(Tensor, conv.bias))
+                layers += [conv, nn.BatchNorm2d(step), nn.ReLU(inplace=True)]
+                channels = step
+            else:
+                layers.append(nn.MaxPool2d(2))
+        self.features = nn.Sequential(*layers)
+        self.pool = nn.AdaptiveAvgPool2d(7)
+        self.latent = nn.Linear(channels * 7 * 7, self.feature_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.latent(self.pool(self.features(x)).flatten(1))
 
 
-# name -> (factory(in_channels, image_size, out_dim, [small_stem]), whether it has the two stems)
-ENCODERS: dict[str, tuple[Callable[..., nn.Module], bool]] = {
-    "conv": (ConvEncoder, False),
-    "resnet9": (partial(ResNet9, width=64), False),
-    "resnet9_small": (partial(ResNet9, width=16), False),
-    **{name: (partial(_resnet, name), True) for name in ("resnet18", "resnet34", "resnet50", "resnet101")},
+ENCODERS: dict[str, Callable[[int, int, int | None], nn.Module]] = {
+    "conv": ConvEncoder,
+    "resnet9": partial(ResNet9, width=64),
+    "resnet9_small": partial(ResNet9, width=16),
+    "vgg16_bn_embed": Vgg16BnEmbed,
 }
+"""This package's own: name -> factory(in_channels, image_size, out_dim). Every other name is timm's."""
 
 
 def build_encoder(
-    name: str, *, in_channels: int = 3, image_size: int = 32, stem: str = "auto", out_dim: int | None = None
+    name: str,
+    *,
+    in_channels: int = 3,
+    image_size: int = 32,
+    stem: str = "auto",
+    out_dim: int | None = None,
+    input_size: int | None = None,
 ) -> nn.Module:
-    """A freshly initialised encoder with `feature_dim` and `stem` ("small", "standard" or "own").
+    """A freshly initialised encoder, images [N, C, H, W] -> features [N, feature_dim].
+
+    It has `feature_dim` (int), `stem_kind` ("small", "standard", or "own" where there is but one) and
+    `output_layers` (names of the layers that map to `out_dim`; none without it). A timm encoder is timm's own
+    module: its state dict loads into `timm.create_model(name, num_classes=out_dim or 0, in_chans=in_channels)`
+    once the stem is the standard one.
 
     Args:
-        name: a key of ENCODERS.
+        name: a key of ENCODERS, or any name in `timm.list_models()`.
         in_channels: 1 or 3, the images' channels.
         image_size: side of the square images in px.
         stem: "small" (3x3, stride 1, no max-pool), "standard" (the 224 px one) or "auto": small up to 64 px.
-        out_dim: size of the features through one more linear layer; None keeps the encoder's own.
+            timm's ResNets and DenseNets have both (see `has_both_stems`).
+        out_dim: size of the features: of timm's classifier layer, or of `latent`. None keeps the encoder's own.
+        input_size: px; images are resized to it inside the encoder, and what is said of `image_size` holds for it.
 
     Raises:
-        ConfigError: unknown name or stem, an image too small, a stem asked of an encoder that has only its own.
+        ConfigError: unknown name or stem, images it cannot take, a stem asked of an encoder that has only its own.
     """
-    if name not in ENCODERS:
-        raise ConfigError("model.encoder: " + unknown_name("encoder", name, ENCODERS))
-    if stem not in ("auto", "small", "standard"):
-        raise ConfigError("model.stem: " + unknown_name("stem", stem, ["auto", "small", "standard"]))
-    factory, has_stems = ENCODERS[name]
-    if not has_stems:
+    size = input_size or image_size
+    if stem not in STEMS:
+        raise ConfigError("model.stem: " + unknown_name("stem", stem, STEMS))
+    encoder: Any
+    if name in ENCODERS:
         if stem != "auto":
-            raise ConfigError(f"model.stem={stem}: {name} has only its own stem; leave it at auto")
-        encoder: Any = factory(in_channels, image_size, out_dim)
-        encoder.stem = "own"
-        return encoder
-    small = stem == "small" or (stem == "auto" and image_size <= SMALL_STEM_UP_TO)
-    encoder = factory(in_channels, image_size, out_dim, small_stem=small)
-    encoder.stem = "small" if small else "standard"
+            raise only_its_own_stem(name, stem)
+        encoder = ENCODERS[name](in_channels, size, out_dim)
+        encoder.stem_kind, encoder.output_layers = "own", ("latent",)
+    elif name in timm.list_models():
+        encoder = build_timm_encoder(name, in_channels, size, stem, out_dim)
+    else:
+        every, listed = [*ENCODERS, *timm.list_models()], f"{', '.join(ENCODERS)}, and all of timm.list_models()"
+        raise ConfigError("model.encoder: " + unknown_name("encoder", name, every, listed=listed))
+    if input_size is not None:
+        resize_inputs(encoder, input_size)
     return encoder

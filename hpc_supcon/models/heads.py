@@ -1,6 +1,10 @@
-"""Heads on an encoder's features: the projection for the loss, linear classifiers for evaluation."""
+"""Heads on an encoder's features: the projection for the loss, classifiers for evaluation."""
 
 from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -23,22 +27,96 @@ class Projection(nn.Module):
         return F.normalize(z if z.dtype == torch.float64 else z.float(), dim=1)
 
 
-class LinearHeads(nn.Module):
-    """K independent linear classifiers trained side by side: features [N, D] -> logits [K, N, classes].
+class Mlp(nn.Sequential):
+    """A classifier with hidden layers: [N, in_dim] -> logits [N, classes].
 
-    One batched product instead of K small ones; head k never sees the others. Parameters are apart, so that
-    each head can have its own optimiser settings: `head_parameters(k)`.
+    Each hidden layer is linear, BatchNorm (if wanted), ReLU, dropout (if not 0); the last layer is linear.
     """
+
+    def __init__(self, in_dim: int, hidden: Sequence[int], classes: int, *, batch_norm: bool, dropout: float) -> None:
+        layers: list[nn.Module] = []
+        for width in hidden:
+            layers += [nn.Linear(in_dim, width)]
+            layers += [nn.BatchNorm1d(width)] if batch_norm else []
+            layers += [nn.ReLU()]
+            layers += [nn.Dropout(dropout)] if dropout else []
+            in_dim = width
+        super().__init__(*layers, nn.Linear(in_dim, classes))
+
+
+class Logistic(nn.Module):
+    """Binary logistic regression: [N, in_dim] -> logits [N, 2], of which the first is 0.
+
+    Cross-entropy of (0, z) is the binary cross-entropy of sigmoid(z), so that one loss serves all classifiers.
+    """
+
+    def __init__(self, in_dim: int) -> None:
+        super().__init__()
+        self.linear = zero_linear(in_dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.pad(self.linear(x), (1, 0))
+
+
+def zero_linear(in_dim: int, classes: int) -> nn.Linear:
+    """A linear layer that starts at zero: the losses put on it are convex, and no start is nearer."""
+    layer = nn.Linear(in_dim, classes)
+    nn.init.zeros_(layer.weight)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+class Heads(Protocol):
+    """K classifiers trained side by side: inputs [N, D] -> logits [K, N, classes]; head k never sees the others."""
+
+    def __call__(self, x: Tensor) -> Tensor: ...
+
+    def head_parameters(self, k: int) -> list[nn.Parameter]:
+        """Those of head k, so that each can have its own optimiser settings."""
+        ...
+
+    def one(self, k: int) -> nn.Module:
+        """A copy of head k by itself, for evaluation: [N, D] -> [N, classes]."""
+        ...
+
+    def train(self, mode: bool = True) -> nn.Module: ...
+
+
+class LinearHeads(nn.Module):
+    """Linear `Heads`: one product instead of K small ones."""
 
     def __init__(self, heads: int, in_dim: int, classes: int) -> None:
         super().__init__()
         # zeros: the loss is convex, and a fixed start makes the heads differ by learning rate alone
         self.weights = nn.ParameterList(torch.zeros(in_dim, classes) for _ in range(heads))
-        self.biases = nn.ParameterList(torch.zeros(1, classes) for _ in range(heads))
+        self.biases = nn.ParameterList(torch.zeros(classes) for _ in range(heads))
 
     def head_parameters(self, k: int) -> list[nn.Parameter]:
         return [self.weights[k], self.biases[k]]
 
+    def one(self, k: int) -> nn.Linear:
+        weight, bias = (p.detach().clone() for p in self.head_parameters(k))
+        layer = nn.Linear(*weight.shape).to(weight)
+        layer.load_state_dict({"weight": weight.T, "bias": bias})
+        return layer
+
     def forward(self, features: Tensor) -> Tensor:
-        weight, bias = torch.stack(list(self.weights)), torch.stack(list(self.biases))
-        return torch.baddbmm(bias, features.expand(len(weight), -1, -1), weight)
+        weight, bias = torch.cat(list(self.weights), dim=1), torch.cat(list(self.biases))
+        return torch.addmm(bias, features, weight).unflatten(1, (len(self.weights), -1)).transpose(0, 1)
+
+
+class SingleHead(nn.Module):
+    """Any one classifier [N, D] -> [N, classes] as `Heads` with K = 1."""
+
+    def __init__(self, head: nn.Module) -> None:
+        super().__init__()
+        self.head = head
+
+    def head_parameters(self, k: int) -> list[nn.Parameter]:
+        return list(self.head.parameters())
+
+    def one(self, k: int) -> nn.Module:
+        return copy.deepcopy(self.head).eval()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(x)[None]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from timm.layers.norm_act import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
 
 
@@ -76,6 +77,8 @@ class CpuSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             return super().forward(input)
         self._check_input_dim(input)
         y, mean, var, count = _GlobalBatchNorm.apply(input, self.weight, self.bias, self.eps)
+        if not self.track_running_stats:  # the two-pass step looks at every batch twice
+            return y
         if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
             with torch.no_grad():
                 self.num_batches_tracked.add_(1)
@@ -86,14 +89,26 @@ class CpuSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         return y
 
 
+class CpuSyncBatchNormAct(CpuSyncBatchNorm):
+    """The same for timm's BatchNormAct2d, which holds its activation (DenseNet, Inception)."""
+
+    drop: nn.Module
+    act: nn.Module
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.act(self.drop(super().forward(input)))
+
+
 def synchronise_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
     """`module` with every BatchNorm replaced by one over all ranks; parameters, buffers and names are kept."""
     if device.type == "cuda":
-        return nn.SyncBatchNorm.convert_sync_batchnorm(module)
+        return convert_sync_batchnorm(module)  # timm's: PyTorch's drops the activation inside BatchNormAct2d
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        # the same object with another class: subclasses with an activation inside (timm) keep their forward
+        # the same object with another class: names and values stay
         if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
             module.__class__ = CpuSyncBatchNorm
+        elif type(module) is BatchNormAct2d:
+            module.__class__ = CpuSyncBatchNormAct  # type: ignore[assignment]
         return module
     for child in module.children():
         synchronise_batchnorm(child, device)

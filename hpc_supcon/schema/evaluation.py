@@ -1,21 +1,96 @@
-"""Evaluation: section `probe`."""
+"""Evaluation: section `probe`, with one subsection for each kind of probe."""
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
-from .base import Count, NonNegative, Positive, Section
+from .base import Count, NonNegative, Positive, Section, StoppingConfig
+
+Input = Annotated[
+    Literal["auto", "features", "pixels"],
+    Field(
+        description="what the classifier reads: the frozen encoder's features, or the normalised, flattened pixels; "
+        "auto: pixels for softmax and logistic, features for the others"
+    ),
+]
+Rate = Annotated[Positive, Field(description="learning rate at its peak")]
+
+
+class FitConfig(Section):
+    """What every trained classifier shares."""
+
+    epochs: Count = Field(description="passes over the training split", json_schema_extra={"unit": "epochs"})
+    iterations: Count | None = Field(
+        description="optimiser steps, in place of epochs; null: as many as `epochs` has",
+        json_schema_extra={"unit": "iterations"},
+    )
+    evaluate_every: Count | None = Field(
+        description="iterations between two looks at the validation split; null: once per epoch",
+        json_schema_extra={"unit": "iterations"},
+    )
+    batch_size: Count = Field(description="images per step, over all ranks", json_schema_extra={"unit": "images"})
+    optimiser: Literal["adam", "adamw", "sgd"] = Field(description="optimiser (sgd: momentum 0.9)")
+    weight_decay: NonNegative = Field(description="weight decay of the optimiser; not on biases and norms")
+    schedule: Literal["cosine", "constant"] = Field(description="cosine: learning rate falls to 0 at the last step")
+    stopping: StoppingConfig
+
+
+class LinearConfig(FitConfig):
+    input: Input
+    standardise: bool = Field(description="give inputs zero mean and unit variance (over train) first")
+    lrs: tuple[Positive, ...] = Field(
+        min_length=1, description="learning rates trained at once; the validation split chooses"
+    )
+
+
+class SoftmaxConfig(FitConfig):
+    input: Input
+    standardise: bool = Field(description="give inputs zero mean and unit variance (over train) first")
+    lr: Rate
+    l2_lambda: NonNegative = Field(description="l2_lambda x sum of squared weights (not biases) is added to the loss")
+    clip_norm: Positive | None = Field(description="longest gradient, as an L2 norm; null: not clipped")
+
+
+class LogisticConfig(SoftmaxConfig):
+    classes: tuple[str | int, str | int] | None = Field(
+        description="the two classes told apart: names, or indices from 0; null: the data has only two"
+    )
+
+
+class MlpConfig(FitConfig):
+    input: Input
+    standardise: bool = Field(description="give inputs zero mean and unit variance (over train) first")
+    lr: Rate
+    hidden: tuple[Count, ...] = Field(min_length=1, description="widths of the hidden layers")
+    batch_norm: bool = Field(description="BatchNorm after each hidden layer")
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(description="probability of dropping a hidden unit")
+
+
+class KnnConfig(Section):
+    input: Input
+    k: Count = Field(description="nearest training images that vote", json_schema_extra={"unit": "images"})
+    temperature: Positive = Field(description="a neighbour votes with exp(cosine similarity / temperature)")
+
+
+class FinetuneConfig(FitConfig):
+    lr: Rate
+    encoder_lr: NonNegative = Field(description="learning rate of the encoder at its peak; 0 keeps its weights")
+    augment: bool = Field(description="train on one random view of each image (section augment), else on the image")
 
 
 class ProbeConfig(Section):
-    kind: Literal["linear"] = Field(description="classifier on the frozen features")
-    epochs: Count = Field(description="passes over the cached features", json_schema_extra={"unit": "epochs"})
-    batch_size: Count = Field(description="features per step", json_schema_extra={"unit": "images"})
-    optimiser: Literal["adamw", "sgd"] = Field(description="optimiser of the head")
-    lrs: tuple[Positive, ...] = Field(
-        min_length=1, description="learning rates trained at once; validation accuracy chooses"
+    kind: str | tuple[str, ...] = Field(
+        description="linear | softmax | logistic | mlp | knn | finetune, or a list of them, evaluated in that order"
     )
-    weight_decay: NonNegative = Field(description="weight decay of the head")
-    standardise: bool = Field(description="give features zero mean and unit variance (over train) first")
+    linear: LinearConfig
+    softmax: SoftmaxConfig
+    logistic: LogisticConfig
+    mlp: MlpConfig
+    knn: KnnConfig
+    finetune: FinetuneConfig
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        return (self.kind,) if isinstance(self.kind, str) else self.kind

@@ -2,17 +2,28 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from .base import Count, NonNegative, Positive, Probability, Section, StoppingConfig
 
 
 class ModelConfig(Section):
-    encoder: str = Field(description="name of the encoder (see the error for an unknown one)")
+    encoder: str = Field(
+        description="conv | resnet9 | resnet9_small | vgg16_bn_embed, or any name in timm.list_models()"
+    )
     stem: Literal["auto", "small", "standard"] = Field(
         description="small: 3x3 stride 1 without max-pool, for inputs up to 64 px; auto chooses by image size"
+    )
+    input_size: Count | None = Field(
+        description="resize the images to this inside the encoder, for encoders that need larger ones; null: never",
+        json_schema_extra={"unit": "px"},
+    )
+    weights: str | None = Field(
+        description="initial encoder weights: a file of timm, torchvision, SupContrast, solo-learn or MoCo; "
+        "null: random"
     )
     out_dim: Count | None = Field(description="size of the features; null is the encoder's own")
     projection_hidden: Count = Field(description="width of the projection's hidden layer")
@@ -65,17 +76,63 @@ class LossConfig(Section):
 
 
 class OptimConfig(Section):
-    name: Literal["sgd", "adamw"] = Field(description="optimiser")
+    name: Literal["sgd", "adamw", "lars", "lamb"] = Field(description="optimiser")
     lr: Positive = Field(description="peak learning rate, used as written")
     lr_per_256: Positive | None = Field(
         description="when set, replaces lr by this times data.batch_size / 256 (and the log says so)"
     )
-    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(description="SGD momentum (AdamW: beta 1)")
-    nesterov: bool = Field(description="Nesterov momentum (SGD)")
-    weight_decay: NonNegative = Field(description="weight decay; norms and biases have none")
-    schedule: Literal["cosine", "constant"] = Field(description="learning rate after the warm-up")
+    momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
+        description="momentum of sgd and lars; beta 1 of adamw and lamb"
+    )
+    nesterov: bool = Field(description="Nesterov momentum (sgd, lars)")
+    beta2: Annotated[float, Field(ge=0, lt=1)] = Field(description="decay of the squared gradients (adamw, lamb)")
+    eps: Positive | None = Field(
+        description="added to denominators; null is the optimiser's own (adamw 1e-8, lamb 1e-6, lars 0)"
+    )
+    lars_eta: Positive = Field(description="lars: trust coefficient, a step's size as a share of the weight's norm")
+    lamb_norm_range: tuple[NonNegative, Positive] | None = Field(
+        description="lamb: weight norms are clamped to this range in the trust ratio; null: taken as they are"
+    )
+    weight_decay: NonNegative = Field(description="weight decay; norms, biases and a learned temperature have none")
+    clip_norm: Positive | None = Field(description="gradients are scaled down to this global norm; null: never")
+    schedule: Literal["cosine", "step", "constant", "one_cycle"] = Field(
+        description="learning rate after the warm-up; one_cycle: its rising part is the warm-up"
+    )
     warmup_epochs: NonNegative = Field(description="linear warm-up", json_schema_extra={"unit": "epochs"})
-    final_lr_fraction: Probability = Field(description="cosine ends at this share of the peak")
+    warmup_iterations: Annotated[int, Field(ge=0)] = Field(
+        description="linear warm-up, given in steps (then warmup_epochs is 0)", json_schema_extra={"unit": "steps"}
+    )
+    final_lr_fraction: Probability = Field(description="cosine and one_cycle end at this share of the peak")
+    milestones: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
+        min_length=1, description="step: shares of the training after which the rate is multiplied by gamma"
+    )
+    gamma: Annotated[float, Field(gt=0, le=1)] = Field(description="step: factor at each milestone")
+
+    @model_validator(mode="after")
+    def _optimiser_heeds_its_settings(self) -> OptimConfig:
+        if self.nesterov and (self.name not in ("sgd", "lars") or self.momentum == 0):
+            raise ValueError("nesterov is for sgd and lars with momentum above 0; use false")
+        if self.eps is not None and self.name == "sgd":
+            raise ValueError("eps: sgd divides by nothing; use null")
+        if self.lamb_norm_range is not None and self.name != "lamb":
+            raise ValueError(f"lamb_norm_range is for lamb, not for {self.name}; use null")
+        if self.lamb_norm_range is not None and self.lamb_norm_range[0] > self.lamb_norm_range[1]:
+            raise ValueError(f"lamb_norm_range={list(self.lamb_norm_range)}: the lower end comes first")
+        return self
+
+    @model_validator(mode="after")
+    def _schedule_fits(self) -> OptimConfig:
+        if self.warmup_epochs and self.warmup_iterations:
+            raise ValueError(
+                "warmup_epochs and warmup_iterations are two lengths of one warm-up; set one of them to 0"
+            )
+        if self.schedule == "one_cycle" and not (self.warmup_epochs or self.warmup_iterations):
+            raise ValueError("one_cycle rises in the warm-up: set warmup_epochs (usual: 0.3 of train.epochs)")
+        if self.final_lr_fraction and self.schedule not in ("cosine", "one_cycle"):
+            raise ValueError(f"final_lr_fraction is where cosine and one_cycle end, not {self.schedule}; use 0")
+        if any(a >= b for a, b in pairwise(self.milestones)):
+            raise ValueError(f"milestones={list(self.milestones)} must increase")
+        return self
 
 
 class TrainConfig(Section):
@@ -92,6 +149,10 @@ class TrainConfig(Section):
         json_schema_extra={"unit": "images"},
     )
     channels_last: bool = Field(description="NHWC memory layout (faster convolutions)")
+    ema: Annotated[float, Field(gt=0, lt=1)] | None = Field(
+        description="evaluate an exponential moving average of the weights with this decay per step; null: the "
+        "weights themselves"
+    )
 
 
 class OnlineProbeConfig(Section):
@@ -122,7 +183,18 @@ class CheckpointConfig(Section):
         description="save after every n-th epoch", json_schema_extra={"unit": "epochs"}
     )
     every_steps: Count | None = Field(description="save after every n-th step", json_schema_extra={"unit": "steps"})
-    keep: Annotated[int, Field(ge=2)] = Field(description="newest checkpoints kept")
+    keep: Annotated[int, Field(ge=2)] = Field(description="newest checkpoints kept; only whole ones count")
+    keep_every_steps: Count | None = Field(
+        description="keep the checkpoints of every n-th step for good; null: the newest alone",
+        json_schema_extra={"unit": "steps"},
+    )
+    asynchronous: bool = Field(
+        description="write while training goes on; needs host memory for one more copy of model and optimiser"
+    )
+    max_failed_saves: Annotated[int, Field(ge=0)] = Field(
+        description="saves in a row that may fail (a full disk) before training stops; the last of a run may not",
+        json_schema_extra={"unit": "saves"},
+    )
 
 
 class LogConfig(Section):

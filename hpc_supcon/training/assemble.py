@@ -30,11 +30,12 @@ from ..data import (
 from ..errors import ConfigError, CorruptSample, DataError
 from ..models import PretrainingModel, build_encoder
 from ..runtime import Runtime
+from .ema import WeightAverage
 from .engine import autocast, distribute, place
 from .fit import Plan
 from .momentum import MomentumQueue
 from .objective import PAIRED, RESPONSE, Objective, build_head, heads_of, kind_of, response_term
-from .optim import build_optimiser, learning_rate
+from .optim import OPTIMISER_SETTINGS, build_optimiser, learning_rate
 from .state import TrainState
 from .stopping import EarlyStopping
 
@@ -160,6 +161,7 @@ def describe_model(config: Config, splits: Splits) -> dict[str, Any]:
             "image_size": splits.image_size,
             "stem": model.stem,
             "out_dim": model.out_dim,
+            "input_size": model.input_size,
         },
         "projection": {"hidden": model.projection_hidden, "out_dim": model.projection_dim},
         "heads": heads_of(config.loss.weights),
@@ -208,11 +210,8 @@ def build_state(
         parallel=parallel,
         optimiser=build_optimiser(
             [*placed.parameters(), *objective.parameters()],
-            name=optim.name,
             lr=peak_lr(config),
-            momentum=optim.momentum,
-            nesterov=optim.nesterov,
-            weight_decay=optim.weight_decay,
+            **optim.model_dump(include=OPTIMISER_SETTINGS),
         ),
         views=views.to(runtime.device),
         objective=objective,
@@ -220,6 +219,8 @@ def build_state(
         device=runtime.device,
         queue=queue,
         stopping=build_stopping(config),
+        ema=None if config.train.ema is None else WeightAverage(placed, config.train.ema),
+        clip_norm=optim.clip_norm,
         micro_batch_size=config.train.micro_batch_size,
     )
 
@@ -250,9 +251,11 @@ def build_plan(config: Config, steps_per_epoch: int) -> Plan:
             learning_rate,
             peak=peak_lr(config),
             steps=steps,
-            warmup_steps=round(optim.warmup_epochs * steps_per_epoch),
+            warmup_steps=optim.warmup_iterations or round(optim.warmup_epochs * steps_per_epoch),
             schedule=optim.schedule,
             final_fraction=optim.final_lr_fraction,
+            milestones=optim.milestones,
+            gamma=optim.gamma,
         ),
         log_every=config.log.every_steps,
         gradient_response=config.log.gradient_response,

@@ -6,33 +6,34 @@ It is written beside its final place, flushed to disk and renamed: it exists whe
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
-import re
+import contextlib
 import shutil
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
 from torch import Tensor
 
-from ..errors import CheckpointCorrupt, RunFolderError
+from .checkpoint_disk import (
+    Content,
+    check_space,
+    json_content,
+    not_written,
+    seal,
+    sync_folder,
+    tensor_content,
+    write_file,
+)
+from .checkpoint_names import DELETED, MANIFEST, PARTIAL, REPLACED, STATE, TENSORS, path_of, step_of
+from .checkpoint_read import FORMAT, problem_of
+from .checkpoint_read import Checkpoint as Checkpoint
+from .checkpoint_read import list_steps as list_steps
+from .checkpoint_read import load as load
+from .checkpoint_read import load_newest as load_newest
+from .checkpoint_read import understood as understood
 
-MANIFEST = "manifest.json"
-_STEP = re.compile(r"step-(\d+)")
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    """What was read back: tensors by file stem (`model`, `optimizer`, `rng`) and the plain `state`."""
-
-    path: Path
-    tensors: dict[str, dict[str, Tensor]]
-    state: dict[str, Any]
-    manifest: dict[str, Any]
+BESIDES = 64 << 10
+"""Bytes a save needs besides its files' contents: manifest, folder, and the last block of each file."""
 
 
 def save(
@@ -44,125 +45,99 @@ def save(
     world_size: int,
     config_digest: str,
     keep: int = 2,
+    keep_every: int | None = None,
     protect: Collection[int] = (),
+    trusted: set[int] | None = None,
 ) -> Path:
-    """Publish `folder/step-N` and then delete all but the newest `keep` and the steps in `protect`.
+    """Publish `folder/step-N`, then delete those that `retain` does not spare. state.json holds `step` as well.
 
-    Call on one rank only.
+    Call on one rank only. `trusted` are the steps that this process has written or verified, and is added
+    to: the others are read once before they count as kept.
 
-    Raises RunFolderError naming the path when the disk is full or read-only; earlier checkpoints stay.
+    Raises RunFolderError naming path, bytes needed and bytes free when the disk is full, read-only or broken;
+    earlier checkpoints stay.
     """
-    final, partial = folder / f"step-{step}", folder / f".partial-step-{step}"
+    final, partial = folder / f"step-{step}", folder / f"{PARTIAL}step-{step}"
+    files = {f"{stem}{TENSORS}": tensor_content(named) for stem, named in tensors.items()}
+    files[STATE] = json_content({**state, "step": step})
+    about = {"format": FORMAT, "step": step, "world_size": world_size, "config_digest": config_digest}
+    needed = sum(content.size for content in files.values()) + BESIDES
+    trusted = set() if trusted is None else trusted
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir()
-        files = {}
-        for stem, named in tensors.items():
-            # safetensors takes contiguous tensors only; loading copies into the parameters' own layout
-            payload = safetensors.torch.save({k: t.detach().cpu().contiguous() for k, t in named.items()})
-            files[f"{stem}.safetensors"] = _write(partial / f"{stem}.safetensors", payload)
-        files["state.json"] = _write(partial / "state.json", _json(state))
-        manifest = {
-            "format": 1,
-            "step": step,
-            "world_size": world_size,
-            "config_digest": config_digest,
-            "files": files,
-        }
-        _write(partial / MANIFEST, _json({**manifest, "sha256": _sha256(_json(manifest))}))
-        _sync_folder(partial)
-        if final.exists():  # the same step again, after a fall-back to an older checkpoint
-            shutil.rmtree(final)
-        partial.rename(final)
-        _sync_folder(folder)
+        _prepare(folder)
+        check_space(folder, needed)
+        _write(partial, files, about)
+        trusted.discard(step)
+        _publish(partial, final)
     except OSError as error:
         shutil.rmtree(partial, ignore_errors=True)
-        raise RunFolderError(
-            f"{final}: checkpoint not written: {error.strerror or error}; earlier ones are kept"
-        ) from None
-    for old in set(list_steps(folder)[:-keep]).difference(protect):
-        shutil.rmtree(folder / f"step-{old}", ignore_errors=True)
+        raise not_written(final, error, needed) from None
+    trusted.add(step)
+    retain(folder, keep, keep_every=keep_every, protect=protect, trusted=trusted)
     return final
 
 
-def list_steps(folder: Path) -> list[int]:
-    """Steps of the published checkpoints, oldest first."""
-    if not folder.is_dir():
-        return []
-    found = (_STEP.fullmatch(p.name) for p in folder.iterdir())
-    return sorted(int(m.group(1)) for m in found if m)
+def retain(folder: Path, keep: int, *, keep_every: int | None, protect: Collection[int], trusted: set[int]) -> None:
+    """Delete what is older than the newest `keep` checkpoints that are whole.
 
-
-def load(path: Path) -> Checkpoint:
-    """Read and verify one checkpoint folder. Raises CheckpointCorrupt naming the file that differs."""
-    try:
-        manifest = json.loads((path / MANIFEST).read_bytes())
-        claimed = manifest.pop("sha256")
-        if claimed != _sha256(_json(manifest)) or manifest["format"] != 1:
-            raise ValueError
-        files = dict(manifest["files"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        raise CheckpointCorrupt(f"{path / MANIFEST}: missing or changed since it was written") from None
-    payloads = {name: _read_verified(path / name, entry) for name, entry in files.items()}
-    tensors = {
-        name.removesuffix(".safetensors"): safetensors.torch.load(payload)
-        for name, payload in payloads.items()
-        if name.endswith(".safetensors")
-    }
-    return Checkpoint(path, tensors, json.loads(payloads["state.json"]), manifest)
-
-
-def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that verifies, and one line for each newer one that did not.
-
-    None when the folder holds no checkpoint at all. Raises CheckpointCorrupt when it holds some and none
-    verifies: a used folder never starts from step 0.
+    Only whole ones count, so that a damaged one never pushes out the last that loads. Whole means: manifest
+    and sizes are right, and this process wrote it or has verified it. Spared are the steps in `protect` and
+    the multiples of `keep_every`. Damaged ones are deleted with the others of their age. What cannot be
+    deleted now is tried again after the next save.
     """
-    refused: list[str] = []
+    whole = 0
     for step in reversed(list_steps(folder)):
-        try:
-            return load(folder / f"step-{step}"), refused
-        except CheckpointCorrupt as error:
-            refused.append(str(error))
-    if refused:
-        raise CheckpointCorrupt(
-            f"{refused[0]}; no older checkpoint is left to fall back on: restore the file, or start in a new folder"
-        )
-    return None, []
+        path = path_of(folder, step)
+        if whole < keep:
+            if problem_of(path, hashes=step not in trusted) is None:
+                trusted.add(step)
+                whole += 1
+        elif step not in protect and not (keep_every and step % keep_every == 0):
+            with contextlib.suppress(OSError):
+                _delete(path)
 
 
-def _read_verified(path: Path, entry: Mapping[str, Any]) -> bytes:
-    try:
-        payload = path.read_bytes()
-    except OSError as error:
-        raise CheckpointCorrupt(f"{path}: {error.strerror}") from None
-    if len(payload) != entry["bytes"]:
-        raise CheckpointCorrupt(f"{path}: {len(payload)} bytes, {entry['bytes']} were written")
-    if _sha256(payload) != entry["sha256"]:
-        raise CheckpointCorrupt(f"{path}: its bytes changed since it was written (sha256 differs)")
-    return payload
+def _prepare(folder: Path) -> None:
+    """Make the folder; finish or undo what a killed save left. Raises OSError."""
+    if not folder.is_dir():
+        folder.mkdir(parents=True)
+        sync_folder(folder.parent)
+    for left in sorted(folder.iterdir()):
+        if left.name.startswith(REPLACED) and (step := step_of(left.name)) is not None:
+            if path_of(folder, step) == left:
+                left.rename(folder / f"step-{step}")
+            else:
+                shutil.rmtree(left, ignore_errors=True)
+        elif left.name.startswith((PARTIAL, DELETED)):
+            shutil.rmtree(left, ignore_errors=True)
 
 
-def _write(path: Path, payload: bytes) -> dict[str, Any]:
-    with path.open("wb") as file:
-        file.write(payload)
-        file.flush()
-        os.fsync(file.fileno())
-    return {"bytes": len(payload), "sha256": _sha256(payload)}
+def _write(partial: Path, files: Mapping[str, Content], about: Mapping[str, Any]) -> None:
+    """All files of a checkpoint, the manifest last, flushed. Raises OSError."""
+    partial.mkdir()
+    written = {name: write_file(partial / name, content) for name, content in files.items()}
+    write_file(partial / MANIFEST, json_content(seal({**about, "files": written})))
+    sync_folder(partial)
 
 
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def _publish(partial: Path, final: Path) -> None:
+    """Rename into place. Raises OSError.
+
+    A checkpoint of the same step (saved before a fall-back to an older one) steps aside first and stands for
+    the step until the new one does: there is no moment without either.
+    """
+    aside = final.with_name(f"{REPLACED}{final.name}")
+    replaces = final.exists()
+    if replaces:
+        final.rename(aside)
+    partial.rename(final)
+    sync_folder(final.parent)
+    if replaces:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
-def _json(data: Mapping[str, Any]) -> bytes:
-    return json.dumps(data, indent=1, sort_keys=True).encode()
-
-
-def _sha256(payload: bytes) -> str:
-    return hashlib.sha256(payload).hexdigest()
+def _delete(path: Path) -> None:
+    """Rename, then delete: a kill in between leaves no checkpoint with half of its files. Raises OSError."""
+    gone = path.with_name(f"{DELETED}step-{step_of(path.name)}")
+    path.rename(gone)
+    shutil.rmtree(gone, ignore_errors=True)

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from ..collectives import gather_rows
 from ..models import PretrainingModel
+from .ema import follow
 
 
 class MomentumQueue(nn.Module):
@@ -56,9 +57,7 @@ class MomentumQueue(nn.Module):
         self.labels.index_copy_(0, places, labels)
         self.pushed.fill_(start + len(keys))
 
-    @torch.no_grad()
     def follow(self, model: nn.Module) -> None:
         """Move the copy's weights towards the model's; its BatchNorm statistics are its own."""
         if self.key_model is not None and self.momentum is not None:
-            own: list[Tensor] = list(self.key_model.parameters())
-            torch._foreach_lerp_(own, [p.detach() for p in model.parameters()], 1 - self.momentum)
+            follow(self.key_model.parameters(), model.parameters(), self.momentum)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import platform
 import time
-from contextlib import closing
+from contextlib import closing, nullcontext
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -12,12 +13,14 @@ from typing import Any
 import torch
 
 from .. import __version__
-from ..collectives import barrier, gather_objects, raise_together, together
+from ..collectives import gather_objects, together
 from ..config import Config, digest
 from ..data import EvalTransform, build_loader
-from ..errors import HpcSupconError, WorldSizeMismatch
+from ..errors import WorldSizeMismatch
+from ..models import LoadedWeights, PretrainingModel, load_weights
 from ..runtime import Runtime, seed_everything
 from . import assemble, checkpoint, run_folder
+from .checkpoint_writer import CheckpointWriter
 from .fit import fit
 from .metrics import MetricLog, ProgressLine, console
 from .state import TrainState
@@ -41,7 +44,7 @@ def pretrain(
     with together():
         run_folder.check_usable(folder, config, resume=resume)
         assemble.check_objective(config)
-        check_validation(config, splits.validation)
+        check_validation(config, splits)
         order = assemble.build_training_order(config, splits)
         loader = build_loader(
             data.loader,
@@ -57,6 +60,7 @@ def pretrain(
         description = assemble.describe_model(config, splits)
         assemble.seed_models(config)
         model, views = assemble.build_model(description), assemble.build_views(config, description, runtime)
+        weights = _load_weights(config, model, folder, resume=resume)
         objective = assemble.build_objective(config, views)
     seed_everything(config.seed, runtime.rank)
     state = assemble.build_state(config, model, objective, views, runtime)
@@ -66,18 +70,27 @@ def pretrain(
         if runtime.is_main and not resumed:
             run_folder.create(folder, config)
     plan = assemble.build_plan(config, loader.steps_per_epoch)
-    save = partial(_save, folder=folder, config=config, runtime=runtime, description=description)
+    writer = _checkpoint_writer(config, folder, runtime) if runtime.is_main else None
+    save = partial(_save, writer=writer, description=description)
     shown = runtime.is_main and config.log.progress
     with (
         closing(loader),
+        writer or nullcontext(),
         MetricLog(folder if runtime.is_main else None, tensorboard=config.log.tensorboard) as log,
         ProgressLine(plan.steps, plan.epochs, shown=shown) as progress,
     ):
         log.log("start", state.step, world_size=runtime.world_size, **_facts(config, data, model))
+        if weights is not None:
+            log.log("weights", state.step, **asdict(weights))
+            if shown:
+                console.print(weights.summary(), soft_wrap=True)
         if shown and config.data.loader == "auto":
             console.print(f"loader: {data.loader} ({data.reason})", soft_wrap=True)
         began = time.perf_counter()
         fit(state, loader, plan, log=log, progress=progress, save=save, validate=validate)
+        with together():
+            if writer is not None:
+                writer.close()
         log.log("end", state.step, seconds=round(time.perf_counter() - began, 3))
     return folder
 
@@ -88,6 +101,13 @@ def _validate(
     views = assemble.build_views(config, description, runtime, stream=VIEWS_STREAM).to(runtime.device)
     transform = EvalTransform(**description["normalisation"]).to(runtime.device)
     return build_validate(config, data, views, transform, runtime, probe)
+
+
+def _load_weights(config: Config, model: PretrainingModel, folder: Path, *, resume: bool) -> LoadedWeights | None:
+    """The encoder's initial weights from `model.weights`; a checkpoint to go on from stands in for the file."""
+    if config.model.weights is None or (resume and checkpoint.list_steps(folder / run_folder.CHECKPOINTS)):
+        return None
+    return load_weights(model.encoder, config.model.weights)
 
 
 def _facts(config: Config, data: assemble.Data, model: torch.nn.Module) -> dict[str, Any]:
@@ -126,29 +146,35 @@ def _resume(state: TrainState, folder: Path, runtime: Runtime) -> bool:
             raise WorldSizeMismatch(
                 f"{path}: saved by {saved_world} ranks, resumed on {runtime.world_size}; start {saved_world} ranks"
             )
-        state.load(found.tensors, found.state)
+        with checkpoint.understood(path):
+            state.load(found.tensors, found.state)
     if runtime.is_main:
         console.print(f"{folder}: going on from step {state.step}", soft_wrap=True)
     return True
 
 
-def _save(state: TrainState, *, folder: Path, config: Config, runtime: Runtime, description: dict[str, Any]) -> None:
-    """Collective: every rank contributes its generators, rank 0 writes, a failure is everybody's."""
+def _checkpoint_writer(config: Config, folder: Path, runtime: Runtime) -> CheckpointWriter:
+    settings = config.checkpoint
+    save = partial(
+        checkpoint.save,
+        folder / run_folder.CHECKPOINTS,
+        world_size=runtime.world_size,
+        config_digest=digest(config),
+        keep=settings.keep,
+        keep_every=settings.keep_every_steps,
+        trusted=set(),
+    )
+    return CheckpointWriter(
+        save,
+        asynchronous=settings.asynchronous,
+        max_failed=settings.max_failed_saves,
+        tell=lambda line: console.print(line, soft_wrap=True, style="yellow", markup=False),
+    )
+
+
+def _save(state: TrainState, *, writer: CheckpointWriter | None, description: dict[str, Any]) -> None:
+    """Collective: every rank contributes its generators, rank 0 has the writer, a failure is everybody's."""
     tensors = state.tensors()
-    error: HpcSupconError | None = None
-    if runtime.is_main:
-        try:
-            checkpoint.save(
-                folder / run_folder.CHECKPOINTS,
-                state.step,
-                tensors,
-                {**state.numbers(), **description},
-                world_size=runtime.world_size,
-                config_digest=digest(config),
-                keep=config.checkpoint.keep,
-                protect=state.best_steps(),
-            )
-        except HpcSupconError as caught:
-            error = caught
-    raise_together(error)
-    barrier()
+    with together():
+        if writer is not None:
+            writer.save(state.step, tensors, {**state.numbers(), **description}, protect=state.best_steps())

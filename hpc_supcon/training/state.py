@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..collectives import gather_rows, rank
 from ..data import Views
 from ..models import PretrainingModel
+from .ema import WeightAverage
 from .momentum import MomentumQueue
 from .objective import Objective
 from .stopping import EarlyStopping
@@ -32,6 +33,9 @@ class TrainState:
     autocast: Callable[[], AbstractContextManager[object]]
     device: torch.device
     queue: MomentumQueue | None = None
+    ema: WeightAverage | None = None
+    clip_norm: float | None = None
+    """Largest global norm of the gradients that the optimiser sees; None: any."""
     micro_batch_size: int | None = None
     """Images per piece of the two-pass step; None for one pass."""
     stopping: EarlyStopping | None = None
@@ -57,6 +61,8 @@ class TrainState:
             tensors["objective"] = objective
         if self.queue is not None:
             tensors["queue"] = dict(self.queue.state_dict())
+        if self.ema is not None:
+            tensors["ema"] = self.ema.state_dict()
         return tensors
 
     def numbers(self) -> dict[str, Any]:
@@ -73,6 +79,8 @@ class TrainState:
         self.objective.load_state_dict(tensors.get("objective", {}))
         if self.queue is not None:
             self.queue.load_state_dict(tensors["queue"])
+        if self.ema is not None:
+            self.ema.load_state_dict(tensors["ema"])
         _load_optimiser(self._named_parameters(), self.optimiser, tensors["optimizer"])
         own = {name.partition(".")[2]: t for name, t in tensors["rng"].items() if name.startswith(f"rank{rank()}.")}
         torch.set_rng_state(own["torch"])
@@ -108,6 +116,7 @@ def _load_optimiser(
     for full_name, value in tensors.items():
         name, _, key = full_name.rpartition("/")
         p = parameters[name]
-        # a slot shaped like its parameter gets its device and memory layout; a step counter stays on the CPU
-        slot = torch.empty_like(p, dtype=value.dtype).copy_(value) if value.shape == p.shape and value.ndim else value
-        optimiser.state[p][key] = slot
+        if key == "step":  # counted on the CPU, but for fused kernels
+            optimiser.state[p][key] = value.to(p.device) if optimiser.defaults.get("fused") else value
+        else:  # its parameter's device and memory layout
+            optimiser.state[p][key] = torch.empty_like(p, dtype=value.dtype).copy_(value)

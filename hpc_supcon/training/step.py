@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 from ..collectives import all_sum, gather_objects, world_size
 from ..data import Batch
 from ..errors import NonFinite
+from .optim import clip_gradients
 from .state import TrainState
 
 
@@ -27,6 +28,7 @@ class StepResult:
 
     loss: Tensor
     gradient_norm: Tensor
+    """Before clipping."""
     outputs: dict[str, Tensor]
 
 
@@ -43,11 +45,16 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
 
     loss, outputs, keys = (_one_pass if len(pieces) == 1 else _two_passes)(state, batch, views, pieces)
     _average_over_ranks(state.objective)
-    norm = torch.nn.utils.get_total_norm([p.grad for p in state.parameters() if p.grad is not None])
+    gradients = [p.grad for p in state.parameters() if p.grad is not None]
+    norm = torch.nn.utils.get_total_norm(gradients)
     if not torch.isfinite(loss + norm):
         _raise_non_finite(state, loss, outputs)
+    if state.clip_norm is not None:
+        clip_gradients(gradients, norm, state.clip_norm)
     state.optimiser.step()
     state.optimiser.zero_grad(set_to_none=True)
+    if state.ema is not None:
+        state.ema.update()
     if state.queue is not None:
         state.queue.follow(state.model)
         state.queue.push(torch.cat(keys), batch.labels)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..collectives import all_sum
 from ..config import Config
-from ..data import EvalOrder, EvalTransform, Order, Source, TrainOrder, Views, build_loader
+from ..data import EvalOrder, EvalTransform, Order, Splits, TrainOrder, Views, build_loader
 from ..errors import ConfigError
 from ..runtime import Runtime
 from .assemble import Data
@@ -22,16 +22,16 @@ VIEWS_STREAM = 2
 """Random stream of the validation views; training's is another."""
 
 Validate = Callable[[TrainState], dict[str, float]]
-OnlineProbe = Callable[[TrainState], float]
-"""Accuracy on validation of a probe of the features as they are; collective."""
+OnlineProbe = Callable[[nn.Module, EvalTransform], float]
+"""(encoder, transform) -> accuracy on validation of a probe of the features as they are; collective."""
 
 
-def check_validation(config: Config, validation: Source | None) -> None:
+def check_validation(config: Config, splits: Splits) -> None:
     """Raise ConfigError where early stopping or validation is asked for and cannot be done."""
     look, stop = config.validation, config.train.stopping
     looks = look.every_epochs is not None or look.every_steps is not None
     stops = stop.patience is not None or stop.target is not None
-    if (looks or stops) and validation is None:
+    if (looks or stops) and splits.validation is None:
         asked = "train.stopping" if stops else "validation.every_*"
         raise ConfigError(f"{asked} needs a validation split: set data.validation_fraction")
     if stops and not looks:
@@ -40,6 +40,9 @@ def check_validation(config: Config, validation: Source | None) -> None:
         )
     if look.probe.kind != "none" and not looks:
         raise ConfigError(f"validation.probe.kind={look.probe.kind}: set validation.every_epochs, when to do it")
+    known = min(look.probe.images, len(splits.train))
+    if look.probe.kind == "knn" and look.probe.k > known:
+        raise ConfigError(f"validation.probe.k={look.probe.k} neighbours, but there are {known} training images")
     has_accuracy = look.probe.kind != "none" or "classifier" in {kind_of(term).head for term in config.loss.weights}
     if stops and stop.monitor == "accuracy" and not has_accuracy:
         raise ConfigError(
@@ -85,7 +88,7 @@ def build_validate(
         with _undisturbed(state):
             numbers: dict[str, float] = {}
             if probe is not None:
-                numbers["accuracy"] = numbers[f"{look.probe.kind}_accuracy"] = probe(state)
+                numbers["accuracy"] = numbers[f"{look.probe.kind}_accuracy"] = probe(state.model.encoder, transform)
             values: dict[str, float] = {}
             if plain:
                 order = EvalOrder(len(source), max(1, batch_size // runtime.world_size))
@@ -154,10 +157,14 @@ def _paired_terms(
 
 @contextmanager
 def _undisturbed(state: TrainState) -> Iterator[None]:
-    """Evaluation mode without gradients; afterwards modes and global generators are as they were."""
+    """Evaluation mode without gradients, with the averaged weights where there are any.
+
+    Afterwards modes, weights and global generators are as they were.
+    """
     was = state.parallel.training
     devices = [state.device] if state.device.type == "cuda" else []
-    with torch.random.fork_rng(devices), torch.no_grad():
+    averaged = nullcontext() if state.ema is None else state.ema.applied()
+    with torch.random.fork_rng(devices), torch.no_grad(), averaged:
         torch.manual_seed(0)  # triplets are drawn: the same at every evaluation
         state.parallel.eval()
         try:

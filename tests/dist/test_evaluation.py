@@ -3,27 +3,45 @@
 from __future__ import annotations
 
 import dataclasses
+import random
+import shutil
 
+import numpy as np
 import pytest
 import torch
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
+from sklearn.neighbors import KNeighborsClassifier
 
 from hpc_supcon.config import load_config
-from hpc_supcon.data import EvalTransform
-from hpc_supcon.evaluation.evaluate import load_model, probe
+from hpc_supcon.data import Batch, EvalTransform
+from hpc_supcon.errors import ConfigError
+from hpc_supcon.evaluation.encoder import load_model
+from hpc_supcon.evaluation.evaluate import probe
 from hpc_supcon.evaluation.features import extract
+from hpc_supcon.evaluation.monitor import monitor
+from hpc_supcon.evaluation.neighbours import knn_accuracy
+from hpc_supcon.evaluation.probes.finetune import Classifier, train_classifier
+from hpc_supcon.evaluation.probes.watch import Plan
+from hpc_supcon.evaluation.saved import load_probe
 from hpc_supcon.evaluation.scores import classification_scores
 from hpc_supcon.runtime import Launch, Runtime
-from hpc_supcon.training import assemble
+from hpc_supcon.models import build_encoder
+from hpc_supcon.training import assemble, checkpoint
+from hpc_supcon.training.engine import distribute
 from hpc_supcon.training.pretrain import pretrain
 from tests.dist.ranks import run_ranks
 
 
-def settings(folder):
-    return load_config(
-        "quickstart",
-        ["train.epochs=1", "probe.epochs=3", "log.tensorboard=false", "log.progress=false", f"run_dir={folder}"],
-    )
+KINDS = ["linear", "softmax", "logistic", "mlp", "knn"]
+FAST = [
+    "train.epochs=1", f"probe.kind=[{', '.join(KINDS)}]", "probe.linear.epochs=3", "probe.mlp.epochs=3",
+    "probe.softmax.iterations=30", "probe.logistic.iterations=30", "probe.logistic.classes=[3, '8']",
+    "log.tensorboard=false", "log.progress=false",
+]  # fmt: skip
+
+
+def settings(folder, *more):
+    return load_config("quickstart", [*FAST, f"run_dir={folder}", *more])
 
 
 def here(rank, world_size):
@@ -51,11 +69,14 @@ def trained(tmp_path_factory):
 
 def test_metrics_are_identical_on_1_2_and_3_ranks(trained):
     results = [run_ranks(evaluate_odd, world, trained) for world in (1, 2, 3)]
-    want = {k: results[0][0][k] for k in ("chosen", "validation", "test")}
-    assert 0.3 < want["test"]["accuracy"] < 1
+    names = ("probe", "chosen", "iterations", "validation", "test")
+    want = [{k: entry[k] for k in names} for entry in results[0][0]]
+    assert [entry["probe"] for entry in want] == KINDS
+    for entry in want:
+        assert 0.3 < entry["test"]["accuracy"] <= 1, entry
     for ranks in results:
-        for result in ranks:
-            assert {k: result[k] for k in want} == want
+        for entries in ranks:
+            assert [{k: entry[k] for k in names} for entry in entries] == want
 
 
 def evaluate_odd(rank, world_size, folder):
@@ -94,3 +115,169 @@ def test_scores_equal_scikit_learns_whatever_rank_holds_the_samples(bounds):
     }
     for got in [score(0, 1, predictions, labels, [0, 40]), *run_ranks(score, 2, predictions, labels, bounds)]:
         assert got == pytest.approx(want, abs=1e-6)
+
+
+class Halves:
+    """Global batches of a fixed list of images, shared by the ranks side by side: a loader for tests."""
+
+    steps_per_epoch = 4
+    replaced = 0
+
+    def __init__(self, rank, world_size):
+        generator = torch.Generator().manual_seed(5)
+        self.images = torch.randint(256, (4, 12, 1, 8, 8), generator=generator, dtype=torch.uint8)
+        # the ranks' shares hold different mixes of classes
+        self.labels = torch.randint(3, (4, 12), generator=generator).sort(dim=1).values
+        size = 12 // world_size
+        self.own = slice(rank * size, (rank + 1) * size)
+
+    def epoch(self, epoch, start=0):
+        for images, labels in zip(self.images, self.labels, strict=True):
+            yield Batch(images[self.own], labels[self.own], labels[self.own])
+
+    def close(self):
+        pass
+
+
+def finetune_in_float64(rank, world_size, encoder_lr):
+    torch.manual_seed(3)
+    encoder = build_encoder("conv", in_channels=1, image_size=8, out_dim=7)
+    model = Classifier(encoder, 3).double()
+    parallel = distribute(model, here(rank, world_size), sync_bn=True)
+    loader = Halves(rank, world_size)
+    values = iter([(0.5, 0.5), (0.4, 0.6), (0.6, 0.3)])
+    plan = Plan((0.05,), 3, 12, "sgd", monitor="loss")
+    trained = train_classifier(
+        model, parallel, loader, lambda x: x.double() / 255, lambda: next(values), plan, encoder_lr=encoder_lr
+    )
+    return {**model.state_dict(), "lines": trained.history, "kept": trained.iteration}
+
+
+def test_finetuning_on_2_ranks_equals_one_process_and_keeps_the_best_state():
+    (want,) = run_ranks(finetune_in_float64, 1, 0.02)
+    assert want["kept"] == 8
+    for got in run_ranks(finetune_in_float64, 2, 0.02):
+        for name, tensor in want.items():
+            if name == "lines":
+                for a, b in zip(got[name], tensor, strict=True):
+                    assert a == pytest.approx(b, rel=1e-9)
+            elif name != "kept":
+                torch.testing.assert_close(got[name], tensor, rtol=1e-9, atol=1e-10)
+    assert [line["iteration"] for line in want["lines"]] == [4, 8, 12]
+
+
+def finetune_run(rank, world_size, folder):
+    config = settings(
+        folder, "probe.kind=finetune", "probe.finetune.augment=false", "probe.finetune.epochs=2",
+        "probe.finetune.batch_size=64",
+    )  # fmt: skip
+    return probe(folder, config, here(rank, world_size), assemble.load_data(config, here(rank, world_size)))[0]
+
+
+def test_a_finetuned_encoder_is_saved_and_scores_the_same_from_the_file_alone(trained):
+    (one,), (two, also) = run_ranks(finetune_run, 1, trained), run_ranks(finetune_run, 2, trained)
+    assert {**two, "seconds": 0} == {**also, "seconds": 0}
+    assert one["test"]["accuracy"] == pytest.approx(two["test"]["accuracy"], abs=0.02)  # fp32, 40 updates
+    fitted = load_probe(trained / "probes/finetune")
+    source = assemble.load_data(settings(trained), here(0, 1)).splits.test
+    logits = fitted.logits(source.stack())
+    assert fitted.input == "images"
+    assert float((logits.argmax(1) == source.labels).double().mean()) == pytest.approx(two["test"]["accuracy"])
+    model, _ = load_model(trained)
+    fine, frozen = dict(fitted.encoder.state_dict()), model.encoder.state_dict()
+    assert any(not torch.equal(fine[name], frozen[name]) for name in frozen), "the encoder was trained too"
+
+
+def newest_or_best(rank, world_size, folder):
+    return load_model(folder)[1].path.name
+
+
+def save_steps(folder, steps, **state):
+    """Checkpoints of these steps, made of a real one's parts; the newest one's state has `state`."""
+    found = load_model(folder)[1]
+    for step in steps:
+        checkpoint.save(
+            folder / "checkpoints",
+            step,
+            found.tensors,
+            {**found.state, "step": step, **(state if step == steps[-1] else {})},
+            world_size=1,
+            config_digest="",
+            keep=10,
+        )
+
+
+def test_all_ranks_load_the_checkpoint_that_rank_0_chooses(trained, tmp_path, capsys):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    first = load_model(folder)[1].state["step"]
+    save_steps(folder, [first + 1, first + 2, first + 3], stopping={"best_at": first + 1})
+    assert run_ranks(newest_or_best, 2, folder) == [f"step-{first + 1}"] * 2
+    spoilt = folder / f"checkpoints/step-{first + 1}/model.safetensors"
+    spoilt.write_bytes(spoilt.read_bytes()[:-1] + b"x")
+    assert run_ranks(newest_or_best, 2, folder) == [f"step-{first + 3}"] * 2
+    assert load_model(folder)[1].path.name == f"step-{first + 3}"
+    assert f"taking step-{first + 3} in place of the best" in capsys.readouterr().err
+
+
+def knn_shares(rank, world_size, bank, labels, queries, asked, bounds):
+    own = slice(bounds[rank], bounds[rank + 1])
+    return knn_accuracy(bank[own], labels[own], queries[own], asked[own], classes=3, k=5, temperature=0.1)
+
+
+def test_neighbours_of_all_ranks_vote():
+    bank, labels, queries, asked = torch.randn(31, 4), torch.randint(3, (31,)), torch.randn(17, 4), torch.arange(17) % 3
+    (want,) = run_ranks(knn_shares, 1, bank, labels, queries, asked, [0, 31])
+    for bounds in ([0, 9, 31], [0, 0, 31]):
+        assert run_ranks(knn_shares, 2, bank, labels, queries, asked, bounds) == [want] * 2
+
+
+def monitored(rank, world_size, folder, kind):
+    config = settings(folder)
+    splits = assemble.load_data(config, here(rank, world_size)).splits
+    model, found = load_model(folder)
+    model.train()
+    model.encoder.latent.eval()  # a part that someone froze stays frozen
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    generators = [torch.get_rng_state(), random.getstate(), str(np.random.get_state())]
+    numbers = monitor(
+        model.encoder, splits.train, splits.validation, EvalTransform(**found.state["normalisation"]),
+        here(rank, world_size), kind=kind, images=301, k=7, epochs=2,
+    )  # fmt: skip
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert torch.equal(torch.get_rng_state(), generators[0])
+    assert [random.getstate(), str(np.random.get_state())] == generators[1:]
+    assert model.encoder.training
+    assert not model.encoder.latent.training
+    assert torch.is_grad_enabled()
+    return numbers
+
+
+@pytest.mark.parametrize("kind", ["knn", "linear"])
+def test_monitoring_leaves_no_trace_and_gives_the_same_on_any_number_of_ranks(trained, kind):
+    (want,) = run_ranks(monitored, 1, trained, kind)
+    assert 0.2 < want["accuracy"] <= 1
+    assert set(want) == ({"accuracy"} if kind == "knn" else {"accuracy", "loss"})
+    assert run_ranks(monitored, 3, trained, kind) == [want] * 3
+
+
+def test_monitoring_knn_equals_scikit_learns(trained):
+    """One neighbour among 301 evenly strided images."""
+    config = settings(trained)
+    splits = assemble.load_data(config, here(0, 1)).splits
+    model, found = load_model(trained)
+    transform = EvalTransform(**found.state["normalisation"])
+    rows = [i * len(splits.train) // 301 for i in range(301)]
+    with torch.no_grad():
+        encode = model.encoder.eval()
+        bank = encode(transform(splits.train.stack()[rows])).numpy()
+        asked = encode(transform(splits.validation.stack())).numpy()
+    want = KNeighborsClassifier(1, metric="cosine").fit(bank, splits.train.labels[rows].numpy())
+    got = monitor(
+        model.encoder, splits.train, splits.validation, transform, here(0, 1), kind="knn", images=301, k=1
+    )  # fmt: skip
+    assert got["accuracy"] == pytest.approx(want.score(asked, splits.validation.labels.numpy()))
+    with pytest.raises(ConfigError, match="k=302"):
+        monitor(model.encoder, splits.train, splits.validation, transform, here(0, 1), images=301, k=302)
+    with pytest.raises(ConfigError, match="did you mean 'knn'"):
+        monitor(model.encoder, splits.train, splits.validation, transform, here(0, 1), kind="knm")

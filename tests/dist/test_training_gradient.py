@@ -6,6 +6,7 @@ import copy
 
 import pytest
 import torch
+from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
 
 from hpc_supcon.losses import SupConLoss
@@ -60,7 +61,7 @@ def uneven_batchnorm(rank, world_size, kind):
     x = torch.randn(7, 5, 3, 3, dtype=torch.float64) * 3 + 10
     if kind == "1d":
         x = x[:, :, 0, 0]
-    bn = (nn.BatchNorm1d if kind == "1d" else nn.BatchNorm2d)(5).double()
+    bn = {"1d": nn.BatchNorm1d, "2d": nn.BatchNorm2d, "2d with ReLU": BatchNormAct2d}[kind](5).double()
     with torch.no_grad():
         bn.weight.uniform_(0.5, 2)
         bn.bias.uniform_(-1, 1)
@@ -75,7 +76,7 @@ def uneven_batchnorm(rank, world_size, kind):
     return y.detach(), mine.grad, bn.weight.grad, bn.bias.grad, bn.running_mean, bn.running_var
 
 
-@pytest.mark.parametrize("kind", ["1d", "2d"])
+@pytest.mark.parametrize("kind", ["1d", "2d", "2d with ReLU"])
 def test_batchnorm_over_uneven_ranks_equals_pytorchs_on_the_whole_batch(kind):
     want = uneven_batchnorm(0, 1, kind)  # a world of one takes PyTorch's own path
     parts = run_ranks(uneven_batchnorm, 3, kind)
@@ -87,6 +88,19 @@ def test_batchnorm_over_uneven_ranks_equals_pytorchs_on_the_whole_batch(kind):
     for part in parts:  # running statistics: the same on all ranks
         torch.testing.assert_close(part[4], want[4], **close)
         torch.testing.assert_close(part[5], want[5], **close)
+
+
+def statistics_held_still(rank, world_size):
+    bn = synchronise_batchnorm(nn.BatchNorm2d(5), torch.device("cpu"))
+    bn.track_running_stats = False
+    bn(torch.randn(3, 5, 2, 2) + rank)
+    return bn.running_mean, bn.num_batches_tracked
+
+
+def test_statistics_that_are_not_tracked_stay_still_on_several_ranks():
+    for mean, batches in run_ranks(statistics_held_still, 2):
+        assert mean.eq(0).all()
+        assert batches == 0
 
 
 def test_synchronising_keeps_names_and_values_and_a_single_process_result():

@@ -115,7 +115,7 @@ def supcon_brute_force(z, y, tau):
 
 def test_looking_changes_nothing_in_training(tmp_path):
     for name, look in {"plain": [], "looked": ["validation.every_steps=1"]}.items():
-        train(tmp_path / name, SUM, *look)
+        train(tmp_path / name, SUM, "train.ema=0.9", *look)
     plain, looked = (checkpoint.load_newest(tmp_path / name / "checkpoints")[0] for name in ("plain", "looked"))
     assert plain.path.name == looked.path.name
     for stem, tensors in plain.tensors.items():
@@ -166,6 +166,7 @@ def test_stops_at_a_target(tmp_path):
         (["validation.every_epochs=1", "data.validation_fraction=0"], "validation split"),
         (["validation.every_epochs=1", "train.stopping.target=0.5", "train.stopping.monitor=accuracy"], "no classifier"),
         (["validation.probe.kind=knn"], "validation.every_epochs"),
+        (["validation.every_epochs=1", "validation.probe={kind: knn, images: 30, k: 31, temperature: 1}"], "k=31"),
     ],
 )
 def test_what_cannot_be_done_is_said_before_training(overrides, message, tmp_path):
@@ -175,4 +176,4 @@ def test_what_cannot_be_done_is_said_before_training(overrides, message, tmp_pat
         pretrain(config, runtime, assemble.load_data(config, runtime))
     assert not (tmp_path / "run").exists()
     with pytest.raises(ConfigError, match=message):
-        check_validation(config, assemble.load_data(config, runtime).splits.validation)
+        check_validation(config, assemble.load_data(config, runtime).splits)

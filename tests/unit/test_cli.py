@@ -14,7 +14,8 @@ from hpc_supcon import cli
 FAST = [
     "data.source=synthetic", "data.synthetic={images: 64, classes: 4, channels: 1, image_size: 8}",
     "data.batch_size=16", "model.encoder=conv", "model.projection_hidden=16", "model.projection_dim=8",
-    "train.epochs=2", "probe.epochs=2", "probe.lrs=[1e-2, 1e-1]", "log.tensorboard=false", "runtime.threads=1",
+    "train.epochs=2", "probe.linear.epochs=2", "probe.linear.lrs=[1e-2, 1e-1]", "log.tensorboard=false",
+    "runtime.threads=1",
 ]  # fmt: skip
 
 
@@ -48,7 +49,7 @@ def test_run_trains_evaluates_and_says_where(capsys, tmp_path):
     assert {"stage", "encoder", "loss", "test", "validation"} <= set(result)
     assert set(result["test"]) == {"accuracy", "f1", "precision", "recall"}
     events = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
-    assert [e["event"] for e in events if e["event"] != "train"] == ["start", "end", "probe"]
+    assert [e["event"] for e in events if e["event"] != "train"] == ["start", "end", *["probe/linear"] * 2, "probe"]
     assert not list((tmp_path / "r").rglob("*.pkl")) + list((tmp_path / "r").rglob("*.pt"))
 
 
@@ -59,7 +60,7 @@ def test_pretrain_then_probe_gives_what_run_gives(capsys, tmp_path):
     assert code == 0
     a, b = (json.loads((tmp_path / x / "results.json").read_text())["results"][0] for x in "ab")
     assert a | {"seconds": 0} == b | {"seconds": 0}
-    run(capsys, "probe", f"{tmp_path}/b", "probe.epochs=3")
+    run(capsys, "probe", f"{tmp_path}/b", "probe.linear.epochs=3")
     again = json.loads((tmp_path / "b/results.json").read_text())["results"]
     assert len(again) == 1, "probing again replaces the entry"
 
@@ -89,7 +90,7 @@ def test_config_prints_yaml_that_reads_back_and_the_schema(capsys):
         (["data.source=image_folder", "data.root=/nowhere"], ["/nowhere"]),
         (["data.batch_size=4096"], ["fewer than one batch", "4096"]),
         (["data.views=1", "data.batch_size=2"], ["data.views=1", "no class repeats"]),
-        (["data.validation_fraction=0"], ["probe.lrs", "validation"]),
+        (["data.validation_fraction=0"], ["probe.linear.lrs", "validation"]),
         (["loss.name=simclr", "data.views=1"], ["simclr", "data.views"]),
         (["loss.name=triplet", "loss.queue_size=10"], ["loss.queue_size", "triplet"]),
         (["model.momentum_encoder=0.9"], ["loss.queue_size"]),
@@ -97,6 +98,8 @@ def test_config_prints_yaml_that_reads_back_and_the_schema(capsys):
         (["loss.name=reconstruction", "train.micro_batch_size=4"], ["train.micro_batch_size"]),
         (["loss.name=reconstruction", "model.encoder=resnet18", "model.stem=small"], ["resnet18 has no decoder"]),
         (["loss.temperature=0.001"], ["temperature", "0.002"]),
+        (["optim.name=adamw", "optim.nesterov=true"], ["optim", "nesterov", "sgd and lars"]),
+        (["optim.warmup_epochs=1", "optim.warmup_iterations=3"], ["warmup_epochs and warmup_iterations"]),
     ],
 )
 def test_wrong_settings_end_with_code_2_one_line_and_no_folder(capsys, tmp_path, arguments, parts):
@@ -227,7 +230,7 @@ def test_corrupt_images_are_replaced_and_counted_where_the_policy_says_so(capsys
     for loader in ("resident", "torch"):
         code, err = folder_run(
             capsys, tmp_path, images, f"data.loader={loader}", "data.on_corrupt=replace", "log.every_steps=1",
-            "data.validation_fraction=0", "probe.lrs=[0.01]", f"run_dir={tmp_path}/{loader}",
+            "data.validation_fraction=0", "probe.linear.lrs=[0.01]", f"run_dir={tmp_path}/{loader}",
         )  # fmt: skip
         assert code == 0, err
         lines = (tmp_path / loader / "metrics.jsonl").read_text().splitlines()

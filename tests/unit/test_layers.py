@@ -21,7 +21,7 @@ LAYERS = [
     {"training"},
     {"evaluation"},
     {"bench", "grid"},
-    {"cli_bench", "cli_grid"},
+    {"cli_bench", "cli_checkpoints", "cli_grid"},
     {"cli"},
     {"__main__"},
 ]

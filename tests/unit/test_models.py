@@ -7,10 +7,12 @@ import timm
 import torch
 
 from hpc_supcon.errors import ConfigError
-from hpc_supcon.models import ENCODERS, LinearHeads, Projection, build_encoder
+from hpc_supcon.models import LinearHeads, Projection, build_encoder
 
 
-@pytest.mark.parametrize("name", ENCODERS)
+@pytest.mark.parametrize(
+    "name", ["conv", "resnet9", "resnet9_small", "resnet18", "resnet34", "resnet50", "resnet101"]
+)
 @pytest.mark.parametrize(("channels", "size"), [(1, 28), (3, 32), (3, 33)])
 def test_every_encoder_maps_images_to_features_of_its_stated_size(name, channels, size):
     encoder = build_encoder(name, in_channels=channels, image_size=size).eval()
@@ -41,7 +43,7 @@ def test_parameter_counts_are_the_published_ones(name, parameters):
 @pytest.mark.parametrize(("size", "stem"), [(32, "small"), (64, "small"), (65, "standard"), (224, "standard")])
 def test_the_automatic_stem_goes_by_image_size(size, stem):
     encoder = build_encoder("resnet18", image_size=size)
-    assert encoder.stem == stem
+    assert encoder.stem_kind == stem
     assert encoder.conv1.kernel_size == ((3, 3) if stem == "small" else (7, 7))
     assert isinstance(encoder.maxpool, torch.nn.MaxPool2d) == (stem == "standard")
 
@@ -60,13 +62,13 @@ def test_the_standard_resnet_is_timms():
 
 
 def test_wrong_names_are_errors_that_list_the_right_ones():
-    with pytest.raises(ConfigError, match=r"'resnet81'; did you mean 'resnet18'\? known: conv,"):
+    with pytest.raises(ConfigError, match=r"'resnet81'; did you mean 'resnet18' or .*\? known: conv, .* timm"):
         build_encoder("resnet81")
     with pytest.raises(ConfigError, match="unknown stem 'big'"):
         build_encoder("resnet18", stem="big")
     with pytest.raises(ConfigError, match="only its own stem"):
         build_encoder("conv", stem="small")
-    with pytest.raises(ConfigError, match="16 px"):
+    with pytest.raises(ConfigError, match=r"needs 16: set model\.input_size=16"):
         build_encoder("resnet9", image_size=8)
 
 

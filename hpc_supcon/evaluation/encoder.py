@@ -1,0 +1,65 @@
+"""The encoder of a run folder: which checkpoint, the same on every rank."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..collectives import gather_objects, rank, together
+from ..data import EvalTransform
+from ..errors import CheckpointCorrupt, RunFolderError
+from ..models import PretrainingModel
+from ..training import assemble, checkpoint, run_folder
+from ..training.metrics import console
+
+
+def check_has_encoder(folder: Path) -> None:
+    """Raise RunFolderError for a run folder without checkpoints. Reads nothing but their names."""
+    if not checkpoint.list_steps(folder / run_folder.CHECKPOINTS):
+        raise RunFolderError(
+            f"{folder}: no encoder in this run (it has no checkpoint): run `hpc-supcon pretrain`, or choose "
+            "probes of pixels, such as probe.kind=softmax"
+        )
+
+
+def load_model(folder: Path) -> tuple[PretrainingModel, checkpoint.Checkpoint]:
+    """The model of a run's best checkpoint, on the CPU. Collective. Raises RunFolderError, CheckpointCorrupt.
+
+    The best is the one at which early stopping saw its best value, where the run had early stopping, and otherwise
+    the newest that verifies. Rank 0 chooses and the others load the same one: each choosing for itself could part
+    them.
+    """
+    found: checkpoint.Checkpoint | None = None
+    with together():
+        if rank() == 0:
+            check_has_encoder(folder)
+            found = _choose(folder / run_folder.CHECKPOINTS)
+    path = gather_objects(found.path if found else None)[0]
+    assert path is not None
+    with together():
+        found = found or checkpoint.load(path)
+        with checkpoint.understood(found.path):
+            model = assemble.build_model(found.state)
+            model.load_state_dict(found.tensors.get("ema", found.tensors["model"]))
+            EvalTransform(**found.state["normalisation"])  # read later: wrong ones are found here
+            tuple(found.state["classes"])
+    return model, found
+
+
+def _choose(checkpoints: Path) -> checkpoint.Checkpoint:
+    newest, refused = checkpoint.load_newest(checkpoints)
+    assert newest is not None
+    for line in refused:
+        console.print(f"not used: {line}", soft_wrap=True, style="yellow")
+    with checkpoint.understood(newest.path):
+        best_at = newest.state["stopping"]["best_at"] if "stopping" in newest.state else None
+        if best_at is None or int(best_at) == newest.state["step"]:
+            return newest
+    try:
+        return checkpoint.load(checkpoints / f"step-{int(best_at)}")
+    except CheckpointCorrupt as error:
+        console.print(
+            f"not used: {error}; taking {newest.path.name} in place of the best, step {best_at}",
+            soft_wrap=True,
+            style="yellow",
+        )
+        return newest

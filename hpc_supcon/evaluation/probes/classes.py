@@ -1,0 +1,57 @@
+"""Which rows and which classes a probe reads."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import ConfigError, unknown_name
+from ..inputs import Part
+
+_ON_PIXELS = ("softmax", "logistic")
+
+
+def input_of(kind: str, settings: Any) -> str:
+    """`features`, `pixels` or (finetune) `images`: what the probe `kind` reads."""
+    if kind == "finetune":
+        return "images"
+    if settings.input == "auto":
+        return "pixels" if kind in _ON_PIXELS else "features"
+    return str(settings.input)
+
+
+def pair_of(wanted: tuple[str | int, str | int] | None, classes: tuple[str, ...]) -> tuple[int, int]:
+    """The two labels that `probe.logistic.classes` means. Raises ConfigError."""
+    if wanted is None:
+        if len(classes) != 2:
+            shown = ", ".join(classes[:20]) + (" ..." if len(classes) > 20 else "")
+            raise ConfigError(f"probe.logistic.classes: choose two of the {len(classes)} classes: {shown}")
+        return 0, 1
+    first, second = (_label(name, classes) for name in wanted)
+    if first == second:
+        raise ConfigError(f"probe.logistic.classes: {wanted[0]!r} and {wanted[1]!r} are the same class")
+    return first, second
+
+
+def _label(name: str | int, classes: tuple[str, ...]) -> int:
+    if isinstance(name, int):
+        if not 0 <= name < len(classes):
+            raise ConfigError(f"probe.logistic.classes: no class has index {name}; there are 0 to {len(classes) - 1}")
+        return name
+    if name not in classes:
+        raise ConfigError("probe.logistic.classes: " + unknown_name("class", name, classes))
+    return classes.index(name)
+
+
+def only(part: Part, pair: tuple[int, int]) -> Part:
+    """The rows of these two labels, which become 0 and 1."""
+    x, labels = part
+    rows = torch.isin(labels, labels.new_tensor(pair))
+    return x[rows], (labels[rows] == pair[1]).long()
+
+
+def only_count(labels: Tensor, pair: tuple[int, int]) -> int:
+    """How many of `labels` are one of the two."""
+    return int(torch.isin(labels, labels.new_tensor(pair)).sum())

@@ -1,0 +1,35 @@
+"""The probe that trains nothing: nearest neighbours among the training rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..inputs import in_chunks
+from ..neighbours import Neighbours
+from ..saved import FittedProbe
+from .classes import input_of
+from .task import Outcome, Task
+
+
+def fit_knn(kind: str, task: Task) -> Outcome:
+    """Keep the training rows. Collective."""
+    settings = task.config.probe.knn
+    source = input_of(kind, settings)
+    train = task.inputs.whole("train", source)
+    assert train is not None
+    in_dim = train[0][0].numel()
+    options: dict[str, Any] = {"rows": len(train[0]), "k": settings.k, "temperature": settings.temperature}
+    description = {
+        "kind": kind,
+        "input": source,
+        "classes": list(task.classes),
+        "normalisation": task.description["normalisation"],
+        "standardise": False,
+        "in_dim": in_dim,
+        "encoder": None,
+        "head": {"name": "knn", "options": options},
+    }
+    head = Neighbours(in_dim, len(task.classes), **options)
+    fitted = FittedProbe(description, head=head).to(task.runtime.device)
+    head.fill(in_chunks(fitted.prepare, train[0]), train[1])
+    return Outcome(fitted.eval(), {"k": settings.k, "temperature": settings.temperature}, facts={"iterations": None})

@@ -1,0 +1,124 @@
+"""Encoders of timm, with a stem for small images and sizes that are checked before anything is trained."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import timm
+import torch
+from timm.models import DenseNet, ResNet
+from torch import nn
+from torch.func import functional_call
+
+from ..errors import ConfigError
+from .input_size import too_small
+
+STEMS = ("auto", "small", "standard")
+SMALL_STEM_UP_TO = 64  # px; the 7x7 stride-2 stem and max-pool leave too little of smaller images
+
+
+def build_timm_encoder(name: str, in_channels: int, size: int, stem: str, out_dim: int | None) -> nn.Module:
+    """timm's model `name` for square images of `size` px, as `build_encoder` describes it. Raises ConfigError."""
+    try:
+        model = _create(name, in_channels, size, stem, out_dim)
+        model.feature_dim = _feature_dim(model, in_channels, size)
+    except ConfigError:
+        raise
+    except Exception as error:  # whatever a foreign model says of a size it cannot take
+        raise _cannot_take(name, in_channels, size, error) from error
+    model.output_layers = _classifiers(model) if out_dim else ()
+    return model
+
+
+def has_both_stems(model: nn.Module) -> bool:
+    """ResNets (also ResNeXt, SE-, Res2-, ResNeSt, wide) and DenseNets; VGG's own stem fits small images."""
+    return isinstance(model, (ResNet, DenseNet))
+
+
+def only_its_own_stem(name: str, stem: str) -> ConfigError:
+    return ConfigError(f"model.stem={stem}: {name} has only its own stem; leave it at auto")
+
+
+def _create(name: str, in_channels: int, size: int, stem: str, out_dim: int | None) -> Any:
+    # models with position embeddings or windows are made for one size
+    cfg = timm.get_pretrained_cfg(name)
+    fixed = cfg is not None and cfg.fixed_input_size and cfg.input_size[-1] != size
+    sized: dict[str, Any] = {"img_size": size} if fixed else {}
+    model: Any = timm.create_model(name, pretrained=False, num_classes=out_dim or 0, in_chans=in_channels, **sized)
+    if not has_both_stems(model):
+        if stem != "auto":
+            raise only_its_own_stem(name, stem)
+        model.stem_kind = "own"  # not `stem`: some of timm's models have a layer of that name
+        return model
+    small = stem == "small" or (stem == "auto" and size <= SMALL_STEM_UP_TO)
+    if small:  # SimCLR, appendix B.9: 3x3 stride 1 in place of 7x7 stride 2, no max-pool
+        _make_stem_small(model)
+    model.stem_kind = "small" if small else "standard"
+    return model
+
+
+def _make_stem_small(model: Any) -> None:
+    dense = isinstance(model, DenseNet)
+    parent: Any = model.features if dense else model
+    conv, pool = ("conv0", "pool0") if dense else ("conv1", "maxpool")
+    first, pooling = getattr(parent, conv), getattr(parent, pool)
+    if isinstance(first, nn.Sequential):  # a deep stem has 3x3 convolutions already
+        first = first[0]
+    if first.kernel_size == (3, 3):
+        first.stride = (1, 1)
+    else:
+        small = nn.Conv2d(first.in_channels, first.out_channels, 3, 1, 1, bias=False)
+        nn.init.kaiming_normal_(small.weight, mode="fan_out", nonlinearity="relu")
+        setattr(parent, conv, small)
+    if any(True for _ in pooling.parameters()):  # ResNet-RS pools by a convolution: kept, unstrided
+        pooling[0].stride = (1, 1)
+    else:
+        setattr(parent, pool, nn.Identity())
+
+
+def _feature_dim(model: nn.Module, in_channels: int, size: int) -> int:
+    """Width of what the model returns, from a pass without arithmetic: it costs milliseconds for any model."""
+    with torch.no_grad():
+        state = {name: t.to("meta") for name, t in [*model.named_parameters(), *model.named_buffers()]}
+        images = torch.empty(2, in_channels, size, size, device="meta")
+        features = functional_call(model.eval(), state, (images,))
+    model.train()
+    if not isinstance(features, torch.Tensor) or features.ndim != 2:
+        raise ValueError("it returns no feature vectors")
+    return features.shape[1]
+
+
+def _classifiers(model: Any) -> tuple[str, ...]:
+    names = model.pretrained_cfg["classifier"]
+    return (names,) if isinstance(names, str) else tuple(names)
+
+
+def _cannot_take(name: str, in_channels: int, size: int, error: Exception) -> ConfigError:
+    """Names the least larger size that works, or what timm said where none does."""
+    cfg = timm.get_pretrained_cfg(name)
+    usual = cfg.input_size[-1] if cfg is not None else 224
+    one_for_all = None if cfg is None or cfg.fixed_input_size else _on_meta(name, in_channels, size)
+
+    def takes(side: int) -> bool:
+        try:
+            _feature_dim(one_for_all or _on_meta(name, in_channels, side), in_channels, side)
+        except Exception:  # any refusal is an answer
+            return False
+        return True
+
+    if size < usual and takes(usual):
+        low, high = size, usual
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (low, middle) if takes(middle) else (middle, high)
+        return too_small(name, size, high)
+    said = (str(error).splitlines() or [""])[0] or type(error).__name__
+    return ConfigError(
+        f"model.encoder={name} cannot take images of {size} px with {in_channels} channel(s): {said} (it was made "
+        f"for {usual} px; see model.input_size, data.channels)"
+    )
+
+
+def _on_meta(name: str, in_channels: int, size: int) -> nn.Module:
+    with torch.device("meta"):
+        return _create(name, in_channels, size, "auto", None)

@@ -1,0 +1,227 @@
+"""Initial encoder weights from a file of another project: timm, torchvision, SupContrast, solo-learn, MoCo."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import io
+import pickle
+import re
+import warnings
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from ..errors import ConfigError, UnsafeWeights
+
+CONTAINERS = ("state_dict", "model", "model_state_dict")
+WRAPPERS = {"module", "encoder", "backbone", "encoder_q", "base_encoder", "model", "_orig_mod"}
+"""Names under which other projects keep the encoder, in any nesting; `_orig_mod` is torch.compile's."""
+MOMENTUM = re.compile(r"(^|\.)(encoder_k|queue\w*|momentum_\w+)(\.|$)")
+"""The slow copy of the encoder and the queue, of MoCo and solo-learn."""
+RENAMES = (
+    (r"(^|\.)shortcut\.", r"\1downsample."),  # SupContrast
+    (r"(denselayer\d+\.(?:norm|conv))\.(?=[12]\.)", r"\1"),  # torchvision's published DenseNet files
+    (r"^classifier\.0\.", "pre_logits.fc1."),  # torchvision's VGG against timm's
+    (r"^classifier\.3\.", "pre_logits.fc2."),
+)
+
+
+@dataclass(frozen=True)
+class LoadedWeights:
+    """What became of a file's tensors. `loaded` and `missing` are the encoder's names, the others the file's."""
+
+    path: str
+    sha256: str
+    loaded: list[str]
+    missing: list[str]
+    """Of the encoder, not in the file: only the output layer and batch counters may be."""
+    unexpected: list[str]
+    """In the file, not of the encoder: classifiers and projections."""
+    ignored: list[str]
+    """Momentum copies and queues."""
+
+    def summary(self) -> str:
+        parts = [f"weights: {len(self.loaded)} tensors from {self.path} (sha256 {self.sha256[:12]})"]
+        for what, names in (("left as they were", self.missing), ("not used", self.unexpected + self.ignored)):
+            if names:
+                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+                parts.append(f"{what}: {', '.join(names[:5])}{more}")
+        return "; ".join(parts)
+
+
+def load_weights(encoder: nn.Module, path: Path | str) -> LoadedWeights:
+    """Copy the weights in `path` into an encoder of `build_encoder`, or change nothing and raise.
+
+    Takes .safetensors, and what `torch.save` wrote (.pt, .pth, .ckpt, .pth.tar), read with `weights_only=True`:
+    nothing in the file is executed. Every tensor of the encoder must be there in its shape, but for the output
+    layer and BatchNorm's batch counters.
+
+    Raises:
+        UnsafeWeights: the file would have to execute code to be loaded.
+        ConfigError: it cannot be read, or holds weights of another architecture; the message names tensors.
+    """
+    path = Path(path)
+    payload = _read(path)
+    stored = _state_dict(_unpack(path, payload), path)
+    own = encoder.state_dict()
+    names, beyond = _match(stored, own)
+    optional = _optional(encoder, own)
+    fitted = {name: _fit(stored[key], own[name]) for name, key in names.items()}
+    wrong = {name for name, value in fitted.items() if value.shape != own[name].shape}
+    required = [name for name in own if name not in names and name not in optional]
+    if len(fitted) <= len(own) // 2 or beyond:
+        raise _another_architecture(path, stored, own, beyond)
+    if wrong - optional:
+        raise _wrong_shapes(path, fitted, own, [name for name in own if name in wrong - optional])
+    if required:
+        raise ConfigError(f"model.weights={path}: {len(required)} tensors are missing: {', '.join(required)}")
+    good = {name: fitted[name] for name in own if name in fitted and name not in wrong}
+    encoder.load_state_dict(good, strict=False)
+    used = {names[name] for name in good}
+    left = [key for key in stored if key not in used]
+    return LoadedWeights(
+        str(path),
+        hashlib.sha256(payload).hexdigest(),
+        loaded=list(good),
+        missing=[name for name in own if name not in good],
+        unexpected=[key for key in left if not MOMENTUM.search(key)],
+        ignored=[key for key in left if MOMENTUM.search(key)],
+    )
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"model.weights={path}: cannot be read: {error.strerror}") from None
+
+
+def _unpack(path: Path, payload: bytes) -> Any:
+    if path.suffix == ".safetensors":
+        try:
+            return dict(sorted(safetensors.torch.load(payload).items()))  # its own order is another one each time
+        except safetensors.SafetensorError as error:
+            raise ConfigError(f"model.weights={path}: not a whole safetensors file: {error}") from None
+    try:
+        # SupContrast and timm store their options beside the weights: a Namespace only holds attributes
+        with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # about pickles that are then refused, and old formats that load
+            return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        found = re.search(r"GLOBAL ([\w.]+)", str(error))
+        what = f"it holds {found[1]}" if found else "it is damaged, or no file of tensors"
+        raise UnsafeWeights(
+            f"model.weights={path}: refused: {what}; a pickle of anything but tensors executes code when it is "
+            "loaded. Have its state dict alone saved by somebody who trusts it"
+        ) from None
+    except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError):
+        raise _unreadable(path) from None  # a damaged file fails anywhere
+
+
+def _unreadable(path: Path) -> ConfigError:
+    return ConfigError(
+        f"model.weights={path}: not a file of weights: give .safetensors, or what torch.save wrote, undamaged"
+    )
+
+
+def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
+    """The tensors, out of the containers that training scripts put around them."""
+    while isinstance(content, Mapping):
+        inner = next((content[key] for key in CONTAINERS if isinstance(content.get(key), Mapping)), None)
+        if inner is None:
+            break
+        content = inner
+    tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
+    if not tensors:
+        raise ConfigError(
+            f"model.weights={path}: no state dict in it, neither at the top nor under {', '.join(CONTAINERS)}"
+        )
+    return tensors
+
+
+def _match(stored: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict[str, str], list[str]]:
+    """Encoder's name -> file's name, under the one prefix and naming that explain most of the encoder.
+
+    Also the file's names that stand in parts of the encoder but are not in it: a larger network's (the tensors of
+    a ResNet-18 are all in a ResNet-34).
+    """
+    best: dict[str, str] = {}
+    beyond: list[str] = []
+    parts_of_own = {name.partition(".")[0] for name in own}
+    for prefix in _prefixes(stored):
+        found, more = dict[str, str](), list[str]()
+        for key in stored:
+            if key.startswith(prefix):
+                name = key[len(prefix) :]
+                name = name if name in own else _renamed(name)
+                if name in own:
+                    found[name] = key
+                elif name.partition(".")[0] in parts_of_own:
+                    more.append(key)
+        if len(found) > len(best):
+            best, beyond = found, more
+    return best, beyond
+
+
+def _prefixes(stored: Mapping[str, Tensor]) -> list[str]:
+    """Every nesting of WRAPPERS that keys begin with, none included, shortest first."""
+    prefixes = {""}
+    for key in stored:
+        parts = key.split(".")
+        for n, part in enumerate(parts):
+            if part not in WRAPPERS:
+                break
+            prefixes.add(".".join(parts[: n + 1]) + ".")
+    return sorted(prefixes, key=lambda p: (len(p), p))
+
+
+def _renamed(name: str) -> str:
+    for pattern, replacement in RENAMES:
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _fit(value: Tensor, own: Tensor) -> Tensor:
+    """A linear layer on a flattened map is a convolution over the whole map (VGG: torchvision against timm)."""
+    same = value.ndim == 2 and own.ndim == 4 and value.shape[0] == own.shape[0] and value.numel() == own.numel()
+    return value.reshape(own.shape) if same else value
+
+
+def _optional(encoder: nn.Module, own: Mapping[str, Tensor]) -> set[str]:
+    layers = tuple(f"{layer}." for layer in getattr(encoder, "output_layers", ()))
+    return {name for name in own if name.startswith(layers) or name.endswith("num_batches_tracked")}
+
+
+def _another_architecture(
+    path: Path, stored: Mapping[str, Tensor], own: Mapping[str, Tensor], beyond: list[str]
+) -> ConfigError:
+    def first(tensors: Mapping[str, Tensor]) -> str:
+        return ", ".join(f"{name} {list(t.shape)}" for name, t in list(tensors.items())[:3])
+
+    what = f"model.weights={path}: weights of another architecture: "
+    if beyond:
+        larger = first({key: stored[key] for key in beyond})
+        return ConfigError(f"{what}{len(beyond)} of the file's tensors have no place in the encoder: {larger} ...")
+    return ConfigError(f"{what}the file has {first(stored)} ...; the encoder has {first(own)} ...")
+
+
+def _wrong_shapes(
+    path: Path, fitted: Mapping[str, Tensor], own: Mapping[str, Tensor], wrong: list[str]
+) -> ConfigError:
+    shown = ", ".join(f"{name} is {list(fitted[name].shape)}, not {list(own[name].shape)}" for name in wrong[:3])
+    more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
+    hint = ""
+    value, target = fitted[wrong[0]], own[wrong[0]]
+    if len(wrong) == 1 and value.ndim == target.ndim == 4:
+        if value.shape[-1] != target.shape[-1]:
+            hint = f"; the file has the other stem: set model.stem={'standard' if value.shape[-1] == 7 else 'small'}"
+        elif value.shape[1] != target.shape[1]:
+            hint = f"; the file is for images of {value.shape[1]} channels: set data.channels={value.shape[1]}"
+    return ConfigError(f"model.weights={path}: shapes differ: {shown}{more}{hint}")

@@ -1,0 +1,120 @@
+"""Optimisers by name, gradient clipping, and (in `schedule`) the learning rate of every step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ...errors import ConfigError, unknown_name
+from .adaptive import Lamb, Lars
+from .schedule import learning_rate
+
+__all__ = [
+    "OPTIMISERS",
+    "OPTIMISER_SETTINGS",
+    "Lamb",
+    "Lars",
+    "build_optimiser",
+    "clip_gradients",
+    "learning_rate",
+    "set_learning_rate",
+]
+
+Groups = list[dict[str, Any]]
+
+
+def _sgd(groups: Groups, settings: dict[str, Any]) -> torch.optim.Optimizer:
+    # not fused: the fused form fails where a parameter gets its first gradient later than others
+    return torch.optim.SGD(groups, momentum=settings["momentum"], nesterov=settings["nesterov"], foreach=True)
+
+
+def _adamw(groups: Groups, settings: dict[str, Any]) -> torch.optim.Optimizer:
+    betas = (settings["momentum"], settings["beta2"])
+    return torch.optim.AdamW(groups, betas=betas, eps=settings["eps"] or 1e-8, fused=True)
+
+
+def _lars(groups: Groups, settings: dict[str, Any]) -> torch.optim.Optimizer:
+    return Lars(
+        groups,
+        momentum=settings["momentum"],
+        nesterov=settings["nesterov"],
+        eta=settings["lars_eta"],
+        eps=settings["eps"] or 0.0,
+    )
+
+
+def _lamb(groups: Groups, settings: dict[str, Any]) -> torch.optim.Optimizer:
+    return Lamb(
+        groups,
+        betas=(settings["momentum"], settings["beta2"]),
+        eps=settings["eps"] or 1e-6,
+        norm_range=settings["lamb_norm_range"],
+    )
+
+
+OPTIMISERS: dict[str, Callable[[Groups, dict[str, Any]], torch.optim.Optimizer]] = {
+    "sgd": _sgd,
+    "adamw": _adamw,
+    "lars": _lars,
+    "lamb": _lamb,
+}
+
+OPTIMISER_SETTINGS = {"name", "momentum", "nesterov", "weight_decay", "beta2", "eps", "lars_eta", "lamb_norm_range"}
+"""Settings of the configuration's optim section that `build_optimiser` takes as they are."""
+
+
+def build_optimiser(
+    params: list[nn.Parameter],
+    *,
+    name: str,
+    lr: float,
+    momentum: float = 0.9,
+    nesterov: bool = False,
+    weight_decay: float = 0.0,
+    beta2: float = 0.999,
+    eps: float | None = None,
+    lars_eta: float = 0.001,
+    lamb_norm_range: tuple[float, float] | None = None,
+) -> torch.optim.Optimizer:
+    """The optimiser called `name` with two groups: weights, and norms and biases.
+
+    Whatever has one dimension or none (biases, the scales of BatchNorm and LayerNorm, a learned temperature)
+    neither decays nor, by LARS and LAMB, has its rate adapted to its norm. `momentum` is beta 1 of AdamW and
+    LAMB; `eps` None is the optimiser's own.
+
+    Raises ConfigError for an unknown name.
+    """
+    if name not in OPTIMISERS:
+        raise ConfigError("optim.name: " + unknown_name("optimiser", name, OPTIMISERS))
+    settings = {
+        "momentum": momentum,
+        "nesterov": nesterov,
+        "beta2": beta2,
+        "eps": eps,
+        "lars_eta": lars_eta,
+        "lamb_norm_range": lamb_norm_range,
+    }
+    weights, others = [p for p in params if p.ndim > 1], [p for p in params if p.ndim <= 1]
+    groups: Groups = [
+        {"params": weights, "lr": lr, "weight_decay": weight_decay},
+        {"params": others, "lr": lr, "weight_decay": 0.0},
+    ]
+    if name in ("lars", "lamb"):
+        groups[1]["adapt"] = False
+    return OPTIMISERS[name](groups, settings)
+
+
+def set_learning_rate(optimiser: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimiser.param_groups:
+        group["lr"] = lr
+
+
+def clip_gradients(gradients: list[Tensor], norm: Tensor, limit: float) -> None:
+    """Scale `gradients` in place so that their global norm is at most `limit`; `norm` (0-dim) is their norm now.
+
+    As torch.nn.utils.clip_grad_norm_, with a norm that is known already: the host learns nothing of it.
+    """
+    torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))

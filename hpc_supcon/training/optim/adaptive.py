@@ -1,0 +1,167 @@
+"""LARS and LAMB: learning rates that follow each weight's norm.
+
+Everything is done on lists of tensors (torch._foreach_*), and what is decided by a norm is decided on the
+device: a step never makes the host wait. Each weight's own factor enters through `_foreach_addcmul_` as a 0-dim
+first operand, for which CUDA has a multi-tensor kernel; a `_foreach_mul_` by a list of 0-dim tensors would be
+one launch for each weight.
+
+Parameter groups take `lr`, `weight_decay` and `adapt` (False: the plain optimiser, with no trust ratio).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Groups = list[dict[str, Any]]
+Tensors = tuple[Tensor, ...] | list[Tensor]
+
+
+class Lars(torch.optim.Optimizer):
+    """SGD with momentum whose steps are scaled to the weights' norms (You et al. 2017, algorithm 1).
+
+    For each weight w with gradient g, u = g + weight_decay w:
+        ratio = eta |w| / (|g| + weight_decay |w| + eps), 1 where |w| or |g| is 0
+        v = momentum v + ratio u,   w = w - lr v   (Nesterov: w - lr (ratio u + momentum v))
+    Unlike there, the learning rate stands outside the momentum, as in PyTorch's SGD: a schedule acts at once.
+    """
+
+    def __init__(
+        self,
+        groups: Groups,
+        *,
+        lr: float = 1e-3,
+        momentum: float = 0.9,
+        nesterov: bool = False,
+        eta: float = 0.001,
+        eps: float = 0.0,
+    ) -> None:
+        super().__init__(groups, {"lr": lr, "weight_decay": 0.0, "adapt": True})
+        self.momentum, self.nesterov, self.eta, self.eps = momentum, nesterov, eta, eps
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update all parameters that have a gradient."""
+        for group in self.param_groups:
+            params, grads = _with_gradient(group)
+            if not params:
+                continue
+            decay = group["weight_decay"]
+            updates = torch._foreach_add(grads, params, alpha=decay) if decay else grads
+            if not group["adapt"]:
+                self._move(params, updates, None, group["lr"])
+                continue
+            w, g = _norms(params, grads)
+            ratio = torch.where((w > 0) & (g > 0), self.eta * w / (g + decay * w + self.eps), 1.0)
+            self._move(params, updates, ratio.unbind(), group["lr"])
+
+    def _move(self, params: list[Tensor], updates: Tensors, ratio: Tensors | None, lr: float) -> None:
+        """One step of SGD with momentum along ratio x updates."""
+        if self.momentum == 0:
+            _add_scaled(params, ratio, updates, -lr)
+            return
+        buffers = _slots(self.state, params, "momentum_buffer")
+        torch._foreach_mul_(buffers, self.momentum)
+        _add_scaled(buffers, ratio, updates, 1.0)
+        if self.nesterov:
+            _add_scaled(params, ratio, updates, -lr)
+        torch._foreach_add_(params, buffers, alpha=-lr * (self.momentum if self.nesterov else 1.0))
+
+
+class Lamb(torch.optim.Optimizer):
+    """Adam whose steps are scaled to the weights' norms (You et al. 2020, algorithm 2).
+
+    For each weight w with gradient g, in its t-th step:
+        m = beta1 m + (1 - beta1) g,   s = beta2 s + (1 - beta2) g^2
+        u = m / (1 - beta1^t) / (sqrt(s / (1 - beta2^t)) + eps) + weight_decay w
+        w = w - lr (phi(|w|) / |u|) u,   the ratio being 1 where phi(|w|) or |u| is 0
+    phi clamps to `norm_range`, as in the paper; None: the norm itself.
+    """
+
+    def __init__(
+        self,
+        groups: Groups,
+        *,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-6,
+        norm_range: tuple[float, float] | None = None,
+    ) -> None:
+        super().__init__(groups, {"lr": lr, "weight_decay": 0.0, "adapt": True})
+        self.betas, self.eps, self.norm_range = betas, eps, norm_range
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update all parameters that have a gradient."""
+        members = [(group, *_with_gradient(group)) for group in self.param_groups]
+        every = [p for _, params, _ in members for p in params]
+        if not every:
+            return
+        moves = iter(self._adam_directions(every, [g for _, _, grads in members for g in grads]))
+        for group, params, _ in members:
+            updates = [next(moves) for _ in params]
+            if not params:
+                continue
+            if group["weight_decay"]:
+                torch._foreach_add_(updates, params, alpha=group["weight_decay"])
+            ratio = self._trust_ratios(params, updates) if group["adapt"] else None
+            _add_scaled(params, ratio, updates, -group["lr"])
+
+    def _adam_directions(self, params: list[Tensor], grads: list[Tensor]) -> Tensors:
+        """Move the moments; returns m / (1 - beta1^t) / (sqrt(s / (1 - beta2^t)) + eps)."""
+        beta1, beta2 = self.betas
+        mean, square = _slots(self.state, params, "exp_avg"), _slots(self.state, params, "exp_avg_sq")
+        torch._foreach_lerp_(mean, grads, 1 - beta1)
+        torch._foreach_mul_(square, beta2)
+        torch._foreach_addcmul_(square, grads, grads, 1 - beta2)
+        counts = self._count(params)
+        # both corrections in one factor: m / (sqrt(s) c + eps (1 - beta1^t)), c = (1 - beta1^t) / sqrt(1 - beta2^t)
+        first = [1 - beta1**t for t in counts]
+        denominator = torch._foreach_sqrt(square)
+        torch._foreach_mul_(denominator, [c / (1 - beta2**t) ** 0.5 for c, t in zip(first, counts, strict=True)])
+        torch._foreach_add_(denominator, [self.eps * c for c in first])
+        return torch._foreach_div(mean, denominator)
+
+    def _count(self, params: list[Tensor]) -> list[int]:
+        """Steps of each parameter, this one included. They are kept on the CPU: reading them waits for nothing."""
+        for p in params:
+            if "step" not in self.state[p]:
+                self.state[p]["step"] = torch.zeros((), device="cpu")
+        steps = [self.state[p]["step"] for p in params]
+        torch._foreach_add_(steps, 1.0)
+        return [int(t.numpy()) for t in steps]
+
+    def _trust_ratios(self, params: list[Tensor], updates: list[Tensor]) -> Tensors:
+        w, u = _norms(params, updates)
+        if self.norm_range is not None:
+            w = w.clamp(*self.norm_range)
+        return torch.where((w > 0) & (u > 0), w / u, 1.0).unbind()
+
+
+def _with_gradient(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    params = [p for p in group["params"] if p.grad is not None]
+    return params, [p.grad for p in params]
+
+
+def _norms(a: list[Tensor], b: list[Tensor]) -> tuple[Tensor, Tensor]:
+    """Euclidean norms of n and n tensors: two vectors [n]."""
+    first, second = torch.stack(torch._foreach_norm([*a, *b])).chunk(2)
+    return first, second
+
+
+def _slots(state: dict[Any, dict[str, Any]], params: list[Tensor], name: str) -> list[Tensor]:
+    """What the optimiser remembers of each parameter under `name`, zeros at first."""
+    for p in params:
+        if name not in state[p]:
+            state[p][name] = torch.zeros_like(p)
+    return [state[p][name] for p in params]
+
+
+def _add_scaled(to: list[Tensor], factors: Tensors | None, what: Tensors, scale: float) -> None:
+    """to += scale factor what, with a 0-dim factor for each tensor."""
+    if factors is None:
+        torch._foreach_add_(to, what, alpha=scale)
+    else:
+        torch._foreach_addcmul_(to, factors, what, scale)

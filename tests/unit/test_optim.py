@@ -1,0 +1,340 @@
+"""Optimisers against the papers' formulas in plain loops, and without a word between device and host."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from hpc_supcon.errors import ConfigError
+from hpc_supcon.models import build_encoder
+from hpc_supcon.training.optim import build_optimiser, clip_gradients, set_learning_rate
+
+SHAPES = [(4, 3), (2, 3, 3, 3), (5, 1, 1, 1), (3, 2), (7, 2), (4,), (1,), ()]
+ZERO_WEIGHT, ZERO_GRADIENT, SOMETIMES, SOMETIMES_TOO = 3, 4, 1, 5
+
+
+def parameters(dtype=torch.float64):
+    generator = torch.Generator().manual_seed(1)
+    values = [torch.randn(shape, generator=generator, dtype=dtype) for shape in SHAPES]
+    values[ZERO_WEIGHT].zero_()
+    return [nn.Parameter(v) for v in values]
+
+
+def gradients(step):
+    """One for each parameter; None where a parameter takes no part in a step (the first one among them)."""
+    generator = torch.Generator().manual_seed(100 + step)
+    grads = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES]
+    grads[ZERO_GRADIENT].zero_()
+    if step < 2:
+        grads[ZERO_WEIGHT].zero_()
+    for k in (SOMETIMES, SOMETIMES_TOO):
+        if (step + k) % 3 == 1:
+            grads[k] = None
+    return grads
+
+
+def rate(step):
+    return 0.3 * (1 + math.cos(step / 5))
+
+
+def run(params, optimiser, steps=range(24)):
+    for step in steps:
+        for p, g in zip(params, gradients(step), strict=True):
+            p.grad = None if g is None else g.to(p.dtype)
+        set_learning_rate(optimiser, rate(step))
+        optimiser.step()
+    return [p.detach().clone() for p in params]
+
+
+def norm(x):
+    return math.sqrt(sum(v * v for v in x.flatten().tolist()))
+
+
+def lars_reference(momentum, nesterov, decay, eta, eps):
+    weights = [p.detach() for p in parameters()]
+    velocity = [torch.zeros_like(w) for w in weights]
+    for step in range(24):
+        for k, g in enumerate(gradients(step)):
+            if g is None:
+                continue
+            w, ratio, b = weights[k], 1.0, 0.0
+            if w.dim() > 1:
+                b = decay
+                if norm(w) > 0 and norm(g) > 0:
+                    ratio = eta * norm(w) / (norm(g) + b * norm(w) + eps)
+            u = ratio * (g + b * w)
+            velocity[k] = momentum * velocity[k] + u
+            weights[k] = w - rate(step) * (u + momentum * velocity[k] if nesterov else velocity[k])
+    return weights
+
+
+def lamb_reference(beta1, beta2, decay, eps, clamp):
+    weights = [p.detach() for p in parameters()]
+    m, v, t = [torch.zeros_like(w) for w in weights], [torch.zeros_like(w) for w in weights], Counter()
+    for step in range(24):
+        for k, g in enumerate(gradients(step)):
+            if g is None:
+                continue
+            w = weights[k]
+            t[k] += 1
+            m[k] = beta1 * m[k] + (1 - beta1) * g
+            v[k] = beta2 * v[k] + (1 - beta2) * g**2
+            r = (m[k] / (1 - beta1 ** t[k])) / ((v[k] / (1 - beta2 ** t[k])).sqrt() + eps)
+            ratio = 1.0
+            if w.dim() > 1:
+                r = r + decay * w
+                size = min(max(norm(w), clamp[0]), clamp[1])
+                if size > 0 and norm(r) > 0:
+                    ratio = size / norm(r)
+            weights[k] = w - rate(step) * ratio * r
+    return weights
+
+
+def sgd_reference(momentum, nesterov, decay):
+    weights = [p.detach() for p in parameters()]
+    velocity = [torch.zeros_like(w) for w in weights]
+    for step in range(24):
+        for k, g in enumerate(gradients(step)):
+            if g is not None:
+                g = g + decay * weights[k] if g.dim() > 1 else g
+                velocity[k] = momentum * velocity[k] + g
+                weights[k] = weights[k] - rate(step) * (g + momentum * velocity[k] if nesterov else velocity[k])
+    return weights
+
+
+def adamw_reference(beta1, beta2, decay, eps):
+    weights = [p.detach() for p in parameters()]
+    m, v, t = [torch.zeros_like(w) for w in weights], [torch.zeros_like(w) for w in weights], Counter()
+    for step in range(24):
+        for k, g in enumerate(gradients(step)):
+            if g is None:
+                continue
+            t[k] += 1
+            w = weights[k] * (1 - rate(step) * decay) if g.dim() > 1 else weights[k]
+            m[k] = beta1 * m[k] + (1 - beta1) * g
+            v[k] = beta2 * v[k] + (1 - beta2) * g**2
+            direction = (m[k] / (1 - beta1 ** t[k])) / ((v[k] / (1 - beta2 ** t[k])).sqrt() + eps)
+            weights[k] = w - rate(step) * direction
+    return weights
+
+
+def assert_equal(got, want):
+    for k, (a, b) in enumerate(zip(got, want, strict=True)):
+        assert torch.isfinite(a).all()
+        assert (a - b).norm() <= 1e-12 * max(1.0, float(b.norm())), k
+
+
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.9, False), (0.9, True), (0.0, False)])
+@pytest.mark.parametrize(("decay", "eta", "eps"), [(0.0, 0.001, 0.0), (1e-2, 0.02, 0.0), (1e-4, 1.0, 1e-3)])
+def test_lars_equals_the_formula_in_a_loop(momentum, nesterov, decay, eta, eps):
+    params = parameters()
+    optimiser = build_optimiser(
+        params, name="lars", lr=1.0, momentum=momentum, nesterov=nesterov, weight_decay=decay, lars_eta=eta,
+        eps=eps or None,
+    )  # fmt: skip
+    assert_equal(run(params, optimiser), lars_reference(momentum, nesterov, decay, eta, eps))
+
+
+@pytest.mark.parametrize("clamp", [None, (0.0, 1.5), (0.5, 10.0)])
+@pytest.mark.parametrize("decay", [0.0, 0.1])
+@pytest.mark.parametrize(("beta1", "beta2", "eps"), [(0.9, 0.999, 1e-6), (0.0, 0.9, 1e-3)])
+def test_lamb_equals_the_formula_in_a_loop(clamp, decay, beta1, beta2, eps):
+    params = parameters()
+    optimiser = build_optimiser(
+        params, name="lamb", lr=1.0, momentum=beta1, beta2=beta2, weight_decay=decay, eps=eps, lamb_norm_range=clamp
+    )
+    assert_equal(run(params, optimiser), lamb_reference(beta1, beta2, decay, eps, clamp or (0.0, math.inf)))
+
+
+@pytest.mark.parametrize(("momentum", "nesterov"), [(0.9, False), (0.9, True), (0.0, False)])
+def test_sgd_equals_the_formula_in_a_loop(momentum, nesterov):
+    params = parameters()
+    optimiser = build_optimiser(params, name="sgd", lr=1.0, momentum=momentum, nesterov=nesterov, weight_decay=0.01)
+    assert_equal(run(params, optimiser), sgd_reference(momentum, nesterov, 0.01))
+
+
+@pytest.mark.parametrize("eps", [None, 1e-3])
+def test_adamw_equals_the_formula_in_a_loop(eps):
+    params = parameters()
+    optimiser = build_optimiser(params, name="adamw", lr=1.0, weight_decay=0.1, beta2=0.95, eps=eps)
+    assert_equal(run(params, optimiser), adamw_reference(0.9, 0.95, 0.1, eps or 1e-8))
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_lars_without_weights_to_adapt_is_torch_sgd(nesterov):
+    results = []
+    for name in ("lars", "sgd"):
+        params = [p for p in parameters() if p.ndim <= 1]
+        optimiser = build_optimiser(params, name=name, lr=1.0, momentum=0.8, nesterov=nesterov, weight_decay=0.1)
+        for step in range(20):
+            for p, g in zip(
+                params, [g for g, s in zip(gradients(step), SHAPES, strict=True) if len(s) <= 1], strict=True
+            ):
+                p.grad = g
+            optimiser.step()
+        results.append(params)
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lars", "lamb"])
+def test_only_weights_decay(name):
+    bn, ln, layer = nn.BatchNorm2d(3), nn.LayerNorm(3), nn.Linear(3, 2)
+    temperature = nn.Parameter(torch.tensor(0.5))
+    params = [*bn.parameters(), *ln.parameters(), *layer.parameters(), temperature]
+    before = [p.detach().clone() for p in params]
+    optimiser = build_optimiser(params, name=name, lr=0.1, weight_decay=0.5, lars_eta=1.0)
+    for p in params:
+        p.grad = torch.zeros_like(p)
+    optimiser.step()
+    moved = [not torch.equal(a, b) for a, b in zip(params, before, strict=True)]
+    expected = [p is layer.weight for p in params]
+    assert moved == expected
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lars", "lamb"])
+def test_a_step_without_any_gradient_changes_nothing(name):
+    params = parameters()
+    optimiser = build_optimiser(params, name=name, lr=0.1, weight_decay=0.5)
+    optimiser.step()
+    assert all(torch.equal(a, b) for a, b in zip(params, parameters(), strict=True))
+
+
+# --- launches and synchronisation
+
+
+class Watch(TorchDispatchMode):
+    """Counts what computes, and fails where a tensor's value is brought to the host."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = Counter()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        assert func is not torch.ops.aten._local_scalar_dense.default, "the host waits for the device"
+        assert func not in (torch.ops.aten.nonzero.default, torch.ops.aten.is_nonzero.default)
+        if func.namespace == "aten" and not func.is_view:
+            self.calls[str(func)] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def resnet50(device):
+    with torch.device(device):
+        encoder = build_encoder("resnet50", in_channels=3, image_size=32, stem="auto", out_dim=None)
+    return list(encoder.parameters())
+
+
+def test_the_watch_sees_what_it_is_for():
+    for look in (lambda x: x.item(), bool, float, lambda x: 1 if x > 0 else 2):
+        with pytest.raises(AssertionError, match="waits"), Watch():
+            look(torch.ones(()))
+
+
+@pytest.mark.parametrize(
+    ("name", "more"),
+    [("lars", {}), ("lars", {"nesterov": True}), ("lamb", {}), ("lamb", {"lamb_norm_range": (0.0, 10.0)})],
+)
+def test_a_step_of_resnet50_is_less_than_25_launches_and_no_synchronisation(name, more):
+    params = resnet50("meta")
+    assert len(params) == 159
+    optimiser = build_optimiser(params, name=name, lr=0.1, weight_decay=1e-4, **more)
+    for p in params:
+        p.grad = torch.empty_like(p)
+    optimiser.step()  # makes the state
+    with Watch() as watch:
+        optimiser.step()
+    assert 5 < watch.calls.total() < 25, watch.calls
+
+
+@pytest.mark.parametrize("name", ["lars", "lamb"])
+def test_a_first_step_on_the_cpu_brings_no_value_to_the_host(name):
+    params = parameters(torch.float32)
+    optimiser = build_optimiser(params, name=name, lr=0.1, weight_decay=1e-4)
+    with Watch():
+        run(params, optimiser, range(3))
+
+
+def test_multi_tensor_calls_take_the_form_that_cuda_has_a_kernel_for():
+    """Lists of one shape each, or 0-dim tensors as first factor of addcmul: all else is a launch per tensor."""
+
+    class Forms(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if "_foreach_" in str(func):
+                lists = [a for a in args if isinstance(a, (list, tuple)) and isinstance(a[0], torch.Tensor)]
+                shapes = [[(t.shape, t.stride()) for t in one] for one in lists]
+                if "addcmul" in str(func):
+                    factors = shapes.pop(1)
+                    assert factors in (shapes[0], [(torch.Size(), ())] * len(factors))
+                assert all(s == shapes[0] for s in shapes), func
+            return func(*args, **(kwargs or {}))
+
+    for name in ("lars", "lamb"):
+        model = nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last)
+        params = [*model.parameters(), nn.Parameter(torch.ones(()))]
+        optimiser = build_optimiser(params, name=name, lr=0.1, weight_decay=1e-4)
+        model(torch.randn(2, 4, 5, 5).to(memory_format=torch.channels_last)).sum().backward()
+        with Forms():
+            optimiser.step()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lars", "lamb"])
+def test_on_cuda_no_step_waits_and_the_weights_are_those_of_the_cpu(name):
+    settings = {"name": name, "lr": 0.1, "weight_decay": 1e-2, "lars_eta": 0.02}
+    want = parameters()
+    run(want, build_optimiser(want, **settings))
+    params = [nn.Parameter(p.detach().cuda()) for p in parameters()]
+    optimiser = build_optimiser(params, **settings)
+    for step in range(24):
+        for p, g in zip(params, gradients(step), strict=True):
+            p.grad = None if g is None else g.cuda()
+        set_learning_rate(optimiser, rate(step))
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            optimiser.step()
+            grads = [p.grad for p in params if p.grad is not None]
+            clip_gradients(grads, torch.nn.utils.get_total_norm(grads), 0.1)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    for a, b in zip(params, want, strict=True):
+        torch.testing.assert_close(a.detach().cpu(), b.detach(), rtol=1e-10, atol=1e-12)
+
+
+def test_an_unknown_optimiser_is_named_with_the_known_ones():
+    with pytest.raises(ConfigError, match="unknown optimiser 'lasr'; did you mean 'lars'"):
+        build_optimiser(parameters(), name="lasr", lr=0.1)
+
+
+# --- clipping
+
+
+@pytest.mark.parametrize("limit", [1e-3, 1.0, 7.0, 1e3])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_clipping_is_that_of_torch(limit, dtype):
+    params = parameters(dtype)
+    for p, g in zip(params, gradients(0), strict=True):
+        p.grad = None if g is None else g.to(dtype)
+    own = [p.grad.clone() for p in params if p.grad is not None]
+    total = torch.nn.utils.get_total_norm(own)
+    clip_gradients(own, total, limit)
+    assert torch.equal(torch.nn.utils.clip_grad_norm_(params, limit), total)
+    for a, b in zip(own, [p.grad for p in params if p.grad is not None], strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-6 if dtype == torch.float32 else 1e-14, atol=0)
+    if limit == 1e3:
+        assert float(torch.nn.utils.get_total_norm(own)) == float(total)
+
+
+def test_clipping_brings_no_value_to_the_host():
+    grads = [torch.randn(3, 2), torch.zeros(()), torch.randn(5)]
+    total = torch.nn.utils.get_total_norm(grads)
+    with Watch() as watch:
+        clip_gradients(grads, total, 0.1)
+    assert watch.calls.total() <= 5
+    zeros = [torch.zeros(3)]
+    clip_gradients(zeros, torch.nn.utils.get_total_norm(zeros), 0.1)
+    assert torch.equal(zeros[0], torch.zeros(3))
