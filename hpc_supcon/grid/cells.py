@@ -35,7 +35,8 @@ class Option:
         if base is not None and not isinstance(base, str):
             raise ConfigError(f"{where}: base must be the name of a recipe, not {base!r}")
         changes = tuple(Change(key, json.dumps(value), where) for key, value in values.items() if key != BASE)
-        trains = base is not None or any(change.section not in AFTER_TRAINING for change in changes)
+        # one that changes nothing by itself may choose the recipe, by its label
+        trains = not changes or base is not None or any(change.section not in AFTER_TRAINING for change in changes)
         return cls(axis, label, short, values, changes, base, trains)
 
     def touches(self, section: str) -> bool:

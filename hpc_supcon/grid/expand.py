@@ -17,7 +17,7 @@ from ..errors import ConfigError
 from .cells import Choice, Option, choices, matches
 from .files import STAGES, GridConfig, Resources, ResourcesConfig, TableConfig, changed
 from .names import Names
-from .resolver import Change, Resolved, Resolver
+from .resolver import Change, Resolved, Resolver, override_change
 
 NO_PRUNING = Change("prune.rate", "null", "")
 
@@ -102,7 +102,7 @@ class _Builder:
     def __init__(self, overrides: Sequence[str]) -> None:
         self.cells: list[Cell] = []
         self.nodes: dict[str, Node] = {}
-        self._overrides = overrides
+        self._overrides = [override_change(override) for override in overrides]
         self._names = Names()
         self._resolvers: dict[tuple[str, str], Resolver] = {}
         self._made: dict[str, Node] = {}  # what is computed -> its node
@@ -154,6 +154,8 @@ class _Builder:
 
     def _resolver(self, grid: GridConfig, chosen: Choice) -> Resolver:
         base = next((option.base for option in reversed(chosen) if option.base is not None), grid.base)
+        for option in chosen:
+            base = base.replace(f"{{{option.axis}}}", option.label)
         key = (grid.name, base)
         if key not in self._resolvers:
             fixed = [Change(path, json.dumps(v), f"grid {grid.name!r}: set") for path, v in grid.set.items()]

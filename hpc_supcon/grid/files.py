@@ -95,7 +95,9 @@ class GridConfig(Section):
     """A whole grid file."""
 
     name: Name = Field(description="name of the grid, also its folder")
-    base: str = Field(description="recipe, or YAML file, that every cell starts from")
+    base: str = Field(
+        description="recipe, or YAML file, that every cell starts from; {axis} in it stands for the axis's label"
+    )
     set: Setting = Field(default_factory=dict, description="field -> value, in every cell")
     seeds: Count | tuple[Annotated[int, Field(ge=0)], ...] = Field(
         default=1, description="a list of seeds, or how many (from 0 up)"

@@ -102,20 +102,19 @@ class Resolved:
 class Resolver:
     """Cells over one base recipe."""
 
-    def __init__(self, base: str, fixed: list[Change], overrides: Sequence[str]) -> None:
-        """`fixed` and `overrides` hold for every cell, over the recipe. Raises ConfigError."""
+    def __init__(self, base: str, fixed: Sequence[Change], last: Sequence[Change]) -> None:
+        """`fixed` changes the recipe for every cell, `last` every cell after its own. Raises ConfigError."""
+        self._last = tuple(last)
         self._data, self._origins = resolve(base)
         for change in fixed:
             merge(self._data, _nested(change), change.where, self._origins)
-        for override in overrides:
-            merge(self._data, parse_override(override), f"override {override!r}", self._origins)
         self._pieces: dict[tuple[str, tuple[Change, ...]], Piece] = {}
         self._unchanged = {name: self._piece(name, ()) for name in self._data}
 
     def resolve(self, changes: tuple[Change, ...], where: str) -> Resolved:
         """The base with `changes`, later ones over earlier ones. Raises ConfigError."""
         by_section: dict[str, tuple[Change, ...]] = {}
-        for change in changes:
+        for change in (*changes, *self._last):
             by_section[change.section] = (*by_section.get(change.section, ()), change)
         for name, own in by_section.items():
             if name not in self._data:
@@ -140,6 +139,14 @@ class Resolver:
                 merge(data, _nested(change), change.where, origins)
             self._pieces[key] = Piece(name, json.dumps(data[name]), origins)
         return self._pieces[key]
+
+
+def override_change(override: str) -> Change:
+    """`key.sub=value` of the command line as a change. Raises ConfigError."""
+    path, value = override.partition("=")[0], parse_override(override)
+    for part in path.split("."):
+        value = value[part]
+    return Change(path, json.dumps(value), f"override {override!r}")
 
 
 def _check_whole(pieces: dict[str, Piece], where: str) -> None:

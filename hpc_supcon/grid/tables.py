@@ -123,12 +123,28 @@ def _fill(title: str, config: TableConfig, cells: list[Cell], results: dict[str,
             table.columns.append(column)
         found = _of_kind(results[cell.name], config.probe)
         if not found:
-            _add(table, cell.labels.get(config.rows, ""), column, None)
+            _add(table, _row(cell.labels, config.rows), column, None)
         for result in found:
-            _add(table, result.labels.get(config.rows, ""), column, result)
+            _add(table, _row(result.labels, config.rows), column, result)
+    if config.layout == "pruning":
+        _size_of_unpruned(table, cells, results)
     if _all_numbers(table.rows):
         table.rows.sort(key=float)
     return table
+
+
+def _size_of_unpruned(table: TableData, cells: list[Cell], results: dict[str, list[Result]]) -> None:
+    """A model that was not pruned has the dense size that its pruned sisters name."""
+    dense = [r.numbers["dense_mb"] for cell in cells for r in results[cell.name] if "dense_mb" in r.numbers]
+    for column in table.columns:
+        for score, value in (("sparse_mb", dense[:1]), ("ratio", [1.0])):
+            if dense and (UNPRUNED, column, "accuracy") in table.values:
+                table.values.setdefault((UNPRUNED, column, score), value * table.expected[UNPRUNED, column])
+
+
+def _row(labels: dict[str, str], axis: str) -> str:
+    label = labels.get(axis, "")
+    return UNPRUNED if axis == "prune.rate" and label == "null" else label
 
 
 def _add(table: TableData, row: str, column: str, result: Result | None) -> None:
