@@ -42,10 +42,7 @@ free_ports() { # the first of five free ports, below the ephemeral range
   fail "no free ports"
 }
 ours() { # pids of every process started by this cluster, jobs included
-  local environ
-  for environ in /proc/[0-9]*/environ; do
-    if grep -qzxF "SLURM_LOCAL_OWNER=$dir" "$environ" 2>/dev/null; then basename "${environ%/environ}"; fi
-  done
+  { grep -lszxF "SLURM_LOCAL_OWNER=$dir" /proc/[0-9]*/environ || true; } | cut -d/ -f3
 }
 
 configure() {
@@ -134,6 +131,8 @@ start_database() {
   await slurmdbd listening "$dbd_port"
 }
 
+accounted() { sacctmgr --noheader --parsable2 show cluster format=ControlHost | grep -q .; }
+
 start_node() { # each node has a host name of its own, where this user may give it one
   if [[ $isolated ]]; then
     launch "$1" unshare --uts --mount sh -c 'mount --bind "$1" /etc/hosts && hostname "$2" && exec slurmd -D -N "$2"' - "$dir/hosts" "$1"
@@ -163,6 +162,7 @@ start() {
   start_database
   launch slurmctld slurmctld -D
   await slurmctld listening "$ctld_port"
+  await slurmctld accounted
   for node in "${nodes[@]}"; do start_node "$node"; done
   await slurmctld all_up
   done_=1
@@ -170,17 +170,17 @@ start() {
 }
 
 stop() {
-  local signal pids
+  local signal end pids
   [[ ! -e $dir/pid/slurmctld ]] || timeout 10 scancel --user="$(id -un)" 2>/dev/null || true
-  for signal in TERM TERM KILL; do
-    for _ in {1..60}; do
-      pids=$(ours)
-      [[ $pids ]] || break 2
-      [[ $signal == "${sent:-}" ]] || kill "-$signal" $pids 2>/dev/null || true
-      sent=$signal
+  for signal in TERM KILL; do
+    pids=$(ours)
+    # CONT: a process that was stopped could not hear the other signal
+    [[ -z $pids ]] || kill -"$signal" $pids 2>/dev/null || true
+    [[ -z $pids ]] || kill -CONT $pids 2>/dev/null || true
+    for ((end = SECONDS + 10; SECONDS < end; )); do
+      [[ $(ours) ]] || break 2
       sleep 0.1
     done
-    sent=
   done
   rm -rf "${dir:?}"/{pid,state,spool,db,munge.*,hosts,prolog,*.conf}
 }

@@ -127,8 +127,8 @@ def sbatch_parameters(frozen: Frozen, array: Array, ids: dict[int, str]) -> dict
         "array_parallelism": profile.parallel,
         "signal_delay_s": profile.signal_s,
         "setup": [*(f"export {k}={shlex.quote(v)}" for k, v in profile.environment.items()), *profile.setup] or None,
-        # a rank that fails must end the others, which wait for it
-        "srun_args": ["--kill-on-bad-exit=1"],
+        # a rank that fails must end the others, which wait for it; srun does not take over sbatch's cpus-per-task
+        "srun_args": ["--kill-on-bad-exit=1", f"--cpus-per-task={asked.cpus}"],
         "dependency": _dependency(array, ids),
         "additional_parameters": additional,
     }

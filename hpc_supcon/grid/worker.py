@@ -104,7 +104,7 @@ def _place() -> Place:
             "slurm", slurm.own_job(), int(outer["SLURM_PROCID"]), int(outer.get("SLURM_RESTART_COUNT", "0")), env
         )
     _forget_launchers(env)
-    return Place("debug", "", 0, 0, env)
+    return Place("debug", outer.get("SUBMITIT_DEBUG_JOB_ID", ""), 0, 0, env)
 
 
 def _forget_launchers(env: dict[str, str]) -> None:

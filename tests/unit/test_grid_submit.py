@@ -1,4 +1,4 @@
-"""Claims about submission, with a stand-in for Slurm's commands: what it is asked, and what it is never asked twice."""
+"""Claims about submission, with a stand-in for Slurm's commands: what it is asked, and what never twice."""
 
 from __future__ import annotations
 
