@@ -27,6 +27,7 @@ def draw(table: TableData, path: Path) -> None:
     axes.set_xlabel(table.rows_axis)
     axes.set_ylabel("test accuracy")
     axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     if not any(score == "accuracy" for _, _, score in table.values):
         axes.text(0.5, 0.5, "no results yet", ha="center", va="center", transform=axes.transAxes, color="#666666")
@@ -52,26 +53,24 @@ def _lines(axes: Axes, table: TableData) -> None:
                 color=COLOURS[number % len(COLOURS)],
                 label=column,
             )
+    _scale(axes, table)
+
+
+def _scale(axes: Axes, table: TableData) -> None:
+    """One tick for each row, with its size under it where there is one; logarithmic where the rows span much."""
     values = [float(row) for row in table.rows]
-    if min(values) > 0 and max(values) / min(values) >= 8:
-        axes.set_xscale("log", base=2 if all(v.is_integer() and int(v) & (int(v) - 1) == 0 for v in values) else 10)
-        axes.set_xticks(values, table.rows)
-        axes.minorticks_off()
-    elif len(values) <= 8:
-        axes.set_xticks(values, table.rows)
-    if table.layout == "pruning":
-        _sizes(axes, table)
-
-
-def _sizes(axes: Axes, table: TableData) -> None:
-    """Names each point of the first column with its size."""
-    column = table.columns[0]
+    positive = [value for value in values if value > 0]
+    if positive and max(positive) / min(positive) >= 8:
+        if len(positive) == len(values):
+            axes.set_xscale("log")
+        else:  # zero has a place of its own
+            axes.set_xscale("symlog", linthresh=min(positive))
+    labels = []
     for row in table.rows:
-        size, height = table.interval(row, column, "sparse_mb"), table.interval(row, column, "accuracy")
-        if size and height:
-            axes.annotate(
-                f"{size[0]:.3g} MB", (float(row), height[0]), (0, 8), textcoords="offset points", fontsize=8
-            )
+        size = table.interval(row, table.columns[0], "sparse_mb")
+        labels.append(f"{row}\n{size[0]:.3g} MB" if size else row)
+    axes.set_xticks(values, labels, rotation=45 if len(labels) > 6 else 0)
+    axes.minorticks_off()
 
 
 def _bars(axes: Axes, table: TableData) -> None:
@@ -91,10 +90,11 @@ def _bars(axes: Axes, table: TableData) -> None:
             mean, half = found
             lowest = min(lowest, mean - half)
             axes.bar(x, mean, width * 0.9, yerr=half or None, capsize=2, color=COLOURS[number % len(COLOURS)])
-            axes.annotate(
-                f"{mean:.3f}", (x, mean + half), (0, 2), textcoords="offset points", fontsize=7, ha="center"
-            )
+            at, above = (x, mean + half), (0, 3)
+            axes.annotate(f"{mean:.3f}", at, above, textcoords="offset points", fontsize=7, ha="center", rotation=90)
         axes.bar(0, 0, color=COLOURS[number % len(COLOURS)], label=column)
     axes.set_xticks(range(len(table.rows)), table.rows, rotation=20 if max(map(len, table.rows)) > 10 else 0)
+    axes.set_xlim(-0.75, len(table.rows) - 0.25)
+    axes.margins(y=0.12)
     # bars from zero hide differences of a per cent; the axis says where it starts
     axes.set_ylim(bottom=max(0.0, lowest - 0.25 * (1.02 - lowest)) if lowest > 0.5 else 0.0)

@@ -13,6 +13,8 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -56,24 +58,31 @@ def _work(stage: str, config: str | list[str], folder: str | list[str]) -> None:
     """Run one node, or several at once (packed); leaves through sys.exit unless all are done."""
     configs = [Path(c) for c in ([config] if isinstance(config, str) else config)]
     folders = [Path(f) for f in ([folder] if isinstance(folder, str) else folder)]
-    frozen, place, told = load(configs[0].parent.parent), _place(), _listen()
-    tasks = [_begin(frozen, f"{c.stem}.{stage}", c, f, place) for c, f in zip(configs, folders, strict=True)]
+    frozen, place = load(configs[0].parent.parent), _place()
+    with _listening() as told:
+        tasks = [_begin(frozen, f"{c.stem}.{stage}", c, f, place) for c, f in zip(configs, folders, strict=True)]
+        _watch(tasks, told, place)
+        outcomes = [_end(frozen, task, bool(told), place) for task in tasks]
+        if "again" in outcomes:
+            _leave_and_start_again(frozen, tasks, outcomes, place)
+    if all(outcome in ("failed", "blocked", "cancelled") for outcome in outcomes):
+        sys.exit(1)  # one that is done lets the packed job succeed; stages after it ask for their own parent
+
+
+def _watch(tasks: list[Task], told: list[int], place: Place) -> None:
+    """Until every process has ended."""
+    processes = [task.process for task in tasks if task.process is not None]
     try:
-        while any(task.process is not None and task.process.poll() is None for task in tasks):
+        while any(process.poll() is None for process in processes):
             if told and place.scheduler != "slurm":  # Slurm tells every process of the job by itself
                 _pass_on(told, tasks)
             time.sleep(0.1)
     finally:
-        for task in tasks:
-            if task.process is not None and task.process.poll() is None:
-                task.process.kill()
-    if any(task.process is not None and task.process.returncode < 0 for task in tasks):
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+    if any(process.returncode < 0 for process in processes):
         time.sleep(0.5)  # whoever killed the stage may be about to tell this process too
-    outcomes = [_end(frozen, task, bool(told), place) for task in tasks]
-    if "again" in outcomes:
-        _leave_and_start_again(frozen, tasks, outcomes, place)
-    if all(outcome in ("failed", "blocked", "cancelled") for outcome in outcomes):
-        sys.exit(1)  # one that is done lets the packed job succeed; stages after it ask for their own parent
 
 
 @dataclass(frozen=True)
@@ -116,17 +125,20 @@ def _forget_launchers(env: dict[str, str]) -> None:
             del env[name]
 
 
-def _listen() -> list[int]:
-    """Survive being told to stop; the list fills with what was said."""
+@contextmanager
+def _listening() -> Iterator[list[int]]:
+    """Survive being told to stop, for the block; the list fills with what was said."""
     told: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
         told.append(number)
 
-    for number in (signal.SIGTERM, signal.SIGUSR2):
-        signal.signal(number, note)
-    signal.signal(signal.SIGCONT, signal.SIG_DFL)
-    return told
+    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR2)}
+    try:
+        yield told
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _pass_on(told: list[int], tasks: list[Task]) -> None:

@@ -80,7 +80,7 @@ def test_an_interrupted_cell_comes_back_and_ends_with_the_weights_of_an_undistur
     folder = interrupted[name]
     assert set(settled(folder).values()) == {"done"}
     record = read_record(folder, "cell.pretrain")
-    assert [entry["reason"] for entry in record.requeues] == [reason]
+    assert {entry["reason"] for entry in record.requeues} == {reason}
     assert "going on from step" in grid("logs", folder, "cell.pretrain")
     assert weights(folder / "runs" / "cell") == undisturbed
 
