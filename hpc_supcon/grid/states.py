@@ -118,7 +118,10 @@ def _left_queue(found: JobState | None) -> NodeState:
         return NodeState("cancelled", found.reason if found.reason != "None" else "")
     if found.state in ("FAILED", "TIMEOUT", "NODE_FAIL", "OUT_OF_MEMORY", "BOOT_FAIL", "DEADLINE", "PREEMPTED"):
         return NodeState("failed", found.state.lower().replace("_", " "))
-    return NodeState("lost", f"left the queue as {found.state}, without an outcome")
+    if found.state == "COMPLETED":
+        return NodeState("lost", "completed without an outcome")
+    # accounts lag behind the queue by seconds
+    return NodeState("pending" if found.state == "PENDING" else "running", f"sacct says {found.state.lower()}")
 
 
 def progress(frozen: Frozen, node: FrozenNode) -> dict[str, Any]:

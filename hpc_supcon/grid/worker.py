@@ -51,7 +51,6 @@ class Task:
     node: FrozenNode
     record: Record
     process: subprocess.Popen[bytes] | None
-    informed: bool = False
 
 
 def _work(stage: str, config: str | list[str], folder: str | list[str]) -> None:
@@ -61,7 +60,7 @@ def _work(stage: str, config: str | list[str], folder: str | list[str]) -> None:
     frozen, place = load(configs[0].parent.parent), _place()
     with _listening() as told:
         tasks = [_begin(frozen, f"{c.stem}.{stage}", c, f, place) for c, f in zip(configs, folders, strict=True)]
-        _watch(tasks, told, place)
+        _watch(tasks, told, place, 0.8 * frozen.profile.signal_s)
         outcomes = [_end(frozen, task, bool(told), place) for task in tasks]
         if "again" in outcomes:
             _leave_and_start_again(frozen, tasks, outcomes, place)
@@ -69,18 +68,24 @@ def _work(stage: str, config: str | list[str], folder: str | list[str]) -> None:
         sys.exit(1)  # one that is done lets the packed job succeed; stages after it ask for their own parent
 
 
-def _watch(tasks: list[Task], told: list[int], place: Place) -> None:
-    """Until every process has ended."""
+def _watch(tasks: list[Task], told: list[int], place: Place, patience_s: float) -> None:
+    """Until every process has ended; at most `patience_s` from when they were told to leave."""
     processes = [task.process for task in tasks if task.process is not None]
+    until: float | None = None
     try:
         while any(process.poll() is None for process in processes):
-            if told and place.scheduler != "slurm":  # Slurm tells every process of the job by itself
-                _pass_on(told, tasks)
+            if told and until is None:
+                until = time.monotonic() + patience_s
+                if place.scheduler != "slurm":  # Slurm tells every process of the job by itself
+                    _pass_on(told[0], processes)
+            if until is not None and time.monotonic() > until:
+                break  # at the limit itself the job would count as failed, and Slurm cancel what waits for it
             time.sleep(0.1)
     finally:
         for process in processes:
             if process.poll() is None:
                 process.kill()
+                process.wait()
     if any(process.returncode < 0 for process in processes):
         time.sleep(0.5)  # whoever killed the stage may be about to tell this process too
 
@@ -113,7 +118,7 @@ def _place() -> Place:
             "slurm", slurm.own_job(), int(outer["SLURM_PROCID"]), int(outer.get("SLURM_RESTART_COUNT", "0")), env
         )
     _forget_launchers(env)
-    return Place("debug", outer.get("SUBMITIT_DEBUG_JOB_ID", ""), 0, 0, env)
+    return Place("debug", "debug", 0, 0, env)
 
 
 def _forget_launchers(env: dict[str, str]) -> None:
@@ -141,11 +146,10 @@ def _listening() -> Iterator[list[int]]:
             signal.signal(number, handler)
 
 
-def _pass_on(told: list[int], tasks: list[Task]) -> None:
-    for task in tasks:
-        if task.process is not None and task.process.poll() is None and not task.informed:
-            task.process.send_signal(told[0])
-            task.informed = True
+def _pass_on(number: int, processes: list[subprocess.Popen[bytes]]) -> None:
+    for process in processes:
+        if process.poll() is None:
+            process.send_signal(number)
 
 
 def _begin(frozen: Frozen, name: str, config: Path, folder: Path, place: Place) -> Task:
@@ -201,17 +205,18 @@ def _end(frozen: Frozen, task: Task, told: bool, place: Place) -> str:
 
 
 def _leave_and_start_again(frozen: Frozen, tasks: list[Task], outcomes: list[str], place: Place) -> None:
-    """Rank 0 puts the job back into the queue, unless it was cancelled, broken by another rank, or too often."""
+    """Rank 0 puts the job back into the queue, unless it was cancelled, another rank failed, or it was too often."""
     if place.rank:
         sys.exit(0)  # an error here would end the job before rank 0 has spoken
     waiting = [task for task, outcome in zip(tasks, outcomes, strict=True) if outcome == "again"]
     facts = slurm.facts(place.job) if place.scheduler == "slurm" else {}
     state, limit = facts.get("JobState", ""), frozen.profile.max_requeues
-    outcome, error = "requeued", ""
-    if state == "CANCELLED":
-        outcome, error = "cancelled", "cancelled while it ran"
-    elif place.scheduler == "debug":
-        outcome, error = "failed", "interrupted"
+    if place.scheduler == "slurm" and state != "RUNNING" and facts.get("Reason") != "TimeLimit":
+        # cancelled, or back in the queue without our help: both show as COMPLETING, and Slurm has the last word
+        for task in waiting:
+            write_record(frozen.root, task.node.name, task.record)
+        sys.exit(START_AGAIN)
+    outcome, error = ("failed", "interrupted") if place.scheduler == "debug" else ("requeued", "")
     for task in waiting:
         broken = _failure(frozen.root, task.node.name, place)
         task.record.outcome, task.record.error = outcome, error
@@ -226,11 +231,10 @@ def _leave_and_start_again(frozen: Frozen, tasks: list[Task], outcomes: list[str
         sys.exit(1)
     if place.scheduler == "local":
         sys.exit(LOCAL_START_AGAIN)
-    if state != "PENDING":  # pre-empted jobs may be back in the queue already
-        try:
-            slurm.requeue(place.job)
-        except LaunchError as error_:
-            sys.stderr.write(f"{error_}\n")
+    try:
+        slurm.requeue(place.job)
+    except LaunchError as refused:
+        sys.stderr.write(f"{refused}\n")
     sys.exit(START_AGAIN)
 
 
@@ -246,7 +250,7 @@ def _why(facts: dict[str, str], signal_s: int) -> str:
         left = time.mktime(time.strptime(facts.get("EndTime", ""), "%Y-%m-%dT%H:%M:%S")) - time.time()
     except ValueError:
         return "asked to leave"
-    return "time limit" if left < signal_s + 60 or facts.get("JobState") == "TIMEOUT" else "asked to leave"
+    return "time limit" if left < signal_s + 60 else "asked to leave"
 
 
 def _log(root: Path, node: str, rank: int) -> Path:
