@@ -1,12 +1,10 @@
-"""The command line: `hpc-supcon run | pretrain | probe | config`."""
+"""The command line: `hpc-supcon run | pretrain | probe | prune | config`."""
 
 from __future__ import annotations
 
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -17,9 +15,13 @@ from rich.table import Table
 from . import __version__
 from .cli_bench import bench
 from .cli_checkpoints import checkpoints
+from .cli_export import embed, export, predict
 from .cli_grid import grid
+from .cli_progress import progress_bars
+from .cli_prune import prune
+from .cli_start import started
 from .config import Config, load_config, schema_rows, to_yaml
-from .errors import CorruptSample, HpcSupconError
+from .errors import CorruptSample, HpcSupconError, Preempted, RankLost
 
 if TYPE_CHECKING:
     from .runtime import Runtime
@@ -30,7 +32,9 @@ QUICKSTART = "quickstart"
 app = typer.Typer(
     name="hpc-supcon",
     help="Supervised contrastive learning of images, from one CPU to a Slurm cluster.",
-    epilog="Several ranks: torchrun --nproc_per_node N -m hpc_supcon run CONFIG, or srun hpc-supcon run CONFIG.",
+    epilog="Several ranks: torchrun --nproc_per_node N -m hpc_supcon run CONFIG, or srun hpc-supcon run CONFIG. "
+    "Exit codes: 0 done; 2 wrong input; 3 NaN or Inf; 4 the loader died; 5 another rank was lost or hangs; 75 asked "
+    "to leave (SIGTERM, SIGUSR2) and saved: start again with --resume.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -39,6 +43,10 @@ app = typer.Typer(
 
 app.add_typer(bench, name="bench")
 app.command("checkpoints")(checkpoints)
+app.command("prune")(prune)
+app.command("export")(export)
+app.command("embed")(embed)
+app.command("predict")(predict)
 app.add_typer(grid, name="grid")
 
 ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A recipe's name or a YAML file.")]
@@ -58,7 +66,7 @@ def run(
     from .evaluation.evaluate import probe, start_without_encoder
 
     settings = _settings(config, overrides)
-    with _started(settings, resume) as (runtime, data):
+    with started(settings, resume) as (runtime, data):
         check_probe(settings, data.splits)
         if needs_encoder(settings):
             folder = _pretrained(settings, runtime, data, resume)
@@ -75,7 +83,7 @@ def pretrain_command(
 ) -> None:
     """Pre-train an encoder with a contrastive loss into a run folder."""
     settings = _settings(config, overrides)
-    with _started(settings, resume) as (runtime, data):
+    with started(settings, resume) as (runtime, data):
         _pretrained(settings, runtime, data, resume)
 
 
@@ -111,7 +119,7 @@ def probe_command(
     settings = read_config(run_dir, overrides or [])
     if needs_encoder(settings):
         check_has_encoder(run_dir)  # before minutes of decoding
-    with _started(settings, resume=True) as (runtime, data):
+    with started(settings, resume=True) as (runtime, data):
         results = probe(run_dir, settings, runtime, data)
         if runtime.is_main:
             _print_results(run_dir, results)
@@ -154,7 +162,7 @@ def convert_command(
     name = "image_folder" if is_folder else data
     # a .beton takes mixed sizes: image_size=1 keeps them from being checked, and nothing is resized to it
     opened = open_source(name, data if is_folder else root, download=download, image_size=1 if is_folder else None)
-    with _progress() as tell:
+    with progress_bars() as tell:
         manifests = convert_splits(
             name, opened, out, progress=tell, max_size=max_size, jpeg_quality=jpeg_quality, raw_fraction=raw_fraction
         )
@@ -171,7 +179,7 @@ def verify_command(
     """Decode every image: sizes, channels, classes, and each image that training would refuse."""
     from .data.verify import verify
 
-    with _progress() as tell:
+    with progress_bars() as tell:
         reports = verify(path, progress=lambda done, total: tell(path.name, done, total))
     broken = 0
     for name, report in reports.items():
@@ -185,46 +193,11 @@ def verify_command(
         raise CorruptSample(f"{path}: {broken} images cannot be used")
 
 
-@contextmanager
-def _progress() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for each named job on a terminal, nothing elsewhere."""
-    from rich.progress import Progress
-
-    bars: dict[str, Any] = {}
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
-
-        def tell(name: str, done: int, total: int) -> None:
-            if name not in bars:
-                bars[name] = progress.add_task(name, total=total)
-            progress.update(bars[name], completed=done, total=total)
-
-        yield tell
-
-
 def _settings(config: str, overrides: list[str] | None) -> Config:
     """`hpc-supcon run data.views=3` means the quickstart recipe with an override."""
     if "=" in config:
         return load_config(QUICKSTART, [config, *(overrides or [])])
     return load_config(config, overrides or [])
-
-
-@contextmanager
-def _started(settings: Config, resume: bool) -> Iterator[tuple[Runtime, Data]]:
-    """The process group and the data, for the length of a command."""
-    from . import runtime as rt
-    from .collectives import together
-    from .training import assemble, run_folder
-
-    with rt.start(
-        device=settings.runtime.device,
-        threads=settings.runtime.threads,
-        timeout_s=settings.runtime.timeout_s,
-        deterministic=settings.deterministic,
-    ) as runtime:
-        with together():
-            run_folder.check_usable(settings.folder, settings, resume=resume)  # before minutes of decoding
-        yield runtime, assemble.load_data(settings, runtime)
 
 
 def _print_results(folder: Path, results: list[dict[str, Any]]) -> None:
@@ -254,13 +227,16 @@ def _title(results: list[dict[str, Any]]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; named errors become one line and their exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    # PyTorch asks once: first use of a large CPU tensor costs a fifth with huge pages
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         app(arguments, prog_name="hpc-supcon")
     except HpcSupconError as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        elif _speaks():
-            sys.stderr.write(f"hpc-supcon: error: {error}\n")
+        elif _speaks() or isinstance(error, RankLost):
+            kind = "" if isinstance(error, Preempted) else "error: "
+            sys.stderr.write(f"hpc-supcon: {kind}{error}\n")
         sys.exit(error.exit_code)
 
 

@@ -29,10 +29,18 @@ NEUTRAL = (
     "data.download",
     "data.workers",
     "data.timeout_s",
+    "train.engine",
+    "train.deepspeed",
+    "train.compile",
+    "train.cuda_graphs",
+    "train.activation_checkpointing",
     "checkpoint",
     "log",
     "probe",
+    "prune",
     "runtime.timeout_s",
+    "runtime.first_step_timeout_s",
+    "train.allow_world_size_change",
 )
 
 

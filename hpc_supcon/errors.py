@@ -52,6 +52,16 @@ class WorldSizeMismatch(HpcSupconError):
     """A run is being resumed on another number of ranks than it was started with."""
 
 
+class OutputError(HpcSupconError):
+    """A file that a command should write exists already, or cannot be written."""
+
+
+class ExportError(HpcSupconError):
+    """A model has no such form, or its exported file does not give the model's outputs; no file is left."""
+
+    exit_code = 1
+
+
 class MissingExtra(HpcSupconError):
     """An optional package is needed; the message holds the install line."""
 
@@ -62,10 +72,28 @@ class NonFinite(HpcSupconError):
     exit_code = 3
 
 
+class OutOfMemory(HpcSupconError):
+    """A training step does not fit into memory; the message holds the setting that makes it fit."""
+
+    exit_code = 6
+
+
 class LoaderDied(HpcSupconError):
     """What reads the data (a process or a thread) was killed, or gave nothing within the time-out."""
 
     exit_code = 4
+
+
+class RankLost(HpcSupconError):
+    """Another rank was killed, was stopped, or hangs; all end."""
+
+    exit_code = 5
+
+
+class Preempted(HpcSupconError):
+    """The run was asked to leave (SIGTERM, SIGUSR2): it has saved, and is to be started again with --resume."""
+
+    exit_code = 75  # EX_TEMPFAIL of sysexits.h
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str], *, listed: str | None = None) -> str:

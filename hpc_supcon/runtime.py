@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 from .errors import ConfigError, LaunchError
 
@@ -218,6 +219,13 @@ def start(
             dist.destroy_process_group()
 
 
+def set_collective_timeout(seconds: float) -> None:
+    """The longest wait of the collectives that begin from now on."""
+    # public since PyTorch 2.15, which warns of the older name
+    change = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
+    change(timedelta(seconds=seconds), dist.group.WORLD)
+
+
 def _set_determinism(deterministic: bool) -> None:
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats its sums only so
@@ -226,9 +234,12 @@ def _set_determinism(deterministic: bool) -> None:
     torch.set_float32_matmul_precision("highest" if deterministic else "high")
 
 
-def seed_everything(seed: int, rank: int) -> None:
-    """Seed every global generator; ranks differ in their draws. (Models are built before, from `seed` alone.)"""
-    word = int(np.random.SeedSequence([seed, rank]).generate_state(1, np.uint64)[0])
+def seed_everything(seed: int, rank: int, step: int = 0) -> None:
+    """Seed every global generator; ranks differ in their draws, and so do the steps at which a rank may begin.
+
+    (Models are built before, from `seed` alone.)
+    """
+    word = int(np.random.SeedSequence([seed, rank, step]).generate_state(1, np.uint64)[0])
     random.seed(word)
     np.random.seed(word % 2**32)
     torch.manual_seed(word % 2**63)

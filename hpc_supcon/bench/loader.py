@@ -9,14 +9,15 @@ DataLoader. All contenders take the same files, batch sizes and workers, side by
 from __future__ import annotations
 
 import json
+import os
 import tempfile
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict, dataclass
 from datetime import date
 from functools import partial
-from itertools import count
+from itertools import count, product
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,8 @@ from ..errors import ConfigError, MissingExtra
 from .common import machine
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
-LARGE = 224
-"""Side in px of the views of large images; small ones keep their size."""
+LARGE, LARGEST_BATCH = 224, 512
+"""Side in px of the views of large images, and images in their largest batch; small ones keep their size."""
 CONTENDERS = ("torchvision", "resident", "torch", "ffcv", "ffcv-decode-twice", "dali")
 
 
@@ -46,7 +47,10 @@ _TORCHVISION_COLOUR = [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.
 
 @dataclass(frozen=True)
 class Result:
-    """Images/s, each as two views. The best of `rounds` rounds."""
+    """Images/s, each as two views: the best and the worst of `rounds` rounds.
+
+    cpu_ms_per_image: CPU time of all processes together; other users of the machine hardly change it.
+    """
 
     data: str
     name: str
@@ -54,11 +58,15 @@ class Result:
     workers: int
     images_per_s: float
     images_per_s_worst: float
+    cpu_ms_per_image: float
     rounds: int
 
 
 def make_large_set(folder: Path, images: int = 1024, side: int = 256) -> Path:
-    """An image folder of smooth random JPEGs of side x side px: detail like a photograph's, no download."""
+    """An image folder of random JPEGs of side x side px, made without a download.
+
+    They take 3.3 bits a pixel, as photographs of this size do at quality 90 to 95: decoding costs as much.
+    """
     rng = np.random.default_rng(0)
     for i in range(images):
         coarse = rng.integers(0, 256, (24, 24, 3), dtype=np.uint8)
@@ -113,20 +121,39 @@ def our_batches(
             batches = loader.epoch(epoch)
             if twice:
                 for first, second in zip(batches, batches, strict=False):
-                    yield torch.cat([views(first.images), views(second.images)], dim=1)
+                    both = views(first.images), views(second.images)
+                    yield both[0]  # not put together: that would be one more copy
             else:
                 yield from (views(batch.images) for batch in batches)
 
 
-def rate(batches: Batches, seconds: float, device: str) -> float:
-    """Images/s after one batch of warm-up."""
-    next(batches)
-    start, images = time.perf_counter(), 0
+def rate(batches: Batches, seconds: float, workers: int, device: str) -> tuple[float, float]:
+    """(images/s, CPU seconds per image) after one batch of each worker as warm-up.
+
+    Whole rounds of workers are timed: their first batches, begun together, end together.
+    """
+    for _ in range(workers):
+        next(batches)
+    start, busy, images = time.perf_counter(), cpu_seconds(), 0
     while time.perf_counter() - start < seconds:
-        images += len(next(batches))
+        images += sum(len(next(batches)) for _ in range(workers))
         if device != "cpu":
             torch.cuda.synchronize()
-    return images / (time.perf_counter() - start)
+    return images / (time.perf_counter() - start), (cpu_seconds() - busy) / images
+
+
+def cpu_seconds() -> float:
+    """User and system time of this process and of all those below it, so far."""
+    parents, ticks = {}, {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with suppress(OSError):  # processes come and go
+            fields = path.read_text().rpartition(")")[2].split()
+            pid = int(path.parent.name)
+            parents[pid], ticks[pid] = int(fields[1]), int(fields[11]) + int(fields[12])
+    mine = {os.getpid()}
+    while more := {pid for pid, parent in parents.items() if parent in mine} - mine:
+        mine |= more
+    return sum(ticks[pid] for pid in mine) / os.sysconf("SC_CLK_TCK")
 
 
 def measure(
@@ -159,10 +186,8 @@ def measure(
             sets.insert(0, (data.name, data, 0))
         for label, folder, size in sets:
             sources = _sources(folder, Path(scratch) / f"{label}.beton", size)
-            # large images come in smaller batches
-            own_sizes = [max(32, b // 8) if size else b for b in batch_sizes]
-            for batch_size, n_workers in ((b, w) for b in own_sizes for w in workers):
-                if batch_size <= len(sources["torch"]):
+            for batch_size, n_workers in product(batch_sizes, workers):
+                if batch_size <= min(len(sources["torch"]), LARGEST_BATCH if size else batch_size):
                     contest = partial(_contest, label, folder, sources, size, batch_size, n_workers, device, policy)
                     results += contest(names=names, seconds=seconds, rounds=rounds)
     out.mkdir(parents=True, exist_ok=True)
@@ -189,60 +214,75 @@ def _contest(
     label: str, folder: Path, sources: dict[str, Source], size: int, batch_size: int, workers: int, device: str,
     policy: str, *, names: Iterable[str], seconds: float, rounds: int,
 ) -> list[Result]:  # fmt: skip
-    results = []
-    baseline = None
+    """Rounds of all contenders in turn: a machine that slows down slows all of them."""
+    side = size or sources["torch"].image_size
+    makers: dict[str, Callable[[], Batches]] = {}
     for name in names:
-        side = size or sources["torch"].image_size
-        rates = []
+        if name == "torchvision":
+            makers[name] = partial(torchvision_batches, folder, side, batch_size, workers, device, policy)
+        elif name in sources and (size or name != "ffcv-decode-twice"):
+            ours = partial(our_batches, name, sources[name], side, batch_size, workers, device, policy)
+            makers[name] = partial(ours, crop=bool(size))
+    measured: dict[str, list[tuple[float, float]]] = {name: [] for name in makers}
+    left_out: dict[str, MissingExtra] = {}
+    for _, (name, make) in product(range(rounds), makers.items()):
         try:
-            for _ in range(rounds):
-                if name == "torchvision":
-                    batches = torchvision_batches(folder, side, batch_size, workers, device, policy)
-                elif name in sources and (size or name != "ffcv-decode-twice"):
-                    batches = our_batches(
-                        name, sources[name], side, batch_size, workers, device, policy, crop=bool(size)
-                    )
-                else:
-                    break
-                with closing(batches):
-                    rates.append(rate(batches, seconds, device))
+            with closing(make()) as batches:
+                measured[name].append(rate(batches, seconds, workers, device))
         except MissingExtra as missing:
-            print(f"{label}: {name} left out: {missing}")
-        if rates:
-            results.append(Result(label, name, batch_size, workers, max(rates), min(rates), rounds))
-            baseline = baseline or (max(rates) if name == "torchvision" else None)
-            speed = f"{max(rates):>10,.0f} images/s" + (
-                f" {max(rates) / baseline:6.1f}x torchvision" if baseline else ""
-            )
-            print(f"{label:>14} {name:>18} batch {batch_size:>5} workers {workers}  {speed}")
+            left_out[name] = missing
+    for name, reason in left_out.items():
+        print(f"{label}: {name} left out: {reason}")
+    results = []
+    for name, own in measured.items():
+        if own:
+            speeds, costs = zip(*own, strict=True)
+            best, worst, cpu_ms = max(speeds), min(speeds), 1e3 * min(costs)
+            results.append(Result(label, name, batch_size, workers, best, worst, cpu_ms, rounds))
+    baseline = next((r for r in results if r.name == "torchvision"), None)
+    for r in results:
+        ratio = f" {r.images_per_s / baseline.images_per_s:6.1f}x torchvision" if baseline else ""
+        where = f"{label:>14} {r.name:>18} batch {batch_size:>5} workers {workers}"
+        print(f"{where} {r.images_per_s:>10,.0f} images/s {r.cpu_ms_per_image:7.3f} ms of CPU{ratio}", flush=True)
     return results
 
 
 def plot(results: Sequence[Result], path: Path) -> None:
+    """One panel a data set, one line (or, for one batch size, bar) a contender and number of workers."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot as plt
+    from matplotlib.ticker import LogLocator, NullFormatter
 
-    labels = list(dict.fromkeys(r.data for r in results))
-    figure, axes = plt.subplots(1, len(labels), figsize=(5.5 * len(labels), 4), layout="constrained", squeeze=False)
+    labels, names = (list(dict.fromkeys(values)) for values in zip(*((r.data, r.name) for r in results), strict=True))
+    counts = sorted({r.workers for r in results})
+    figure, axes = plt.subplots(1, len(labels), figsize=(5.8 * len(labels), 4.4), layout="constrained", squeeze=False)
     for axis, label in zip(axes[0], labels, strict=True):
         own = [r for r in results if r.data == label]
-        names, sizes = list(dict.fromkeys(r.name for r in own)), sorted({r.batch_size for r in own})
-        speeds = {(r.name, r.batch_size): r.images_per_s for r in sorted(own, key=lambda r: r.images_per_s)}
-        best = {n: [speeds.get((n, b), 0.0) for b in sizes] for n in names}
-        axis.set_title(f"images/s, two views: {label}")
+        sizes = sorted({r.batch_size for r in own})
+        axis.set_title(f"{label}: images/s, two views each")
+        lines = [(n, w, [r for r in own if (r.name, r.workers) == (n, w)]) for n in names for w in counts]
+        lines = [(n, w, sorted(line, key=lambda r: r.batch_size)) for n, w, line in lines if line]
         if len(sizes) == 1:
-            bars = axis.barh(names[::-1], [best[n][0] for n in names[::-1]])
+            called = [f"{n}, {w} workers" if len(counts) > 1 else n for n, w, _ in lines]
+            bars = axis.barh(called[::-1], [line[0].images_per_s for _, _, line in lines][::-1])
             axis.bar_label(bars, fmt="{:,.0f}", padding=3)
-            axis.margins(x=0.15)
+            axis.margins(x=0.18)
             continue
-        for name in names:
-            axis.plot(sizes, best[name], marker="o", label=name)
+        for name, workers, line in lines:
+            style = {"color": f"C{names.index(name)}", "linestyle": "-" if workers == counts[-1] else "--"}
+            x, y = [r.batch_size for r in line], [r.images_per_s for r in line]
+            axis.plot(x, y, marker="o", label=f"{name}, {workers}", **style)
         axis.set(xscale="log", yscale="log", xlabel="batch size")
         axis.set_xticks(sizes, labels=[str(n) for n in sizes])
         axis.xaxis.minorticks_off()
+        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axis.yaxis.set_major_formatter("{x:,.0f}")
+        axis.yaxis.set_minor_formatter(NullFormatter())
         axis.grid(alpha=0.3)
-        axis.legend()
+        axis.legend(
+            title="loader, workers", fontsize="small", handlelength=3.5, loc="center left", bbox_to_anchor=(1, 0.5)
+        )
     figure.savefig(path, dpi=120)
     plt.close(figure)

@@ -5,11 +5,12 @@ from .beton import BetonSource, open_beton
 from .loaders import LOADERS, CropOptions, LoaderOptions, build_loader, choose, replaced_everywhere
 from .normalise import EvalTransform
 from .order import EvalOrder, Order, TrainOrder
+from .parameters import ViewParameters
 from .samplers import SAMPLERS, ClassBalanced, LongTailAware, build_order
 from .sources import ArraySource, Source, channel_statistics
 from .splits import SOURCES, Splits, convert_splits, load_splits, open_source
 from .stratify import stratified_split
-from .views import POLICIES, ViewParameters, Views
+from .views import POLICIES, Views
 
 __all__ = [
     "LOADERS",

@@ -14,7 +14,7 @@ class Batch:
     """One rank's share of one step, on the rank's device."""
 
     images: Tensor
-    """uint8 [B, C, H, W], 0..255; [B, V, C, S, S] where the loader crops while decoding."""
+    """uint8 [B, C, H, W], 0..255; [B, V, C, S, S], of either memory layout, where the loader crops while decoding."""
     labels: Tensor
     """int64 [B], 0 <= label < number of classes."""
     index: Tensor

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from .colour import grey
+from .prefetch import sent
 
 OPERATIONS = (
     "Identity",
@@ -53,7 +54,7 @@ def operate_(images: Tensor, operations: Tensor, magnitudes: Tensor) -> Tensor:
         codes = torch.tensor([OPERATIONS.index(name) for name in names])
         rows = torch.where(torch.isin(operations, codes))[0]
         if len(rows):
-            there = rows.to(images.device)
+            there = sent(rows, images.device)
             done = group(images.index_select(0, there), operations[rows], magnitudes[rows])
             images.index_copy_(0, there, done)
     return images
@@ -68,7 +69,7 @@ def _look_up(images: Tensor, operations: Tensor, magnitudes: Tensor) -> Tensor:
     for name, table in _TABLES.items():
         rows = torch.where(operations == OPERATIONS.index(name))[0]
         if len(rows):
-            there = rows.to(images.device)
+            there = sent(rows, images.device)
             made = table(images.index_select(0, there), magnitudes[rows])
             tables.index_copy_(0, there, made.expand(-1, C, -1))
     return tables.gather(2, images.flatten(2).long()).view_as(images)
@@ -90,7 +91,7 @@ def _contrast(images: Tensor, magnitudes: Tensor) -> Tensor:
 
 def _posterize(images: Tensor, magnitudes: Tensor) -> Tensor:
     mask = 256 - 2 ** (8 - magnitudes.long())
-    return _levels(images).to(torch.uint8) & mask.to(images.device, torch.uint8)[:, None, None]
+    return _levels(images).to(torch.uint8) & sent(mask.to(torch.uint8), images.device)[:, None, None]
 
 
 def _solarize(images: Tensor, magnitudes: Tensor) -> Tensor:
@@ -148,7 +149,7 @@ def _sharpness(images: Tensor, operations: Tensor, magnitudes: Tensor) -> Tensor
 def _blend(x: Tensor, other: Tensor, factors: Tensor) -> Tensor:
     """x * factor + other * (1 - factor) as uint8; x float32 holding grey levels, factors float64 [n]."""
     shape = (-1, *[1] * (x.ndim - 1))
-    factor, rest = (f.float().to(x.device).view(shape) for f in (factors, 1 - factors))
+    factor, rest = (sent(f.float(), x.device).view(shape) for f in (factors, 1 - factors))
     return _truncate(torch.addcmul((x * factor).double(), other.double(), rest.double()).float())
 
 
@@ -162,7 +163,7 @@ def _truncate(x: Tensor) -> Tensor:
 
 
 def _per_image(value: Tensor, images: Tensor) -> Tensor:
-    return value.float().to(images.device).view(-1, 1, 1, 1)
+    return sent(value.float(), images.device).view(-1, 1, 1, 1)
 
 
 # ---- geometry
@@ -170,11 +171,11 @@ def _per_image(value: Tensor, images: Tensor) -> Tensor:
 
 def _warp(images: Tensor, operations: Tensor, magnitudes: Tensor) -> Tensor:
     H, W = images.shape[2:]
-    theta = inverse_matrices(operations, magnitudes, H, W).float().to(images.device)
+    theta = inverse_matrices(operations, magnitudes, H, W).float()
     x = torch.linspace((1 - W) / 2, (W - 1) / 2, W, device=images.device).view(1, 1, W, 1)
     y = torch.linspace((1 - H) / 2, (H - 1) / 2, H, device=images.device).view(1, H, 1, 1)
     # written out: a matrix product would run in TF32 on CUDA and be a tenth of a pixel off
-    scaled = theta / torch.tensor([0.5 * W, 0.5 * H], device=images.device).view(2, 1)
+    scaled = sent(theta / torch.tensor([0.5 * W, 0.5 * H]).view(2, 1), images.device)
     a, b, c = scaled.view(-1, 1, 1, 2, 3).unbind(-1)
     grid = (x * a + y * b).add_(c)  # [n, H, W, 2]
     sampled = F.grid_sample(images.float(), grid, mode="nearest", align_corners=False)

@@ -1,12 +1,21 @@
-"""Batches on their way to the device: the next one is copied while the current one is computed on."""
+"""On the way to the device: the next batch is copied while the current one is computed on."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import torch
+from torch import Tensor
 
 from .batch import Batch
+
+
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`; what runs there already is not waited for."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device, non_blocking=True)
+    # The caching host allocator keeps pinned memory until the copy out of it is done.
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def to_device(batches: Iterator[Batch], device: torch.device | str) -> Iterator[Batch]:
@@ -36,9 +45,5 @@ def _copy(batch: Batch | None, device: torch.device, side: torch.cuda.Stream) ->
     if batch is None:
         return None
     with torch.cuda.stream(side):
-        # The caching host allocator keeps pinned memory until the copy out of it is done.
-        images, labels, index = (
-            tensor if tensor.is_cuda else tensor.pin_memory().to(device, non_blocking=True)
-            for tensor in (batch.images, batch.labels, batch.index)
-        )
+        images, labels, index = (sent(tensor, device) for tensor in (batch.images, batch.labels, batch.index))
     return Batch(images, labels, index)

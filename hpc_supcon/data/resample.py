@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
+from .prefetch import sent
+
 TRIES = 10
 """Boxes drawn before falling back to the centre, as torchvision's RandomResizedCrop does."""
+_Drawn = Callable[..., tuple[Tensor, Tensor]]
 
 
 def draw_boxes(
@@ -19,29 +23,51 @@ def draw_boxes(
     scale: tuple[float, float],
     ratio: tuple[float, float],
     generator: torch.Generator,
+    device: torch.device | str = "cpu",
 ) -> Tensor:
-    """int64 [n, 4]: top, left, height, width in pixels, distributed as RandomResizedCrop.get_params.
+    """int64 [n, 4] on `device`: top, left, height, width in pixels, distributed as RandomResizedCrop.get_params.
 
     scale: range of the share of the area; ratio: range of width / height, drawn uniformly in its logarithm.
+    generator: of that device.
     """
-    size = torch.tensor(_central_size(height, width, ratio), dtype=torch.float64).repeat(n, 1)
-    missing = torch.arange(n)
     low, high = (math.log(r) for r in ratio)
-    for _ in range(TRIES):
-        u = torch.rand(2, len(missing), dtype=torch.float64, generator=generator)
+
+    def drawn(*shape: int) -> tuple[Tensor, Tensor]:
+        """Height and width, float64 [*shape, 2], and whether they fit into the image."""
+        u = torch.rand(2, *shape, dtype=torch.float64, generator=generator, device=device)
         area = (u[0] * (scale[1] - scale[0]) + scale[0]).mul_(height * width)
         aspect = (u[1] * (high - low) + low).exp_()
-        drawn = torch.stack(((area / aspect).sqrt_(), (area * aspect).sqrt_()), dim=1).round_()
-        h, w = drawn.unbind(1)
-        fits = (w > 0) & (w <= width) & (h > 0) & (h <= height)
-        size[missing[fits]] = drawn[fits]
+        h, w = (area / aspect).sqrt_().round_(), (area * aspect).sqrt_().round_()
+        return torch.stack((h, w), dim=-1), (w > 0) & (w <= width) & (h > 0) & (h <= height)
+
+    central = _central_size(height, width, ratio)
+    size, found = (_retried if torch.device(device).type == "cpu" else _at_once)(n, drawn, central)
+    room = torch.stack((height - size[:, 0], width - size[:, 1]), dim=1)
+    u = torch.rand(n, 2, dtype=torch.float64, generator=generator, device=device)
+    # where none fits in the centre, as torchvision's
+    corner = torch.where(found.unsqueeze(1), u.mul_(room + 1), room / 2).floor_()
+    return torch.cat((corner, size), dim=1).long()
+
+
+def _retried(n: int, drawn: _Drawn, central: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """Sizes float64 [n, 2] and whether one fitted (bool [n]; else `central`): few have to be drawn again."""
+    size, missing = torch.tensor(central, dtype=torch.float64).repeat(n, 1), torch.arange(n)
+    for _ in range(TRIES):
+        sizes, fits = drawn(len(missing))
+        size[missing[fits]] = sizes[fits]
         missing = missing[~fits]
         if not len(missing):
             break
-    room = torch.tensor([height, width]) - size
-    corner = torch.rand(n, 2, dtype=torch.float64, generator=generator).mul_(room + 1).floor_()
-    corner[missing] = (room[missing] / 2).floor_()  # in the centre, as torchvision's
-    return torch.cat((corner, size), dim=1).long()
+    return size, torch.ones(n, dtype=torch.bool).index_fill_(0, missing, False)
+
+
+def _at_once(n: int, drawn: _Drawn, central: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    """The same where it would have to be waited for how many are to be drawn again: all tries in one go."""
+    sizes, fits = drawn(TRIES, n)
+    first = fits.byte().argmax(dim=0).view(1, n, 1).expand(1, n, 2)
+    found = fits.any(dim=0)
+    h, w = sizes.gather(0, first)[0].unbind(1)
+    return torch.stack((torch.where(found, h, central[0]), torch.where(found, w, central[1])), dim=1), found
 
 
 def _central_size(height: int, width: int, ratio: tuple[float, float]) -> tuple[int, int]:
@@ -54,12 +80,13 @@ def _central_size(height: int, width: int, ratio: tuple[float, float]) -> tuple[
 
 
 def interpolation_matrices(
-    start: Tensor, length: Tensor, source: int, size: int, flip: Tensor | None = None
+    start: Tensor, length: Tensor, source: int, size: int, flip: Tensor | None = None, scale: float = 1.0
 ) -> Tensor:
     """float32 [..., size, source]: row t holds the weights of the source pixels in target pixel t.
 
     The antialiased bilinear (triangle) filter of torch.nn.functional.interpolate, restricted to the pixels
-    start .. start+length-1 and normalised; rows sum to 1. start, length: [...]; flip: bool [...], reverses rows.
+    start .. start+length-1 and normalised; rows sum to `scale`. start, length: [...]; flip: bool [...],
+    reverses rows.
     """
     start, length = start.float().unsqueeze(-1), length.float().unsqueeze(-1)
     step = length / size
@@ -71,7 +98,7 @@ def interpolation_matrices(
     pixel = torch.arange(source, device=start.device, dtype=torch.float32) - start
     position = torch.where((pixel >= 0) & (pixel < length), (pixel + 0.5) * sharpness, torch.inf)
     weights = (centre.unsqueeze(-1) - position.unsqueeze(-2)).abs_().neg_().add_(1).clamp_(min=0)
-    return weights.div_(weights.sum(dim=-1, keepdim=True))
+    return weights.mul_(weights.sum(dim=-1, keepdim=True).reciprocal_().mul_(scale))
 
 
 def resample(images: Tensor, boxes: Tensor, flip: Tensor, size: int) -> Tensor:
@@ -83,7 +110,7 @@ def resample(images: Tensor, boxes: Tensor, flip: Tensor, size: int) -> Tensor:
     B, C, H, W = images.shape
     V = boxes.shape[1]
     top, left, height, width = boxes.unbind(dim=-1)
-    wy = interpolation_matrices(top, height, H, size).div_(255)
+    wy = interpolation_matrices(top, height, H, size, scale=1 / 255)
     wx = interpolation_matrices(left, width, W, size, flip)
     # All V views of an image come from one copy of it: its rows are one matrix [H, C*W] ...
     rows = torch.empty(B, H, C, W, device=images.device)
@@ -95,3 +122,18 @@ def resample(images: Tensor, boxes: Tensor, flip: Tensor, size: int) -> Tensor:
     for c in range(C):
         torch.bmm(rows[:, :, c], wx_t, out=out[c])
     return out.view(C, B, V, size, size)
+
+
+def flipped(images: Tensor, rows: Tensor, flip: Tensor) -> Tensor:
+    """Rows (int64 [n], on the CPU) of uint8 [m, C, S, S], new, those chosen (bool [n], there too) mirrored.
+
+    The memory layout is kept. A CPU reads chosen rows ten times faster than it writes to them.
+    """
+    planes = images.is_contiguous()
+    memory = images if planes else images.permute(0, 2, 3, 1)
+    plain, chosen = memory.index_select(0, sent(rows, images.device)), torch.where(flip)[0]
+    mirrored = memory.index_select(0, sent(rows[chosen], images.device)).flip(3 if planes else 2)
+    sources = torch.arange(len(rows))
+    sources[chosen] = torch.arange(len(rows), len(rows) + len(chosen))
+    made = torch.cat((plain, mirrored)).index_select(0, sent(sources, images.device))
+    return made if planes else made.permute(0, 3, 1, 2)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
-from typing import Any
 
 import numpy as np
 import torch
@@ -15,10 +13,12 @@ from ..errors import ConfigError, unknown_name
 from .blur import SIGMA, gaussian_blur, kernel_size
 from .colour import grey
 from .jitter import Jitter
-from .normalise import normalise_
+from .normalise import normalise_, normalise_levels_
 from .ops import operate_
+from .parameters import ViewParameters
 from .policies import AutoAugment, RandAugment
-from .resample import draw_boxes, resample
+from .prefetch import sent
+from .resample import draw_boxes, flipped, resample
 
 POLICIES: dict[str, Callable[..., AutoAugment | RandAugment | None]] = {
     "none": lambda **_: None,
@@ -31,32 +31,8 @@ POLICIES: dict[str, Callable[..., AutoAugment | RandAugment | None]] = {
 
 FUSED_SIDE = 64
 """Images and views up to this side, in pixels, are made by one kernel on CUDA."""
-
-
-CPU_CACHE, SMALL = 1 << 22, 64
-"""Bytes of float views worked on at once on a CPU, for views of more than SMALL px."""
-
-
-@dataclass(frozen=True)
-class ViewParameters:
-    """What was drawn for n = B * V views (the V views of an image side by side), on the CPU."""
-
-    boxes: Tensor
-    """int64 [n, 4]: top, left, height, width of the crop."""
-    flip: Tensor
-    """bool [n]: mirrored left to right."""
-    factors: Tensor
-    """float32 [n, 4]: brightness, contrast, saturation (factors >= 0) and hue (turns)."""
-    order: Tensor
-    """int64 [n]: which of Views.orders the colour operations are applied in; -1 for none of them."""
-    grey: Tensor
-    """bool [n]: made grey, after the colour operations."""
-    sigma: Tensor
-    """float32 [n]: standard deviation of the blur in pixels; 0 for none."""
-    operations: Tensor
-    """int64 [n, steps]: operations of AutoAugment or RandAugment (indices into ops.OPERATIONS), in sequence."""
-    magnitudes: Tensor
-    """float64 [n, steps]: their magnitudes (see ops.OPERATIONS)."""
+CPU_CACHE = 1 << 22
+"""Bytes of float views worked on at once on a CPU: what comes next finds them in its cache."""
 
 
 class Views(nn.Module):
@@ -69,8 +45,9 @@ class Views(nn.Module):
     - simaugment: flip_crop, colour jitter, grey, gaussian blur (SimCLR's)
     - autoaugment, randaugment: flip_crop, then their operations on whole grey levels
 
-    Everything random is drawn on the CPU from a generator of its own, so that the stream is the same on every
-    device and can be saved (`state`). Small images on CUDA take one kernel (views_triton.py), others torch.
+    Everything random is drawn from generators of its own, which can be saved (`state`): one on the CPU, and
+    on CUDA a second one there, for boxes and factors. Small images on CUDA take one kernel (views_triton.py),
+    others torch; nothing waits for the device.
     """
 
     mean: Tensor
@@ -129,11 +106,11 @@ class Views(nn.Module):
         self.jitter = Jitter(strengths, jitter_probability)
         self.orders = self.jitter.orders
         self.flip, self.grey, self.blur = flip * self.crops, grey * colour, blur * light
+        self.colours = bool(self.orders or self.operations or self.grey or self.blur)
         if self.blur and image_size < 2:
             raise ConfigError(f"augment.blur needs images of at least 2 pixels a side, not {image_size}")
-        self.generator = torch.Generator()
-        state = np.random.SeedSequence(seed).generate_state(1, np.uint64)
-        self.generator.manual_seed(int(state[0] >> np.uint64(1)))
+        self.generator = self._device_generator = torch.Generator()
+        self.reseed(seed)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -142,13 +119,15 @@ class Views(nn.Module):
 
     def draw(self, batch: int, height: int, width: int) -> ViewParameters:
         """Parameters for `count` views of `batch` images of this size, in pixels."""
-        n, generator = batch * self.count, self.generator
+        n, generator, numbers, device = batch * self.count, self.generator, self._numbers(), self.mean.device
         if self.crops:
-            boxes = draw_boxes(n, height, width, scale=self.crop_scale, ratio=self.crop_ratio, generator=generator)
+            boxes = draw_boxes(
+                n, height, width, scale=self.crop_scale, ratio=self.crop_ratio, generator=numbers, device=device
+            )
         else:
-            boxes = torch.tensor([0, 0, height, width]).expand(n, 4)
+            boxes = sent(torch.tensor([0, 0, height, width]), device).expand(n, 4)
         chance = torch.rand(3, n, generator=generator)
-        factors, order = self.jitter.draw(chance[1], generator)
+        factors, order = self.jitter.draw(chance[1], generator, numbers)
         sigma = torch.zeros(n)
         if self.blur:
             blurred = torch.rand(2, n, generator=generator)
@@ -168,15 +147,22 @@ class Views(nn.Module):
             magnitudes=magnitudes,
         )
 
+    def _numbers(self) -> torch.Generator:
+        """The generator of boxes and factors, on the device: the views' one generator where that is the CPU."""
+        device = self.mean.device
+        if device.type == "cuda" and self._device_generator.device != device:
+            self._device_generator = torch.Generator(device).manual_seed(self._device_seed)
+        return self._device_generator
+
     def select(self, parameters: ViewParameters, images: slice) -> ViewParameters:
         """What was drawn for these images of the batch: `render` takes it with the images of the slice."""
-        rows = slice(images.start * self.count, images.stop * self.count)
-        return ViewParameters(**{name: value[rows] for name, value in vars(parameters).items()})
+        return parameters.select(slice(images.start * self.count, images.stop * self.count))
 
     @torch.no_grad()
     def render(self, images: Tensor, parameters: ViewParameters) -> Tensor:
         """The views that `parameters` describe: [B, V, C, S, S] of `dtype`; nothing is drawn."""
         B, C, V, S = len(images), images.shape[-3], self.count, self.image_size
+        assert images.ndim == 4 or images.shape[1:] == (V, C, S, S), f"cropped images of shape {tuple(images.shape)}"
         assert self.channels == C, f"mean and std are for {self.channels} channels, the images have {C}"
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         views = torch.empty((B * V, C, S, S), dtype=self.dtype, device=images.device, memory_format=layout)
@@ -187,70 +173,82 @@ class Views(nn.Module):
 
                 render(images, parameters, self.jitter.sequences, self.mean, self.std, views)
             else:
-                for piece in self._pieces(images):
-                    rows = slice(piece.start * V, piece.stop * V)
-                    self._render(images[piece], self.select(parameters, piece), views[rows])
+                make = self._convert if images.ndim == 5 and not self.colours else self._render
+                for rows in self._pieces(parameters, images.device):
+                    make(images, parameters, rows, views)
         return views.unflatten(0, (B, V))
 
-    def _pieces(self, images: Tensor) -> list[slice]:
-        """Images rendered at a time: all, or on a CPU as many large ones as its cache holds the views of."""
-        B, S = len(images), self.image_size
-        fitting = max(1, CPU_CACHE // (4 * self.count * self.channels * S * S))
-        step = B if images.device.type != "cpu" or S <= SMALL else fitting
-        return [slice(a, min(a + step, B)) for a in range(0, B, max(1, step))]
+    def _pieces(self, parameters: ViewParameters, device: torch.device) -> list[Tensor]:
+        """Views rendered at a time, int64 [k] each: of one group of the jitter, on a CPU as many as fit its cache."""
+        n = len(parameters.boxes)
+        groups = self.jitter.groups(parameters.order) if self.orders else [torch.arange(n)]
+        size = CPU_CACHE // (4 * self.channels * self.image_size**2) if device.type == "cpu" else n
+        return [piece for group in groups for piece in group.split(max(1, size)) if len(piece)]
 
     def _fuses(self, images: Tensor) -> bool:
         simple = self.crops and self.operations is None and not self.blur and images.ndim == 4
         small = max(*images.shape[-2:], self.image_size) <= FUSED_SIDE
         return images.is_cuda and simple and small and find_spec("triton") is not None
 
-    def _render(self, images: Tensor, parameters: ViewParameters, views: Tensor) -> None:
-        """Into `views` [B * V, C, S, S]."""
-        x = self._crop(images, parameters)
+    def _render(self, images: Tensor, parameters: ViewParameters, rows: Tensor, views: Tensor) -> None:
+        """The views of these rows (int64 [n], on the CPU) of `parameters`, into those of `views` [B * V, C, S, S]."""
+        there = sent(rows, images.device)
+        x = self._crop(images, parameters, rows)
         if self.operations is not None:
-            x = self._operate(x, parameters)
-        rows: Any = slice(None)
+            x = self._operate(x, parameters.operations[rows], parameters.magnitudes[rows])
         if self.orders:
-            x, rows = self.jitter(x, parameters.factors, parameters.order)
+            self.jitter(x, parameters.factors.index_select(0, there), parameters.order[rows])
         self._make_grey(x, parameters.grey[rows])
         self._blur(x, parameters.sigma[rows])
+        # in the layout of `views`, so that whole rows of memory are copied
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
         done = normalise_(x, self.mean, self.std).transpose(0, 1)
         if self.orders:
-            views.index_copy_(0, rows.to(views.device), done.to(views.dtype))
+            self._flat(views).index_copy_(0, there, self._flat(done.to(views.dtype, memory_format=layout)))
         else:
-            views.copy_(done)
+            views[_span(rows)].copy_(done)
 
-    def _crop(self, images: Tensor, parameters: ViewParameters) -> Tensor:
-        """Cropped, resized and flipped: float32 [C, B * V, S, S] in 0..1."""
-        B, V, S = len(images), self.count, self.image_size
-        if images.ndim == 4:
-            boxes, flip = parameters.boxes.view(B, V, 4), parameters.flip.view(B, V)
-            return resample(images, boxes.to(images.device), flip.to(images.device), S).flatten(1, 2)
-        assert images.shape[1] == V, f"cropped images come in {V} views each, not {images.shape[1]}"
-        assert images.shape[3:] == (S, S), f"cropped images have {S} x {S} pixels, not {tuple(images.shape[3:])}"
-        flip = parameters.flip.to(images.device).view(-1, 1, 1, 1)
-        cropped = torch.where(flip, images.flip(-1).flatten(0, 1), images.flatten(0, 1)).transpose(0, 1)
-        return cropped.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
+    def _flat(self, views: Tensor) -> Tensor:
+        return (views.permute(0, 2, 3, 1) if self.channels_last else views).flatten(1)
 
-    def _operate(self, x: Tensor, parameters: ViewParameters) -> Tensor:
+    def _crop(self, images: Tensor, parameters: ViewParameters, rows: Tensor) -> Tensor:
+        """Cropped, resized and flipped: float32 [C, n, S, S] in 0..1."""
+        flip = parameters.flip[rows]
+        if images.ndim == 5:
+            cropped = flipped(images.flatten(0, 1), rows, flip).transpose(0, 1)
+            return cropped.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
+        there = sent(rows, images.device)
+        own, boxes = images.index_select(0, there // self.count), parameters.boxes.index_select(0, there)
+        return resample(own, boxes.unsqueeze(1), sent(flip, there.device).unsqueeze(1), self.image_size).squeeze(2)
+
+    def _convert(self, images: Tensor, parameters: ViewParameters, rows: Tensor, views: Tensor) -> None:
+        """As _render, where cropped images [B, V, C, S, S] are flipped and normalised and no more."""
+        pixels = flipped(images.flatten(0, 1), rows, parameters.flip[rows])
+        target = views[_span(rows)]
+        x = target if target.dtype == torch.float32 else torch.empty_like(target, dtype=torch.float32)
+        normalise_levels_(x.copy_(pixels), self.mean, self.std)
+        if x is not target:
+            target.copy_(x)
+
+    def _operate(self, x: Tensor, operations: Tensor, magnitudes: Tensor) -> Tensor:
         """x [C, n, S, S] after its AutoAugment or RandAugment operations, which work on whole grey levels."""
         levels = x.mul(255).round_().clamp_(0, 255).transpose(0, 1)
         pixels = levels.to(torch.uint8, memory_format=torch.contiguous_format)
-        for step in range(parameters.operations.shape[1]):
-            operate_(pixels, parameters.operations[:, step], parameters.magnitudes[:, step])
+        for step in range(operations.shape[1]):
+            operate_(pixels, operations[:, step], magnitudes[:, step])
         return x.copy_(pixels.transpose(0, 1)).mul_(1 / 255)
 
     def _make_grey(self, x: Tensor, chosen: Tensor) -> None:
         """x [C, n, S, S] with the chosen views (bool [n], on the CPU) grey; in place."""
         if self.grey > 0:
-            rows = torch.where(chosen)[0].to(x.device)
+            rows = sent(torch.where(chosen)[0], x.device)
             x.index_copy_(1, rows, grey(x.index_select(1, rows)).expand(x.shape[0], -1, -1, -1))
 
     def _blur(self, x: Tensor, sigma: Tensor) -> None:
         """x [C, n, S, S] with the views of sigma > 0 ([n], on the CPU) blurred; in place."""
         rows = torch.where(sigma > 0)[0]
         if len(rows):
-            there, width = rows.to(x.device), sigma[rows].to(x.device)
+            there, width = sent(rows, x.device), sent(sigma[rows], x.device)
             size = kernel_size(self.image_size)
             x.index_copy_(1, there, gaussian_blur(x.index_select(1, there), width, size))
 
@@ -258,13 +256,29 @@ class Views(nn.Module):
         """Normalised views [..., C, S, S] as images in 0..1 again."""
         return views * self.std.view(-1, 1, 1) + self.mean.view(-1, 1, 1)
 
+    def reseed(self, seed: int | Sequence[int]) -> None:
+        """Draw from here on what new Views of this seed would draw."""
+        seeds = np.random.SeedSequence(seed).generate_state(2, np.uint64) >> np.uint64(1)
+        self.generator.manual_seed(int(seeds[0]))
+        self._device_seed, self._device_generator = int(seeds[1]), self.generator
+
     def state(self) -> Tensor:
-        """The generator's state, uint8 [k] on the CPU: what a resumed run needs to go on with the same views."""
-        return self.generator.get_state()
+        """The generators' states, uint8 [k] on the CPU: what a resumed run needs to go on with the same views."""
+        own = {id(generator): generator.get_state() for generator in (self.generator, self._numbers())}
+        return torch.cat([*own.values()])
 
     def load_state(self, state: Tensor) -> None:
-        """Go on from a state that `state` returned."""
-        self.generator.set_state(state.cpu())
+        """Go on from a state that `state` returned; on another kind of device with its part for the CPU alone."""
+        cpu, rest = state.cpu().split([len(self.generator.get_state()), len(state) - len(self.generator.get_state())])
+        self.generator.set_state(cpu.clone())
+        numbers = self._numbers()
+        if numbers is not self.generator and len(rest):
+            numbers.set_state(rest.clone())
+
+
+def _span(rows: Tensor) -> slice:
+    """Of consecutive rows."""
+    return slice(int(rows[0]), int(rows[-1]) + 1)
 
 
 def _check_ranges(

@@ -19,10 +19,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .prefetch import sent
 from .sources import LUMA
 
 if TYPE_CHECKING:
-    from .views import ViewParameters
+    from .parameters import ViewParameters
 
 _RED, _GREEN, _BLUE = (tl.constexpr(weight) for weight in LUMA)
 
@@ -103,23 +104,25 @@ def _resample(
 
 @triton.jit
 def _views_kernel(
-    images, drawn, factors, mean, std, out, H, W, V, stride_n, stride_c, stride_y, stride_x,
+    images, boxes, factors, decisions, sequences, mean, std, out, H, W, V, stride_n, stride_c, stride_y, stride_x,
     S: tl.constexpr, CHANNELS: tl.constexpr, TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """drawn int32 [n, 10]: box (4), flip, grey, operations in sequence (4; -1: none); factors fp32 [n, 4]."""
+    """boxes int64 [n, 4]; factors fp32 [n, 4]; decisions uint8 [n]: 4 * row of sequences + 2 * grey + flip."""
     view = tl.program_id(0)
-    own = drawn + view * 10
+    box = boxes + view * 4
+    decision = tl.load(decisions + view).to(tl.int32)
+    sequence = sequences + (decision // 4) * 4
     p = tl.arange(0, BLOCK)
     inside = p < S * S
     y, x = p // S, p % S
-    source_x = tl.where(tl.load(own + 4) != 0, S - 1 - x, x)
+    source_x = tl.where(decision % 2 != 0, S - 1 - x, x)
     image = images + (view // V).to(tl.int64) * CHANNELS * H * W
     r, g, b = _resample(
-        image, tl.load(own), tl.load(own + 1), tl.load(own + 2), tl.load(own + 3), y, source_x, inside, H, W,
-        S, CHANNELS, TAPS_Y, TAPS_X, BLOCK,
+        image, tl.load(box).to(tl.int32), tl.load(box + 1).to(tl.int32), tl.load(box + 2).to(tl.int32),
+        tl.load(box + 3).to(tl.int32), y, source_x, inside, H, W, S, CHANNELS, TAPS_Y, TAPS_X, BLOCK,
     )  # fmt: skip
     for step in range(4):
-        operation = tl.load(own + 6 + step)
+        operation = tl.load(sequence + step).to(tl.int32)
         factor = tl.load(factors + view * 4 + tl.maximum(operation, 0))
         if operation == 3:
             if CHANNELS == 3:
@@ -134,7 +137,7 @@ def _views_kernel(
                 g = _blend(g, factor, target)
                 b = _blend(b, factor, target)
     if CHANNELS == 3:  # noqa: SIM102 - known when compiling; the next one is not
-        if tl.load(own + 5) != 0:
+        if decision // 2 % 2 != 0:
             r = _grey(r, g, b, CHANNELS)
             g = r
             b = r
@@ -151,16 +154,19 @@ def render(
     """Into `views` float32 or bfloat16 [n, C, S, S], of any strides, from uint8 images [B, C, H, W], n = B * V.
 
     parameters: boxes, flip, factors, order and grey are used. sequences: int64 [k, 4], the operations of each
-    `order` (Jitter.sequences). mean, std: float32 [C]. S x S is the block of one program: S <= 64.
+    `order` (Jitter.sequences), k <= 64. mean, std: float32 [C]. S x S is the block of one program: S <= 64.
+    All but flip, order and grey are on the device of the images.
     """
     n, C, S, _ = views.shape
     B, _, H, W = images.shape
-    flags = torch.stack((parameters.flip, parameters.grey), dim=1)
-    drawn = torch.cat((parameters.boxes, flags, sequences[parameters.order]), dim=1).to(torch.int32)
+    # a byte for each view goes to the device: order -1 is the last sequence
+    chosen = parameters.order.remainder(len(sequences)).mul_(4).add_(parameters.grey, alpha=2).add_(parameters.flip)
     _views_kernel[(n,)](
         images.contiguous(),
-        drawn.to(images.device, non_blocking=True),
-        parameters.factors.to(images.device, non_blocking=True),
+        parameters.boxes.contiguous(),
+        parameters.factors,
+        sent(chosen.to(torch.uint8), images.device),
+        sequences,
         mean,
         std,
         views,

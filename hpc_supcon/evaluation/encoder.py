@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..collectives import gather_objects, rank, together
-from ..data import EvalTransform
-from ..errors import CheckpointCorrupt, RunFolderError
+from ..data import EvalTransform, Splits
+from ..errors import CheckpointCorrupt, DataError, RunFolderError
 from ..models import PretrainingModel
 from ..training import assemble, checkpoint, run_folder
 from ..training.metrics import console
@@ -19,6 +19,12 @@ def check_has_encoder(folder: Path) -> None:
             f"{folder}: no encoder in this run (it has no checkpoint): run `hpc-supcon pretrain`, or choose "
             "probes of pixels, such as probe.kind=softmax"
         )
+
+
+def check_classes(folder: Path, found: checkpoint.Checkpoint, splits: Splits) -> None:
+    """Raise DataError where a run's encoder was trained on other classes than the data have."""
+    if tuple(found.state["classes"]) != splits.classes:
+        raise DataError(f"{folder}: trained on classes {found.state['classes']}, the data has {list(splits.classes)}")
 
 
 def load_model(folder: Path) -> tuple[PretrainingModel, checkpoint.Checkpoint]:

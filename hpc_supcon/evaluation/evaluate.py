@@ -13,13 +13,12 @@ from torch import Tensor
 from ..collectives import together
 from ..config import Config, digest
 from ..data import EvalTransform, Source
-from ..errors import DataError
 from ..runtime import Runtime
 from ..training import assemble, run_folder
 from ..training.engine import place
 from ..training.metrics import MetricLog, console
 from .checks import check_probe, needs_encoder
-from .encoder import load_model
+from .encoder import check_classes, load_model
 from .features import extract, read_images
 from .inputs import Inputs, Part, in_chunks
 from .plots import draw_probe_curves
@@ -77,16 +76,14 @@ def probe(folder: Path, config: Config, runtime: Runtime, data: assemble.Data) -
 
 
 def _task(folder: Path, config: Config, runtime: Runtime, data: assemble.Data) -> tuple[Task, Origin | None]:
-    origin, encoder, description = None, None, None
+    origin, encoder, description, masks = None, None, None, None
     if needs_encoder(config):
         model, found = load_model(folder)
         with together():
-            if tuple(found.state["classes"]) != data.splits.classes:
-                raise DataError(
-                    f"{folder}: trained on classes {found.state['classes']}, the data has {list(data.splits.classes)}"
-                )
+            check_classes(folder, found, data.splits)
         encoder = place(model.encoder, runtime, channels_last=config.train.channels_last)
         origin, description = Origin(found.path.name, found.state["step"]), found.state
+        masks = found.tensors.get("masks")
     else:
         with together():
             normalisation = assemble.normalisation_of(data.splits.train)
@@ -100,7 +97,7 @@ def _task(folder: Path, config: Config, runtime: Runtime, data: assemble.Data) -
         assert encoder is not None
         return extract(encoder, source, transform, runtime, **served)
 
-    return Task(config, runtime, data, Inputs(data.splits, read), description, encoder), origin
+    return Task(config, runtime, data, Inputs(data.splits, read), description, encoder, masks), origin
 
 
 def _result(task: Task, outcome: Outcome, origin: Origin | None) -> dict[str, Any]:

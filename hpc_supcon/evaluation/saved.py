@@ -100,9 +100,14 @@ def load_probe(folder: Path) -> FittedProbe:
     found, _ = checkpoint.load_newest(folder)
     if found is None:
         raise CheckpointCorrupt(f"{folder}: no fitted probe in it; run `hpc-supcon probe` first")
-    state = found.state
-    encoder = build_encoder(**state["encoder"]) if state["encoder"] is not None else None
-    head = HEADS[state["head"]["name"]](state["in_dim"], len(state["classes"]), **state["head"]["options"])
-    probe = FittedProbe(state, head=head, encoder=encoder)
+    probe = build_probe(found.state)
     probe.load_state_dict(found.tensors["probe"])
     return probe.eval()
+
+
+def build_probe(description: dict[str, Any]) -> FittedProbe:
+    """The probe of a `FittedProbe.description`, not fitted yet."""
+    encoder = build_encoder(**description["encoder"]) if description["encoder"] is not None else None
+    head = description["head"]
+    module = HEADS[head["name"]](description["in_dim"], len(description["classes"]), **head["options"])
+    return FittedProbe(description, head=module, encoder=encoder)

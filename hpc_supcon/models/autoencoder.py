@@ -26,6 +26,12 @@ class ConvDecoder(nn.Module):
             layers.append(nn.ConvTranspose2d(c_in, c_out, 3, 2, 1, output_padding=1 - side % 2))
             layers += [nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)] if c_out != channels else [nn.Tanh()]
         self.convs = nn.Sequential(*layers)
+        for layer in layers:
+            if isinstance(layer, nn.ConvTranspose2d):
+                # PyTorch takes the outputs of a transposed convolution for its inputs: with one grey channel the last
+                # layer starts so large that pixels saturate behind the tanh and stay white
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+                nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
     def forward(self, features: Tensor) -> Tensor:
         return self.convs(self.latent(features).unflatten(1, (128, self.side, self.side)))

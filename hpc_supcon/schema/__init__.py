@@ -13,13 +13,22 @@ from pydantic import Field
 from .base import Count, Positive, Section
 from .data import AugmentConfig, DataConfig
 from .evaluation import ProbeConfig
+from .pruning import PruneConfig
 from .training import CheckpointConfig, LogConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig, ValidationConfig
 
 
 class RuntimeConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(description="auto: CUDA where there is one")
     threads: Count | None = Field(description="CPU threads per rank; null shares the machine's cores")
-    timeout_s: Positive = Field(description="longest wait for another rank", json_schema_extra={"unit": "s"})
+    timeout_s: Positive = Field(
+        description="longest time for one training step, and without a sign of life of a rank; then all ranks end",
+        json_schema_extra={"unit": "s"},
+    )
+    first_step_timeout_s: Positive = Field(
+        description="the same for the first step of a process (compilation), and the longest wait for another rank "
+        "in evaluation and saving",
+        json_schema_extra={"unit": "s"},
+    )
 
 
 class Config(Section):
@@ -39,6 +48,7 @@ class Config(Section):
     checkpoint: CheckpointConfig
     log: LogConfig
     probe: ProbeConfig
+    prune: PruneConfig
     runtime: RuntimeConfig
 
     @property

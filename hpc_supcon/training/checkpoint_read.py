@@ -102,8 +102,8 @@ def understood(path: Path) -> Iterator[None]:
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
-        reason = str(error).strip().splitlines() or [type(error).__name__]
-        raise CheckpointCorrupt(f"{path}: verified, but does not fit this run's model: {reason[0]}") from error
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise CheckpointCorrupt(f"{path}: verified, but does not fit this run's model: {reason}") from error
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
@@ -190,4 +190,4 @@ def _tensors(path: Path, payload: bytes) -> dict[str, Tensor]:
     try:
         return safetensors.torch.load(payload)
     except (SafetensorError, ValueError, KeyError, TypeError, RuntimeError, AttributeError) as error:
-        raise CheckpointCorrupt(f"{path}: not a safetensors file: {error}") from None
+        raise CheckpointCorrupt(f"{path}: not a safetensors file: {str(error)!r:.200}") from None

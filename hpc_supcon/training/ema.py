@@ -27,6 +27,9 @@ class WeightAverage:
         self._model = model
         self._average = {name: p.detach().clone() for name, p in model.named_parameters()}
 
+    def averages(self) -> list[Tensor]:
+        return list(self._average.values())
+
     def update(self) -> None:
         """After an optimiser step."""
         follow(self._average.values(), self._model.parameters(), self.decay)

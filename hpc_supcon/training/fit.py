@@ -11,10 +11,11 @@ from torch import Tensor
 
 from ..collectives import gather_objects
 from ..data import Batch, Loader, replaced_everywhere
+from .memory import memory_advice
 from .metrics import MetricLog, ProgressLine
-from .optim import set_learning_rate
 from .state import TrainState
 from .step import StepResult, train_step
+from .watch import current
 
 
 @dataclass(frozen=True)
@@ -92,37 +93,59 @@ def fit(
     progress: ProgressLine,
     save: Callable[[TrainState], None],
     validate: Callable[[TrainState], dict[str, float]] | None = None,
-) -> None:
+    hold: Callable[[TrainState], Callable[[], None]] | None = None,
+) -> bool:
     """Train from `state.step` to `plan.steps`, or until `state.stopping` has seen enough.
 
-    Raises NonFinite, and what loader, `validate` and `save` raise.
+    True when it was asked to leave (see watch.py) and did so earlier, having saved. `hold(state)`, collective,
+    returns what saves the state of now, from any thread.
+
+    Raises NonFinite, OutOfMemory, and what loader, `validate` and `save` raise.
     """
     state.parallel.train()
-    meter = Meter(plan.images_per_step)
+    meter, watch = Meter(plan.images_per_step), current()
     numbers: dict[str, float] = {}
-    while not _done(state, plan):
-        epoch, start = divmod(state.step, plan.steps_per_epoch)
-        for batch in meter.timed(loader.epoch(epoch, start)):
-            lr = plan.lr(state.step)
-            set_learning_rate(state.optimiser, lr)
-            result = train_step(state, batch)
-            meter.add(result.loss)
-            if state.step % plan.log_every == 0 or state.step == plan.steps:
-                numbers = meter.read(plan.steps - state.step)
-                more = _details(state, loader, batch, result, plan)
-                log.log("train", state.step, epoch=epoch, lr=lr, **numbers, **more)
-                progress.update(state.step, numbers)
-            improved = False
-            if validate is not None and plan.validate_at(state.step):
+    leaving = False
+
+    def look_is_due() -> bool:
+        return validate is not None and plan.validate_at(state.step) and state.looked < state.step
+
+    def settle() -> None:
+        """Look at validation, then save, where this step is one for it; on the way out the look waits."""
+        improved = False
+        if validate is not None and look_is_due() and not leaving:
+            with watch.phase("validation", may_leave=True, held=hold and hold(state)):
                 improved = _look(state, validate, log, progress)
-                meter.skip()
-            if improved or plan.save_at(state.step) or _done(state, plan):
+            meter.skip()
+        if improved or leaving or plan.save_at(state.step) or _done(state, plan):
+            with watch.phase("saving"):
                 save(state)
-            if _done(state, plan):
-                break
-        progress.epoch_done(epoch + 1, numbers or meter.read(plan.steps - state.step))
+
+    with watch.training():
+        if state.step and look_is_due():
+            settle()  # the run left between this step and its look
+        while not _done(state, plan) and not leaving:
+            epoch, start = divmod(state.step, plan.steps_per_epoch)
+            for batch in meter.timed(loader.epoch(epoch, start)):
+                lr = plan.lr(state.step)
+                state.engine.set_learning_rate(lr)
+                with memory_advice(state, batch):
+                    result = train_step(state, batch)
+                meter.add(result.loss)
+                leaving = watch.edge(state.step) and state.step < plan.steps
+                if state.step % plan.log_every == 0 or state.step == plan.steps:
+                    state.guard.settle()
+                    numbers = meter.read(plan.steps - state.step)
+                    more = _details(state, loader, batch, result, plan)
+                    log.log("train", state.step, epoch=epoch, lr=lr, **numbers, **more)
+                    progress.update(state.step, numbers)
+                settle()
+                if leaving or _done(state, plan):
+                    break
+            progress.epoch_done(epoch + 1, numbers or meter.read(plan.steps - state.step))
     if state.device.type == "cuda":
         torch.cuda.synchronize(state.device)
+    return leaving
 
 
 def _done(state: TrainState, plan: Plan) -> bool:
@@ -136,6 +159,7 @@ def _look(
     numbers = gather_objects(validate(state))[0]  # rank 0's, to the bit: all must decide alike
     log.log("validation", state.step, **numbers)
     progress.validated(state.step, numbers)
+    state.looked = state.step
     stopping = state.stopping
     if stopping is None:
         return False
@@ -154,8 +178,10 @@ def _look(
 def _details(state: TrainState, loader: Loader, batch: Batch, result: StepResult, plan: Plan) -> dict[str, float]:
     """What only a logged step pays for. Collective."""
     replaced = replaced_everywhere(loader, state.device)
-    numbers: dict[str, Tensor | int] = {"replaced_images": replaced} if replaced else {}
-    numbers |= {"grad_norm": result.gradient_norm, **state.objective.statistics()}
+    numbers: dict[str, Tensor | float] = {"replaced_images": replaced} if replaced else {}
+    numbers |= {**state.engine.statistics(), **state.objective.statistics()}
+    if torch.isfinite(result.gradient_norm):  # not so in a step that fp16's loss scaling skipped
+        numbers["grad_norm"] = result.gradient_norm
     if plan.gradient_response:
         numbers |= state.objective.response(result.outputs, batch.labels)
     return {name: float(value) for name, value in numbers.items()}

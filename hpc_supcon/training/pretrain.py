@@ -4,27 +4,42 @@ from __future__ import annotations
 
 import platform
 import time
+from collections.abc import Callable
 from contextlib import closing, nullcontext
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import __version__
 from ..collectives import gather_objects, together
 from ..config import Config, digest
 from ..data import EvalTransform, build_loader
-from ..errors import WorldSizeMismatch
+from ..errors import Preempted, WorldSizeMismatch
 from ..models import LoadedWeights, PretrainingModel, load_weights
+from ..pruning import WeightMasks
 from ..runtime import Runtime, seed_everything
 from . import assemble, checkpoint, run_folder
 from .checkpoint_writer import CheckpointWriter
+from .engine import check_engine
 from .fit import fit
 from .metrics import MetricLog, ProgressLine, console
+from .preempt import requested
 from .state import TrainState
 from .validation import VIEWS_STREAM, OnlineProbe, Validate, build_validate, check_validation
+
+
+@dataclass(frozen=True)
+class Start:
+    """What training starts from in place of random weights: states of the model and of the objective."""
+
+    model: dict[str, Tensor]
+    objective: dict[str, Tensor]
+    masks: dict[str, Tensor]
+    """bool by the encoder's parameter, False where pruned; those weights stay zero."""
 
 
 def pretrain(
@@ -34,6 +49,7 @@ def pretrain(
     *,
     resume: bool = False,
     online_probe: OnlineProbe | None = None,
+    start: Start | None = None,
 ) -> Path:
     """Train encoder and heads; returns the run folder. Collective. `online_probe`: see validation.build_validate.
 
@@ -44,6 +60,7 @@ def pretrain(
     with together():
         run_folder.check_usable(folder, config, resume=resume)
         assemble.check_objective(config)
+        check_engine(config, runtime)
         check_validation(config, splits)
         order = assemble.build_training_order(config, splits)
         loader = build_loader(
@@ -62,16 +79,18 @@ def pretrain(
         model, views = assemble.build_model(description), assemble.build_views(config, description, runtime)
         weights = _load_weights(config, model, folder, resume=resume)
         objective = assemble.build_objective(config, views)
+        _begin(start, model, objective)
     seed_everything(config.seed, runtime.rank)
     state = assemble.build_state(config, model, objective, views, runtime)
+    state.masks = None if start is None else WeightMasks(state.model.encoder, start.masks)
     validate = _validate(config, runtime, data, description, online_probe)
-    resumed = resume and _resume(state, folder, runtime)
+    resumed = resume and _resume(state, folder, runtime, config)
     with together():
         if runtime.is_main and not resumed:
             run_folder.create(folder, config)
     plan = assemble.build_plan(config, loader.steps_per_epoch)
     writer = _checkpoint_writer(config, folder, runtime) if runtime.is_main else None
-    save = partial(_save, writer=writer, description=description)
+    hold = partial(_hold, writer=writer, description=description)
     shown = runtime.is_main and config.log.progress
     with (
         closing(loader),
@@ -87,12 +106,26 @@ def pretrain(
         if shown and config.data.loader == "auto":
             console.print(f"loader: {data.loader} ({data.reason})", soft_wrap=True)
         began = time.perf_counter()
-        fit(state, loader, plan, log=log, progress=progress, save=save, validate=validate)
+        left = fit(
+            state, loader, plan, log=log, progress=progress, save=partial(_save, hold), validate=validate,
+            hold=partial(_hold_to_leave, hold, writer),
+        )  # fmt: skip
         with together():
             if writer is not None:
                 writer.close()
-        log.log("end", state.step, seconds=round(time.perf_counter() - began, 3))
+        log.log("left" if left else "end", state.step, seconds=round(time.perf_counter() - began, 3))
+    if left:
+        raise Preempted(f"left ({requested()}): saved at step {state.step}; start again with --resume")
     return folder
+
+
+def _begin(start: Start | None, model: PretrainingModel, objective: torch.nn.Module) -> None:
+    """Before the model is wrapped or copied: averages and a momentum encoder start pruned as well."""
+    if start is None:
+        return
+    model.load_state_dict(start.model)
+    objective.load_state_dict(start.objective)
+    WeightMasks(model.encoder, start.masks)
 
 
 def _validate(
@@ -123,7 +156,7 @@ def _facts(config: Config, data: assemble.Data, model: torch.nn.Module) -> dict[
     }
 
 
-def _resume(state: TrainState, folder: Path, runtime: Runtime) -> bool:
+def _resume(state: TrainState, folder: Path, runtime: Runtime, config: Config) -> bool:
     """Load the newest checkpoint that verifies into `state`; False when the run has not saved one yet.
 
     Rank 0 chooses and the others load the same one: each choosing for itself could part them.
@@ -142,15 +175,28 @@ def _resume(state: TrainState, folder: Path, runtime: Runtime) -> bool:
     with together():
         found = found or checkpoint.load(path)
         saved_world = found.manifest["world_size"]
-        if saved_world != runtime.world_size:
+        if saved_world != runtime.world_size and not config.train.allow_world_size_change:
             raise WorldSizeMismatch(
-                f"{path}: saved by {saved_world} ranks, resumed on {runtime.world_size}; start {saved_world} ranks"
+                f"{path}: saved by {saved_world} ranks, resumed on {runtime.world_size}; start {saved_world} ranks, "
+                "or set train.allow_world_size_change=true"
             )
         with checkpoint.understood(path):
             state.load(found.tensors, found.state)
+        if runtime.rank >= saved_world:
+            _seed_new_rank(state, config, found.state, runtime)
     if runtime.is_main:
-        console.print(f"{folder}: going on from step {state.step}", soft_wrap=True)
+        changed = saved_world != runtime.world_size
+        note = f" (saved by {saved_world} ranks, going on with {runtime.world_size})" if changed else ""
+        console.print(f"{folder}: going on from step {state.step}{note}", soft_wrap=True)
     return True
+
+
+def _seed_new_rank(state: TrainState, config: Config, description: dict[str, Any], runtime: Runtime) -> None:
+    """Generators of a rank that did not exist when the checkpoint was saved: from seed, rank and step, so that
+    nothing is drawn again that a rank of this number may have drawn earlier in the run."""
+    seed_everything(config.seed, runtime.rank, state.step)
+    views = assemble.build_views(config, description, runtime, stream=VIEWS_STREAM + state.step)
+    state.views.load_state(views.to(runtime.device).state())
 
 
 def _checkpoint_writer(config: Config, folder: Path, runtime: Runtime) -> CheckpointWriter:
@@ -172,9 +218,33 @@ def _checkpoint_writer(config: Config, folder: Path, runtime: Runtime) -> Checkp
     )
 
 
-def _save(state: TrainState, *, writer: CheckpointWriter | None, description: dict[str, Any]) -> None:
-    """Collective: every rank contributes its generators, rank 0 has the writer, a failure is everybody's."""
-    tensors = state.tensors()
-    with together():
+def _hold(state: TrainState, *, writer: CheckpointWriter | None, description: dict[str, Any]) -> Callable[[], None]:
+    """What saves the state as it is now. Collective: every rank contributes its generators, rank 0 has the writer."""
+    tensors, numbers, protect = state.tensors(), {**state.numbers(), **description}, state.best_steps()
+
+    def write() -> None:
         if writer is not None:
-            writer.save(state.step, tensors, {**state.numbers(), **description}, protect=state.best_steps())
+            writer.save(numbers["step"], tensors, numbers, protect=protect)
+
+    return write
+
+
+def _save(hold: Callable[[TrainState], Callable[[], None]], state: TrainState) -> None:
+    """Collective; a failure is everybody's."""
+    write = hold(state)
+    with together():
+        write()
+
+
+def _hold_to_leave(
+    hold: Callable[[TrainState], Callable[[], None]], writer: CheckpointWriter | None, state: TrainState
+) -> Callable[[], None]:
+    """As `_hold`; what is returned comes back when all is on disk."""
+    write = hold(state)
+
+    def write_and_close() -> None:
+        write()
+        if writer is not None:
+            writer.close()
+
+    return write_and_close

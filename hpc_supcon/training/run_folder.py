@@ -53,7 +53,7 @@ def add_result(folder: Path, result: dict[str, Any]) -> None:
     """Put one evaluated model into results.json, in place of an earlier one of the same stage and checkpoint."""
     path = folder / RESULTS
     results = json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else []
-    key = ("stage", "probe", "checkpoint")
+    key = ("stage", "probe", "checkpoint", "folder")
     results = [r for r in results if any(r.get(k) != result.get(k) for k in key)] + [result]
     write_atomically(path, json.dumps({"results": results}, indent=2) + "\n")
 

@@ -7,18 +7,18 @@ embedded again to carry its part of the gradient on into the weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import operator
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
-from ..collectives import all_sum, gather_objects, world_size
+from ..collectives import all_sum, world_size
 from ..data import Batch
-from ..errors import NonFinite
-from .optim import clip_gradients
+from ..models import untouched_statistics
 from .state import TrainState
 
 
@@ -33,7 +33,8 @@ class StepResult:
 
 
 def train_step(state: TrainState, batch: Batch) -> StepResult:
-    """Train on this rank's share of one global batch. Raises NonFinite before the update."""
+    """Train on this rank's share of one global batch. Raises NonFinite as guard.py says."""
+    state.guard.begin(state.changing)
     whole = len(batch.images)
     size = state.micro_batch_size or whole
     # drawn once for the whole batch: how it is cut into pieces changes no view
@@ -45,19 +46,20 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
 
     loss, outputs, keys = (_one_pass if len(pieces) == 1 else _two_passes)(state, batch, views, pieces)
     _average_over_ranks(state.objective)
-    gradients = [p.grad for p in state.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    if not torch.isfinite(loss + norm):
-        _raise_non_finite(state, loss, outputs)
-    if state.clip_norm is not None:
-        clip_gradients(gradients, norm, state.clip_norm)
-    state.optimiser.step()
-    state.optimiser.zero_grad(set_to_none=True)
+    if state.masks is not None:
+        state.masks.apply_to_gradients()
+    norm = state.engine.gradient_norm()
+    if not _overflowed(state, loss, norm):
+        state.guard.check(state.step + 1, loss, norm, outputs)
+        state.engine.step(norm, state.clip_norm)
+        if state.masks is not None:
+            state.masks.apply_to_weights()
     if state.ema is not None:
         state.ema.update()
     if state.queue is not None:
         state.queue.follow(state.model)
         state.queue.push(torch.cat(keys), batch.labels)
+    state.guard.end()
     state.step += 1
     return StepResult(loss, norm, outputs)
 
@@ -69,16 +71,16 @@ Passed = tuple[Tensor, dict[str, Tensor], list[Tensor]]
 def _one_pass(state: TrainState, batch: Batch, views: Callable[[slice], Tensor], pieces: list[slice]) -> Passed:
     x = views(pieces[0])
     with state.autocast():
-        outputs = state.parallel(x)
+        outputs = state.engine.forward(x)
         keys = _keys(state, x, outputs)
     loss = state.objective(outputs, x, batch.labels, state.queue_columns())
-    loss.backward()
+    state.engine.backward(state.engine.scaled(loss))
     return loss.detach(), {name: out.detach() for name, out in outputs.items()}, keys
 
 
 def _two_passes(state: TrainState, batch: Batch, views: Callable[[slice], Tensor], pieces: list[slice]) -> Passed:
     parts, keys, generators = [], [], []
-    with torch.no_grad(), _untouched_statistics(state.model), state.autocast():
+    with torch.no_grad(), untouched_statistics(state.model), state.autocast():
         for piece in pieces:
             generators.append(_generator_states(state.device))
             x = views(piece)
@@ -86,36 +88,28 @@ def _two_passes(state: TrainState, batch: Batch, views: Callable[[slice], Tensor
             keys += _keys(state, x, parts[-1])
     outputs = {name: torch.cat([p[name] for p in parts]).requires_grad_() for name in parts[0]}
     loss = state.objective(outputs, None, batch.labels, state.queue_columns())
-    loss.backward()
+    state.engine.scaled(loss).backward()
     gradients = {name: out.grad for name, out in outputs.items() if out.grad is not None}
     for piece, generator, is_last in zip(pieces, generators, [False] * (len(pieces) - 1) + [True], strict=True):
         _restore_generators(generator, state.device)  # the same dropout as in the first pass
         # ranks exchange gradients once, with the last piece
-        with nullcontext() if is_last else _without_exchange(state.parallel), state.autocast():
-            again = state.parallel(views(piece))
-            torch.autograd.backward(list(again.values()), [gradients[name][piece] for name in again])
+        with nullcontext() if is_last else state.engine.no_exchange():
+            with state.autocast():
+                again = state.engine.forward(views(piece))
+            # a number whose gradient is the given one: engines take nothing else
+            state.engine.backward(reduce(operator.add, [(again[n] * g[piece]).sum() for n, g in gradients.items()]))
     return loss.detach(), {name: out.detach() for name, out in outputs.items()}, keys
+
+
+def _overflowed(state: TrainState, loss: Tensor, norm: Tensor) -> bool:
+    """Whether gradients went beyond fp16, and are forgotten with another scale for the next step."""
+    if state.engine.scaler is None or bool(torch.isfinite(loss + norm)) or not bool(torch.isfinite(loss)):
+        return False
+    return state.engine.skip()
 
 
 def _keys(state: TrainState, views: Tensor, outputs: dict[str, Tensor]) -> list[Tensor]:
     return [] if state.queue is None else [state.queue.keys(views, outputs["projection"])]
-
-
-def _without_exchange(parallel: nn.Module) -> AbstractContextManager[None]:
-    return parallel.no_sync() if isinstance(parallel, DistributedDataParallel) else nullcontext()
-
-
-@contextmanager
-def _untouched_statistics(model: nn.Module) -> Iterator[None]:
-    """BatchNorm's running statistics are moved by the second pass alone."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    for norm in norms:
-        norm.track_running_stats = False
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.track_running_stats = True
 
 
 def _generator_states(device: torch.device) -> list[Tensor]:
@@ -134,14 +128,3 @@ def _average_over_ranks(objective: nn.Module) -> None:
     for p in objective.parameters():
         if p.grad is not None and world_size() > 1:
             p.grad.copy_(all_sum(p.grad) / world_size())
-
-
-def _raise_non_finite(state: TrainState, loss: Tensor, outputs: dict[str, Tensor]) -> None:
-    # Loss and averaged gradients are equal on all ranks, so all of them come here and may talk.
-    finite = gather_objects(all(bool(torch.isfinite(out).all()) for out in outputs.values()))
-    broken = [str(r) for r, ok in enumerate(finite) if not ok]
-    what = f"outputs of rank {', '.join(broken)}" if broken else "gradients" if loss.isfinite() else "loss"
-    raise NonFinite(
-        f"step {state.step}: {what} became NaN or Inf (loss {float(loss):g}); stopped before the update. "
-        "Lower optim.lr, warm up longer, or try train.precision=fp32"
-    )

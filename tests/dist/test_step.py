@@ -284,5 +284,5 @@ def poisoned(rank, world_size):
 
 def test_nan_on_one_rank_stops_all_ranks_before_the_update_and_names_it():
     for message in run_ranks(poisoned, 2):
-        assert "step 1" in message
+        assert "step 2" in message
         assert "rank 1" in message

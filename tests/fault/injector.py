@@ -13,10 +13,12 @@ model.safetensors) and `phase`:
     open write fsync rename mkdir unlink rmdir    before the `call`-th such system call of that step's save
     save                                          before the `call`-th system call of any of these kinds
     saved                                         after that step's save
+    look                                          before the validation after that step
+    probe                                         before the probes (step 0)
 
-Actions: kill stop abort usr2 term (signals to itself), raise (an exception with no name), enospc edquot erofs
-eacces eio (OSError from the system call), half (half of a write, then SIGKILL), truncate flip (damage the file of the
-checkpoint just published).
+Actions: kill stop abort usr2 term (signals to itself), hang (for ever), raise (an exception with no name), enospc
+edquot erofs eacces eio (OSError from the system call), half (half of a write, then SIGKILL), truncate flip (damage
+the file of the checkpoint just published).
 """
 
 from __future__ import annotations
@@ -40,8 +42,8 @@ SIGNALS = {
     "term": signal.SIGTERM,
 }
 ERRORS = ("enospc", "edquot", "erofs", "eacces", "eio")
-ACTIONS = (*SIGNALS, "abort", "raise", *ERRORS, "half", "truncate", "flip")
-PHASES = ("step", *CALLS, "save", "saved")
+ACTIONS = (*SIGNALS, "hang", "abort", "raise", *ERRORS, "half", "truncate", "flip")
+PHASES = ("step", *CALLS, "save", "saved", "look", "probe")
 
 
 class InjectedError(Exception):
@@ -133,10 +135,26 @@ class Injector:
 
         return wrapped
 
+    def around_look(self, look: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(state: Any, *args: Any, **kwargs: Any) -> Any:
+            self.at("look", state.step)
+            return look(state, *args, **kwargs)
+
+        return wrapped
+
+    def around_probe(self, probe: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            self.at("probe", 0)
+            return probe(*args, **kwargs)
+
+        return wrapped
+
 
 def strike(fault: Fault, write: tuple[Any, ...], published: Path | None) -> None:
     if fault.action in SIGNALS:
         os.kill(os.getpid(), SIGNALS[fault.action])
+    elif fault.action == "hang":
+        threading.Event().wait()
     elif fault.action == "abort":
         os.abort()
     elif fault.action == "raise":
@@ -167,12 +185,15 @@ def damage(path: Path, how: str) -> None:
 
 def main() -> None:
     from hpc_supcon import cli
+    from hpc_supcon.evaluation import evaluate
     from hpc_supcon.training import checkpoint, fit
 
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     injector = Injector(parse(os.environ.get("HPC_SUPCON_FAULT", "")), rank)
     checkpoint.save = injector.around_save(checkpoint.save)  # type: ignore[assignment]
     fit.train_step = injector.around_step(fit.train_step)
+    fit._look = injector.around_look(fit._look)
+    evaluate.probe = injector.around_probe(evaluate.probe)
     with system_calls(injector.before_call):
         cli.main(sys.argv[1:])
 

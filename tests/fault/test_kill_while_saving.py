@@ -14,6 +14,8 @@ import torch
 
 from hpc_supcon.errors import CheckpointCorrupt
 from hpc_supcon.training import checkpoint
+from hpc_supcon.training.checkpoint_names import path_of
+from hpc_supcon.training.checkpoint_read import problem_of
 
 from ..dist.ranks import run_ranks
 from .injector import system_calls
@@ -116,6 +118,11 @@ def newest(folder):
     return step, version
 
 
+def damaged(folder):
+    """Listed steps that do not verify: what a kill leaves is a checkpoint or none."""
+    return {step for step in checkpoint.list_steps(folder) if problem_of(path_of(folder, step))}
+
+
 def check_next_save(folder, step):
     """The next save finds its way, keeps what is sound and sweeps what is not."""
     save(folder, step, 2)
@@ -139,8 +146,8 @@ def kill_everywhere(rank, world, scene, root):
         killed = killed_at(n, half, lambda folder=folder: save(folder, step, 1))
         assert killed == (n <= len(calls))
         found = newest(folder)
-        if found not in (allowed if killed else {(step, 1)}):
-            wrong.append((n, half, found))
+        if found not in (allowed if killed else {(step, 1)}) or damaged(folder) - damaged(Path(root, "before")):
+            wrong.append((n, half, found, damaged(folder)))
         check_next_save(folder, step + 1)
         shutil.rmtree(folder)
     return calls, wrong

@@ -17,16 +17,18 @@ LAYERS = [
     {"config"},
     {"runtime"},
     {"collectives"},
-    {"data", "models", "losses"},
+    {"data", "models", "losses", "pruning"},
     {"training"},
     {"evaluation"},
-    {"bench", "grid"},
-    {"cli_bench", "cli_checkpoints", "cli_grid"},
+    {"export", "grid"},
+    {"bench"},
+    {"cli_start", "cli_progress"},
+    {"cli_bench", "cli_checkpoints", "cli_export", "cli_grid", "cli_prune"},
     {"cli"},
     {"__main__"},
 ]
-NEVER_SEE_A_CONFIG = {"data", "models", "losses", "collectives", "runtime"}
-OPTIONAL = {"ffcv", "nvidia", "deepspeed", "submitit", "triton", "plotly"}
+NEVER_SEE_A_CONFIG = {"data", "models", "losses", "pruning", "collectives", "runtime"}
+OPTIONAL = {"ffcv", "nvidia", "deepspeed", "submitit", "triton", "plotly", "onnx", "onnxruntime", "onnxscript"}
 
 
 def part_of(path: Path) -> str:

@@ -7,7 +7,7 @@ import timm
 import torch
 
 from hpc_supcon.errors import ConfigError
-from hpc_supcon.models import LinearHeads, Projection, build_encoder
+from hpc_supcon.models import LinearHeads, Projection, build_decoder, build_encoder
 
 
 @pytest.mark.parametrize(
@@ -92,3 +92,19 @@ def test_linear_heads_are_independent_linear_layers():
         torch.testing.assert_close(logits[k], x @ heads.weights[k] + heads.biases[k])
     logits[1].sum().backward()
     assert all(p.grad is None or p.grad.eq(0).all() for p in heads.head_parameters(0) + heads.head_parameters(2))
+
+
+def test_no_pixel_of_an_autoencoder_stays_white_on_a_black_background():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(
+        build_encoder("conv", in_channels=1, image_size=28), build_decoder("conv", 128, 1, 28)
+    )
+    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    images = -torch.ones(32, 1, 28, 28)
+    images[:, :, 10:18, 10:18] = torch.rand(32, 1, 8, 8) * 2 - 1
+    for _ in range(50):
+        given_back = model(images)
+        optimiser.zero_grad()
+        (given_back - images).square().mean().backward()
+        optimiser.step()
+    assert given_back[:, :, :8].max() < 0.0

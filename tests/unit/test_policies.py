@@ -296,6 +296,32 @@ def test_images_that_come_cropped_get_everything_but_the_crop(policy):
 
 
 @pytest.mark.parametrize("policy", EVERY_POLICY)
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_the_memory_layout_of_cropped_images_changes_no_value(policy, channels_last):
+    images = pictures(18).view(9, 2, 3, 32, 32)
+    packed = images.movedim(2, -1).contiguous().movedim(-1, 2)  # as a resizer writes them
+    before = packed.clone()
+    ours, expected = (Views(2, 32, **RGB, **policy, channels_last=channels_last)(x) for x in (packed, images))
+    torch.testing.assert_close(ours, expected, atol=1e-6, rtol=0)
+    layout = torch.channels_last if channels_last else torch.contiguous_format
+    assert ours.flatten(0, 1).is_contiguous(memory_format=layout)
+    assert torch.equal(packed, before)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("size", [16, 200])  # of 200 px, several pieces
+def test_cropped_images_are_flipped_and_normalised_as_torchvision_does(dtype, size):
+    images = pictures(24, height=size).view(12, 2, 3, size, size)
+    views = Views(2, size, **RGB, policy="flip_crop", channels_last=True, dtype=dtype)
+    drawn = views.draw(12, size, size)
+    for held in (images, images.movedim(2, -1).contiguous().movedim(-1, 2)):
+        ours = views.render(held, drawn).flatten(0, 1)
+        for i, image in enumerate(images.flatten(0, 1)):
+            expected = TF.normalize((image.flip(-1) if drawn.flip[i] else image) / 255, RGB["mean"], RGB["std"])
+            torch.testing.assert_close(ours[i].float(), expected, atol=2e-2 if dtype.itemsize == 2 else 1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("policy", EVERY_POLICY)
 def test_bfloat16_views_are_the_rounded_ones(policy):
     images = pictures(6)
     expected = Views(2, 24, **RGB, **policy)(images)

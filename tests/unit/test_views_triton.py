@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -61,7 +62,10 @@ from triton.compiler import ASTSource, compile
 
 from hpc_supcon.data.views_triton import _views_kernel as kernel
 
-POINTERS = {"images": "*u8", "drawn": "*i32", **dict.fromkeys(("factors", "mean", "std"), "*fp32")}
+POINTERS = {
+    **{"images": "*u8", "boxes": "*i64", "decisions": "*u8", "sequences": "*i64"},
+    **dict.fromkeys(("factors", "mean", "std"), "*fp32"),
+}
 names = kernel.arg_names
 CASES = ((80, "fp32", 3, 2, 32), (90, "bf16", 1, 2, 28), (90, "bf16", 3, 5, 64))
 for capability, dtype, channels, taps, size in CASES:
@@ -126,6 +130,7 @@ def test_on_cuda_the_kernel_makes_the_pixels_of_the_cpu(height, size, channels_l
     images = torch.randint(0, 256, (64, 3, height, height), dtype=torch.uint8)
     drawn = views.draw(64, height, height)
     expected = views.render(images, drawn)
-    ours = views.cuda().render(images.cuda(), drawn)
+    there = replace(drawn, boxes=drawn.boxes.cuda(), factors=drawn.factors.cuda())
+    ours = views.cuda().render(images.cuda(), there)
     assert ours.stride() == expected.stride()
     torch.testing.assert_close(ours.cpu(), expected, atol=5e-5, rtol=0)

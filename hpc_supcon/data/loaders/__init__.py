@@ -20,16 +20,18 @@ from .dali import DaliLoader
 from .ffcv import FfcvLoader
 from .options import CropOptions, LoaderOptions, OnCorrupt
 from .resident import ResidentLoader
+from .steps import Steps
 from .torch_workers import TorchLoader
 
 __all__ = ["LOADERS", "CropOptions", "LoaderOptions", "OnCorrupt", "build_loader", "choose", "replaced_everywhere"]
 
-LOADERS: dict[str, Callable[..., Loader]] = {
+LOADERS: dict[str, Callable[[Source, Steps, torch.device | str, LoaderOptions], Loader]] = {
     "resident": ResidentLoader,
     "torch": TorchLoader,
     "ffcv": FfcvLoader,
     "dali": DaliLoader,
 }
+"""`data.loader` -> a loader over a source that serves these steps on this device."""
 
 RESIDENT_SHARE = 0.5
 """A set that takes less than this share of the free memory is kept there; the rest is for training."""
@@ -50,8 +52,8 @@ def build_loader(
 ) -> Loader:
     """The loader called `name` for this rank; `auto` takes what `choose` says, and logs why on rank 0.
 
-    Raises ConfigError for an unknown name, MissingExtra, and what the loader itself raises (DataError,
-    CorruptSample).
+    Raises ConfigError for an unknown name and for an order that does not fit the ranks, MissingExtra, and what
+    the loader itself raises (DataError, CorruptSample).
     """
     options = options or LoaderOptions()
     if name == "auto":
@@ -60,7 +62,8 @@ def build_loader(
             _log.info("data.loader=auto takes %s: %s", name, reason)
     if name not in LOADERS:
         raise ConfigError(unknown_name("data.loader", name, ["auto", *LOADERS]))
-    return LOADERS[name](source, order, seed=seed, rank=rank, world_size=world_size, device=device, options=options)
+    assert order.n == len(source)
+    return LOADERS[name](source, Steps(order, seed, rank, world_size), device, options)
 
 
 def replaced_everywhere(loader: Loader, device: torch.device | str = "cpu") -> int:

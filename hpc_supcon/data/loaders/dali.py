@@ -17,7 +17,6 @@ from torch import Tensor
 from ...errors import ConfigError, CorruptSample, LoaderDied, MissingExtra
 from ..batch import Batch
 from ..folder import FolderSource
-from ..order import Order
 from ..prefetch import to_device
 from ..sources import Source
 from .ahead import Begun, Team, in_order
@@ -36,29 +35,16 @@ class DaliLoader:
     Raises ConfigError for any other source, MissingExtra without DALI.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        order: Order,
-        *,
-        seed: int,
-        rank: int,
-        world_size: int,
-        device: torch.device | str,
-        options: LoaderOptions | None = None,
-    ) -> None:
-        assert order.n == len(source)
+    def __init__(self, source: Source, steps: Steps, device: torch.device | str, options: LoaderOptions) -> None:
         if not isinstance(source, FolderSource):
             raise ConfigError(
                 "data.loader=dali decodes image files (data.source=image_folder): choose another loader"
             )
         _import_dali()
-        self._source, self._seed, self._device = source, seed, torch.device(device)
-        self._options = options or LoaderOptions()
-        self._steps = Steps(order, seed, rank, world_size)
-        self._reader = SampleReader(source, seed, self._options.crop, self._options.on_corrupt)
-        self.steps_per_epoch = len(self._steps)
-        self._largest_batch = self._steps.largest_batch
+        self._source, self._steps, self._device, self._options = source, steps, torch.device(device), options
+        self._reader = SampleReader(source, steps.seed, options.crop, options.on_corrupt)
+        self.steps_per_epoch = len(steps)
+        self._largest_batch = steps.largest_batch
         self._gpu: int | None = None  # asked here: every thread has a current device of its own
         if self._device.type == "cuda":
             self._gpu = torch.cuda.current_device() if self._device.index is None else self._device.index
@@ -134,7 +120,7 @@ class DaliLoader:
         """int64 [B, V, 4]; without crops the one central square that `fitted` takes."""
         if self._options.crop is None:
             return central_boxes(heights, widths)
-        return crop_boxes(self._seed, epoch, index, heights, widths, self._options.crop)
+        return crop_boxes(self._steps.seed, epoch, index, heights, widths, self._options.crop)
 
     def _build(self) -> Any:
         """A pipeline from files and boxes to uint8 [V, C, S, S], all in one go: running ahead is done here."""

@@ -21,7 +21,6 @@ import torch
 from ...errors import ConfigError, CorruptSample, LoaderDied, MissingExtra
 from ..batch import Batch
 from ..beton import JPEG, BetonSource
-from ..order import Order
 from ..prefetch import to_device
 from ..sources import Source
 from .ahead import Begun, Team, in_order
@@ -44,28 +43,15 @@ class FfcvLoader:
     Raises ConfigError for any other source, MissingExtra without FFCV.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        order: Order,
-        *,
-        seed: int,
-        rank: int,
-        world_size: int,
-        device: torch.device | str,
-        options: LoaderOptions | None = None,
-    ) -> None:
-        assert order.n == len(source)
+    def __init__(self, source: Source, steps: Steps, device: torch.device | str, options: LoaderOptions) -> None:
         if not isinstance(source, BetonSource):
             raise ConfigError(
                 "data.loader=ffcv reads .beton files: make one with `hpc-supcon convert DATA OUT.beton`"
             )
         self._kernel = _decoder()
-        self._source, self._seed, self._device = source, seed, device
-        self._options = options or LoaderOptions()
-        self._steps = Steps(order, seed, rank, world_size)
-        self._reader = SampleReader(source, seed, self._options.crop, self._options.on_corrupt)
-        self.steps_per_epoch = len(self._steps)
+        self._source, self._steps, self._device, self._options = source, steps, device, options
+        self._reader = SampleReader(source, steps.seed, options.crop, options.on_corrupt)
+        self.steps_per_epoch = len(steps)
         self._team: Team | None = None
         self._closed = False
 
@@ -101,8 +87,7 @@ class FfcvLoader:
         source, columns = self._source, self._source.columns
         rows = source.rows[index.numpy()]
         boxes = self._boxes(epoch, index.numpy(), columns["height"][rows], columns["width"][rows])
-        images = torch.empty(len(index), *self._reader.shape, dtype=torch.uint8)
-        out = images.numpy().reshape(*boxes.shape[:2], *self._reader.shape[-3:])
+        images, out = self._empty(*boxes.shape[:2])
         failed = np.zeros(len(index), dtype=np.uint8)
         arrays = (columns["mode"], columns["height"], columns["width"], columns["ptr"], columns["size"])
         edges = np.linspace(0, len(index), min(_PARTS * self._options.workers, len(index)) + 1).astype(np.int64)
@@ -112,12 +97,22 @@ class FfcvLoader:
         ]
         return partial(self._finish, epoch, index, images, failed), futures
 
+    def _empty(self, batch: int, views: int) -> tuple[torch.Tensor, np.ndarray]:
+        """What a batch serves, and the same memory as the decoder writes it, [B, V, S, S, C]."""
+        C, S, _ = self._reader.shape[-3:]
+        if self._options.crop is None:
+            images = torch.empty(batch, C, S, S, dtype=torch.uint8)
+            return images, images.unsqueeze(1).movedim(2, -1).numpy()
+        # large: left as the resizer makes them, which is what channels-last models want
+        pixels = torch.empty(batch, views, S, S, C, dtype=torch.uint8)
+        return pixels.movedim(-1, 2), pixels.numpy()
+
     def _boxes(self, epoch: int, index: Ints, heights: np.ndarray, widths: np.ndarray) -> Ints:
         """int64 [B, V, 4]; without crops the one central square that `fitted` takes."""
         H, W = heights.astype(np.int64), widths.astype(np.int64)
         if self._options.crop is None:
             return central_boxes(H, W)
-        return crop_boxes(self._seed, epoch, index, H, W, self._options.crop)
+        return crop_boxes(self._steps.seed, epoch, index, H, W, self._options.crop)
 
     def _finish(self, epoch: int, index: torch.Tensor, images: torch.Tensor, failed: np.ndarray) -> Batch:
         served = index.clone()
@@ -172,9 +167,9 @@ def _decoder() -> Callable[..., None]:
         file, modes, heights, widths, ptrs, sizes, rows, boxes, out, failed
     ) -> None:
         """file uint8 [bytes]; modes .. sizes: [images of the file]; rows [B]; boxes [B, V, 4];
-        out uint8 [B, V, C, S, S]; failed uint8 [B] becomes 1 where the decoder met an error."""
-        size = out.shape[-1]
-        largest = 0
+        out uint8 [B, V, S, S, C], of any strides; failed uint8 [B] becomes 1 where the decoder met an error."""
+        size, largest = out.shape[2], 0
+        in_place = out.strides[4] == 1 and out.strides[3] == 3 and out.shape[4] == 3
         for row in rows:
             largest = max(largest, np.int64(heights[row]) * np.int64(widths[row]))
         buffer = np.empty(3 * largest, np.uint8)
@@ -194,12 +189,11 @@ def _decoder() -> Callable[..., None]:
             for v in range(boxes.shape[1]):
                 top, left, h, w = boxes[k, v]
                 if h == size and w == size:
-                    small[:] = pixels[top : top + h, left : left + w]
-                else:
-                    resize(0, pixels.ctypes.data, H, W, top, top + h, left, left + w, small.ctypes.data, size, size)
-                for c in range(out.shape[2]):
-                    for y in range(size):
-                        for x in range(size):
-                            out[k, v, c, y, x] = small[y, x, c]
+                    out[k, v] = pixels[top : top + h, left : left + w, : out.shape[4]]
+                    continue
+                target = out[k, v].ctypes.data if in_place else small.ctypes.data
+                resize(0, pixels.ctypes.data, H, W, top, top + h, left, left + w, target, size, size)
+                if not in_place:
+                    out[k, v] = small[:, :, : out.shape[4]]
 
     return numba.njit(nogil=True, error_model="numpy")(decode)

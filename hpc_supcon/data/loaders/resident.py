@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ...errors import CorruptSample, DataError
 from ..batch import Batch
-from ..order import Order
+from ..prefetch import sent
 from ..resample import resample
 from ..sources import Source
 from .crops import crop_boxes, replacement
@@ -28,26 +28,13 @@ from .steps import Steps
 class ResidentLoader:
     """Loader over a source held on `device` as uint8 [N, C, H, W] until `close()`.
 
-    Raises DataError when the device has no room, ConfigError where the order does not fit the ranks.
-    Crops are taken from the images as they are held, at the source's image_size.
+    Raises DataError when the device has no room. Crops are taken from the images as they are held, at the
+    source's image_size.
     """
 
-    def __init__(
-        self,
-        source: Source,
-        order: Order,
-        *,
-        seed: int,
-        rank: int,
-        world_size: int,
-        device: torch.device | str,
-        options: LoaderOptions | None = None,
-    ) -> None:
-        assert order.n == len(source)
-        self._options, self._seed = options or LoaderOptions(), seed
-        # Asked first: a batch size that does not fit is known before minutes of decoding.
-        self._steps = Steps(order, seed, rank, world_size)
-        self.steps_per_epoch = len(self._steps)
+    def __init__(self, source: Source, steps: Steps, device: torch.device | str, options: LoaderOptions) -> None:
+        self._options, self._steps = options, steps
+        self.steps_per_epoch = len(steps)
         self.replaced = 0
         stack, self._corrupt = _stack(source, self._options)
         self._images: Tensor | None = _to_device(stack, device)
@@ -78,10 +65,10 @@ class ResidentLoader:
             yield Batch(images, self._labels.index_select(0, index), index)
 
     def _cropped(self, images: Tensor, epoch: int, index: Tensor) -> Tensor:
-        crop = self._options.crop
+        crop, side = self._options.crop, np.full(len(index), images.shape[-1])
         assert crop is not None
-        size = np.full(len(index), images.shape[-1])
-        boxes = torch.from_numpy(crop_boxes(self._seed, epoch, index.numpy(), size, size, crop)).to(images.device)
+        drawn = crop_boxes(self._steps.seed, epoch, index.numpy(), side, side, crop)
+        boxes = sent(torch.from_numpy(drawn), images.device)
         views = resample(images, boxes, boxes.new_zeros(boxes.shape[:2], dtype=torch.bool), crop.image_size)
         return views.permute(1, 2, 0, 3, 4).mul(255).round_().clamp_(0, 255).to(torch.uint8)
 
@@ -96,7 +83,7 @@ class ResidentLoader:
     def _replacement(self, epoch: int, i: int) -> int:
         n = len(self._labels)
         for attempt in range(ATTEMPTS):
-            j = replacement(self._seed, epoch, i, attempt, n)
+            j = replacement(self._steps.seed, epoch, i, attempt, n)
             if j not in self._corrupt:
                 return j
         raise CorruptSample(f"image {i} does not decode, and neither do {ATTEMPTS} others tried in its place")

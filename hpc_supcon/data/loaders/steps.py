@@ -14,7 +14,7 @@ class Steps:
     """One rank's batches of every epoch of an order. Raises ConfigError where the order does not fit the ranks."""
 
     def __init__(self, order: Order, seed: int, rank: int, world_size: int) -> None:
-        self._order, self._seed, self._rank, self._world_size = order, seed, rank, world_size
+        self._order, self.seed, self._rank, self._world_size = order, seed, rank, world_size
         self._steps = order.steps(rank, world_size)
         self._begun = 0
 
@@ -32,7 +32,7 @@ class Steps:
             raise ValueError(f"step {start} is not in an epoch of {self._steps} steps")
         return [
             (epoch, index)
-            for index in list(self._order.epoch(self._seed, epoch, self._rank, self._world_size))[start:]
+            for index in list(self._order.epoch(self.seed, epoch, self._rank, self._world_size))[start:]
         ]
 
     def begin(self) -> int:

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from ...errors import HpcSupconError, LoaderDied
 from ..batch import Batch
-from ..order import Order
 from ..prefetch import to_device
 from ..sources import Source
 from .options import LoaderOptions
@@ -38,23 +37,11 @@ _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 class TorchLoader:
     """Loader whose `options.workers` processes start with the first batch and live until `close()`."""
 
-    def __init__(
-        self,
-        source: Source,
-        order: Order,
-        *,
-        seed: int,
-        rank: int,
-        world_size: int,
-        device: torch.device | str,
-        options: LoaderOptions | None = None,
-    ) -> None:
-        assert order.n == len(source)
-        self._options, self._device = options or LoaderOptions(), device
-        self._steps = Steps(order, seed, rank, world_size)
+    def __init__(self, source: Source, steps: Steps, device: torch.device | str, options: LoaderOptions) -> None:
+        self._steps, self._options, self._device = steps, options, device
         self._labels = source.labels
-        self._reader = SampleReader(source, seed, self._options.crop, self._options.on_corrupt)
-        self.steps_per_epoch = len(self._steps)
+        self._reader = SampleReader(source, steps.seed, options.crop, options.on_corrupt)
+        self.steps_per_epoch = len(steps)
         self.replaced = 0
         self._team: _Team | None = None
         self._closed = False

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from ...collectives import all_sum, together
 from ...data import Batch, EvalTransform, Loader, LoaderOptions, Source, TrainOrder, build_loader
 from ...errors import NonFinite
+from ...pruning import WeightMasks
 from ...training import assemble
-from ...training.engine import autocast, distribute
+from ...training.engine import autocast, distribute, place, unscaled
 from ..features import extract
 from ..inputs import in_chunks
 from ..saved import FittedProbe
@@ -49,7 +50,9 @@ def fit_finetune(kind: str, task: Task) -> Outcome:
         loader = _training_loader(task)
         render = _views(task)
     with closing(loader), seeded(config.seed, runtime.device):
-        model = Classifier(copy.deepcopy(task.encoder), len(task.classes)).to(runtime.device)
+        model = Classifier(copy.deepcopy(task.encoder), len(task.classes))
+        model = place(model, runtime, sync_bn=config.model.sync_bn)
+        masks = None if task.masks is None else WeightMasks.unpacked(model.encoder, task.masks)
         parallel = distribute(model, runtime, sync_bn=config.model.sync_bn)
         torch.manual_seed(int(np.random.SeedSequence([config.seed, 2, runtime.rank]).generate_state(1)[0]))
         transform = EvalTransform(**task.description["normalisation"]).to(runtime.device)
@@ -62,7 +65,8 @@ def fit_finetune(kind: str, task: Task) -> Outcome:
             None if validation is None else partial(_evaluate, model, validation, transform, task),
             plan_of(settings),
             encoder_lr=settings.encoder_lr,
-            precision=partial(autocast, runtime.device, config.train.precision),
+            precision=partial(autocast, runtime.device, unscaled(config.train.precision)),
+            masks=masks,
         )
     description = {
         "kind": kind,
@@ -94,12 +98,14 @@ def train_classifier(
     *,
     encoder_lr: float,
     precision: Callable[[], AbstractContextManager[object]] = nullcontext,
+    masks: WeightMasks | None = None,
 ) -> Trained:
     """Train `model` through `parallel`, its data-parallel wrapper, and leave it in its best state.
 
     render: uint8 images of a batch -> what the encoder reads. evaluate: (mean loss, accuracy) on validation, equal
-    on all ranks; None keeps the last state. The ranks' batches are of one size, so that the mean gradient over
-    ranks is that of the global batch. Raises NonFinite before the update, on all ranks. Collective.
+    on all ranks; None keeps the last state. masks: of the encoder's pruned weights, which stay zero. The ranks'
+    batches are of one size, so that the mean gradient over ranks is that of the global batch. Raises NonFinite
+    before the update, on all ranks. Collective.
     """
     watch = Watch(plan, loader.steps_per_epoch)
     rates = [(model.encoder.parameters(), encoder_lr), (model.head.parameters(), plan.lrs[0])]
@@ -110,7 +116,7 @@ def train_classifier(
     for i, batch in enumerate(islice(_endless(loader), watch.total), 1):
         share = plan.lr_at(i - 1, watch.total)
         set_share(stepper, share)
-        sums += _step(parallel, stepper, render, batch, precision, i)
+        sums += _step(parallel, stepper, render, batch, precision, i, masks)
         if watch.due(i):
             loss, right, n = all_sum(sums).tolist()
             numbers = {"train_loss": loss / n, "train_accuracy": right / n}
@@ -138,6 +144,7 @@ def _step(
     batch: Batch,
     precision: Callable[[], AbstractContextManager[object]],
     iteration: int,
+    masks: WeightMasks | None,
 ) -> Tensor:
     """One update; this rank's sums of loss and right answers before it, and its number of images."""
     with precision():
@@ -146,10 +153,14 @@ def _step(
     loss = F.cross_entropy(logits, batch.labels)
     stepper.zero_grad(set_to_none=True)
     loss.backward()
+    if masks is not None:
+        masks.apply_to_gradients()
     norm = torch.nn.utils.get_total_norm([p.grad for p in parallel.parameters() if p.grad is not None])
     if not torch.isfinite(norm):  # of averaged gradients: equal on all ranks, so all of them leave
         raise NonFinite(f"fine-tuning, iteration {iteration}: gradients became NaN or Inf; lower probe.finetune.lr")
     stepper.step()
+    if masks is not None:
+        masks.apply_to_weights()
     right = (logits.detach().argmax(dim=1) == batch.labels).sum()
     n = right.new_tensor(len(batch.labels))
     return torch.stack([loss.detach().double() * len(batch.labels), right.double(), n.double()])

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from ...config import Config
 from ...runtime import Runtime
@@ -26,6 +26,8 @@ class Task:
     description: Mapping[str, Any]
     """As `assemble.describe_model`; a run without an encoder has only `classes` and `normalisation`."""
     encoder: nn.Module | None
+    masks: Mapping[str, Tensor] | None = None
+    """Of a pruned encoder, packed (see pruning.WeightMasks): who trains the encoder keeps it pruned."""
 
     @property
     def classes(self) -> tuple[str, ...]:

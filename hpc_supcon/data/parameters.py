@@ -1,0 +1,37 @@
+"""What is drawn for augmented views."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ViewParameters:
+    """What was drawn for n = B * V views (the V views of an image side by side).
+
+    Numbers are on the device of the views. What is done to which view is on the CPU, where it is decided what
+    runs: asking a GPU would mean to wait until it has done all that was queued before.
+    """
+
+    boxes: Tensor
+    """int64 [n, 4], on the device: top, left, height, width of the crop."""
+    factors: Tensor
+    """float32 [n, 4], on the device: brightness, contrast, saturation (factors >= 0) and hue (turns)."""
+    flip: Tensor
+    """bool [n]: mirrored left to right."""
+    order: Tensor
+    """int64 [n]: which of Views.orders the colour operations are applied in; -1 for none of them."""
+    grey: Tensor
+    """bool [n]: made grey, after the colour operations."""
+    sigma: Tensor
+    """float32 [n]: standard deviation of the blur in pixels; 0 for none."""
+    operations: Tensor
+    """int64 [n, steps]: operations of AutoAugment or RandAugment (indices into ops.OPERATIONS), in sequence."""
+    magnitudes: Tensor
+    """float64 [n, steps]: their magnitudes (see ops.OPERATIONS)."""
+
+    def select(self, rows: slice) -> ViewParameters:
+        """Those of some of the views."""
+        return ViewParameters(**{name: value[rows] for name, value in vars(self).items()})

@@ -1,0 +1,201 @@
+"""What of a run is used on its own: its encoder, encoder and projection, or encoder and a fitted probe."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass
+from math import isqrt
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from ..data import EvalTransform
+from ..errors import ConfigError, RunFolderError, unknown_name
+from ..evaluation.encoder import load_model
+from ..evaluation.probes import PROBES
+from ..evaluation.saved import PROBES as SAVED
+from ..evaluation.saved import FittedProbe, build_probe, load_probe
+from ..models import Projection, build_encoder
+from ..training import checkpoint, run_folder
+
+PARTS = {"encoder": "features", "projection": "embeddings", "classifier": "logits"}
+"""Part -> what it gives: features [N, D], rows of unit length [N, D], logits [N, classes]."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a run's model, on the CPU, in eval mode."""
+
+    module: nn.Module
+    """Normalised images float32 [N, C, S, S] -> what PARTS says."""
+    description: dict[str, Any]
+    """Plain data, of which `build` makes the module again: part, checkpoint (name of the folder it came from),
+    channels (1: grey, 3: RGB), image_size (px), normalisation (mean and std per channel, in units of 0..1),
+    classes (names, those the run was trained on or the logits' own), encoder, projection and probe (how to build
+    them; null where there is none)."""
+
+    @property
+    def name(self) -> str:
+        return self.description["part"]
+
+    @property
+    def output(self) -> str:
+        return PARTS[self.name]
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(C, S, S) of one image."""
+        size = self.description["image_size"]
+        return self.description["channels"], size, size
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        return tuple(self.description["classes"])
+
+    def whole(self) -> nn.Sequential:
+        """uint8 images [N, C, S, S] -> the output, as evaluation computes it."""
+        return nn.Sequential(EvalTransform(**self.description["normalisation"]), self.module).eval()
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """uint8 images [N, C, S, S] on the CPU -> the output."""
+        return self.whole()(images)
+
+
+def load_part(folder: Path, part: str, probe: str | None = None) -> Part:
+    """A part of a run's best checkpoint (see load_model). `probe`: for the classifier, which of RUN_DIR/probes;
+    None: the only one there.
+
+    Raises ConfigError for unknown names; RunFolderError for what the run has not: a checkpoint, a projection, a
+    fitted probe of that checkpoint; CheckpointCorrupt.
+    """
+    if part not in PARTS:
+        raise ConfigError("--part: " + unknown_name("part", part, PARTS))
+    if probe is not None and part != "classifier":
+        raise ConfigError(f"--probe={probe} goes with --part classifier, not with {part}")
+    run_folder.read_config(folder)
+    return _load_classifier(folder, probe) if part == "classifier" else _load_pretrained(folder, part)
+
+
+def build(description: dict[str, Any]) -> nn.Module:
+    """The module of a `Part.description`, in eval mode, its weights still to be loaded."""
+    probe = None if description["probe"] is None else build_probe(description["probe"])
+    if probe is not None and probe.input != "features":
+        return _classifier(None, probe).eval()
+    encoder = build_encoder(**description["encoder"])
+    if probe is not None:
+        return _classifier(encoder, probe).eval()
+    if description["projection"] is None:
+        return encoder.eval()
+    return _projected(encoder, Projection(cast(int, encoder.feature_dim), **description["projection"])).eval()
+
+
+def _load_pretrained(folder: Path, part: str) -> Part:
+    model, found = load_model(folder)
+    if part == "projection" and "projection" not in model.heads:
+        heads = ", ".join(model.heads)
+        raise RunFolderError(f"{folder}: this run's loss trained no projection (it has: {heads}); use --part encoder")
+    projected = part == "projection"
+    module = _projected(model.encoder, model.heads["projection"]) if projected else model.encoder
+    state = found.state
+    return _part(
+        part,
+        module,
+        checkpoint=found.path.name,
+        classes=state["classes"],
+        normalisation=state["normalisation"],
+        encoder=state["encoder"],
+        projection=state["projection"] if projected else None,
+    )
+
+
+def _load_classifier(folder: Path, kind: str | None) -> Part:
+    kind = _choose_probe(folder, kind)
+    fitted = load_probe(folder / SAVED / kind)
+    described = fitted.description
+    encoder, source, channels_and_size = None, described["encoder"], None
+    name = f"{SAVED}/{kind}"
+    if fitted.input == "features":
+        model, found = load_model(folder)
+        if found.state["step"] != described["step"]:
+            raise RunFolderError(
+                f"{folder}: its {kind} probe was fitted on step {described['step']}, but the best checkpoint is step "
+                f"{found.state['step']}: run `hpc-supcon probe {folder} probe.kind={kind}` again"
+            )
+        encoder, source, name = model.encoder, found.state["encoder"], found.path.name
+    elif fitted.input == "pixels":
+        channels = len(described["normalisation"]["mean"])
+        channels_and_size = channels, isqrt(described["in_dim"] // channels)
+    return _part(
+        "classifier",
+        _classifier(encoder, fitted),
+        checkpoint=name,
+        classes=described["classes"],
+        normalisation=described["normalisation"],
+        encoder=source,
+        probe=described,
+        form=channels_and_size,
+    )
+
+
+def _part(
+    name: str,
+    module: nn.Module,
+    *,
+    checkpoint: str,
+    classes: list[str],
+    normalisation: dict[str, list[float]],
+    encoder: dict[str, Any] | None,
+    projection: dict[str, Any] | None = None,
+    probe: dict[str, Any] | None = None,
+    form: tuple[int, int] | None = None,
+) -> Part:
+    """`form`: (channels, image_size) where no encoder says them."""
+    if encoder is not None:
+        form = encoder["in_channels"], encoder["image_size"]
+    assert form is not None
+    description = {
+        "part": name,
+        "checkpoint": checkpoint,
+        "channels": form[0],
+        "image_size": form[1],
+        "normalisation": normalisation,
+        "classes": list(classes),
+        "encoder": encoder,
+        "projection": projection,
+        "probe": probe,
+    }
+    return Part(module.eval().requires_grad_(False), description)
+
+
+def _projected(encoder: nn.Module, projection: nn.Module) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(encoder=encoder, projection=projection))
+
+
+def _classifier(encoder: nn.Module | None, probe: FittedProbe) -> nn.Sequential:
+    """`encoder`: the run's, for a probe of features. Images are normalised before every part, so the probe's own
+    normalisation is left out."""
+    if probe.input == "features":
+        assert encoder is not None
+        return nn.Sequential(OrderedDict(encoder=encoder, prepare=probe.prepare, head=probe.head))
+    return nn.Sequential(OrderedDict(encoder=probe.encoder, prepare=probe.prepare[1:], head=probe.head))
+
+
+def _choose_probe(folder: Path, wanted: str | None) -> str:
+    saved = [kind for kind in PROBES if checkpoint.list_steps(folder / SAVED / kind)]
+    if wanted is None:
+        if not saved:
+            raise RunFolderError(f"{folder}: no fitted probe in it; run `hpc-supcon probe {folder}` first")
+        if len(saved) > 1:
+            raise ConfigError(f"{folder} has several fitted probes; choose one with --probe: {', '.join(saved)}")
+        return saved[0]
+    if wanted not in PROBES:
+        raise ConfigError("--probe: " + unknown_name("probe", wanted, PROBES))
+    if wanted not in saved:
+        raise RunFolderError(
+            f"{folder}: no fitted {wanted} probe in it ({', '.join(saved) or 'none'} saved); run "
+            f"`hpc-supcon probe {folder} probe.kind={wanted}` first"
+        )
+    return wanted

@@ -1,0 +1,63 @@
+"""Device, memory layout, number format and data-parallel wrapper of a model."""
+
+from __future__ import annotations
+
+import inspect
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from ...models import synchronise_batchnorm
+from ...runtime import Runtime, has_fast_bf16
+
+M = TypeVar("M", bound=nn.Module)
+
+
+def place(model: M, runtime: Runtime, *, channels_last: bool = False, sync_bn: bool = False) -> M:
+    """`model` on this rank's device, in the wanted memory layout; `sync_bn`: BatchNorm over all ranks."""
+    layout = torch.channels_last if channels_last else torch.preserve_format
+    placed = model.to(runtime.device).to(memory_format=layout)
+    if sync_bn and runtime.world_size > 1:
+        synchronise_batchnorm(placed, runtime.device)
+    return placed
+
+
+def distribute(model: nn.Module, runtime: Runtime, *, sync_bn: bool) -> nn.Module:
+    """`model`, as placed, wrapped for data-parallel training: gradients are averaged over ranks in backward."""
+    if runtime.world_size == 1:
+        return model
+    options: dict[str, Any] = {"gradient_as_bucket_view": True}
+    if runtime.device.type == "cuda":
+        options["device_ids"] = [runtime.device]
+    if torch.are_deterministic_algorithms_enabled() and runtime.world_size > 2:
+        # Else the second step of a process lays gradients out anew, in the order in which they came in the first. An
+        # all-reduce of three or more ranks adds by position: the first step after a resume would round differently.
+        options["find_unused_parameters"] = True
+    if sync_bn:
+        options[_BUFFER_SYNC] = False  # synchronised statistics are equal already
+    return DistributedDataParallel(model, **options)
+
+
+# renamed in PyTorch 2.15
+_PARAMETERS = inspect.signature(DistributedDataParallel).parameters
+_BUFFER_SYNC = "forward_sync_buffers" if "forward_sync_buffers" in _PARAMETERS else "broadcast_buffers"
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """The forward pass's precision: `auto` is bf16 where the device computes it natively, else fp32.
+
+    What is trained in `fp16` needs its loss scaled (see LossScale).
+    """
+    if precision == "fp16":
+        return torch.autocast(device.type, dtype=torch.float16)
+    if precision == "bf16" or (precision == "auto" and has_fast_bf16(device)):
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+def unscaled(precision: str) -> str:
+    """`precision` for training without loss scaling: fp16 is asked for where there is no bf16."""
+    return "auto" if precision == "fp16" else precision

@@ -1,0 +1,84 @@
+"""Resumed on another number of ranks: an error, or where it is allowed, every sample served exactly once."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from hpc_supcon.data.loaders.resident import ResidentLoader
+from hpc_supcon.training import checkpoint
+
+from . import injector
+from .runs import STEPS, STEPS_PER_EPOCH, Run, newest, run
+
+ALLOWED = "train.allow_world_size_change=true"
+
+
+def noting_what_is_served():
+    """The run, with a line for each batch that has become a step: step and indices, in a file for each process."""
+    epoch = ResidentLoader.epoch
+
+    def noted(self, number, start=0):
+        for step, batch in enumerate(epoch(self, number, start), number * STEPS_PER_EPOCH + start + 1):
+            with Path(os.environ["SERVED"], f"{os.getpid()}").open("a") as file:
+                file.write(json.dumps([step, batch.index.tolist()]) + "\n")
+            yield batch
+
+    ResidentLoader.epoch = noted
+    injector.main()
+
+
+def served(folder, from_step, to_step):
+    """{step: indices of all ranks} within the range."""
+    steps = {}
+    for path in folder.iterdir():
+        for line in path.read_text().splitlines():
+            step, index = json.loads(line)
+            if from_step <= step <= to_step:
+                steps.setdefault(step, []).extend(index)
+    return steps
+
+
+@pytest.mark.parametrize(("before", "after"), [(2, 1), (1, 3), (2, 4)])
+def test_every_sample_of_the_epoch_is_still_served_exactly_once(tmp_path, before, after):
+    folder, parts = tmp_path / "r", [tmp_path / "before", tmp_path / "after"]
+    for part in parts:
+        part.mkdir()
+    run(
+        before,
+        folder,
+        fault="usr2@step=8",
+        code=75,
+        main=noting_what_is_served,
+        environment={"SERVED": str(parts[0])},
+    )
+    left = newest(folder)
+    assert left % STEPS_PER_EPOCH, "in the middle of an epoch"
+    said = run(after, folder, "--resume", ALLOWED, main=noting_what_is_served, environment={"SERVED": str(parts[1])})
+    assert f"saved by {before} ranks, going on with {after}" in said
+    batches = served(parts[0], 1, left) | served(parts[1], left + 1, STEPS)
+    assert sorted(batches) == list(range(1, STEPS + 1))
+    for first in range(1, STEPS, STEPS_PER_EPOCH):
+        samples = [i for step in range(first, first + STEPS_PER_EPOCH) for i in batches[step]]
+        assert len(samples) == len(set(samples)) == STEPS_PER_EPOCH * 12, "none twice, none left out"
+    found = checkpoint.load(folder / "checkpoints" / f"step-{STEPS}")
+    assert found.manifest["world_size"] == after
+    assert {name.partition(".")[0] for name in found.tensors["rng"]} == {f"rank{r}" for r in range(after)}
+    views = [found.tensors["rng"][f"rank{r}.views"] for r in range(after)]
+    assert all(not torch.equal(a, b) for i, a in enumerate(views) for b in views[:i]), "ranks draw alike"
+
+
+def test_without_leave_it_is_a_named_error_on_every_rank_and_nothing_is_touched(tmp_path):
+    folder = tmp_path / "r"
+    run(1, folder, fault="usr2@step=8", code=75)
+    before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+    it = Run(2, folder, "--resume")
+    assert it.end() == [2, 2]
+    assert (
+        it.said.count("saved by 1 ranks, resumed on 2; start 1 ranks, or set train.allow_world_size_change=true") == 1
+    )
+    assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
