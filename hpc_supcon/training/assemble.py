@@ -31,7 +31,7 @@ from ..errors import ConfigError, CorruptSample, DataError
 from ..models import PretrainingModel, build_encoder, recompute_activations
 from ..runtime import Runtime
 from .ema import WeightAverage
-from .engine import ENGINES, LossScale, Parts, autocast, compiler, place
+from .engine import ENGINES, LossScale, Parts, autocast, compiler, engine_options, place
 from .fit import Plan
 from .guard import Guard
 from .momentum import MomentumQueue
@@ -239,15 +239,6 @@ def build_state(
         # training orders share every global batch equally, and drop the last one that is not whole
         images_per_rank=[config.data.batch_size // runtime.world_size] * runtime.world_size,
     )
-
-
-def engine_options(config: Config, runtime: Runtime) -> dict[str, Any]:
-    """What `train.engine` takes beside its Parts."""
-    if config.train.engine != "deepspeed":
-        return {}
-    deepspeed = config.train.deepspeed
-    images = config.data.batch_size // runtime.world_size
-    return {"zero": deepspeed.zero, "own": deepspeed.config, "images_per_rank": images}
 
 
 def build_stopping(config: Config) -> EarlyStopping | None:

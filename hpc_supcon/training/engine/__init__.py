@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .base import Engine, Parts
-from .checks import check_engine
+from .checks import check_engine, engine_options
 from .compiled import compiler
 from .ddp import DdpEngine
 from .deepspeed import DeepSpeedEngine
@@ -21,6 +21,7 @@ __all__ = [
     "check_engine",
     "compiler",
     "distribute",
+    "engine_options",
     "place",
     "unscaled",
 ]

@@ -1,10 +1,11 @@
-"""What engine, number format, compiler and memory savers do not do together: said before anything is trained."""
+"""From the configuration to an engine: what does not go together is said before anything is trained."""
 
 from __future__ import annotations
 
 import os
 import shutil
 from importlib.util import find_spec
+from typing import Any
 
 from ...config import Config
 from ...errors import ConfigError, MissingExtra
@@ -76,3 +77,12 @@ def _check_compile(config: Config, runtime: Runtime) -> None:
             f"train.compile=true needs a compiler, and {chosen or ' or '.join(known)} is not on PATH; install one, "
             "or use train.compile=false"
         )
+
+
+def engine_options(config: Config, runtime: Runtime) -> dict[str, Any]:
+    """What `train.engine` takes beside its Parts."""
+    if config.train.engine != "deepspeed":
+        return {}
+    deepspeed = config.train.deepspeed
+    images = config.data.batch_size // runtime.world_size
+    return {"zero": deepspeed.zero, "own": deepspeed.config, "images_per_rank": images}
