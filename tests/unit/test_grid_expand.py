@@ -6,17 +6,14 @@ import itertools
 import subprocess
 
 import pytest
-from pydantic import Field, create_model
 
 from hpc_supcon import config as cfg
 from hpc_supcon import yaml12
 from hpc_supcon.errors import ConfigError
-from hpc_supcon.grid import resolver
 from hpc_supcon.grid.cells import load
 from hpc_supcon.grid.expand import expand
 from hpc_supcon.grid.files import minutes_of, read_profile
 from hpc_supcon.grid.names import LONGEST, Names, slug
-from hpc_supcon.schema.base import Section
 
 AXES = {
     "model.encoder": ["conv", "resnet18"],
@@ -35,24 +32,6 @@ def plan(tmp_path):
         return expand(load(path), overrides)
 
     return make
-
-
-@pytest.fixture
-def pruning(monkeypatch):
-    """A section `prune` in the schema, if it has none."""
-    if "prune" in cfg.Config.model_fields:
-        return
-
-    class Prune(Section):
-        rate: float = Field(description="x")
-        scope: str = Field(description="x")
-
-    config = create_model("Config", __base__=cfg.Config, prune=(Prune, ...))
-    read = cfg._read
-    default = {"prune": {"rate": 0.5, "scope": "global"}}
-    monkeypatch.setattr(cfg, "_read", lambda path: {**read(path), **(default if path == "default" else {})})
-    for module in (cfg, resolver):
-        monkeypatch.setattr(module, "Config", config)
 
 
 def test_the_cells_are_the_product_of_the_axes_and_seeds(plan):
@@ -104,7 +83,7 @@ def test_without_a_probe_axis_both_stages_share_a_run_folder(plan):
         assert {found.nodes[name].folder for name in cell.nodes} == {cell.name}
 
 
-def test_a_pruning_axis_reuses_one_pretraining_per_encoder_loss_and_seed(plan, pruning):
+def test_a_pruning_axis_reuses_one_pretraining_per_encoder_loss_and_seed(plan):
     axes = {"model.encoder": ["conv", "resnet18"], "loss.name": ["supcon_in", "tcl"], "prune.rate": [None, 0.2, 0.5]}
     found = plan(axes=axes, seeds=2)
     stages = [node.stage for node in found.nodes.values()]
@@ -115,12 +94,6 @@ def test_a_pruning_axis_reuses_one_pretraining_per_encoder_loss_and_seed(plan, p
         if last.stage == "prune":
             assert found.nodes[last.parent].stage == "pretrain"
             assert str(last.resolved.pieces["prune"].data["rate"]) == cell.labels["prune.rate"]
-
-
-@pytest.mark.skipif("prune" in cfg.Config.model_fields, reason="the section is there")
-def test_pruning_without_its_section_is_an_unknown_field(plan):
-    with pytest.raises(ConfigError, match=r"axis 'prune.rate', value '0.5': unknown key 'prune'"):
-        plan(axes={"prune.rate": [0.5]})
 
 
 def test_exclude_and_include(plan):
@@ -282,8 +255,6 @@ def test_the_ready_grids_expand_and_their_small_twins_ask_for_no_gpu(request):
     names = {path.stem for path in folder.glob("*.yaml")}
     assert {name for name in names if f"{name}-small" in names} == {n for n in names if not n.endswith("-small")}
     for name in sorted(names):
-        if "pruning" in name and "prune" not in cfg.Config.model_fields:
-            continue
         found = expand(load(folder / f"{name}.yaml"))
         assert found.name == name
         assert all(table.rows in cell.labels for table in found.tables for cell in found.cells)
