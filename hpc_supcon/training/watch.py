@@ -58,7 +58,7 @@ class Watch:
         """Grows with the main thread's progress."""
         self.rounds = 0
         """Grows with every exchange of notes."""
-        self.phase_now = Phase("setting up", may_leave=True)
+        self.phase_now = Phase("outside training", may_leave=True)
         self.board: Board | None = None
         self.others: list[str] = []
         """Processes of all ranks, as board.who describes them."""
