@@ -33,6 +33,7 @@ from .preempt import requested
 from .profile import Breakdown, StepProfile
 from .state import TrainState
 from .validation import VIEWS_STREAM, OnlineProbe, Validate, build_validate, check_validation
+from .watch import current
 
 
 @dataclass(frozen=True)
@@ -96,6 +97,7 @@ def pretrain(
     hold = partial(_hold, writer=writer, description=description)
     shown = runtime.is_main and config.log.progress
     with (
+        current().phase("saving"),  # not to be ended while the writer writes
         closing(loader),
         writer or nullcontext(),
         MetricLog(folder if runtime.is_main else None, tensorboard=config.log.tensorboard) as log,
@@ -114,6 +116,7 @@ def pretrain(
                 state, loader, plan, log=log, progress=progress, save=partial(_save, hold), validate=validate,
                 hold=partial(_hold_to_leave, hold, writer), stepped=stepped,
             )  # fmt: skip
+        current().left = left
         with together():
             if writer is not None:
                 writer.close()
