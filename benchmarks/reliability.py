@@ -209,7 +209,7 @@ def main() -> None:
         parts = {
             "Random kills": kills(root, 3 if given.quick else 20),
             "Soak": soak(root, 2 if given.quick else 10),
-            "Agreement and guard": costs(30 if given.quick else 150),
+            "Agreement and guard": costs(20 if given.quick else 60),
             "Save": stall(root),
             "Damage": detection(root, 100 if given.quick else 1000),
         }
