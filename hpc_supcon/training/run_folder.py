@@ -62,7 +62,7 @@ def private_folder(path: Path) -> Path:
         )
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise RunFolderError(
-            f"{path}: others may write there (mode {stat.S_IMODE(found.st_mode):o}), and what lies there is executed; "
+            f"{path}: others may write there (mode {stat.S_IMODE(found.st_mode):o}), and its files are executed; "
             "look through it, then chmod 700, or choose another folder"
         )
     return path
