@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..collectives import together
 from ..config import Config, digest
-from ..data import EvalTransform, Source
+from ..data import EvalTransform, Source, normalisation_of
 from ..runtime import Runtime
 from ..training import assemble, run_folder
 from ..training.engine import place
@@ -86,7 +86,7 @@ def _task(folder: Path, config: Config, runtime: Runtime, data: assemble.Data) -
         masks = found.tensors.get("masks")
     else:
         with together():
-            normalisation = assemble.normalisation_of(data.splits.train)
+            normalisation = normalisation_of(data.splits.train)
         description = {"classes": list(data.splits.classes), "normalisation": normalisation}
     transform = EvalTransform(**description["normalisation"]).to(runtime.device)
     served: dict[str, Any] = {"loader": data.loader, "options": data.evaluation}
