@@ -9,7 +9,7 @@ RANKS ?= 2
 quickstart: $(VENV)/.installed  ## the main job on embedded data: two ranks, about a minute
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node $(RANKS) -m hpc_supcon run run_dir=runs/quickstart-$$(date +%Y%m%d-%H%M%S)
 
-test: lint $(VENV)/.installed-extras  ## the whole suite, with the ffcv and dali loaders where they can be installed
+test: lint $(VENV)/.installed-extras  ## the whole suite, with all that can be installed: ffcv, dali, DeepSpeed, a local Slurm
 	$(BIN)/python -m pytest
 
 lint: $(VENV)/.installed-dev
@@ -29,8 +29,9 @@ $(VENV)/.installed-dev: setup.cfg pyproject.toml
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e .[dev]
 	touch $(VENV)/.installed $@
 
-$(VENV)/.installed-extras: $(VENV)/.installed-dev tests/loaders/install-extras.sh
+$(VENV)/.installed-extras: $(VENV)/.installed-dev tests/loaders/install-extras.sh tests/slurm/install-slurm.sh
 	tests/loaders/install-extras.sh $(BIN)
+	tests/slurm/install-slurm.sh
 	touch $@
 
 clean:

@@ -89,9 +89,9 @@ def data_sets(arguments: argparse.Namespace) -> list[DataSet]:
             "data.source=image_folder",
             f"data.root={arguments.cifar10}",
             f"{crop}}}",
-            "data.train_images=10000",
+            "data.train_images=5000",
         )
-        found.append(DataSet("CIFAR-10, 10,000 images", settings, passes=10))
+        found.append(DataSet("CIFAR-10, 5,000 images", settings, passes=8))
     return found
 
 

@@ -1,4 +1,4 @@
-"""The command line: `hpc-supcon run | pretrain | probe | prune | config`."""
+"""The command line: `hpc-supcon run | pretrain | probe | config`, and those of cli_*.py."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from . import __version__
 from .cli_bench import bench
 from .cli_checkpoints import checkpoints
 from .cli_export import embed, export, predict
+from .cli_grid import grid
 from .cli_progress import progress_bars
 from .cli_prune import prune
 from .cli_start import started
@@ -46,6 +47,7 @@ app.command("prune")(prune)
 app.command("export")(export)
 app.command("embed")(embed)
 app.command("predict")(predict)
+app.add_typer(grid, name="grid")
 
 ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A recipe's name or a YAML file.")]
 Overrides = Annotated[

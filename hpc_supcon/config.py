@@ -29,6 +29,11 @@ NEUTRAL = (
     "data.download",
     "data.workers",
     "data.timeout_s",
+    "train.engine",
+    "train.deepspeed",
+    "train.compile",
+    "train.cuda_graphs",
+    "train.activation_checkpointing",
     "train.profile",
     "train.gc_every_steps",
     "checkpoint",
@@ -53,15 +58,28 @@ def load_config(path_or_name: str | Path = "default", overrides: list[str] | tup
     ending in .yaml/.yml). A recipe may name another one as its `base`, which it is then merged over.
     Raises ConfigError.
     """
+    data, origins = resolve(path_or_name, overrides)
+    return validated(json.dumps(data), origins, _where(path_or_name))
+
+
+def resolve(
+    path_or_name: str | Path = "default", overrides: list[str] | tuple[str, ...] = ()
+) -> tuple[dict[str, Any], dict[str, str]]:
+    """(complete settings, where each one came from), merged as by `load_config` but not yet validated."""
     data, origins = _read("default"), dict[str, str]()
     for recipe, changes in _with_bases(path_or_name):
-        _merge(data, changes, _where(recipe), origins)
+        merge(data, changes, _where(recipe), origins)
     for override in overrides:
-        _merge(data, _parse_override(override), f"override {override!r}", origins)
+        merge(data, parse_override(override), f"override {override!r}", origins)
+    return data, origins
+
+
+def validated(text: str, origins: dict[str, str], where: str) -> Config:
+    """The configuration in the JSON `text`; `origins` and `where` say in errors what to correct."""
     try:
-        return Config.model_validate_json(json.dumps(data))
+        return Config.model_validate_json(text)
     except ValidationError as error:
-        raise ConfigError(_explain(error, origins, _where(path_or_name))) from None
+        raise ConfigError(_explain(error, origins, where)) from None
 
 
 def _with_bases(path_or_name: str | Path) -> list[tuple[str | Path, dict[str, Any]]]:
@@ -92,14 +110,14 @@ def to_yaml(config: Config) -> str:
 
 def digest(config: Config) -> str:
     """sha256 over everything that changes what is computed (not paths, logging or time-outs)."""
-    flat = {key: value for key, value in flatten(config).items() if not _is_neutral(key)}
+    flat = {key: value for key, value in flatten(config).items() if not is_neutral(key)}
     return hashlib.sha256(json.dumps(flat, sort_keys=True).encode()).hexdigest()
 
 
 def differences(old: Config, new: Config) -> list[str]:
     """`key: old -> new` for every setting that changes what is computed."""
     a, b = flatten(old), flatten(new)
-    return [f"{k}: {a.get(k)} -> {b.get(k)}" for k in {**a, **b} if a.get(k) != b.get(k) and not _is_neutral(k)]
+    return [f"{k}: {a.get(k)} -> {b.get(k)}" for k in {**a, **b} if a.get(k) != b.get(k) and not is_neutral(k)]
 
 
 def flatten(config: Config) -> dict[str, Any]:
@@ -129,7 +147,8 @@ def schema_rows() -> list[tuple[str, str, str, str, str]]:
     ]
 
 
-def _is_neutral(key: str) -> bool:
+def is_neutral(key: str) -> bool:
+    """Whether a setting changes nothing that is computed in pre-training."""
     return any(key == name or key.startswith(f"{name}.") for name in NEUTRAL)
 
 
@@ -192,7 +211,8 @@ def _read(path_or_name: str | Path) -> dict[str, Any]:
     return data
 
 
-def _parse_override(override: str) -> dict[str, Any]:
+def parse_override(override: str) -> dict[str, Any]:
+    """`a.b=c` as nested settings. Raises ConfigError."""
     key, equals, text = override.partition("=")
     if not equals or not key or not all(key.split(".")):
         raise ConfigError(f"override {override!r}: write key.sub=value, such as data.batch_size=512")
@@ -202,10 +222,13 @@ def _parse_override(override: str) -> dict[str, Any]:
     return value
 
 
-def _merge(
+def merge(
     into: dict[str, Any], changes: dict[str, Any], where: str, origins: dict[str, str], prefix: str = ""
 ) -> None:
-    """Merge in place, noting where each value came from. Every key must exist: default.yaml is complete."""
+    """Merge in place, noting where each value came from. Every key must exist: default.yaml is complete.
+
+    Raises ConfigError for an unknown key, or a value in place of a section.
+    """
     for key, value in changes.items():
         path = f"{prefix}{key}"
         if key not in into:
@@ -213,7 +236,7 @@ def _merge(
         if isinstance(into[key], dict):
             if not isinstance(value, dict):
                 raise ConfigError(f"{where}: {path} is a section with its own keys: {', '.join(into[key])}")
-            _merge(into[key], value, where, origins, f"{path}.")
+            merge(into[key], value, where, origins, f"{path}.")
         else:
             into[key], origins[path] = value, where
 

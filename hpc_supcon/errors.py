@@ -72,6 +72,12 @@ class NonFinite(HpcSupconError):
     exit_code = 3
 
 
+class OutOfMemory(HpcSupconError):
+    """A training step does not fit into memory; the message holds the setting that makes it fit."""
+
+    exit_code = 6
+
+
 class LoaderDied(HpcSupconError):
     """What reads the data (a process or a thread) was killed, or gave nothing within the time-out."""
 

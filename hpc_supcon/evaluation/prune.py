@@ -61,7 +61,8 @@ def pruned_config(folder: Path, config: Config, rate: float) -> Config:
         # whoever reads this config.yaml sees what was done, not what the dense run did
         changes["model"] = config.model.model_copy(update={"weights": None})
         changes["train"] = config.train.model_copy(
-            update={"epochs": tune.epochs or config.train.epochs, "iterations": tune.iterations}
+            # ddp: ZeRO keeps its own copies of the weights, in which the pruned ones would grow again
+            update={"epochs": tune.epochs or config.train.epochs, "iterations": tune.iterations, "engine": "ddp"}
         )
         changes["optim"] = config.optim.model_copy(
             update={

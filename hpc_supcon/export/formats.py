@@ -133,7 +133,8 @@ def _torch_export_bytes(part: Part, metadata: Metadata) -> bytes:
 
 
 def _read_torch_export(path: Path) -> Function:
-    return torch.export.load(path).module()
+    # not the path: what does not end in .pt2 (as the unfinished file) is loaded, but warned of
+    return torch.export.load(io.BytesIO(path.read_bytes())).module()
 
 
 def _onnx_bytes(part: Part, metadata: Metadata) -> bytes:
@@ -143,7 +144,13 @@ def _onnx_bytes(part: Part, metadata: Metadata) -> bytes:
             f"--format onnx: {size:,} bytes of weights, one ONNX file holds less than 2 GiB; use torch-export"
         )
     program = torch.onnx.export(
-        _exported(part), dynamo=True, verbose=False, input_names=["images"], output_names=[part.output]
+        PixelGraph(part).eval(),
+        (_example(part),),
+        dynamo=True,
+        verbose=False,
+        input_names=["images"],
+        output_names=[part.output],
+        dynamic_shapes=({0: "batch"},),
     )
     assert program is not None
     program.model.metadata_props.update(metadata)

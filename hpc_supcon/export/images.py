@@ -97,7 +97,7 @@ def _list_folder(root: Path) -> tuple[list[Path], int]:
     """(image files, number of other files) under a folder, links followed, each folder once."""
     found: list[Path] = []
     others, seen = 0, set()
-    for folder, folders, files in os.walk(root, followlinks=True):
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=_refuse):
         real = os.path.realpath(folder)
         if real in seen:  # a link back up would be walked for ever
             folders.clear()
@@ -109,6 +109,10 @@ def _list_folder(root: Path) -> tuple[list[Path], int]:
         found += [Path(folder, name) for name in images]
         others += len(names) - len(images)
     return found, others
+
+
+def _refuse(error: OSError) -> None:
+    raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
 
 
 def decode(

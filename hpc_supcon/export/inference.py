@@ -37,7 +37,10 @@ def run(
     skip_corrupt: bool = False,
     progress: Progress | None = None,
 ) -> Outputs:
-    """The part's output for every picture, in fp32. Raises as `decode`; DataError where no image can be used."""
+    """The part's output for every picture, in fp32; leaves the part's module on `device`.
+
+    progress(what, done, all) is called after each batch. Raises as `decode`; DataError where no image can be used.
+    """
     model, n = part.whole().to(device), len(pictures.paths)
     values: npt.NDArray[np.float32] | None = None
     rows: list[int] = []

@@ -4,6 +4,7 @@ from .autoencoder import ConvDecoder, build_decoder
 from .encoders import ENCODERS, build_encoder
 from .heads import Heads, LinearHeads, Logistic, Mlp, Projection, SingleHead
 from .pretraining import PretrainingModel
+from .recompute import recompute_activations, untouched_statistics
 from .sync_batchnorm import synchronise_batchnorm
 from .weights import LoadedWeights, load_weights
 
@@ -21,5 +22,7 @@ __all__ = [
     "build_decoder",
     "build_encoder",
     "load_weights",
+    "recompute_activations",
     "synchronise_batchnorm",
+    "untouched_statistics",
 ]

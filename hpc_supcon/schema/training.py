@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -135,14 +135,33 @@ class OptimConfig(Section):
         return self
 
 
+class DeepSpeedConfig(Section):
+    zero: Literal[0, 1, 2] = Field(
+        description="what is partitioned over ranks: nothing (0), the optimiser's state (1), gradients as well (2)"
+    )
+    config: dict[str, Any] | None = Field(
+        description="DeepSpeed's own JSON section, merged into ours; what other settings decide has no place in it"
+    )
+
+
 class TrainConfig(Section):
+    engine: Literal["ddp", "deepspeed"] = Field(
+        description="who averages gradients and holds the optimiser; a run may go on under the other one"
+    )
+    deepspeed: DeepSpeedConfig = Field(description="settings of engine=deepspeed")
     epochs: Count = Field(description="passes over the training split", json_schema_extra={"unit": "epochs"})
     iterations: Count | None = Field(
         description="optimiser steps; when set, replaces epochs", json_schema_extra={"unit": "steps"}
     )
     stopping: StoppingConfig = Field(description="early stopping; it needs validation.every_epochs or every_steps")
-    precision: Literal["auto", "bf16", "fp32"] = Field(
-        description="auto: bf16 autocast where the device computes in bf16; the loss is always fp32"
+    precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
+        description="auto: bf16 autocast where the device computes in bf16; fp16 (CUDA): with loss scaling; weights, "
+        "optimiser and loss are always fp32"
+    )
+    compile: bool = Field(description="torch.compile for the training forward and backward pass; takes minutes once")
+    cuda_graphs: bool = Field(description="replay the compiled pass as CUDA graphs (CUDA, with compile)")
+    activation_checkpointing: bool = Field(
+        description="keep the inputs of the encoder's blocks only and compute the rest again: less memory, more time"
     )
     micro_batch_size: Count | None = Field(
         description="two-pass step: images per piece and rank, for a contrastive batch beyond memory; null: one pass",

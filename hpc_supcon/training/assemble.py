@@ -28,10 +28,10 @@ from ..data import (
     load_splits,
 )
 from ..errors import ConfigError, CorruptSample, DataError
-from ..models import PretrainingModel, build_encoder
+from ..models import PretrainingModel, build_encoder, recompute_activations
 from ..runtime import Runtime
 from .ema import WeightAverage
-from .engine import autocast, distribute, place
+from .engine import ENGINES, LossScale, Parts, autocast, compiler, place
 from .fit import Plan
 from .guard import Guard
 from .momentum import MomentumQueue
@@ -198,35 +198,56 @@ def build_views(config: Config, description: dict[str, Any], runtime: Runtime, *
 def build_state(
     config: Config, model: PretrainingModel, objective: Objective, views: Views, runtime: Runtime
 ) -> TrainState:
-    placed = place(model, runtime, channels_last=config.train.channels_last)
-    parallel = distribute(placed, runtime, sync_bn=config.model.sync_bn)
-    optim, objective = config.optim, objective.to(runtime.device)
+    """The state of a run at its start. Collective. Raises ConfigError for what the engine refuses."""
+    train, optim = config.train, config.optim
+    placed = place(model, runtime, channels_last=train.channels_last, sync_bn=config.model.sync_bn)
+    objective = objective.to(runtime.device)
+    # copies of the model are made before an engine hangs its own things on it
     queue = None
     if config.loss.queue_size:
         queue = MomentumQueue(
             placed, config.loss.queue_size, config.model.projection_dim, config.model.momentum_encoder
         )
+    ema = None if train.ema is None else WeightAverage(placed, train.ema)
+    if train.activation_checkpointing:
+        recompute_activations(placed.encoder)
+    optimiser = partial(build_optimiser, lr=peak_lr(config), **optim.model_dump(include=OPTIMISER_SETTINGS))
+    parts = Parts(
+        model=placed,
+        objective=objective,
+        runtime=runtime,
+        make_optimiser=optimiser,
+        sync_bn=config.model.sync_bn,
+        compile=compiler(enabled=train.compile, cuda_graphs=train.cuda_graphs),
+        scaler=LossScale() if train.precision == "fp16" else None,
+    )
+    engine = ENGINES[train.engine](parts, **engine_options(config, runtime))
     return TrainState(
         model=placed,
-        parallel=parallel,
-        optimiser=build_optimiser(
-            [*placed.parameters(), *objective.parameters()],
-            lr=peak_lr(config),
-            **optim.model_dump(include=OPTIMISER_SETTINGS),
-        ),
+        engine=engine,
         views=views.to(runtime.device),
         objective=objective,
-        guard=Guard(runtime.device),
-        autocast=partial(autocast, runtime.device, config.train.precision),
+        # the scale of fp16 is decided on the host, and DeepSpeed's own copies cannot be put back: looked at at once
+        guard=Guard(runtime.device, deferred=None if train.engine == "ddp" and engine.scaler is None else False),
+        autocast=partial(autocast, runtime.device, train.precision),
         device=runtime.device,
         queue=queue,
         stopping=build_stopping(config),
-        ema=None if config.train.ema is None else WeightAverage(placed, config.train.ema),
+        ema=ema,
         clip_norm=optim.clip_norm,
-        micro_batch_size=config.train.micro_batch_size,
+        micro_batch_size=train.micro_batch_size,
         # training orders share every global batch equally, and drop the last one that is not whole
         images_per_rank=[config.data.batch_size // runtime.world_size] * runtime.world_size,
     )
+
+
+def engine_options(config: Config, runtime: Runtime) -> dict[str, Any]:
+    """What `train.engine` takes beside its Parts."""
+    if config.train.engine != "deepspeed":
+        return {}
+    deepspeed = config.train.deepspeed
+    images = config.data.batch_size // runtime.world_size
+    return {"zero": deepspeed.zero, "own": deepspeed.config, "images_per_rank": images}
 
 
 def build_stopping(config: Config) -> EarlyStopping | None:

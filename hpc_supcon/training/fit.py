@@ -12,8 +12,8 @@ from torch import Tensor
 from ..collectives import gather_objects
 from ..data import Batch, Loader, replaced_everywhere
 from ..phases import phase
+from .memory import memory_advice
 from .metrics import MetricLog, ProgressLine
-from .optim import set_learning_rate
 from .state import TrainState
 from .step import StepResult, train_step
 from .watch import current
@@ -104,7 +104,7 @@ def fit(
     returns what saves the state of now, from any thread. `stepped` is told of every step once all that belongs
     to it is done, in the same order on all ranks.
 
-    Raises NonFinite, and what loader, `validate`, `save` and `stepped` raise.
+    Raises NonFinite, OutOfMemory, and what loader, `validate`, `save` and `stepped` raise.
     """
     state.parallel.train()
     meter, watch = Meter(plan.images_per_step), current()
@@ -132,8 +132,9 @@ def fit(
             epoch, start = divmod(state.step, plan.steps_per_epoch)
             for batch in meter.timed(loader.epoch(epoch, start)):
                 lr = plan.lr(state.step)
-                set_learning_rate(state.optimiser, lr)
-                result = train_step(state, batch)
+                state.engine.set_learning_rate(lr)
+                with memory_advice(state, batch):
+                    result = train_step(state, batch)
                 meter.add(result.loss)
                 leaving = watch.edge(state.step) and state.step < plan.steps
                 if state.step % plan.log_every == 0 or state.step == plan.steps:
@@ -183,8 +184,10 @@ def _look(
 def _details(state: TrainState, loader: Loader, batch: Batch, result: StepResult, plan: Plan) -> dict[str, float]:
     """What only a logged step pays for. Collective."""
     replaced = replaced_everywhere(loader, state.device)
-    numbers: dict[str, Tensor | int] = {"replaced_images": replaced} if replaced else {}
-    numbers |= {"grad_norm": result.gradient_norm, **state.objective.statistics()}
+    numbers: dict[str, Tensor | float] = {"replaced_images": replaced} if replaced else {}
+    numbers |= {**state.engine.statistics(), **state.objective.statistics()}
+    if torch.isfinite(result.gradient_norm):  # not so in a step that fp16's loss scaling skipped
+        numbers["grad_norm"] = result.gradient_norm
     if plan.gradient_response:
         numbers |= state.objective.response(result.outputs, batch.labels)
     return {name: float(value) for name, value in numbers.items()}

@@ -23,7 +23,8 @@ class Guard:
     """One run's. A step is `begin`, `check` before the update, `end`; `settle` before its result is used.
 
     deferred: on the device, as described above (default: on CUDA), which holds a second copy of all state and
-    moves it twice; else `check` looks at once, when BatchNorm's running statistics have seen the batch already.
+    moves it twice. Counters that an optimiser or a queue keeps on the CPU are not taken back. Else `check` looks at
+    once, when BatchNorm's running statistics have seen the batch already.
     """
 
     def __init__(self, device: torch.device, *, deferred: bool | None = None) -> None:
@@ -35,12 +36,13 @@ class Guard:
         self._read = torch.zeros(2, dtype=torch.int64, pin_memory=device.type == "cuda")
         self._copied = torch.cuda.Event() if device.type == "cuda" else None
         self._pending: int | None = None
+        self._begun = False
 
     def begin(self, changing: Callable[[], list[Tensor]]) -> None:
         """`changing()`: all tensors on the device that this step may change, each once; called where it is needed."""
         if not self._deferred:
             return
-        self._state = changing()
+        self._state, self._begun = changing(), True
         if [t.shape for t in self._before] != [t.shape for t in self._state]:  # the optimiser's after the first step
             self._before = [torch.empty_like(t) for t in self._state]
         torch._foreach_copy_(self._before, self._state)
@@ -66,8 +68,9 @@ class Guard:
 
     def end(self) -> None:
         """Take the step back on the device, bit by bit, unless it was finite."""
-        if not self._deferred:
+        if not self._begun:
             return
+        self._begun = False
         bad = self._found[0]
         good = 1 - bad
         for dtype in {t.dtype for t in self._state}:
@@ -86,6 +89,7 @@ class Guard:
         if self._copied is not None:
             self._copied.synchronize()
         if self._read[0]:
+            self.end()  # of the step that has begun meanwhile
             _stop(step, bool(self._read[1]), None)
 
 

@@ -25,6 +25,7 @@ from ..pruning import WeightMasks
 from ..runtime import Runtime, seed_everything
 from . import assemble, checkpoint, run_folder
 from .checkpoint_writer import CheckpointWriter
+from .engine import check_engine
 from .fit import fit
 from .garbage import collected_every
 from .metrics import MetricLog, ProgressLine, console
@@ -62,6 +63,7 @@ def pretrain(
     with together():
         run_folder.check_usable(folder, config, resume=resume)
         assemble.check_objective(config)
+        check_engine(config, runtime)
         check_validation(config, splits)
         order = assemble.build_training_order(config, splits)
         loader = build_loader(
@@ -176,6 +178,7 @@ def _facts(config: Config, data: assemble.Data, model: torch.nn.Module) -> dict[
         "parameters": sum(p.numel() for p in model.parameters()),
         "train_images": len(data.splits.train),
         "loader": data.loader,
+        "engine": config.train.engine,
         "peak_lr": assemble.peak_lr(config),
         "config_digest": digest(config),
     }

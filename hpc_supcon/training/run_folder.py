@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,31 @@ def create(folder: Path, config: Config) -> None:
         raise RunFolderError(f"{folder}: cannot be made: {error.strerror}") from None
 
 
+def private_folder(path: Path) -> Path:
+    """`path`, a folder that only its owner may read or write (0700), made where it is missing.
+
+    For what is executed when it is read back, such as the pickles of a job launcher. Raises RunFolderError when it
+    belongs to somebody else, is a link, or others may write in it: what lies there could be theirs.
+    """
+    try:
+        path.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = path.lstat()
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot be made: {error.strerror}") from None
+    if not stat.S_ISDIR(found.st_mode):
+        raise RunFolderError(f"{path}: is not a folder, or a link to one; remove it, or choose another folder")
+    if found.st_uid != os.geteuid():
+        raise RunFolderError(
+            f"{path}: belongs to user {found.st_uid}, who could put code there; choose another folder"
+        )
+    if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        raise RunFolderError(
+            f"{path}: others may write there (mode {stat.S_IMODE(found.st_mode):o}), and what lies there is executed; "
+            "look through it, then chmod 700, or choose another folder"
+        )
+    return path
+
+
 def read_config(folder: Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """The config a run was made with. Raises RunFolderError when the folder is not a run's."""
     if not (folder / CONFIG).is_file():
@@ -52,10 +78,21 @@ def read_config(folder: Path, overrides: list[str] | tuple[str, ...] = ()) -> Co
 def add_result(folder: Path, result: dict[str, Any]) -> None:
     """Put one evaluated model into results.json, in place of an earlier one of the same stage and checkpoint."""
     path = folder / RESULTS
-    results = json.loads(path.read_text(encoding="utf-8"))["results"] if path.exists() else []
+    results = _read_results(path) if path.exists() else []
     key = ("stage", "probe", "checkpoint", "folder")
     results = [r for r in results if any(r.get(k) != result.get(k) for k in key)] + [result]
     write_atomically(path, json.dumps({"results": results}, indent=2) + "\n")
+
+
+def _read_results(path: Path) -> list[dict[str, Any]]:
+    """Raises RunFolderError unless the file is as `add_result` writes it."""
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))["results"]
+        if isinstance(results, list) and all(isinstance(result, dict) for result in results):
+            return results
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise RunFolderError(f"{path}: damaged, or not a file of results; move it away and evaluate again")
 
 
 def write_atomically(path: Path, text: str) -> None:

@@ -15,6 +15,7 @@ from ..data import Views
 from ..models import PretrainingModel
 from ..pruning import WeightMasks
 from .ema import WeightAverage
+from .engine import Engine
 from .guard import Guard
 from .momentum import MomentumQueue
 from .objective import Objective
@@ -27,9 +28,8 @@ class TrainState:
 
     model: PretrainingModel
     """The bare model: what is saved."""
-    parallel: nn.Module
-    """The same model as data-parallel training wraps it: what is called."""
-    optimiser: torch.optim.Optimizer
+    engine: Engine
+    """Runs that model on all ranks, and updates it."""
     views: Views
     objective: Objective
     autocast: Callable[[], AbstractContextManager[object]]
@@ -52,9 +52,10 @@ class TrainState:
     looked: int = 0
     """The last step that validation has looked at; a run may leave between a step and its look."""
 
-    def parameters(self) -> list[nn.Parameter]:
-        """All that is trained: the model's, then the loss's own (a learned temperature)."""
-        return [p for module in (self.model, self.objective) for p in module.parameters() if p.requires_grad]
+    @property
+    def parallel(self) -> nn.Module:
+        """The same model as the engine wraps it, in training or evaluation mode."""
+        return self.engine.parallel
 
     def queue_columns(self) -> tuple[Tensor, Tensor] | None:
         return None if self.queue is None else self.queue.columns()
@@ -67,7 +68,7 @@ class TrainState:
         self.guard.settle()
         tensors = {
             "model": dict(self.model.state_dict()),
-            "optimizer": _optimiser_tensors(self._named_parameters(), self.optimiser),
+            "optimizer": self.engine.tensors(),
             "rng": self._rng(),
         }
         if objective := dict(self.objective.state_dict()):
@@ -82,17 +83,20 @@ class TrainState:
 
     def numbers(self) -> dict[str, Any]:
         """The plain part of a checkpoint: what `tensors` does not hold."""
-        return {"step": self.step, "looked": self.looked} | (
-            {} if self.stopping is None else {"stopping": self.stopping.state()}
-        )
+        numbers: dict[str, Any] = {"step": self.step, "looked": self.looked}
+        if self.stopping is not None:
+            numbers["stopping"] = self.stopping.state()
+        if self.engine.scaler is not None:
+            numbers["loss_scale"] = self.engine.scaler.state()
+        return numbers
 
     def best_steps(self) -> list[int]:
         """Steps whose checkpoints must outlive newer ones: the best that early stopping has seen."""
         return [] if self.stopping is None or self.stopping.best_at is None else [self.stopping.best_at]
 
     def load(self, tensors: dict[str, dict[str, Tensor]], numbers: dict[str, Any]) -> None:
-        """Go back to what `tensors` and `numbers` returned (same model). Ranks that did not exist then keep their
-        generators as they are."""
+        """Go back to what `tensors` and `numbers` returned (same model, any engine). Ranks that did not exist then
+        keep their generators as they are."""
         self.model.load_state_dict(tensors["model"])
         if "masks" in tensors:  # a pruned model stays pruned, whoever goes on with it
             self.masks = WeightMasks.unpacked(self.model.encoder, tensors["masks"])
@@ -101,7 +105,7 @@ class TrainState:
             self.queue.load_state_dict(tensors["queue"])
         if self.ema is not None:
             self.ema.load_state_dict(tensors["ema"])
-        _load_optimiser(self._named_parameters(), self.optimiser, tensors["optimizer"])
+        self.engine.load(tensors["optimizer"])
         own = {name.partition(".")[2]: t for name, t in tensors["rng"].items() if name.startswith(f"rank{rank()}.")}
         if own:  # a rank that did not exist when this was saved has none
             torch.set_rng_state(own["torch"])
@@ -110,6 +114,8 @@ class TrainState:
             torch.cuda.set_rng_state(own["cuda"], self.device)
         if self.stopping is not None and "stopping" in numbers:
             self.stopping.load_state(numbers["stopping"])
+        if self.engine.scaler is not None and "loss_scale" in numbers:
+            self.engine.scaler.load_state(numbers["loss_scale"])
         self.step = numbers["step"]
         self.looked = numbers.get("looked", self.step)
 
@@ -117,13 +123,9 @@ class TrainState:
         """All tensors on the device that a step may change: what of a step that was not finite is taken back."""
         modules = [m for m in (self.model, self.objective, self.queue) if m is not None]
         tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
-        tensors += [t for slots in self.optimiser.state.values() for t in slots.values() if isinstance(t, Tensor)]
+        tensors += self.engine.tensors().values()
         tensors += [] if self.ema is None else self.ema.averages()
         return [t.detach() for t in tensors if t.device.type == self.device.type and t.numel()]
-
-    def _named_parameters(self) -> dict[str, nn.Parameter]:
-        own = {f"objective.{name}": p for name, p in self.objective.named_parameters()}
-        return dict(self.model.named_parameters()) | own
 
     def _rng(self) -> dict[str, Tensor]:
         own = {"torch": torch.get_rng_state(), "views": self.views.state()}
@@ -131,22 +133,3 @@ class TrainState:
             own["cuda"] = torch.cuda.get_rng_state(self.device)
         gathered = {name: gather_rows(state[None].cpu()) for name, state in own.items()}
         return {f"rank{r}.{name}": row for name, rows in gathered.items() for r, row in enumerate(rows)}
-
-
-def _optimiser_tensors(parameters: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """`parameter/slot` -> tensor: safetensors holds names and tensors, no nested objects."""
-    slots = [(name, optimiser.state[p]) for name, p in parameters.items() if p in optimiser.state]
-    return {f"{name}/{key}": t for name, state in slots for key, t in state.items() if isinstance(t, Tensor)}
-
-
-def _load_optimiser(
-    parameters: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]
-) -> None:
-    optimiser.state.clear()
-    for full_name, value in tensors.items():
-        name, _, key = full_name.rpartition("/")
-        p = parameters[name]
-        if key == "step":  # counted on the CPU, but for fused kernels
-            optimiser.state[p][key] = value.to(p.device) if optimiser.defaults.get("fused") else value
-        else:  # its parameter's device and memory layout
-            optimiser.state[p][key] = torch.empty_like(p, dtype=value.dtype).copy_(value)

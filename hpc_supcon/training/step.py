@@ -7,18 +7,19 @@ embedded again to carry its part of the gradient on into the weights.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+import operator
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import reduce
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
 
 from ..collectives import all_sum, world_size
 from ..data import Batch
+from ..models import untouched_statistics
 from ..phases import BACKWARD, ENCODER, LOSS, PROJECTION, on_gradient, phase
-from .optim import clip_gradients
 from .state import TrainState
 
 
@@ -65,16 +66,13 @@ def _update(state: TrainState, loss: Tensor, outputs: dict[str, Tensor]) -> Tens
     _average_over_ranks(state.objective)
     if state.masks is not None:
         state.masks.apply_to_gradients()
-    gradients = [p.grad for p in state.parameters() if p.grad is not None]
-    norm = torch.nn.utils.get_total_norm(gradients)
-    with phase("guard"):
-        state.guard.check(state.step + 1, loss, norm, outputs)
-    if state.clip_norm is not None:
-        clip_gradients(gradients, norm, state.clip_norm)
-    state.optimiser.step()
-    if state.masks is not None:
-        state.masks.apply_to_weights()
-    state.optimiser.zero_grad(set_to_none=True)
+    norm = state.engine.gradient_norm()
+    if not _overflowed(state, loss, norm):
+        with phase("guard"):
+            state.guard.check(state.step + 1, loss, norm, outputs)
+        state.engine.step(norm, state.clip_norm)
+        if state.masks is not None:
+            state.masks.apply_to_weights()
     if state.ema is not None:
         state.ema.update()
     return norm
@@ -87,47 +85,63 @@ Passed = tuple[Tensor, dict[str, Tensor], list[Tensor]]
 def _one_pass(state: TrainState, batch: Batch, views: Callable[[slice], Tensor], pieces: list[slice]) -> Passed:
     x = views(pieces[0])
     with state.autocast():
-        outputs = _forward(state.parallel, x)
+        outputs = _forward(state.engine.forward, x)
         keys = _keys(state, x, outputs)
-    loss = _loss(state, outputs, x, batch.labels)
+    loss = _loss(state, outputs, x, batch.labels, state.engine.backward)
     return loss.detach(), {name: out.detach() for name, out in outputs.items()}, keys
 
 
 def _two_passes(state: TrainState, batch: Batch, views: Callable[[slice], Tensor], pieces: list[slice]) -> Passed:
     parts, keys, generators = [], [], []
-    with torch.no_grad(), _untouched_statistics(state.model), state.autocast():
+    with torch.no_grad(), untouched_statistics(state.model), state.autocast():
         for piece in pieces:
             generators.append(_generator_states(state.device))
             x = views(piece)
             parts.append(_forward(state.model, x))
             keys += _keys(state, x, parts[-1])
     outputs = {name: torch.cat([p[name] for p in parts]).requires_grad_() for name in parts[0]}
-    loss = _loss(state, outputs, None, batch.labels)
+    loss = _loss(state, outputs, None, batch.labels, Tensor.backward)
     gradients = {name: out.grad for name, out in outputs.items() if out.grad is not None}
     for piece, generator, is_last in zip(pieces, generators, [False] * (len(pieces) - 1) + [True], strict=True):
         _restore_generators(generator, state.device)  # the same dropout as in the first pass
         # ranks exchange gradients once, with the last piece
-        with nullcontext() if is_last else _without_exchange(state.parallel), state.autocast():
-            again = _forward(state.parallel, views(piece))
+        with nullcontext() if is_last else state.engine.no_exchange():
+            with state.autocast():
+                again = _forward(state.engine.forward, views(piece))
             with phase(ENCODER + BACKWARD):
-                torch.autograd.backward(list(again.values()), [gradients[name][piece] for name in again])
+                # a number whose gradient is the given one: engines take nothing else
+                pulled = [(again[name] * gradient[piece]).sum() for name, gradient in gradients.items()]
+                state.engine.backward(reduce(operator.add, pulled))
     return loss.detach(), {name: out.detach() for name, out in outputs.items()}, keys
 
 
-def _forward(model: nn.Module, views: Tensor) -> dict[str, Tensor]:
+def _overflowed(state: TrainState, loss: Tensor, norm: Tensor) -> bool:
+    """Whether gradients went beyond fp16, and are forgotten with another scale for the next step."""
+    if state.engine.scaler is None or bool(torch.isfinite(loss + norm)) or not bool(torch.isfinite(loss)):
+        return False
+    return state.engine.skip()
+
+
+def _forward(forward: Callable[[Tensor], dict[str, Tensor]], views: Tensor) -> dict[str, Tensor]:
     with phase(ENCODER):
-        outputs: dict[str, Tensor] = model(views)
+        outputs = forward(views)
         for output in outputs.values():
             on_gradient(output, PROJECTION)
         return outputs
 
 
-def _loss(state: TrainState, outputs: dict[str, Tensor], views: Tensor | None, labels: Tensor) -> Tensor:
-    """The loss over all ranks, its gradients left in weights or (two passes) `outputs`."""
+def _loss(
+    state: TrainState,
+    outputs: dict[str, Tensor],
+    views: Tensor | None,
+    labels: Tensor,
+    backward: Callable[[Tensor], None],
+) -> Tensor:
+    """The loss over all ranks, its gradients left in weights or (two passes) `outputs` by `backward`."""
     with phase(LOSS):
         loss: Tensor = state.objective(outputs, views, labels, state.queue_columns(), state.images_per_rank)
     with phase(LOSS + BACKWARD):
-        loss.backward()
+        backward(state.engine.scaled(loss))
     return loss
 
 
@@ -136,23 +150,6 @@ def _keys(state: TrainState, views: Tensor, outputs: dict[str, Tensor]) -> list[
         return []
     with phase("queue"):
         return [state.queue.keys(views, outputs["projection"])]
-
-
-def _without_exchange(parallel: nn.Module) -> AbstractContextManager[None]:
-    return parallel.no_sync() if isinstance(parallel, DistributedDataParallel) else nullcontext()
-
-
-@contextmanager
-def _untouched_statistics(model: nn.Module) -> Iterator[None]:
-    """BatchNorm's running statistics are moved by the second pass alone."""
-    norms = [m for m in model.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    for norm in norms:
-        norm.track_running_stats = False
-    try:
-        yield
-    finally:
-        for norm in norms:
-            norm.track_running_stats = True
 
 
 def _generator_states(device: torch.device) -> list[Tensor]:

@@ -40,7 +40,7 @@ class DoubleEncoder(nn.Module):
         self.double()
 
     def forward(self, x):
-        return self.layers(x.double())
+        return self.layers(x.to(self.layers[1].weight.dtype))
 
 
 def build(rank, world_size, overrides, *, encoder=None, runtime=None):
@@ -58,7 +58,7 @@ def build(rank, world_size, overrides, *, encoder=None, runtime=None):
     assemble.seed_models(config)
     model = assemble.build_model(description)
     if encoder is not None:
-        heads = {"projection": Projection(encoder.feature_dim, 16, 8).double()}
+        heads = {"projection": Projection(encoder.feature_dim, 16, 8).to(next(encoder.parameters()).dtype)}
         model = PretrainingModel(encoder, heads)
     views = assemble.build_views(config, description, runtime)
     objective = assemble.build_objective(config, views)

@@ -8,7 +8,7 @@ import os
 import pytest
 
 
-def require(module: str, install: str) -> None:
+def require(module: str, install: str, what: str = "its loader") -> None:
     """Skip (or fail) the module that calls this at import when the package cannot be imported."""
     import torch
 
@@ -16,7 +16,7 @@ def require(module: str, install: str) -> None:
     try:
         importlib.import_module(module)
     except ImportError as error:
-        reason = f"{module} CANNOT BE IMPORTED ({error}), its loader is NOT TESTED. To install: {install}"
+        reason = f"{module} CANNOT BE IMPORTED ({error}), {what} is NOT TESTED. To install: {install}"
         if os.environ.get("HPC_SUPCON_REQUIRE_EXTRAS") == "1":
             pytest.fail(reason, pytrace=False)
         pytest.skip(reason, allow_module_level=True)

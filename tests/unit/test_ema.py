@@ -115,9 +115,9 @@ def test_clipping_bounds_the_update_and_the_norm_reported_is_the_one_before():
     moved = []
     for overrides in ([], ["optim.clip_norm=0.01"]):
         state, batches = build(0, 1, ["optim.momentum=0", "optim.weight_decay=0", *overrides])
-        before = [p.detach().clone() for p in state.parameters()]
+        before = [p.detach().clone() for p in state.model.parameters()]
         norm = train_step(state, batches[0]).gradient_norm
-        moved.append((norm, [p.detach() - b for p, b in zip(state.parameters(), before, strict=True)]))
+        moved.append((norm, [p.detach() - b for p, b in zip(state.model.parameters(), before, strict=True)]))
     (free_norm, free), (clipped_norm, clipped) = moved
     assert free_norm == clipped_norm > 0.01
     total = torch.nn.utils.get_total_norm(clipped)

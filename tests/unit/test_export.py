@@ -91,7 +91,9 @@ def read(format, path):
     if format == "onnx":
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         (name,) = [entry.name for entry in session.get_inputs()]
-        assert name == "images"
+        assert (name, session.get_inputs()[0].shape) == ("images", ["batch", 1, 8, 8])
+        (output,) = session.get_outputs()
+        assert output.shape[0] == "batch"
         metadata = session.get_modelmeta().custom_metadata_map
         return lambda x: torch.from_numpy(session.run(None, {name: x.numpy()})[0]), metadata
     if format == "safetensors":

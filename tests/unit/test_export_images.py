@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import shutil
 
 import numpy as np
@@ -164,6 +165,19 @@ def test_links_and_loops_of_folders_are_walked_once(folder, tmp_path):
     Image.new("L", (8, 8)).save(other / "deep" / "x.JPG", format="jpeg")
     (folder / "link").symlink_to(other)
     assert len(open_pictures([folder], SHAPE, DIGITS).paths) == 44
+
+
+def test_a_folder_that_cannot_be_listed_is_named_and_not_passed_over(folder, monkeypatch):
+    closed, listed = str(folder / "3"), os.scandir
+
+    def scandir(path):
+        if os.fspath(path) == closed:
+            raise PermissionError(13, "Permission denied", closed)
+        return listed(path)
+
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(DataError, match="/3 cannot be read: Permission denied"):
+        open_pictures([folder], SHAPE, DIGITS)
 
 
 def damage(folder):

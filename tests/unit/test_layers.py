@@ -21,10 +21,10 @@ LAYERS = [
     {"data", "models", "losses", "pruning"},
     {"training"},
     {"evaluation"},
-    {"export"},
+    {"export", "grid"},
     {"bench"},
     {"cli_start", "cli_progress"},
-    {"cli_bench", "cli_checkpoints", "cli_export", "cli_prune"},
+    {"cli_bench", "cli_checkpoints", "cli_export", "cli_grid", "cli_prune"},
     {"cli"},
     {"__main__"},
 ]

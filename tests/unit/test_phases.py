@@ -63,10 +63,10 @@ def timed_state(time, overrides):
     taking(state.model.encoder, time, 3.0, 7.0)
     taking(state.model.heads["projection"], time, 2.0, 5.0)
     taking(state.objective, time, 11.0, 13.0)
-    draw, render, step = state.views.draw, state.views.render, state.optimiser.step
+    draw, render, step = state.views.draw, state.views.render, state.engine.step
     state.views.draw = lambda *size: (time.passes(0.5), draw(*size))[1]
     state.views.render = lambda *some: (time.passes(1.0), render(*some))[1]
-    state.optimiser.step = lambda: (time.passes(17.0), step())[1]
+    state.engine.step = lambda *some: (time.passes(17.0), step(*some))[1]
     return state, batches
 
 

@@ -20,7 +20,7 @@ from ...data import Batch, EvalTransform, Loader, LoaderOptions, Source, TrainOr
 from ...errors import NonFinite
 from ...pruning import WeightMasks
 from ...training import assemble
-from ...training.engine import autocast, distribute
+from ...training.engine import autocast, distribute, place, unscaled
 from ..features import extract
 from ..inputs import in_chunks
 from ..saved import FittedProbe
@@ -50,7 +50,8 @@ def fit_finetune(kind: str, task: Task) -> Outcome:
         loader = _training_loader(task)
         render = _views(task)
     with closing(loader), seeded(config.seed, runtime.device):
-        model = Classifier(copy.deepcopy(task.encoder), len(task.classes)).to(runtime.device)
+        model = Classifier(copy.deepcopy(task.encoder), len(task.classes))
+        model = place(model, runtime, sync_bn=config.model.sync_bn)
         masks = None if task.masks is None else WeightMasks.unpacked(model.encoder, task.masks)
         parallel = distribute(model, runtime, sync_bn=config.model.sync_bn)
         torch.manual_seed(int(np.random.SeedSequence([config.seed, 2, runtime.rank]).generate_state(1)[0]))
@@ -64,7 +65,7 @@ def fit_finetune(kind: str, task: Task) -> Outcome:
             None if validation is None else partial(_evaluate, model, validation, transform, task),
             plan_of(settings),
             encoder_lr=settings.encoder_lr,
-            precision=partial(autocast, runtime.device, config.train.precision),
+            precision=partial(autocast, runtime.device, unscaled(config.train.precision)),
             masks=masks,
         )
     description = {

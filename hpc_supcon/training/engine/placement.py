@@ -1,4 +1,4 @@
-"""How a model is spread over ranks, and in which precision it computes."""
+"""Device, memory layout, number format and data-parallel wrapper of a model."""
 
 from __future__ import annotations
 
@@ -10,20 +10,23 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..models import synchronise_batchnorm
-from ..runtime import Runtime, has_fast_bf16
+from ...models import synchronise_batchnorm
+from ...runtime import Runtime, has_fast_bf16
 
 M = TypeVar("M", bound=nn.Module)
 
 
-def place(model: M, runtime: Runtime, *, channels_last: bool) -> M:
-    """`model` on this rank's device, in the wanted memory layout."""
+def place(model: M, runtime: Runtime, *, channels_last: bool = False, sync_bn: bool = False) -> M:
+    """`model` on this rank's device, in the wanted memory layout; `sync_bn`: BatchNorm over all ranks."""
     layout = torch.channels_last if channels_last else torch.preserve_format
-    return model.to(runtime.device).to(memory_format=layout)
+    placed = model.to(runtime.device).to(memory_format=layout)
+    if sync_bn and runtime.world_size > 1:
+        synchronise_batchnorm(placed, runtime.device)
+    return placed
 
 
 def distribute(model: nn.Module, runtime: Runtime, *, sync_bn: bool) -> nn.Module:
-    """`model` wrapped for data-parallel training: gradients are averaged over ranks in backward."""
+    """`model`, as placed, wrapped for data-parallel training: gradients are averaged over ranks in backward."""
     if runtime.world_size == 1:
         return model
     options: dict[str, Any] = {"gradient_as_bucket_view": True}
@@ -34,7 +37,6 @@ def distribute(model: nn.Module, runtime: Runtime, *, sync_bn: bool) -> nn.Modul
         # all-reduce of three or more ranks adds by position: the first step after a resume would round differently.
         options["find_unused_parameters"] = True
     if sync_bn:
-        model = synchronise_batchnorm(model, runtime.device)
         options[_BUFFER_SYNC] = False  # synchronised statistics are equal already
     return DistributedDataParallel(model, **options)
 
@@ -45,7 +47,17 @@ _BUFFER_SYNC = "forward_sync_buffers" if "forward_sync_buffers" in _PARAMETERS e
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """The forward pass's precision: `auto` is bf16 where the device computes it natively, else fp32."""
+    """The forward pass's precision: `auto` is bf16 where the device computes it natively, else fp32.
+
+    What is trained in `fp16` needs its loss scaled (see LossScale).
+    """
+    if precision == "fp16":
+        return torch.autocast(device.type, dtype=torch.float16)
     if precision == "bf16" or (precision == "auto" and has_fast_bf16(device)):
         return torch.autocast(device.type, dtype=torch.bfloat16)
     return nullcontext()
+
+
+def unscaled(precision: str) -> str:
+    """`precision` for training without loss scaling: fp16 is asked for where there is no bf16."""
+    return "auto" if precision == "fp16" else precision

@@ -1,0 +1,137 @@
+"""The product of a grid's axes, less `exclude`, plus `include`: which settings each cell has."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError, unknown_name
+from .files import GridConfig, Setting, read_grid
+from .names import label_of, short, slug
+from .resolver import AFTER_TRAINING, Change
+
+BASE = "base"
+
+
+@dataclass(frozen=True)
+class Option:
+    """One value of an axis: its `label` in tables, `short` in names, and what it changes."""
+
+    axis: str
+    label: str
+    short: str
+    values: Mapping[str, Any]
+    changes: tuple[Change, ...]
+    base: str | None
+    trains: bool
+
+    @classmethod
+    def of(cls, axis: str, label: str, short: str, values: Mapping[str, Any], where: str) -> Option:
+        base = values.get(BASE)
+        if base is not None and not isinstance(base, str):
+            raise ConfigError(f"{where}: base must be the name of a recipe, not {base!r}")
+        changes = tuple(Change(key, json.dumps(value), where) for key, value in values.items() if key != BASE)
+        # one that changes nothing by itself may choose the recipe, by its label
+        trains = not changes or base is not None or any(change.section not in AFTER_TRAINING for change in changes)
+        return cls(axis, label, short, values, changes, base, trains)
+
+    def touches(self, section: str) -> bool:
+        return any(change.section == section for change in self.changes)
+
+
+Choice = tuple[Option, ...]
+
+
+def load(path: Path, _chain: tuple[Path, ...] = ()) -> list[GridConfig]:
+    """The grid file and those that it includes. Raises ConfigError, for a cyclic include too."""
+    here = path.resolve()
+    if here in _chain:
+        names = " -> ".join(p.name for p in (*_chain[_chain.index(here) :], here))
+        raise ConfigError(f"{path}: includes itself: {names}")
+    grid = read_grid(path)
+    included = [path.parent / entry for entry in grid.include if isinstance(entry, str)]
+    return [grid, *(g for other in included for g in load(other, (*_chain, here)))]
+
+
+def choices(grid: GridConfig) -> Iterator[Choice]:
+    """Every cell of one grid (without those of included files) as its options, the seed last."""
+    axes = [_options(name, values, grid.name) for name, values in grid.axes.items()]
+    for rule in (*grid.exclude, *(rule.cells for rule in grid.resources.where)):
+        _check_keys(rule, axes, grid.name)
+    seeds = _seeds(grid)
+    extra = [_included(entry, axes, grid.name) for entry in grid.include if isinstance(entry, dict)]
+    own: Iterator[Choice] = itertools.product(*axes) if axes or not grid.include else iter(())
+    for chosen in itertools.chain(own, extra):
+        if not any(matches(rule, chosen) for rule in grid.exclude):
+            for seed in seeds:
+                yield (*chosen, seed)
+
+
+def matches(rule: Setting, chosen: Choice) -> bool:
+    """Whether every `axis: value` (or list of values, or a field that an axis sets) of the rule holds."""
+    return all(any(_is(option, key, want) for option in chosen) for key, want in rule.items())
+
+
+def _is(option: Option, key: str, want: Any) -> bool:
+    def same(wanted: Any) -> bool:
+        if option.axis == key and label_of(wanted) == option.label:
+            return True
+        return key in option.values and label_of(option.values[key]) == label_of(wanted)
+
+    return same(want) or (isinstance(want, list) and any(same(w) for w in want))
+
+
+def _check_keys(rule: Setting, axes: list[list[Option]], name: str) -> None:
+    known = {"seed"} | {key for axis in axes for option in axis for key in (option.axis, *option.values)}
+    for key, want in rule.items():
+        if key not in known:
+            raise ConfigError(f"grid {name!r}: {unknown_name('axis', key, known)}")
+        wanted = [want, *want] if isinstance(want, list) else [want]
+        if key != "seed" and not any(_is(option, key, w) for axis in axes for option in axis for w in wanted):
+            raise ConfigError(f"grid {name!r}: {key} is never {label_of(want)!r}, so this rule matches no cell")
+
+
+def _options(axis: str, values: list[Any] | dict[str, Setting], name: str) -> list[Option]:
+    where = f"grid {name!r}: axis {axis!r}"
+    if not values:
+        raise ConfigError(f"{where}: has no values")
+    if isinstance(values, dict):
+        options = [
+            Option.of(axis, label, slug(label), changes, f"{where}, {label!r}") for label, changes in values.items()
+        ]
+    else:
+        options = [
+            Option.of(axis, label_of(v), short(axis, v), {axis: v}, f"{where}, value {label_of(v)!r}") for v in values
+        ]
+    labels = [option.label for option in options]
+    twice = next((label for label in labels if labels.count(label) > 1), None)
+    if twice is not None:
+        raise ConfigError(f"{where}: the value {twice!r} is given twice")
+    return options
+
+
+def _seeds(grid: GridConfig) -> list[Option]:
+    if "seed" in grid.axes:
+        raise ConfigError(f"grid {grid.name!r}: give seeds as `seeds: [0, 1]`, not as an axis")
+    seeds = range(grid.seeds) if isinstance(grid.seeds, int) else grid.seeds
+    if not seeds:
+        raise ConfigError(f"grid {grid.name!r}: seeds is empty")
+    return [Option.of("seed", str(s), f"s{s}", {"seed": s}, f"grid {grid.name!r}: seeds") for s in seeds]
+
+
+def _included(entry: Setting, axes: list[list[Option]], name: str) -> Choice:
+    """Options of one `include` entry: labels of axes, or fields with their values."""
+    chosen = []
+    for key, value in entry.items():
+        where = f"grid {name!r}: include {key!r}"
+        known = next((o for axis in axes for o in axis if o.axis == key and o.label == label_of(value)), None)
+        named = any(option.axis == key and key not in option.values for axis in axes for option in axis)
+        if known is None and named:
+            labels = [option.label for axis in axes for option in axis if option.axis == key]
+            raise ConfigError(f"{where}: {unknown_name('label', label_of(value), labels)}")
+        chosen.append(known or Option.of(key, label_of(value), short(key, value), {key: value}, where))
+    return tuple(chosen)

@@ -1,0 +1,191 @@
+"""From a grid file to its graph of runs. Pure but for reading recipes: nothing is made or submitted.
+
+Every cell is validated here, at once. Cells that pre-train alike share one pre-training:
+
+    pretrain -> probe (one for each setting of section `probe`)
+             -> prune (one for each setting of section `prune`, evaluated again)
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from ..errors import ConfigError
+from .cells import Choice, Option, choices, matches
+from .files import STAGES, GridConfig, Resources, ResourcesConfig, TableConfig, changed
+from .names import Names
+from .resolver import Change, Resolved, Resolver, override_change
+
+NO_PRUNING = Change("prune.rate", "null", "")
+
+
+@dataclass(frozen=True)
+class Node:
+    """One stage of one or more cells: a job. `folder` is its run folder's name, `parent` the node it needs."""
+
+    name: str
+    stage: str
+    folder: str
+    parent: str | None
+    resources: Resources
+    identity: str
+    resolved: Resolved = field(repr=False, compare=False)
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One combination of the axes: axis -> label, the seed, and the nodes that make it, in their order."""
+
+    name: str
+    labels: dict[str, str]
+    seed: int
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole grid, in order: a node stands after the one it needs."""
+
+    name: str
+    cells: tuple[Cell, ...]
+    nodes: dict[str, Node]
+    tables: tuple[TableConfig, ...]
+    pack: int
+
+    @cached_property
+    def hours(self) -> tuple[float, float, float]:
+        """(GPU-hours, CPU-core-hours, hours of the longest path), if every job ran for its whole time limit."""
+        gpu = cpu = longest = 0.0
+        ends: dict[str, float] = {}
+        packs: dict[str, int] = {}
+        for node in self.nodes.values():
+            r, hours = node.resources, node.resources.minutes / 60
+            packs[node.stage] = packs.get(node.stage, 0) + 1
+            ends[node.name] = hours + (ends[node.parent] if node.parent else 0.0)
+            longest = max(longest, ends[node.name])
+            if packs[node.stage] % self.pack == 1 or self.pack == 1:
+                gpu += r.nodes * r.gpus * hours
+                cpu += r.nodes * r.tasks_per_node * r.cpus * hours
+        return gpu, cpu, longest
+
+
+def expand(grids: Sequence[GridConfig], overrides: Sequence[str] = ()) -> Plan:
+    """The graph of the first grid and of those it includes. `overrides` (key.sub=value) hold in every cell.
+
+    Raises ConfigError: for an unknown field or a wrong value in any cell, for an empty grid, and for two
+    cells that would compute the same.
+    """
+    builder = _Builder(overrides)
+    for grid in grids:
+        for chosen in choices(grid):
+            builder.add(grid, chosen)
+    outer = grids[0]
+    if not builder.cells:
+        raise ConfigError(f"grid {outer.name!r}: has no cells (everything is excluded)")
+    if outer.pack > 1:
+        wide = next((n for n in builder.nodes.values() if n.resources.nodes * n.resources.tasks_per_node > 1), None)
+        if wide is not None:
+            raise ConfigError(
+                f"grid {outer.name!r}: pack: {outer.pack} shares a job among runs of one rank, but {wide.name} has "
+                f"{wide.resources.nodes} x {wide.resources.tasks_per_node}; set pack: 1"
+            )
+    tables = tuple(table for grid in grids for table in grid.tables) or _default_tables(outer)
+    return Plan(outer.name, tuple(builder.cells), builder.nodes, tables, outer.pack)
+
+
+class _Builder:
+    """Cells and nodes so far, and what they compute."""
+
+    def __init__(self, overrides: Sequence[str]) -> None:
+        self.cells: list[Cell] = []
+        self.nodes: dict[str, Node] = {}
+        self._overrides = [override_change(override) for override in overrides]
+        self._names = Names()
+        self._resolvers: dict[tuple[str, str], Resolver] = {}
+        self._made: dict[str, Node] = {}  # what is computed -> its node
+        self._seen: dict[str, str] = {}  # what is computed -> the cell's description
+
+    def add(self, grid: GridConfig, chosen: Choice) -> None:
+        shown = [option for option in chosen if _varies(grid, option)]
+        told = " ".join(f"{option.axis}={option.label}" for option in shown) or grid.base
+        where = f"grid {grid.name!r}: cell {told}"
+        resolver, changes = self._resolver(grid, chosen), [change for option in chosen for change in option.changes]
+        unpruned = resolver.resolve(tuple(c for c in changes if c.section != "prune"), where)
+        resources = _resources(grid, chosen)
+        nodes = self._trunk(unpruned, shown, resources)
+        if any(change.section == "prune" for change in changes) and NO_PRUNING not in changes:
+            pruned = resolver.resolve(tuple(changes), where)
+            identity = f"prune {unpruned.digest} {pruned.after_training}"
+            name = self._names.give([option.short for option in shown], identity)
+            nodes.append(self._node(identity, "prune", name, nodes[0], resources.prune, pruned))
+        last = nodes[-1]
+        if last.identity in self._seen:
+            raise ConfigError(
+                f"{where}: computes the same as cell {self._seen[last.identity]}; leave one of them out"
+            )
+        self._seen[last.identity] = told
+        labels = {option.axis: option.label for option in chosen}
+        self.cells.append(Cell(last.folder, labels, unpruned.seed, tuple(node.name for node in nodes)))
+
+    def _trunk(self, resolved: Resolved, shown: list[Option], resources: ResourcesConfig) -> list[Node]:
+        """The nodes that pre-train and probe."""
+        trains = [option.short for option in shown if option.trains]
+        probes = [option.short for option in shown if option.trains or option.touches("probe")]
+        trained, probed = f"pretrain {resolved.digest}", f"probe {resolved.digest} {resolved.after_training}"
+        first = trained not in self._made
+        name = self._made[trained].folder if not first else self._names.give(trains, trained)
+        parent = self._node(trained, "pretrain", name, None, resources.pretrain, resolved)
+        if probed not in self._made and not (first and trains == probes):
+            name = self._names.give(probes, probed)  # beside the pre-training's folder, not in it
+        return [parent, self._node(probed, "probe", name, parent, resources.probe, resolved)]
+
+    def _node(
+        self, identity: str, stage: str, folder: str, parent: Node | None, resources: Resources, resolved: Resolved
+    ) -> Node:
+        """The node that computes `identity`; an earlier cell may have made it."""
+        if identity not in self._made:
+            above = parent.name if parent else None
+            node = Node(f"{folder}.{stage}", stage, folder, above, resources, identity, resolved)
+            self._made[identity] = self.nodes[node.name] = node
+        return self._made[identity]
+
+    def _resolver(self, grid: GridConfig, chosen: Choice) -> Resolver:
+        base = next((option.base for option in reversed(chosen) if option.base is not None), grid.base)
+        for option in chosen:
+            base = base.replace(f"{{{option.axis}}}", option.label)
+        key = (grid.name, base)
+        if key not in self._resolvers:
+            fixed = [Change(path, json.dumps(v), f"grid {grid.name!r}: set") for path, v in grid.set.items()]
+            self._resolvers[key] = Resolver(base, fixed, self._overrides)
+        return self._resolvers[key]
+
+
+def _varies(grid: GridConfig, option: Option) -> bool:
+    """Whether an axis has several values, so that names must tell them apart."""
+    if option.axis == "seed":
+        return grid.seeds != 1 and grid.seeds != (0,)
+    return len(grid.axes.get(option.axis, ())) != 1
+
+
+def _resources(grid: GridConfig, chosen: Choice) -> ResourcesConfig:
+    """What the stages of one cell get: the grid's, changed by every rule that matches."""
+    result = grid.resources
+    for rule in grid.resources.where:
+        if matches(rule.cells, chosen):
+            where = f"grid {grid.name!r}: resources.where"
+            stages = {stage: changed(getattr(result, stage), getattr(rule, stage), where) for stage in STAGES}
+            result = result.model_copy(update=stages)
+    return result
+
+
+def _default_tables(grid: GridConfig) -> tuple[TableConfig, ...]:
+    axes = [name for name, values in grid.axes.items() if len(values) > 1]
+    rows = axes[0] if axes else "seed"
+    pruning = next((axis for axis in axes if axis == "prune.rate"), None)
+    tables = [TableConfig(title="scores", layout="scores", rows=rows, columns=axes[1] if len(axes) > 1 else None)]
+    if pruning is not None:
+        tables.append(TableConfig(title="pruning", layout="pruning", rows=pruning))
+    return tuple(tables)

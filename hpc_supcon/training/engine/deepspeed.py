@@ -1,0 +1,197 @@
+"""The engine on DeepSpeed: ZeRO 0 (nothing partitioned), 1 (the optimiser's state), 2 (gradients as well).
+
+Schedule, clipping and the check of gradients are the same as everywhere else; DeepSpeed averages gradients and
+holds each rank's share of the optimiser. It is given fp32 weights (see deepspeed_settings).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ...errors import ConfigError
+from ...runtime import Launch
+from ..optim import clip_gradients, set_learning_rate
+from .base import Parts, gradients_of, load_optimiser, named_parameters, optimiser_tensors, unscale
+from .deepspeed_settings import deepspeed_settings
+from .zero import Partitions
+
+
+class DeepSpeedEngine:
+    """DeepSpeed's engine around the model; the loss's own parameters have an optimiser of their own. See Engine.
+
+    Raises ConfigError for what DeepSpeed refuses in `own`.
+    """
+
+    def __init__(self, parts: Parts, *, zero: int, own: Mapping[str, Any] | None, images_per_rank: int) -> None:
+        model, self.scaler, self.takes_pieces = parts.model, parts.scaler, zero < 2
+        self._model = model
+        for p in model.parameters():  # DeepSpeed sends bytes and flattens; channels_last views keep convolutions fast
+            p.data = p.data.contiguous()
+        self._parameters = named_parameters(model, nn.Module())
+        self._objective = named_parameters(nn.Module(), parts.objective)
+        self._optimiser = parts.make_optimiser(list(self._parameters.values()))
+        self._objective_optimiser = parts.make_optimiser(list(self._objective.values())) if self._objective else None
+        settings = deepspeed_settings(
+            own,
+            zero=zero,
+            images_per_rank=images_per_rank,
+            parameters=sum(p.numel() for p in self._parameters.values()),
+            scaled=parts.scaler is not None,
+        )
+        self._engine = _started(_Called(model, parts.compile(model)), self._optimiser, settings, parts)
+        self.parallel: nn.Module = self._engine.module
+        self._partitions = Partitions(self._engine.optimizer, self._parameters) if zero else None
+        # synchronised statistics are equal already; without, rank 0's are everybody's, as under DDP
+        self._follows_rank_0 = parts.runtime.world_size > 1 and not parts.sync_bn
+
+    def forward(self, views: Tensor) -> dict[str, Tensor]:
+        if self._follows_rank_0 and self.parallel.training:
+            _send_from_rank_0(list(self._model.buffers()))
+        return self._engine(views)
+
+    @contextmanager
+    def no_exchange(self) -> Iterator[None]:
+        self._engine.set_gradient_accumulation_boundary(False)
+        try:
+            yield
+        finally:
+            self._engine.set_gradient_accumulation_boundary(True)
+
+    def scaled(self, loss: Tensor) -> Tensor:
+        return loss if self.scaler is None else loss * self.scaler.scale
+
+    def backward(self, loss: Tensor) -> None:
+        self._engine.backward(loss)
+
+    def gradient_norm(self) -> Tensor:
+        gradients, others = self._gradients()
+        unscale([*gradients, *others], self.scaler)
+        if self._partitions is None:
+            return torch.nn.utils.get_total_norm([*gradients, *others])
+        squares = [self._partitions.squared_norm(), *(g.square().sum() for g in others)]
+        return torch.stack(squares).sum().sqrt()
+
+    def step(self, norm: Tensor, clip_norm: float | None) -> None:
+        if clip_norm is not None:
+            gradients, others = self._gradients()
+            clip_gradients([*gradients, *others], norm, clip_norm)
+        self._engine.step()
+        if self._objective_optimiser is not None:
+            self._objective_optimiser.step()
+            self._objective_optimiser.zero_grad(set_to_none=True)
+        if self.scaler is not None:
+            self.scaler.good()
+
+    def skip(self) -> bool:
+        if self.scaler is None:
+            return False
+        if self._partitions is None:
+            self._engine.zero_grad()
+        else:
+            self._engine.step()  # it sees the overflow too and drops every buffer it holds
+            assert not self._engine.was_step_applied()
+        if self._objective_optimiser is not None:
+            self._objective_optimiser.zero_grad(set_to_none=True)
+        return self.scaler.overflow()
+
+    def set_learning_rate(self, lr: float) -> None:
+        for optimiser in (self._optimiser, self._objective_optimiser):
+            if optimiser is not None:
+                set_learning_rate(optimiser, lr)
+
+    def statistics(self) -> dict[str, float]:
+        return {} if self.scaler is None else self.scaler.statistics()
+
+    def tensors(self) -> dict[str, Tensor]:
+        if self._partitions is None:
+            tensors = optimiser_tensors(self._parameters, self._optimiser)
+        else:
+            tensors = self._partitions.tensors()
+        if self._objective_optimiser is not None:
+            tensors |= optimiser_tensors(self._objective, self._objective_optimiser)
+        return tensors
+
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        own = {name: t for name, t in tensors.items() if name.rpartition("/")[0] in self._objective}
+        others = {name: t for name, t in tensors.items() if name not in own}
+        if self._objective_optimiser is not None:
+            load_optimiser(self._objective, self._objective_optimiser, own)
+        if self._partitions is None:
+            load_optimiser(self._parameters, self._optimiser, others)
+        else:
+            self._partitions.load(others)
+
+    def _gradients(self) -> tuple[list[Tensor], list[Tensor]]:
+        """(this rank's of the model, the loss's own)."""
+        parts = self._partitions
+        gradients = gradients_of(self._parameters.values()) if parts is None else parts.gradients()
+        return gradients, gradients_of(self._objective.values())
+
+
+class _Called(nn.Module):
+    """`model`, called as `call`: a compiled form stays out of the model's own names."""
+
+    def __init__(self, model: nn.Module, call: Callable[..., dict[str, Tensor]]) -> None:
+        super().__init__()
+        self.model = model
+        self._call = [call]  # in a list, or a module in it would be a child
+
+    def forward(self, views: Tensor) -> dict[str, Tensor]:
+        return self._call[0](views)
+
+
+def _send_from_rank_0(tensors: list[Tensor]) -> None:
+    """One message for each dtype."""
+    for dtype in sorted({t.dtype for t in tensors}, key=str):
+        same = [t for t in tensors if t.dtype == dtype]
+        flat = torch.cat([t.reshape(-1) for t in same])
+        dist.broadcast(flat, 0)
+        parts = flat.split([t.numel() for t in same])
+        torch._foreach_copy_(same, [part.view_as(t) for part, t in zip(parts, same, strict=True)])
+
+
+def _started(module: nn.Module, optimiser: torch.optim.Optimizer, settings: dict[str, Any], parts: Parts) -> Any:
+    """DeepSpeed's engine. Raises ConfigError."""
+    device = parts.runtime.device
+    if not dist.is_initialized():  # a single process
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # type: ignore[attr-defined]
+    with _environment(parts.runtime.launch, device):
+        import deepspeed
+        from deepspeed.runtime.config import DeepSpeedConfigError
+
+        logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        # messages in shared memory would be compiled at the first start; gloo is there
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        try:
+            return deepspeed.initialize(model=module, optimizer=optimiser, config=settings, dist_init_required=False)[
+                0
+            ]
+        except (ValueError, TypeError, KeyError, AssertionError, DeepSpeedConfigError) as error:
+            lines = " ".join(str(error).split()) or type(error).__name__
+            raise ConfigError(f"train.deepspeed.config: DeepSpeed refuses it: {lines}") from error
+
+
+@contextmanager
+def _environment(launch: Launch, device: torch.device) -> Iterator[None]:
+    """What DeepSpeed reads from the environment, for the time of its start."""
+    local_rank = device.index if device.index is not None else launch.local_rank
+    ours = {"DS_ACCELERATOR": device.type, "LOCAL_RANK": str(local_rank)}
+    before = {name: os.environ.get(name) for name in ours}
+    os.environ.update(ours)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value

@@ -1,0 +1,64 @@
+"""A real Slurm for the whole session: two nodes on this machine, started and stopped by slurm/local-cluster.sh."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent.parent
+TOOLS = ("munged", "slurmctld", "slurmd", "slurmdbd", "mariadbd", "sbatch", "srun", "squeue", "sacct", "scancel")
+PACKAGES = "slurmctld slurmd slurm-client slurmdbd slurm-wlm-mysql-plugin munge mariadb-server-core"
+
+
+def processes_of(folder: Path) -> list[str]:
+    """Command lines of every live process that the cluster in `folder` started, jobs included."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"SLURM_LOCAL_OWNER={folder}\0".encode() in (path / "environ").read_bytes():
+                found.append((path / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:
+            continue
+    return found
+
+
+@pytest.fixture(scope="session")
+def cluster():
+    """Sets SLURM_CONF for this process; the folder is short, since unix sockets have short paths."""
+    path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
+    missing = [tool for tool in TOOLS if shutil.which(tool, path=path) is None]
+    if missing:
+        reason = (
+            f"SLURM IS NOT INSTALLED ({', '.join(missing)}), it is NOT TESTED. As root: apt-get install {PACKAGES}"
+        )
+        if os.environ.get("HPC_SUPCON_REQUIRE_EXTRAS") == "1":
+            pytest.fail(reason, pytrace=False)
+        pytest.skip(reason)
+    folder = Path(tempfile.mkdtemp(prefix="slurm-", dir="/tmp"))
+    kept = {name: os.environ[name] for name in os.environ if name.startswith(("SLURM", "SBATCH", "SUBMITIT"))}
+    for name in kept:
+        del os.environ[name]
+    os.environ["SLURM_LOCAL_DIR"] = str(folder)
+    script = ROOT / "slurm" / "local-cluster.sh"
+    started = subprocess.run([script, "start"], capture_output=True, text=True, check=False)
+    try:
+        assert started.returncode == 0, started.stderr
+        os.environ["SLURM_CONF"] = str(folder / "slurm.conf")
+        assert subprocess.run([script, "status"], check=False, capture_output=True).returncode == 0
+        # jobs find this checkout and this Python; many small processes on few cores want one thread each
+        os.environ["PYTHONPATH"] = f"{ROOT}:{os.environ.get('PYTHONPATH', '')}".rstrip(":")
+        os.environ["OMP_NUM_THREADS"] = "1"
+        yield folder
+    finally:
+        subprocess.run([script, "stop"], check=True)
+        for name in ("SLURM_CONF", "SLURM_LOCAL_DIR"):
+            os.environ.pop(name, None)
+        os.environ.update(kept)
+        left = processes_of(folder)
+        shutil.rmtree(folder)
+    assert not left, "the cluster left processes behind"

@@ -1,0 +1,86 @@
+"""Claims about grids without Slurm: submitit's local executor, packed jobs, and this process alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from hpc_supcon.grid.folder import load, read_record, submitted
+
+from .grids import grid, states, steps_of, until, weights, write_grid, write_profile
+
+pytestmark = pytest.mark.timeout(600)
+LONG = {"train.epochs": 30}
+
+
+@pytest.fixture
+def here(monkeypatch, request):
+    """Children find this checkout; one thread each."""
+    monkeypatch.setenv("PYTHONPATH", f"{request.config.rootpath}:{os.environ.get('PYTHONPATH', '')}".rstrip(":"))
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+def test_a_grid_with_two_ranks_and_a_failing_cell_runs_to_the_report(here, tmp_path):
+    path = write_grid(
+        tmp_path,
+        "g",
+        axes={"loss.name": ["supcon_in", "nonsense"], "model.encoder": ["conv", "resnet9_small"]},
+        resources={
+            "where": [{"cells": {"loss.name": "supcon_in", "model.encoder": "conv"}, "pretrain": {"tasks": 2}}]
+        },
+    )
+    folder = tmp_path / "a b" / "g"
+    told = grid("submit", path, "--profile", write_profile(tmp_path, cluster="local", parallel=2), "--dir", folder)
+    assert "4 done, 2 failed, 2 blocked" in told
+    for cell in load(folder).cells:
+        wanted = {"done"} if cell.labels["loss.name"] == "supcon_in" else {"failed", "blocked"}
+        assert {states(folder)[name] for name in cell.nodes} == wanted
+    metrics = (folder / "runs" / "supcon-in_conv" / "metrics.jsonl").read_text().splitlines()
+    assert json.loads(metrics[0])["world_size"] == 2
+    assert "unknown loss 'nonsense'" in grid("status", folder)
+    assert "unknown loss 'nonsense'" in grid("logs", folder, "nonsense_conv.pretrain")
+    grid("report", folder)
+    table = (folder / "report" / "report.md").read_text()
+    assert table.count("missing") == 8
+
+
+def test_packed_runs_share_a_job_and_fail_alone(here, tmp_path):
+    path = write_grid(tmp_path, "g", axes={"loss.name": ["supcon_in", "nonsense", "simclr"]}, pack=3)
+    folder = tmp_path / "g"
+    grid("submit", path, "--cluster", "local", "--dir", folder)
+    assert len(set(submitted(folder).values())) == 2, "one job for each stage"
+    assert states(folder) == {
+        "supcon-in.pretrain": "done", "supcon-in.probe": "done", "simclr.pretrain": "done", "simclr.probe": "done",
+        "nonsense.pretrain": "failed", "nonsense.probe": "blocked",
+    }  # fmt: skip
+
+
+def test_a_job_told_to_leave_starts_again_and_ends_with_the_same_weights(here, tmp_path):
+    path, folder = write_grid(tmp_path, "g", set=LONG), tmp_path / "local"
+    command = [
+        sys.executable,
+        "-m",
+        "hpc_supcon",
+        "grid",
+        "submit",
+        str(path),
+        "--cluster",
+        "local",
+        "--dir",
+        str(folder),
+    ]
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
+        until(lambda: steps_of(folder / "runs" / "cell"))
+        os.kill(read_record(folder, "cell.pretrain").pid, signal.SIGUSR2)
+        assert process.wait() == 0
+    assert set(states(folder).values()) == {"done"}
+    assert len(read_record(folder, "cell.pretrain").requeues) == 1
+    grid("submit", path, "--cluster", "debug", "--dir", tmp_path / "debug")
+    assert set(states(tmp_path / "debug").values()) == {"done"}
+    assert weights(folder / "runs" / "cell") == weights(tmp_path / "debug" / "runs" / "cell")
+    assert "going on from step" in grid("logs", folder, "cell.pretrain")

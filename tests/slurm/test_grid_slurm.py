@@ -1,0 +1,186 @@
+"""Claims about grids on a real Slurm: they run to the report, come back when they are interrupted, and fail alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from hpc_supcon.grid.folder import load, read_record
+
+from .grids import grid, hold, settled, states, steps_of, until, weights, write_grid, write_profile
+
+pytestmark = pytest.mark.timeout(600)  # a dozen processes at a time, on however few cores there are
+ROOT_AXES = {
+    "model.encoder": ["conv", "resnet9_small"],
+    "loss.name": ["supcon_in", "supcon_out"],
+    "loss.temperature": [0.1, 0.5],
+}
+LONG = {"train.epochs": 30}
+
+
+@pytest.fixture(scope="module")
+def interrupted(cluster, tmp_path_factory):
+    """Two long cells, each on a node of its own: one meets its time limit, one a job that comes first."""
+    made = {}
+    for name, node, minutes in (("limited", "n1", 1), ("preempted", "n2", 60)):
+        folder = tmp_path_factory.mktemp(name)
+        path = write_grid(folder, name, set=LONG, resources={"pretrain": {"minutes": minutes}})
+        profile = write_profile(folder, signal_s=10, sbatch={"nodelist": node})
+        grid("submit", path, "--profile", profile, "--dir", folder / "g")
+        made[name] = folder / "g"
+    for name, folder in made.items():
+        hold(folder, "cell")
+        assert states(folder)["cell.pretrain"] == "running", name
+    # all four cores of its node: the held cell has to go
+    words = ["--partition=high", "--nodelist=n2", "--nodes=1", "--ntasks=4", "--output=/dev/null", "--wrap=true"]
+    subprocess.run(["sbatch", "--wait", *words], check=True, capture_output=True)
+    return made
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Weights of the same cell, trained without interruption and without Slurm."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    profile = write_profile(folder, cluster="debug")
+    path = write_grid(folder, "undisturbed", set=LONG)
+    grid("submit", path, "--profile", profile, "--dir", folder / "g")
+    assert set(states(folder / "g").values()) == {"done"}
+    return weights(folder / "g" / "runs" / "cell")
+
+
+def test_a_grid_of_real_trainings_runs_to_the_report(interrupted, tmp_path):
+    """Started while the others wait for their turn; two cells train on two nodes with two ranks each."""
+    two_nodes = {"cells": {"loss.name": "supcon_in", "loss.temperature": 0.1}, "pretrain": {"nodes": 2, "tasks": 2}}
+    path = write_grid(tmp_path, "cube", axes=ROOT_AXES, resources={"where": [two_nodes]})
+    folder = tmp_path / "a b" / "g"
+    grid("submit", path, "--cluster", "slurm", "--dir", folder)
+    assert set(settled(folder).values()) == {"done"}
+    frozen = load(folder)
+    assert (len(frozen.cells), len(frozen.nodes)) == (8, 16)
+    for cell in frozen.cells:
+        wide = cell.labels["loss.name"] == "supcon_in" and cell.labels["loss.temperature"] == "0.1"
+        first = json.loads((folder / "runs" / cell.name / "metrics.jsonl").read_text().splitlines()[0])
+        assert first["world_size"] == (4 if wide else 1)
+    assert "0 of 16 nodes submitted" in grid("submit", path, "--cluster", "slurm", "--dir", folder)
+    grid("report", folder)
+    table = (folder / "report" / "report.md").read_text()
+    for cell in frozen.cells:
+        result = json.loads((folder / "runs" / cell.name / "results.json").read_text())["results"][0]
+        assert f"{result['test']['accuracy']:.4f}" in table
+    assert "missing" not in table
+
+
+@pytest.mark.parametrize(("name", "reason"), [("preempted", "pre-empted"), ("limited", "time limit")])
+def test_an_interrupted_cell_comes_back_and_ends_with_the_weights_of_an_undisturbed_one(
+    interrupted, undisturbed, name, reason
+):
+    folder = interrupted[name]
+    assert set(settled(folder).values()) == {"done"}
+    record = read_record(folder, "cell.pretrain")
+    assert {entry["reason"] for entry in record.requeues} == {reason}
+    assert "going on from step" in grid("logs", folder, "cell.pretrain")
+    assert weights(folder / "runs" / "cell") == undisturbed
+
+
+def test_a_failing_cell_does_not_stop_the_others_and_is_alone_submitted_again(cluster, tmp_path):
+    images = {"data.source": "image_folder", "data.root": str(tmp_path / "images"), "data.image_size": 16}
+    path = write_grid(tmp_path, "g", axes={"data": {"good": {"seed": 1}, "bad": {**images, "seed": 2}}})
+    folder = tmp_path / "g"
+    grid("submit", path, "--cluster", "slurm", "--dir", folder)
+    assert settled(folder) == {
+        "good.pretrain": "done", "good.probe": "done", "bad.pretrain": "failed", "bad.probe": "blocked",
+    }  # fmt: skip
+    shown = grid("status", folder)
+    assert str(tmp_path / "images") in shown, "the last line of the error"
+    assert str(folder / "logs" / "bad.pretrain.log") in shown
+    done = read_record(folder, "good.pretrain")
+    write_images(tmp_path / "images")
+    assert "2 nodes submitted again" in grid("retry", folder, "--failed")
+    assert set(settled(folder).values()) == {"done"}
+    assert read_record(folder, "good.pretrain") == done
+
+
+def write_images(root):
+    code = (
+        "import sys; from pathlib import Path; from PIL import Image; import random\n"
+        "for split in ('train', 'test'):\n"
+        "    for label in 'abc':\n"
+        f"        folder = Path({str(root)!r}) / split / label; folder.mkdir(parents=True)\n"
+        "        for i in range(16):\n"
+        "            Image.frombytes('RGB', (8, 8), random.Random(i).randbytes(192)).save(folder / f'{i}.png')\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_cancelled_cells_stay_cancelled_running_and_waiting(cluster, tmp_path):
+    path = write_grid(tmp_path, "g", set=LONG, axes={"loss.name": ["supcon_in", "supcon_out"]})
+    folder = tmp_path / "g"
+    grid("submit", path, "--profile", write_profile(tmp_path, parallel=1), "--dir", folder)
+    hold(folder, "supcon-in")
+    assert states(folder) == {
+        "supcon-in.pretrain": "running", "supcon-in.probe": "pending",
+        "supcon-out.pretrain": "pending", "supcon-out.probe": "pending",
+    }  # fmt: skip
+    assert "4 nodes cancelled" in grid("cancel", folder)
+    until(lambda: set(states(folder).values()) <= {"cancelled", "blocked"})
+    found = states(folder)
+    assert found["supcon-in.pretrain"] == found["supcon-out.pretrain"] == "cancelled"
+    assert "0 nodes cancelled" in grid("cancel", folder)
+    assert not steps_of(folder / "runs" / "supcon-out")
+
+
+def test_batch_scripts_run_as_shipped(cluster, tmp_path, request):
+    scripts = request.config.rootpath / "slurm"
+    small = [f"{k}={json.dumps(v)}" for k, v in {**SMALL, "data.batch_size": 16}.items()]
+    (tmp_path / "runs.txt").write_text(
+        "".join(f"pretrain quickstart {' '.join(map(quoted, small))} seed={i} run_dir=array-{i}\n" for i in range(2))
+    )
+    jobs = [
+        ["--nodes=2", "--ntasks-per-node=2", scripts / "train.sbatch", "pretrain", "quickstart", *small, "run_dir=a"],
+        ["--nodes=2", scripts / "train-torchrun.sbatch", "pretrain", "quickstart", *small, "run_dir=b"],
+        ["--array=1-2", scripts / "array.sbatch", "runs.txt"],
+    ]
+    environment = f"ALL,PYTHON={sys.executable},RANKS=2"
+    started = [
+        subprocess.Popen(["sbatch", "--wait", f"--export={environment}", *map(str, job)], cwd=tmp_path)
+        for job in jobs
+    ]
+    logs = lambda: "\n".join(p.read_text() for p in tmp_path.glob("*.log"))  # noqa: E731
+    assert [process.wait() for process in started] == [0, 0, 0], logs()
+    worlds = {}
+    for run in ("a", "b", "array-0", "array-1"):
+        events = [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        worlds[run] = events[0]["world_size"]
+        assert events[-1]["event"] == "end"
+    assert worlds == {"a": 4, "b": 4, "array-0": 1, "array-1": 1}
+    assert weights(tmp_path / "a") == weights(tmp_path / "b"), "srun's ranks and torchrun's compute the same"
+
+
+SMALL = {
+    "data.source": "synthetic",
+    "data.synthetic": {"images": 90, "classes": 3, "channels": 3, "image_size": 16},
+    "train.epochs": 2,
+    "deterministic": True,
+    "log.tensorboard": False,
+    "runtime.threads": 1,
+}
+
+
+def quoted(word: str) -> str:
+    return f"'{word}'"
+
+
+def test_held_jobs_wait_and_one_cell_is_cancelled_alone(cluster, tmp_path):
+    path = write_grid(tmp_path, "g", axes={"loss.name": ["supcon_in", "supcon_out"]})
+    folder = tmp_path / "g"
+    grid("submit", path, "--profile", write_profile(tmp_path, sbatch={"hold": True}), "--dir", folder)
+    shown = grid("status", folder)
+    assert "JobHeldUser" in shown
+    assert states(folder)["supcon-in.pretrain"] == "pending"
+    grid("cancel", folder, "supcon-in")
+    assert states(folder)["supcon-out.pretrain"] == "pending"
+    grid("cancel", folder)
+    until(lambda: set(states(folder).values()) <= {"cancelled", "blocked"})
