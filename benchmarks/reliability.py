@@ -138,7 +138,7 @@ def stall(root: Path) -> list[str]:
     tensors = {"model": weights, "optimizer": {f"{k}/momentum_buffer": t for k, t in weights.items()}}
     interval = 10 * 97  # steps between two saves at the default of ten epochs: CIFAR-10 in batches of 512
     lines = [
-        f"| written | a saving step waits, ms (median of 7) | over {interval} steps, µs a step | 1 % of steps of |",
+        f"| written | the step that saves waits, ms (median of 7) | µs a step over {interval} | 1 % of steps of |",
         "|---|---|---|---|",
     ]
     for asynchronous in (True, False):

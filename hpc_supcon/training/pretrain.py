@@ -33,6 +33,7 @@ from .profile import Breakdown, StepProfile
 from .saving import checkpoint_writer, hold, hold_to_leave, resume_newest, save
 from .state import TrainState
 from .validation import VIEWS_STREAM, OnlineProbe, Validate, build_validate, check_validation
+from .watch import current
 
 
 @dataclass(frozen=True)
@@ -75,6 +76,7 @@ def pretrain(
     writer = checkpoint_writer(config, folder, runtime) if runtime.is_main else None
     held = partial(hold, writer=writer, description=made.description)
     with (
+        current().phase("saving"),  # not to be ended while the writer writes
         closing(made.loader),
         writer or nullcontext(),
         MetricLog(folder if runtime.is_main else None, tensorboard=config.log.tensorboard) as log,
@@ -85,6 +87,7 @@ def pretrain(
         with _at_every_step(config, state, folder, runtime, log) as stepped:
             calls = Calls(partial(save, held), validate, partial(hold_to_leave, held, writer), stepped)
             left = fit(state, made.loader, plan, calls, log=log, progress=progress)
+        current().left = left
         with together():
             if writer is not None:
                 writer.close()

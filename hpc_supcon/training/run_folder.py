@@ -57,12 +57,10 @@ def private_folder(path: Path) -> Path:
     if not stat.S_ISDIR(found.st_mode):
         raise RunFolderError(f"{path}: is not a folder, or a link to one; remove it, or choose another folder")
     if found.st_uid != os.geteuid():
-        raise RunFolderError(
-            f"{path}: belongs to user {found.st_uid}, who could put code there; choose another folder"
-        )
+        raise RunFolderError(f"{path}: belongs to user {found.st_uid}, who could put code there; choose another")
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise RunFolderError(
-            f"{path}: others may write there (mode {stat.S_IMODE(found.st_mode):o}), and its files are executed; "
+            f"{path}: others may write there (mode {stat.S_IMODE(found.st_mode):o}), and what is there is executed; "
             "look through it, then chmod 700, or choose another folder"
         )
     return path

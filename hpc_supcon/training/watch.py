@@ -58,7 +58,9 @@ class Watch:
         """Grows with the main thread's progress."""
         self.rounds = 0
         """Grows with every exchange of notes."""
-        self.phase_now = Phase("setting up", may_leave=True)
+        self.phase_now = Phase("outside training", may_leave=True)
+        self.left = False
+        """The main thread is on its way out, having saved."""
         self.board: Board | None = None
         self.others: list[str] = []
         """Processes of all ranks, as board.who describes them."""
@@ -117,7 +119,7 @@ class Watch:
     def seize(self) -> Phase | None:
         """The phase, from which the main thread will not get out any more; None where it may not be ended."""
         self._turn.acquire()
-        if self.phase_now.may_leave:
+        if self.phase_now.may_leave and not self.left:
             return self.phase_now
         self._turn.release()
         return None
