@@ -24,8 +24,7 @@ from .inputs import Inputs, Part, in_chunks
 from .plots import draw_probe_curves
 from .probes import PROBES, Outcome, Task
 from .probes.classes import only
-from .saved import PROBES as SAVED
-from .saved import FittedProbe, save_probe
+from .saved import FOLDER, FittedProbe, save_probe
 from .scores import classification_scores
 
 
@@ -155,6 +154,6 @@ def _write(
 ) -> None:
     fitted = outcome.probe
     step = origin.step if origin and fitted.input != "pixels" else 0
-    save_probe(fitted, folder / SAVED / fitted.kind, step, world_size=world_size, config_digest=digest(config))
+    save_probe(fitted, folder / FOLDER / fitted.kind, step, world_size=world_size, config_digest=digest(config))
     draw_probe_curves(folder, fitted.kind, outcome.history, kept=outcome.chosen.get("iteration"))
     run_folder.add_result(folder, result)
