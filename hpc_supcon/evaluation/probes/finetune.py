@@ -50,13 +50,8 @@ def fit_finetune(kind: str, task: Task) -> Outcome:
         loader = _training_loader(task)
         render = _views(task)
     with closing(loader), seeded(config.seed, runtime.device):
-<<<<<<< HEAD
-        model = Classifier(copy.deepcopy(task.encoder), len(task.classes))
-        model = place(model, runtime, sync_bn=config.model.sync_bn)
-        masks = None if task.masks is None else WeightMasks.unpacked(model.encoder, task.masks)
-=======
         model = Classifier(copy.deepcopy(task.encoder), len(task.classes)).to(runtime.device)
->>>>>>> wt-i
+        masks = None if task.masks is None else WeightMasks.unpacked(model.encoder, task.masks)
         parallel = distribute(model, runtime, sync_bn=config.model.sync_bn)
         torch.manual_seed(int(np.random.SeedSequence([config.seed, 2, runtime.rank]).generate_state(1)[0]))
         transform = EvalTransform(**task.description["normalisation"]).to(runtime.device)
