@@ -115,7 +115,7 @@ def _load_classifier(folder: Path, kind: str | None) -> Part:
     fitted = load_probe(folder / FOLDER / kind)
     described = fitted.description
     encoder, source, channels_and_size = None, described["encoder"], None
-    name = f"{SAVED}/{kind}"
+    name = f"{FOLDER}/{kind}"
     if fitted.input == "features":
         model, found = load_model(folder)
         if found.state["step"] != described["step"]:
