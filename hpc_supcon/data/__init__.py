@@ -9,6 +9,7 @@ from .parameters import ViewParameters
 from .samplers import SAMPLERS, ClassBalanced, LongTailAware, build_order
 from .sources import ArraySource, Source, channel_statistics
 from .splits import SOURCES, Splits, convert_splits, load_splits, open_source
+from .statistics import normalisation_of
 from .stratify import stratified_split
 from .views import POLICIES, Views
 
@@ -39,6 +40,7 @@ __all__ = [
     "choose",
     "convert_splits",
     "load_splits",
+    "normalisation_of",
     "open_beton",
     "open_source",
     "replaced_everywhere",

@@ -1,10 +1,12 @@
-"""What is drawn for augmented views."""
+"""What is drawn for augmented views, and from which ranges it may be."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from torch import Tensor
+
+from ..errors import ConfigError
 
 
 @dataclass(frozen=True)
@@ -35,3 +37,26 @@ class ViewParameters:
     def select(self, rows: slice) -> ViewParameters:
         """Those of some of the views."""
         return ViewParameters(**{name: value[rows] for name, value in vars(self).items()})
+
+
+def check_ranges(
+    count: int, image_size: int, crop_scale: tuple[float, float], crop_ratio: tuple[float, float]
+) -> None:
+    if count < 1 or image_size < 1:
+        raise ConfigError(f"views need count >= 1 and image_size >= 1, not {count} and {image_size}")
+    if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
+        raise ConfigError(f"crop_scale must be an increasing pair within (0, 1], not {crop_scale}")
+    if not 0 < crop_ratio[0] <= crop_ratio[1]:
+        raise ConfigError(f"crop_ratio must be an increasing pair of positive numbers, not {crop_ratio}")
+
+
+def check_probabilities(**probabilities: float) -> None:
+    for name, value in probabilities.items():
+        if not 0 <= value <= 1:
+            raise ConfigError(f"{name} is a probability, not {value}")
+
+
+def check_strengths(**strengths: float) -> None:
+    for name, value in strengths.items():
+        if not 0 <= value <= (0.5 if name == "hue" else float("inf")):
+            raise ConfigError(f"{name} must be at least 0{' and at most 0.5' * (name == 'hue')}, not {value}")

@@ -15,7 +15,7 @@ from .colour import grey
 from .jitter import Jitter
 from .normalise import normalise_, normalise_levels_
 from .ops import operate_
-from .parameters import ViewParameters
+from .parameters import ViewParameters, check_probabilities, check_ranges, check_strengths
 from .policies import AutoAugment, RandAugment
 from .prefetch import sent
 from .resample import draw_boxes, flipped, resample
@@ -88,9 +88,9 @@ class Views(nn.Module):
         views' last three dimensions; dtype: float32 or bfloat16. Raises ConfigError outside these ranges.
         """
         super().__init__()
-        _check_ranges(count, image_size, crop_scale, crop_ratio)
-        _check_probabilities(flip=flip, jitter_probability=jitter_probability, grey=grey, blur=blur)
-        _check_strengths(brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
+        check_ranges(count, image_size, crop_scale, crop_ratio)
+        check_probabilities(flip=flip, jitter_probability=jitter_probability, grey=grey, blur=blur)
+        check_strengths(brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
         if policy not in POLICIES:
             raise ConfigError(unknown_name("augment.policy", policy, POLICIES))
         self.operations = POLICIES[policy](autoaugment=autoaugment, randaugment=randaugment or {})
@@ -279,26 +279,3 @@ class Views(nn.Module):
 def _span(rows: Tensor) -> slice:
     """Of consecutive rows."""
     return slice(int(rows[0]), int(rows[-1]) + 1)
-
-
-def _check_ranges(
-    count: int, image_size: int, crop_scale: tuple[float, float], crop_ratio: tuple[float, float]
-) -> None:
-    if count < 1 or image_size < 1:
-        raise ConfigError(f"views need count >= 1 and image_size >= 1, not {count} and {image_size}")
-    if not 0 < crop_scale[0] <= crop_scale[1] <= 1:
-        raise ConfigError(f"crop_scale must be an increasing pair within (0, 1], not {crop_scale}")
-    if not 0 < crop_ratio[0] <= crop_ratio[1]:
-        raise ConfigError(f"crop_ratio must be an increasing pair of positive numbers, not {crop_ratio}")
-
-
-def _check_probabilities(**probabilities: float) -> None:
-    for name, value in probabilities.items():
-        if not 0 <= value <= 1:
-            raise ConfigError(f"{name} is a probability, not {value}")
-
-
-def _check_strengths(**strengths: float) -> None:
-    for name, value in strengths.items():
-        if not 0 <= value <= (0.5 if name == "hue" else float("inf")):
-            raise ConfigError(f"{name} must be at least 0{' and at most 0.5' * (name == 'hue')}, not {value}")

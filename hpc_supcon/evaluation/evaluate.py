@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..collectives import together
 from ..config import Config, digest
-from ..data import EvalTransform, Source
+from ..data import EvalTransform, Source, normalisation_of
 from ..runtime import Runtime
 from ..training import assemble, run_folder
 from ..training.engine import place
@@ -24,8 +24,7 @@ from .inputs import Inputs, Part, in_chunks
 from .plots import draw_probe_curves
 from .probes import PROBES, Outcome, Task
 from .probes.classes import only
-from .saved import PROBES as SAVED
-from .saved import FittedProbe, save_probe
+from .saved import FOLDER, FittedProbe, save_probe
 from .scores import classification_scores
 
 
@@ -86,7 +85,7 @@ def _task(folder: Path, config: Config, runtime: Runtime, data: assemble.Data) -
         masks = found.tensors.get("masks")
     else:
         with together():
-            normalisation = assemble.normalisation_of(data.splits.train)
+            normalisation = normalisation_of(data.splits.train)
         description = {"classes": list(data.splits.classes), "normalisation": normalisation}
     transform = EvalTransform(**description["normalisation"]).to(runtime.device)
     served: dict[str, Any] = {"loader": data.loader, "options": data.evaluation}
@@ -155,6 +154,6 @@ def _write(
 ) -> None:
     fitted = outcome.probe
     step = origin.step if origin and fitted.input != "pixels" else 0
-    save_probe(fitted, folder / SAVED / fitted.kind, step, world_size=world_size, config_digest=digest(config))
+    save_probe(fitted, folder / FOLDER / fitted.kind, step, world_size=world_size, config_digest=digest(config))
     draw_probe_curves(folder, fitted.kind, outcome.history, kept=outcome.chosen.get("iteration"))
     run_folder.add_result(folder, result)

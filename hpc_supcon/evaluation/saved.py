@@ -16,7 +16,7 @@ from ..training import checkpoint
 from .inputs import build_prepare, in_chunks
 from .neighbours import Neighbours
 
-PROBES = "probes"
+FOLDER = "probes"
 
 HEADS: dict[str, Callable[..., nn.Module]] = {
     "linear": nn.Linear,

@@ -15,8 +15,7 @@ from ..data import EvalTransform
 from ..errors import ConfigError, RunFolderError, unknown_name
 from ..evaluation.encoder import load_model
 from ..evaluation.probes import PROBES
-from ..evaluation.saved import PROBES as SAVED
-from ..evaluation.saved import FittedProbe, build_probe, load_probe
+from ..evaluation.saved import FOLDER, FittedProbe, build_probe, load_probe
 from ..models import Projection, build_encoder
 from ..training import checkpoint, run_folder
 
@@ -113,10 +112,10 @@ def _load_pretrained(folder: Path, part: str) -> Part:
 
 def _load_classifier(folder: Path, kind: str | None) -> Part:
     kind = _choose_probe(folder, kind)
-    fitted = load_probe(folder / SAVED / kind)
+    fitted = load_probe(folder / FOLDER / kind)
     described = fitted.description
     encoder, source, channels_and_size = None, described["encoder"], None
-    name = f"{SAVED}/{kind}"
+    name = f"{FOLDER}/{kind}"
     if fitted.input == "features":
         model, found = load_model(folder)
         if found.state["step"] != described["step"]:
@@ -184,7 +183,7 @@ def _classifier(encoder: nn.Module | None, probe: FittedProbe) -> nn.Sequential:
 
 
 def _choose_probe(folder: Path, wanted: str | None) -> str:
-    saved = [kind for kind in PROBES if checkpoint.list_steps(folder / SAVED / kind)]
+    saved = [kind for kind in PROBES if checkpoint.list_steps(folder / FOLDER / kind)]
     if wanted is None:
         if not saved:
             raise RunFolderError(f"{folder}: no fitted probe in it; run `hpc-supcon probe {folder}` first")

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, cast
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from ..collectives import gather_objects, together
 from ..config import Config
@@ -23,11 +20,11 @@ from ..data import (
     Splits,
     Views,
     build_order,
-    channel_statistics,
     choose,
     load_splits,
+    normalisation_of,
 )
-from ..errors import ConfigError, CorruptSample, DataError
+from ..errors import ConfigError, DataError
 from ..models import PretrainingModel, build_encoder, recompute_activations
 from ..runtime import Runtime
 from .ema import WeightAverage
@@ -39,9 +36,6 @@ from .objective import PAIRED, RESPONSE, Objective, build_head, heads_of, kind_o
 from .optim import OPTIMISER_SETTINGS, build_optimiser, learning_rate
 from .state import TrainState
 from .stopping import EarlyStopping
-
-NORMALISATION_SAMPLE = 10_000
-"""Images whose statistics stand for all where a set is not held in memory."""
 
 
 @dataclass(frozen=True)
@@ -278,24 +272,6 @@ def build_plan(config: Config, steps_per_epoch: int) -> Plan:
         save_at=lambda step: step == steps or due(step, save.every_steps, save.every_epochs),
         validate_at=lambda step: due(step, look.every_steps, look.every_epochs),
     )
-
-
-def normalisation_of(train: Source) -> dict[str, list[float]]:
-    """Mean and standard deviation per channel of the training images, as plain numbers."""
-    if isinstance(train, ArraySource):
-        mean, std = channel_statistics(train.stack())
-    else:
-        n = min(len(train), NORMALISATION_SAMPLE)
-        chosen = np.sort(np.random.default_rng(0).choice(len(train), n, replace=False)).tolist()
-        mean, std = channel_statistics(torch.stack(list(_sound_images(train, chosen))))
-    return {"mean": mean.tolist(), "std": std.tolist()}
-
-
-def _sound_images(source: Source, indices: list[int]) -> Iterator[Tensor]:
-    """Those that decode; what becomes of the others is the loader's business."""
-    for i in indices:
-        with suppress(CorruptSample):
-            yield source.read(i)
 
 
 def seed_models(config: Config) -> None:

@@ -86,48 +86,33 @@ class Meter:
         return numbers
 
 
+@dataclass(frozen=True)
+class Calls:
+    """What the loop calls; all are collective and may raise."""
+
+    save: Callable[[TrainState], None]
+    validate: Callable[[TrainState], dict[str, float]] | None = None
+    hold: Callable[[TrainState], Callable[[], None]] | None = None
+    """Returns what saves the state of now, from any thread."""
+    stepped: Callable[[int], None] = lambda step: None
+    """Told of every step once all that belongs to it is done."""
+
+
 def fit(
-    state: TrainState,
-    loader: Loader,
-    plan: Plan,
-    *,
-    log: MetricLog,
-    progress: ProgressLine,
-    save: Callable[[TrainState], None],
-    validate: Callable[[TrainState], dict[str, float]] | None = None,
-    hold: Callable[[TrainState], Callable[[], None]] | None = None,
-    stepped: Callable[[int], None] = lambda step: None,
+    state: TrainState, loader: Loader, plan: Plan, calls: Calls, *, log: MetricLog, progress: ProgressLine
 ) -> bool:
     """Train from `state.step` to `plan.steps`, or until `state.stopping` has seen enough.
 
-    True when it was asked to leave (see watch.py) and did so earlier, having saved. `hold(state)`, collective,
-    returns what saves the state of now, from any thread. `stepped` is told of every step once all that belongs
-    to it is done, in the same order on all ranks.
-
-    Raises NonFinite, OutOfMemory, and what loader, `validate`, `save` and `stepped` raise.
+    True when it was asked to leave (see watch.py) and did so earlier, having saved. Raises NonFinite, OutOfMemory,
+    and what loader and calls raise.
     """
     state.parallel.train()
     meter, watch = Meter(plan.images_per_step), current()
     numbers: dict[str, float] = {}
     leaving = False
-
-    def look_is_due() -> bool:
-        return validate is not None and plan.validate_at(state.step) and state.looked < state.step
-
-    def settle() -> None:
-        """Look at validation, then save, where this step is one for it; on the way out the look waits."""
-        improved = False
-        if validate is not None and look_is_due() and not leaving:
-            with watch.phase("validation", may_leave=True, held=hold and hold(state)):
-                improved = _look(state, validate, log, progress)
-            meter.skip()
-        if improved or leaving or plan.save_at(state.step) or _done(state, plan):
-            with watch.phase("saving"):
-                save(state)
-
     with watch.training():
-        if state.step and look_is_due():
-            settle()  # the run left between this step and its look
+        if state.step and _look_is_due(state, plan, calls):
+            _settle(state, plan, calls, log, progress, leaving=False)  # the run left between this step and its look
         while not _done(state, plan) and not leaving:
             epoch, start = divmod(state.step, plan.steps_per_epoch)
             for batch in meter.timed(loader.epoch(epoch, start)):
@@ -143,14 +128,34 @@ def fit(
                     more = _details(state, loader, batch, result, plan)
                     log.log("train", state.step, epoch=epoch, lr=lr, **numbers, **more)
                     progress.update(state.step, numbers)
-                settle()
-                stepped(state.step)
+                if _settle(state, plan, calls, log, progress, leaving=leaving):
+                    meter.skip()
+                calls.stepped(state.step)
                 if leaving or _done(state, plan):
                     break
             progress.epoch_done(epoch + 1, numbers or meter.read(plan.steps - state.step))
     if state.device.type == "cuda":
         torch.cuda.synchronize(state.device)
     return leaving
+
+
+def _settle(
+    state: TrainState, plan: Plan, calls: Calls, log: MetricLog, progress: ProgressLine, *, leaving: bool
+) -> bool:
+    """Look at validation, then save, where this step is one for it; whether it looked. On the way out it does not."""
+    watch, improved = current(), False
+    looks = _look_is_due(state, plan, calls) and not leaving
+    if looks and calls.validate is not None:
+        with watch.phase("validation", may_leave=True, held=calls.hold and calls.hold(state)):
+            improved = _look(state, calls.validate, log, progress)
+    if improved or leaving or plan.save_at(state.step) or _done(state, plan):
+        with watch.phase("saving"):
+            calls.save(state)
+    return looks
+
+
+def _look_is_due(state: TrainState, plan: Plan, calls: Calls) -> bool:
+    return calls.validate is not None and plan.validate_at(state.step) and state.looked < state.step
 
 
 def _done(state: TrainState, plan: Plan) -> bool:

@@ -15,22 +15,22 @@ import torch
 from torch import Tensor
 
 from .. import __version__
-from ..collectives import gather_objects, together
+from ..collectives import together
 from ..config import Config, digest
-from ..data import EvalTransform, build_loader
-from ..errors import Preempted, WorldSizeMismatch
+from ..data import EvalTransform, Loader, Views, build_loader
+from ..errors import Preempted
 from ..models import LoadedWeights, PretrainingModel, load_weights
-from ..phases import phase
 from ..pruning import WeightMasks
 from ..runtime import Runtime, seed_everything
 from . import assemble, checkpoint, run_folder
-from .checkpoint_writer import CheckpointWriter
 from .engine import check_engine
-from .fit import fit
+from .fit import Calls, fit
 from .garbage import collected_every
 from .metrics import MetricLog, ProgressLine, console
+from .objective import Objective
 from .preempt import requested
 from .profile import Breakdown, StepProfile
+from .saving import checkpoint_writer, hold, hold_to_leave, resume_newest, save
 from .state import TrainState
 from .validation import VIEWS_STREAM, OnlineProbe, Validate, build_validate, check_validation
 from .watch import current
@@ -60,62 +60,33 @@ def pretrain(
     Everything that can be wrong with the input is checked before the folder is made. With `resume`, goes on
     from the newest checkpoint that verifies, bit for bit on the same number of ranks.
     """
-    folder, splits = config.folder, data.splits
+    folder = config.folder
     with together():
         run_folder.check_usable(folder, config, resume=resume)
-        assemble.check_objective(config)
-        check_engine(config, runtime)
-        check_validation(config, splits)
-        order = assemble.build_training_order(config, splits)
-        loader = build_loader(
-            data.loader,
-            splits.train,
-            order,
-            seed=config.seed,
-            rank=runtime.rank,
-            world_size=runtime.world_size,
-            device=runtime.device,
-            options=data.training,
-        )
-        assemble.check_batches(config, order, splits)
-        description = assemble.describe_model(config, splits)
-        assemble.seed_models(config)
-        model, views = assemble.build_model(description), assemble.build_views(config, description, runtime)
-        weights = _load_weights(config, model, folder, resume=resume)
-        objective = assemble.build_objective(config, views)
-        _begin(start, model, objective)
+        made = _make(config, runtime, data, start, resume=resume)
     seed_everything(config.seed, runtime.rank)
-    state = assemble.build_state(config, model, objective, views, runtime)
+    state = assemble.build_state(config, made.model, made.objective, made.views, runtime)
     state.masks = None if start is None else WeightMasks(state.model.encoder, start.masks)
-    validate = _validate(config, runtime, data, description, online_probe)
-    resumed = resume and _resume(state, folder, runtime, config)
+    validate = _validate(config, runtime, data, made.description, online_probe)
+    resumed = resume and resume_newest(state, folder, runtime, config)
     with together():
         if runtime.is_main and not resumed:
             run_folder.create(folder, config)
-    plan = assemble.build_plan(config, loader.steps_per_epoch)
-    writer = _checkpoint_writer(config, folder, runtime) if runtime.is_main else None
-    hold = partial(_hold, writer=writer, description=description)
-    shown = runtime.is_main and config.log.progress
+    plan = assemble.build_plan(config, made.loader.steps_per_epoch)
+    writer = checkpoint_writer(config, folder, runtime) if runtime.is_main else None
+    held = partial(hold, writer=writer, description=made.description)
     with (
         current().phase("saving"),  # not to be ended while the writer writes
-        closing(loader),
+        closing(made.loader),
         writer or nullcontext(),
         MetricLog(folder if runtime.is_main else None, tensorboard=config.log.tensorboard) as log,
-        ProgressLine(plan.steps, plan.epochs, shown=shown) as progress,
+        ProgressLine(plan.steps, plan.epochs, shown=runtime.is_main and config.log.progress) as progress,
     ):
-        log.log("start", state.step, world_size=runtime.world_size, **_facts(config, data, model))
-        if weights is not None:
-            log.log("weights", state.step, **asdict(weights))
-            if shown:
-                console.print(weights.summary(), soft_wrap=True)
-        if shown and config.data.loader == "auto":
-            console.print(f"loader: {data.loader} ({data.reason})", soft_wrap=True)
+        _tell_start(config, runtime, data, made, state.step, log, progress)
         began = time.perf_counter()
         with _at_every_step(config, state, folder, runtime, log) as stepped:
-            left = fit(
-                state, loader, plan, log=log, progress=progress, save=partial(_save, hold), validate=validate,
-                hold=partial(_hold_to_leave, hold, writer), stepped=stepped,
-            )  # fmt: skip
+            calls = Calls(partial(save, held), validate, partial(hold_to_leave, held, writer), stepped)
+            left = fit(state, made.loader, plan, calls, log=log, progress=progress)
         current().left = left
         with together():
             if writer is not None:
@@ -124,6 +95,62 @@ def pretrain(
     if left:
         raise Preempted(f"left ({requested()}): saved at step {state.step}; start again with --resume")
     return folder
+
+
+@dataclass(frozen=True)
+class _Made:
+    """What a run is made of before it is placed on a device."""
+
+    loader: Loader
+    description: dict[str, Any]
+    model: PretrainingModel
+    views: Views
+    objective: Objective
+    weights: LoadedWeights | None
+
+
+def _make(config: Config, runtime: Runtime, data: assemble.Data, start: Start | None, *, resume: bool) -> _Made:
+    """Check all there is to check, then build. Raises ConfigError, DataError."""
+    splits = data.splits
+    assemble.check_objective(config)
+    check_engine(config, runtime)
+    check_validation(config, splits)
+    order = assemble.build_training_order(config, splits)
+    loader = build_loader(
+        data.loader,
+        splits.train,
+        order,
+        seed=config.seed,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        device=runtime.device,
+        options=data.training,
+    )
+    assemble.check_batches(config, order, splits)
+    description = assemble.describe_model(config, splits)
+    assemble.seed_models(config)
+    model, views = assemble.build_model(description), assemble.build_views(config, description, runtime)
+    weights = _load_weights(config, model, config.folder, resume=resume)
+    objective = assemble.build_objective(config, views)
+    _begin(start, model, objective)
+    return _Made(loader, description, model, views, objective, weights)
+
+
+def _tell_start(
+    config: Config,
+    runtime: Runtime,
+    data: assemble.Data,
+    made: _Made,
+    step: int,
+    log: MetricLog,
+    progress: ProgressLine,
+) -> None:
+    log.log("start", step, world_size=runtime.world_size, **_facts(config, data, made.model))
+    if made.weights is not None:
+        log.log("weights", step, **asdict(made.weights))
+        progress.say(made.weights.summary())
+    if config.data.loader == "auto":
+        progress.say(f"loader: {data.loader} ({data.reason})")
 
 
 @contextmanager
@@ -185,98 +212,3 @@ def _facts(config: Config, data: assemble.Data, model: torch.nn.Module) -> dict[
         "peak_lr": assemble.peak_lr(config),
         "config_digest": digest(config),
     }
-
-
-def _resume(state: TrainState, folder: Path, runtime: Runtime, config: Config) -> bool:
-    """Load the newest checkpoint that verifies into `state`; False when the run has not saved one yet.
-
-    Rank 0 chooses and the others load the same one: each choosing for itself could part them.
-    """
-    found: checkpoint.Checkpoint | None = None
-    with together():
-        if runtime.is_main:
-            found, refused = checkpoint.load_newest(folder / run_folder.CHECKPOINTS)
-            for line in refused:
-                console.print(f"not used: {line}", soft_wrap=True, style="yellow")
-    path = gather_objects(found.path if found else None)[0]
-    if path is None:
-        if runtime.is_main:
-            console.print(f"{folder}: no checkpoint yet, starting from step 0", soft_wrap=True)
-        return False
-    with together():
-        found = found or checkpoint.load(path)
-        saved_world = found.manifest["world_size"]
-        if saved_world != runtime.world_size and not config.train.allow_world_size_change:
-            raise WorldSizeMismatch(
-                f"{path}: saved by {saved_world} ranks, resumed on {runtime.world_size}; start {saved_world} ranks, "
-                "or set train.allow_world_size_change=true"
-            )
-        with checkpoint.understood(path):
-            state.load(found.tensors, found.state)
-        if runtime.rank >= saved_world:
-            _seed_new_rank(state, config, found.state, runtime)
-    if runtime.is_main:
-        changed = saved_world != runtime.world_size
-        note = f" (saved by {saved_world} ranks, going on with {runtime.world_size})" if changed else ""
-        console.print(f"{folder}: going on from step {state.step}{note}", soft_wrap=True)
-    return True
-
-
-def _seed_new_rank(state: TrainState, config: Config, description: dict[str, Any], runtime: Runtime) -> None:
-    """Generators of a rank that did not exist when the checkpoint was saved: from seed, rank and step, so that
-    nothing is drawn again that a rank of this number may have drawn earlier in the run."""
-    seed_everything(config.seed, runtime.rank, state.step)
-    views = assemble.build_views(config, description, runtime, stream=VIEWS_STREAM + state.step)
-    state.views.load_state(views.to(runtime.device).state())
-
-
-def _checkpoint_writer(config: Config, folder: Path, runtime: Runtime) -> CheckpointWriter:
-    settings = config.checkpoint
-    save = partial(
-        checkpoint.save,
-        folder / run_folder.CHECKPOINTS,
-        world_size=runtime.world_size,
-        config_digest=digest(config),
-        keep=settings.keep,
-        keep_every=settings.keep_every_steps,
-        trusted=set(),
-    )
-    return CheckpointWriter(
-        save,
-        asynchronous=settings.asynchronous,
-        max_failed=settings.max_failed_saves,
-        tell=lambda line: console.print(line, soft_wrap=True, style="yellow", markup=False),
-    )
-
-
-def _hold(state: TrainState, *, writer: CheckpointWriter | None, description: dict[str, Any]) -> Callable[[], None]:
-    """What saves the state as it is now. Collective: every rank contributes its generators, rank 0 has the writer."""
-    tensors, numbers, protect = state.tensors(), {**state.numbers(), **description}, state.best_steps()
-
-    def write() -> None:
-        if writer is not None:
-            writer.save(numbers["step"], tensors, numbers, protect=protect)
-
-    return write
-
-
-@phase("checkpoint")
-def _save(hold: Callable[[TrainState], Callable[[], None]], state: TrainState) -> None:
-    """Collective; a failure is everybody's."""
-    write = hold(state)
-    with together():
-        write()
-
-
-def _hold_to_leave(
-    hold: Callable[[TrainState], Callable[[], None]], writer: CheckpointWriter | None, state: TrainState
-) -> Callable[[], None]:
-    """As `_hold`; what is returned comes back when all is on disk."""
-    write = hold(state)
-
-    def write_and_close() -> None:
-        write()
-        if writer is not None:
-            writer.close()
-
-    return write_and_close

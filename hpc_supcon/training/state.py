@@ -57,6 +57,10 @@ class TrainState:
         """The same model as the engine wraps it, in training or evaluation mode."""
         return self.engine.parallel
 
+    def parameters(self) -> list[nn.Parameter]:
+        """All that is trained: the model's, then the loss's own (a learned temperature)."""
+        return [p for module in (self.model, self.objective) for p in module.parameters() if p.requires_grad]
+
     def queue_columns(self) -> tuple[Tensor, Tensor] | None:
         return None if self.queue is None else self.queue.columns()
 

@@ -37,14 +37,14 @@ def stage(rank, world_size, folder, label=None, resume=False, kill_at=None):
         return None
     tune = ["prune.rate=[0.7, 0.3]", f"prune.finetune.iterations={STEPS}", f"prune.label={label}"]
     config = read_config(folder, tune)
-    save = pretrain._save
+    save = pretrain.save
 
-    def save_and_die(state, **more):
-        save(state, **more)
+    def save_and_die(held, state):
+        save(held, state)
         if state.step == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    pretrain._save = save_and_die
+    pretrain.save = save_and_die
     return prune(folder, config, runtime, assemble.load_data(config, runtime), resume=resume)
 
 

@@ -45,7 +45,8 @@ def test_a_signal_to_any_rank_has_all_save_at_one_step_and_loses_none(tmp_path, 
 def test_signals_while_saving_change_nothing(tmp_path, uninterrupted):
     """The first makes it leave; others come in the middle of that save, and of a save in the background."""
     folder = tmp_path / "r"
-    fault = "usr2@step=14,phase=write;term@step=14,phase=fsync,call=3;term@step=14,phase=save,call=0"
+    fault = "usr2@step=14,phase=write;term@step=14,phase=fsync,call=3;usr2@step=14,phase=rename"
+    fault += ";term@step=14,phase=save,call=0"
     run(2, folder, fault=fault, code=LEFT)
     assert newest(folder) >= 14
     resume_and_compare(2, folder, uninterrupted(2))

@@ -14,7 +14,7 @@ from hpc_supcon.data import ArraySource, Splits
 from hpc_supcon.evaluation.evaluate import load_model
 from hpc_supcon.training import assemble, checkpoint
 from hpc_supcon.training.ema import WeightAverage
-from hpc_supcon.training.state import load_optimiser
+from hpc_supcon.training.engine.base import load_optimiser
 from hpc_supcon.training.step import train_step
 from tests.dist.test_step import SETTINGS, build
 

@@ -10,7 +10,7 @@ from torch import nn
 
 from hpc_supcon.errors import OutOfMemory
 from hpc_supcon.training import memory
-from hpc_supcon.training.fit import fit
+from hpc_supcon.training.fit import Calls, fit
 from tests.dist.test_step import build
 
 GIB = 2**30
@@ -116,7 +116,7 @@ def test_the_training_loop_gives_the_advice(monkeypatch):
 
     monkeypatch.setattr("hpc_supcon.training.fit.train_step", step)
     with pytest.raises(OutOfMemory, match=r"set train\.micro_batch_size="):
-        fit(state, Loader(), Plan(), log=None, progress=None, save=None)
+        fit(state, Loader(), Plan(), Calls(save=None), log=None, progress=None)
 
 
 def test_memory_of_this_process_is_between_nothing_and_the_machine():

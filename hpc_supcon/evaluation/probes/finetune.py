@@ -20,7 +20,7 @@ from ...data import Batch, EvalTransform, Loader, LoaderOptions, Source, TrainOr
 from ...errors import NonFinite
 from ...pruning import WeightMasks
 from ...training import assemble
-from ...training.engine import autocast, distribute, place, unscaled
+from ...training.engine import autocast, distribute, unscaled
 from ..features import extract
 from ..inputs import in_chunks
 from ..saved import FittedProbe
@@ -50,8 +50,7 @@ def fit_finetune(kind: str, task: Task) -> Outcome:
         loader = _training_loader(task)
         render = _views(task)
     with closing(loader), seeded(config.seed, runtime.device):
-        model = Classifier(copy.deepcopy(task.encoder), len(task.classes))
-        model = place(model, runtime, sync_bn=config.model.sync_bn)
+        model = Classifier(copy.deepcopy(task.encoder), len(task.classes)).to(runtime.device)
         masks = None if task.masks is None else WeightMasks.unpacked(model.encoder, task.masks)
         parallel = distribute(model, runtime, sync_bn=config.model.sync_bn)
         torch.manual_seed(int(np.random.SeedSequence([config.seed, 2, runtime.rank]).generate_state(1)[0]))

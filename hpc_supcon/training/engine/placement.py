@@ -17,7 +17,8 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def place(model: M, runtime: Runtime, *, channels_last: bool = False, sync_bn: bool = False) -> M:
-    """`model` on this rank's device, in the wanted memory layout; `sync_bn`: BatchNorm over all ranks."""
+    """`model` on this rank's device, in the wanted memory layout; `sync_bn`: BatchNorm over all ranks, for what
+    is copied before it is distributed."""
     layout = torch.channels_last if channels_last else torch.preserve_format
     placed = model.to(runtime.device).to(memory_format=layout)
     if sync_bn and runtime.world_size > 1:
@@ -26,7 +27,7 @@ def place(model: M, runtime: Runtime, *, channels_last: bool = False, sync_bn: b
 
 
 def distribute(model: nn.Module, runtime: Runtime, *, sync_bn: bool) -> nn.Module:
-    """`model`, as placed, wrapped for data-parallel training: gradients are averaged over ranks in backward."""
+    """`model` wrapped for data-parallel training: gradients are averaged over ranks in backward."""
     if runtime.world_size == 1:
         return model
     options: dict[str, Any] = {"gradient_as_bucket_view": True}
@@ -37,6 +38,7 @@ def distribute(model: nn.Module, runtime: Runtime, *, sync_bn: bool) -> nn.Modul
         # all-reduce of three or more ranks adds by position: the first step after a resume would round differently.
         options["find_unused_parameters"] = True
     if sync_bn:
+        model = synchronise_batchnorm(model, runtime.device)  # no change to what `place` has made so
         options[_BUFFER_SYNC] = False  # synchronised statistics are equal already
     return DistributedDataParallel(model, **options)
 
