@@ -163,12 +163,12 @@ def stall(root: Path) -> list[str]:
 
 def detection(root: Path, flips: int) -> list[str]:
     folder, chance = root / "damaged", random.Random(0)
-    tensors = {
-        "model": {"a": torch.arange(600.0), "b": torch.full((3, 4), 2.0)},
-        "optimizer": {"a/momentum": torch.arange(600.0)},
-        "rng": {"rank0.torch": torch.arange(200, dtype=torch.uint8)},
-    }
     for step in (1, 2):
+        tensors = {
+            "model": {"a": torch.arange(600.0) + step, "b": torch.full((3, 4), 2.0)},
+            "optimizer": {"a/momentum": torch.arange(600.0) * step},
+            "rng": {"rank0.torch": torch.arange(200, dtype=torch.uint8) + step},
+        }
         checkpoint.save(folder, step, tensors, {}, world_size=1, config_digest="d")
     path, seen = folder / "step-2", 0
     good = {name: (path / name).read_bytes() for name in FILES}
