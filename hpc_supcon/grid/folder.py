@@ -26,10 +26,13 @@ from typing import Any
 
 from .. import __version__
 from ..errors import RunFolderError
+from ..training.run_folder import private_folder
 from .expand import Cell, Plan
 from .files import Profile, Resources, TableConfig
 
 FORMAT = 1
+JOBS = "jobs"
+"""submitit's folder: it holds pickles, which are executed when a job starts, so it is its owner's alone."""
 
 
 @dataclass(frozen=True)
@@ -95,8 +98,9 @@ def freeze(root: Path, plan: Plan, source: str, cluster: str, profile: Profile) 
     frozen = Frozen(
         root.resolve(), plan.name, cluster, profile, code_commit(), plan.pack, plan.cells, nodes, plan.tables
     )
-    for part in ("configs", "records", "runs", "logs", "jobs"):
+    for part in ("configs", "records", "runs", "logs"):
         (root / part).mkdir(parents=True, exist_ok=True)
+    private_folder(root / JOBS)
     for node in plan.nodes.values():
         path = root / "configs" / f"{node.folder}.yaml"
         if not path.exists():

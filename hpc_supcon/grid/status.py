@@ -14,7 +14,7 @@ from rich.text import Text
 from ..errors import ConfigError, RunFolderError, unknown_name
 from .expand import Plan
 from .files import STAGES
-from .folder import Frozen, submitted
+from .folder import JOBS, Frozen, submitted
 from .states import FAILED, NodeState, progress
 
 ORDER = ("done", "running", "pending", "failed", "blocked", "cancelled", "lost", "missing")
@@ -87,7 +87,7 @@ def logs_of(frozen: Frozen, name: str) -> list[Path]:
     """What a node's ranks, and the scheduler for its job, wrote. Raises RunFolderError when there is nothing."""
     job = submitted(frozen.root).get(name, "none")
     found = [
-        *(frozen.root / "jobs").glob(f"{glob.escape(job)}_*_log.*"),
+        *(frozen.root / JOBS).glob(f"{glob.escape(job)}_*_log.*"),
         *(frozen.root / "logs").glob(f"{name}.*log"),
     ]
     found = [path for path in found if path.stat().st_size]

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, LaunchError
+from ..training.run_folder import private_folder
 from . import slurm, worker
 from .arrays import Array, Bundle, arrange
 from .expand import Node
 from .files import Profile, Resources
-from .folder import Frozen, FrozenNode, append_submission, prepare
+from .folder import JOBS, Frozen, FrozenNode, append_submission, prepare
 from .states import WAITING, NodeState, node_states
 
 Tell = Callable[[str], None]
@@ -78,7 +79,7 @@ def _submit_to_slurm(frozen: Frozen, arrays: Sequence[Array], tell: Tell) -> Non
 
     ids: dict[int, str] = {}
     for array in arrays:
-        executor = SlurmExecutor(frozen.root / "jobs", python=frozen.profile.python)
+        executor = SlurmExecutor(private_folder(frozen.root / JOBS), python=frozen.profile.python)
         executor.update_parameters(**sbatch_parameters(frozen, array, ids))
         try:
             jobs = executor.map_array(worker.STAGES[array.stage], *_arguments(frozen, array))
@@ -160,7 +161,7 @@ def _run_here(frozen: Frozen, arrays: Sequence[Array], tell: Tell) -> None:
                 waits = array.after is not None and (id(array.after), i) not in ended
                 if len(running) >= frozen.profile.parallel or waits:
                     continue
-                executor = LocalExecutor(frozen.root / "jobs", python=frozen.profile.python)
+                executor = LocalExecutor(private_folder(frozen.root / JOBS), python=frozen.profile.python)
                 executor.update_parameters(**_local_parameters(frozen.profile, array.resources))
                 configs, folders = _arguments(frozen, array)
                 job = executor.submit(worker.STAGES[array.stage], configs[i], folders[i])

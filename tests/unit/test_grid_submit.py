@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -275,3 +276,13 @@ def test_an_array_task_names_itself_not_the_array(monkeypatch):
     monkeypatch.setenv("SLURM_ARRAY_JOB_ID", "12")
     monkeypatch.setenv("SLURM_ARRAY_TASK_ID", "4")
     assert slurm.own_job() == "12_4"
+
+
+def test_the_pickles_of_jobs_lie_where_nobody_else_may_write(cluster, frozen):
+    grid = frozen()
+    jobs = grid.root / "jobs"
+    assert stat.S_IMODE(jobs.stat().st_mode) == 0o700
+    jobs.chmod(0o770)
+    with pytest.raises(RunFolderError, match="others may write there"):
+        submit(grid, ["missing"], nothing)
+    assert not list(jobs.iterdir())
