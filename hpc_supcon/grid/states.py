@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import LaunchError
 from . import slurm
-from .folder import Frozen, FrozenNode, Record, read_records, submitted
+from .folder import Frozen, FrozenNode, Record, read_records, submitted, write_record
 from .slurm import JobState
 
 WAITING = ("pending", "running")
@@ -156,4 +156,10 @@ def cancel(frozen: Frozen, names: set[str]) -> list[str]:
         slurm.cancel(states[name].job.partition("_")[0] for name in found)
     else:
         slurm.cancel(states[name].job for name in found)
+    records = read_records(frozen.root)
+    for name in found:
+        if states[name].state == "pending":  # of a task that never began, accounting may know nothing
+            before = records.get(name)
+            kept = before.requeues if before is not None else []
+            write_record(frozen.root, name, Record("cancelled", states[name].job, requeues=kept))
     return found
