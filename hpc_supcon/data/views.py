@@ -110,7 +110,7 @@ class Views(nn.Module):
         if self.blur and image_size < 2:
             raise ConfigError(f"augment.blur needs images of at least 2 pixels a side, not {image_size}")
         self.generator = self._device_generator = torch.Generator()
-        self.reseed(seed)
+        self._seed_generators(seed)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -256,8 +256,8 @@ class Views(nn.Module):
         """Normalised views [..., C, S, S] as images in 0..1 again."""
         return views * self.std.view(-1, 1, 1) + self.mean.view(-1, 1, 1)
 
-    def reseed(self, seed: int | Sequence[int]) -> None:
-        """Draw from here on what new Views of this seed would draw."""
+    def _seed_generators(self, seed: int | Sequence[int]) -> None:
+        """One stream for what is decided on the CPU, another for the numbers drawn on the device."""
         seeds = np.random.SeedSequence(seed).generate_state(2, np.uint64) >> np.uint64(1)
         self.generator.manual_seed(int(seeds[0]))
         self._device_seed, self._device_generator = int(seeds[1]), self.generator
