@@ -29,6 +29,7 @@ def started(settings: Config, resume: bool) -> Iterator[tuple[Runtime, Data]]:
             threads=limits.threads,
             timeout_s=limits.first_step_timeout_s,
             deterministic=settings.deterministic,
+            reuse_memory=limits.reuse_memory,
         ) as runtime,
         connected(watch, runtime),
     ):

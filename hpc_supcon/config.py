@@ -40,6 +40,7 @@ NEUTRAL = (
     "log",
     "probe",
     "prune",
+    "runtime.reuse_memory",
     "runtime.timeout_s",
     "runtime.first_step_timeout_s",
     "train.allow_world_size_change",

@@ -6,6 +6,7 @@ error: it never quietly becomes a world of one, which would train N copies of a 
 
 from __future__ import annotations
 
+import ctypes
 import os
 import random
 import shutil
@@ -189,14 +190,21 @@ def choose_device(name: str, launch: Launch) -> torch.device:
 
 @contextmanager
 def start(
-    *, device: str = "auto", threads: int | None = None, timeout_s: float = 600.0, deterministic: bool = False
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    timeout_s: float = 600.0,
+    deterministic: bool = False,
+    reuse_memory: bool = False,
 ) -> Iterator[Runtime]:
-    """Set up this process for the block: device, threads, determinism, and the process group when there are
+    """Set up this process for the block: device, threads, memory, determinism, and the process group when there are
     several ranks (nccl for CUDA tensors, gloo for CPU tensors). Leaves no process group behind."""
     launch = resolve()
     chosen = choose_device(device, launch)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+    elif reuse_memory:
+        keep_freed_memory()
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # torchrun sets OMP_NUM_THREADS=1; sharing the cores among the ranks of this node is better
     torch.set_num_threads(threads or max(1, cores // launch.local_world_size))
@@ -217,6 +225,19 @@ def start(
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def keep_freed_memory() -> None:
+    """From now on glibc keeps what tensors free for the next ones; without glibc, nothing happens.
+
+    By default it maps every large tensor anew, so that each step of a training on the CPU waits for the kernel to
+    clear the same pages again. The price is memory that lies between tensors of different sizes.
+    """
+    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(trim_threshold, -1)
+        mallopt(mmap_max, 0)
 
 
 def set_collective_timeout(seconds: float) -> None:

@@ -29,7 +29,7 @@ import torch
 from ..config import Config, load_config
 from ..data import Batch, Loader, build_loader
 from ..phases import ENCODER, Clock, measured_by, phase
-from ..runtime import Launch, Runtime, seed_everything
+from ..runtime import Launch, Runtime, keep_freed_memory, seed_everything
 from ..training import assemble
 from ..training.profile import Breakdown, breakdown
 from ..training.state import TrainState
@@ -107,6 +107,8 @@ class Session:
 
     def __init__(self, config: Config, device: torch.device) -> None:
         runtime = Runtime(Launch(), device)
+        if device.type == "cpu" and config.runtime.reuse_memory:
+            keep_freed_memory()
         assemble.check_objective(config)
         self.data = assemble.load_data(config, runtime)
         splits = self.data.splits

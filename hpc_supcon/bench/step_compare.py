@@ -1,25 +1,34 @@
-"""The step of this package beside a plain loop: same model, images, augmentation and precision, in turns."""
+"""The step of this package beside a plain loop: same model, images, augmentation and precision, in turns.
+
+The plain loop has a process of its own, for this one is set up as the package sets up its own (see
+runtime.keep_freed_memory); while one works, the other waits.
+"""
 
 from __future__ import annotations
 
-import copy
 import math
+import multiprocessing
+import os
 import time
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from multiprocessing.connection import Connection
 
 import torch
 
 from ..config import Config
 from ..errors import ConfigError
 from ..phases import ENCODER
-from ..training.assemble import peak_lr
+from ..runtime import Launch, Runtime
+from ..training import assemble
 from .plain_loop import POLICIES, PilImages, PlainLoop, TwoCrops, sample_transform
 from .step import ROUNDS, WARM_UP, Result, Session, settings
 
 AFFORDABLE = 64
 """Images of the batch that both are compared at, or the largest measured below that."""
+OURS_ALONE = "THP_MEM_ALLOC_ENABLE"
+"""Set by the command line for this package's processes."""
 
 
 @dataclass(frozen=True)
@@ -61,13 +70,13 @@ def compare(
         session.run(WARM_UP - 1)
         share = session.measure(1)
         steps = max(3, math.ceil(seconds / ROUNDS / share.total))
-        plain = _plain_loop(session, config, batch_size, steps, device)
-        plain.run()
         times: dict[str, list[float]] = {"ours": [], "plain": []}
-        for _ in range(ROUNDS):
-            share = session.measure(steps)
-            times["ours"].append(share.total * steps)
-            times["plain"].append(_timed(plain.run, device))
+        with plain_loop(config, steps, device) as pipe:
+            for _ in range(ROUNDS):
+                share = session.measure(steps)
+                times["ours"].append(share.total * steps)
+                pipe.send(None)
+                times["plain"].append(pipe.recv())
     views = 2 * batch_size * steps
     best = {name: views / min(t) for name, t in times.items()}
     worst = {name: views / max(t) for name, t in times.items()}
@@ -82,19 +91,53 @@ def compare(
     )  # fmt: skip
 
 
-def _plain_loop(session: Session, config: Config, batch_size: int, steps: int, device: torch.device) -> PlainLoop:
-    train, norm = session.data.splits.train, session.description["normalisation"]
-    model = copy.deepcopy(session.state.model).to(memory_format=torch.contiguous_format)
-    size = session.description["encoder"]["image_size"]
+@contextmanager
+def plain_loop(config: Config, steps: int, device: torch.device) -> Iterator[Connection]:
+    """A process with the plain loop, warmed up: send anything, and receive the seconds of `steps` steps."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    child = context.Process(target=_child, args=(theirs, config, steps, device, torch.get_num_threads()))
+    kept = os.environ.pop(OURS_ALONE, None)
+    try:
+        child.start()
+    finally:
+        if kept is not None:
+            os.environ[OURS_ALONE] = kept
+    theirs.close()
+    try:
+        ours.recv()
+        yield ours
+    finally:
+        ours.close()
+        child.join()
+
+
+def _child(pipe: Connection, config: Config, steps: int, device: torch.device, threads: int) -> None:
+    torch.set_num_threads(threads)
+    loop = build_plain_loop(config, steps, device)
+    loop.run()
+    pipe.send(None)
+    while True:
+        try:
+            pipe.recv()
+        except EOFError:
+            return
+        start = time.perf_counter()
+        loop.run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        pipe.send(time.perf_counter() - start)
+
+
+def build_plain_loop(config: Config, steps: int, device: torch.device) -> PlainLoop:
+    """With the model, images, augmentation and learning rate that a Session of `config` has."""
+    splits = assemble.load_data(config, Runtime(Launch(), device)).splits
+    description = assemble.describe_model(config, splits)
+    norm, size = description["normalisation"], description["encoder"]["image_size"]
+    assemble.seed_models(config)
+    model = assemble.build_model(description).to(device)
     transform = TwoCrops(sample_transform(size, norm["mean"], norm["std"], config.augment.policy))
-    data = PilImages(train.stack(), train.labels, transform)
-    head = model.heads["projection"]
-    return PlainLoop(model.encoder, head, data, batch_size=batch_size, steps=steps, lr=peak_lr(config), device=device)
-
-
-def _timed(run: Callable[[], None], device: torch.device) -> float:
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter() - start
+    return PlainLoop(
+        model.encoder, model.heads["projection"], PilImages(splits.train.stack(), splits.train.labels, transform),
+        batch_size=config.data.batch_size, steps=steps, lr=assemble.peak_lr(config), device=device,
+    )  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from torch import nn
 from hpc_supcon.bench import step
 from hpc_supcon.bench.plain_loop import PilImages, PlainLoop, TwoCrops, sample_transform
 from hpc_supcon.bench.step import Limits, Result, recommend, run_rows
+from hpc_supcon.bench.step_compare import build_plain_loop
 from hpc_supcon.cli import main
 from hpc_supcon.losses import SupConLoss
 
@@ -108,6 +110,17 @@ def test_the_plain_loop_minimises_the_same_loss():
     embeddings = torch.stack([loop.head(encoder(v)) for v in views], 1)
     assert loop.losses[0] == pytest.approx(SupConLoss(0.1)(embeddings, labels[:6]).item(), rel=1e-5)
     assert all(p.grad.abs().sum() > 0 for p in encoder.parameters())
+
+
+def test_the_plain_loop_starts_from_the_same_weights_on_the_same_images():
+    config = step.settings("conv", "fp32", False, 16, SMALL)
+    loop = build_plain_loop(config, 1, torch.device("cpu"))
+    with closing(step.Session(config, torch.device("cpu"))) as session:
+        model, train = session.state.model, session.data.splits.train
+    assert torch.equal(torch.from_numpy(loop.loader.dataset.arrays).permute(0, 3, 1, 2), train.stack())
+    ours = model.encoder.state_dict() | model.heads["projection"].state_dict(prefix="head.")
+    for name, plain in (loop.encoder.state_dict() | loop.head.state_dict(prefix="head.")).items():
+        assert torch.equal(plain, ours[name]), name
 
 
 def test_the_plain_loops_images_are_the_sources():

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import platform
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -124,3 +126,20 @@ def test_rank_without_world_size_ends_with_code_2_and_one_line(tmp_path, python)
     assert done.stderr.count("\n") == 1
     assert "WORLD_SIZE" in done.stderr
     assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has the switch")
+@pytest.mark.parametrize("kept", [False, True])
+def test_freed_memory_stays_with_the_process_where_that_is_asked_for(kept):
+    code = (
+        "import torch\n"
+        "from hpc_supcon import runtime\n"
+        "from hpc_supcon.bench.common import resident\n"
+        f"with runtime.start(device='cpu', reuse_memory={kept}):\n"
+        "    before = resident('VmRSS')\n"
+        "    x = torch.ones(50_000_000)\n"
+        "    del x\n"
+        "    print(resident('VmRSS') - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert (int(done.stdout) > 150_000_000) is kept
