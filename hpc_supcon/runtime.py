@@ -240,6 +240,13 @@ def keep_freed_memory() -> None:
         mallopt(mmap_max, 0)
 
 
+def give_freed_memory_back() -> None:
+    """To the system, what `keep_freed_memory` has kept so far."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+
+
 def set_collective_timeout(seconds: float) -> None:
     """The longest wait of the collectives that begin from now on."""
     # public since PyTorch 2.15, which warns of the older name

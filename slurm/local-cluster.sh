@@ -89,6 +89,7 @@ KillWait=5
 SlurmdTimeout=0
 MinJobAge=86400
 MaxArraySize=10001
+MaxJobCount=50000
 EnforcePartLimits=ALL
 AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost=127.0.0.1

@@ -66,7 +66,7 @@ def test_the_piece_proposed_fits_and_twice_as_large_does_not(short_of_memory, er
     state, batches = build(0, 1, [])
     used = 10_000_000
     need = [memory.peak_bytes(state, batches[0], n) for n in (4, 8)]
-    limit = round((used + (need[0] + need[1]) / 2) / memory.SHARE)  # room for 4 images, not for 8
+    limit = round((used + (need[0] + need[1]) / 2) / memory.SHARE["cpu"])  # room for 4 images, not for 8
     message, _, _ = short_of_memory(error, used, limit)
     assert re.search(r"step 0: out of memory on cpu with 24 images in one pass \(about ", message)
     assert re.search(r"set train\.micro_batch_size=4 \(about 0\.0 GiB\)", message)

@@ -140,6 +140,10 @@ def test_freed_memory_stays_with_the_process_where_that_is_asked_for(kept):
         "    x = torch.ones(50_000_000)\n"
         "    del x\n"
         "    print(resident('VmRSS') - before)\n"
+        "    runtime.give_freed_memory_back()\n"
+        "    print(resident('VmRSS') - before)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert (int(done.stdout) > 150_000_000) is kept
+    after, given_back = map(int, done.stdout.split())
+    assert (after > 150_000_000) is kept
+    assert given_back < 50_000_000
