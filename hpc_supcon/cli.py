@@ -227,8 +227,6 @@ def _title(results: list[dict[str, Any]]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; named errors become one line and their exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
-    # PyTorch asks once: first use of a large CPU tensor costs a fifth with huge pages
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     try:
         app(arguments, prog_name="hpc-supcon")
     except HpcSupconError as error:

@@ -32,6 +32,7 @@ from ..data import ArraySource, CropOptions, LoaderOptions, Source, TrainOrder, 
 from ..data.beton import open_beton
 from ..data.folder import open_folder
 from ..errors import ConfigError, MissingExtra
+from ..runtime import keep_freed_memory
 from .common import machine
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -179,6 +180,8 @@ def measure(
         raise ConfigError(f"unknown contenders {', '.join(sorted(unknown))}; known: {', '.join(CONTENDERS)}")
     about = machine(device)
     print(f"{about['device']}, {about['threads']} threads, {policy}")
+    if device == "cpu":  # as in training
+        keep_freed_memory()
     results: list[Result] = []
     with tempfile.TemporaryDirectory() as scratch:
         sets = [("256-px JPEG", make_large_set(Path(scratch) / "large"), LARGE)]

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import math
 import multiprocessing
-import os
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
@@ -27,8 +26,6 @@ from .step import ROUNDS, WARM_UP, Result, Session, settings
 
 AFFORDABLE = 64
 """Images of the batch that both are compared at, or the largest measured below that."""
-OURS_ALONE = "THP_MEM_ALLOC_ENABLE"
-"""Set by the command line for this package's processes."""
 
 
 @dataclass(frozen=True)
@@ -97,12 +94,7 @@ def plain_loop(config: Config, steps: int, device: torch.device) -> Iterator[Con
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     child = context.Process(target=_child, args=(theirs, config, steps, device, torch.get_num_threads()))
-    kept = os.environ.pop(OURS_ALONE, None)
-    try:
-        child.start()
-    finally:
-        if kept is not None:
-            os.environ[OURS_ALONE] = kept
+    child.start()
     theirs.close()
     try:
         ours.recv()

@@ -170,7 +170,9 @@ def _begin(frozen: Frozen, name: str, config: Path, folder: Path, place: Place) 
         write_record(frozen.root, name, record)
     if record.outcome == "blocked":
         return Task(node, record, None)
-    target = [str(config), "--resume"] if node.stage == "pretrain" else [str(folder)]
+    target = [str(config if node.stage == "pretrain" else folder)]
+    if node.stage != "probe":  # which begins anew, and has nothing to go on from
+        target.append("--resume")
     with _log(frozen.root, name, place.rank).open("ab") as log:
         if record.commit and record.commit != frozen.commit:
             log.write(f"note: the code is at {record.commit}, the grid was frozen at {frozen.commit}\n".encode())

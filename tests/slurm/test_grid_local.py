@@ -84,3 +84,19 @@ def test_a_job_told_to_leave_starts_again_and_ends_with_the_same_weights(here, t
     assert set(states(tmp_path / "debug").values()) == {"done"}
     assert weights(folder / "runs" / "cell") == weights(tmp_path / "debug" / "runs" / "cell")
     assert "going on from step" in grid("logs", folder, "cell.pretrain")
+
+
+def test_an_interrupted_pruning_goes_on_and_ends_with_the_same_weights(here, tmp_path):
+    tuned = {"prune.finetune.epochs": 30}
+    path, folder = write_grid(tmp_path, "g", set=tuned, axes={"prune.rate": [None, 0.5]}), tmp_path / "local"
+    command = [sys.executable, "-m", "hpc_supcon", "grid", "submit", path, "--cluster", "local", "--dir", folder]
+    pruned = folder / "runs" / "rate-0.5" / "pruned" / "l1-global-0.5"
+    with subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL) as process:
+        until(lambda: steps_of(pruned))
+        os.kill(read_record(folder, "rate-0.5.prune").pid, signal.SIGUSR2)
+        assert process.wait() == 0
+    assert set(states(folder).values()) == {"done"}, grid("status", folder)
+    assert len(read_record(folder, "rate-0.5.prune").requeues) == 1
+    assert "going on from step" in grid("logs", folder, "rate-0.5.prune")
+    grid("submit", path, "--cluster", "debug", "--dir", tmp_path / "debug")
+    assert weights(pruned) == weights(tmp_path / "debug" / pruned.relative_to(folder))

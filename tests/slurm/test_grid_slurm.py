@@ -16,7 +16,7 @@ pytestmark = pytest.mark.timeout(600)  # a dozen processes at a time, on however
 ROOT_AXES = {
     "model.encoder": ["conv", "resnet9_small"],
     "loss.name": ["supcon_in", "supcon_out"],
-    "loss.temperature": [0.1, 0.5],
+    "prune.rate": [None, 0.5],
 }
 LONG = {"train.epochs": 30}
 
@@ -52,24 +52,29 @@ def undisturbed(tmp_path_factory):
 
 
 def test_a_grid_of_real_trainings_runs_to_the_report(interrupted, tmp_path):
-    """Started while the others wait for their turn; two cells train on two nodes with two ranks each."""
-    two_nodes = {"cells": {"loss.name": "supcon_in", "loss.temperature": 0.1}, "pretrain": {"nodes": 2, "tasks": 2}}
+    """Started while the others wait for their turn; one encoder trains on two nodes with two ranks each."""
+    two_nodes = {"cells": {"loss.name": "supcon_in", "model.encoder": "conv"}, "pretrain": {"nodes": 2, "tasks": 2}}
     path = write_grid(tmp_path, "cube", axes=ROOT_AXES, resources={"where": [two_nodes]})
     folder = tmp_path / "a b" / "g"
     grid("submit", path, "--cluster", "slurm", "--dir", folder)
     assert set(settled(folder).values()) == {"done"}
     frozen = load(folder)
-    assert (len(frozen.cells), len(frozen.nodes)) == (8, 16)
+    # one pre-training for each encoder and loss: its probe, and its pruning, are the two cells
+    assert (len(frozen.cells), len(frozen.nodes)) == (8, 12)
     for cell in frozen.cells:
-        wide = cell.labels["loss.name"] == "supcon_in" and cell.labels["loss.temperature"] == "0.1"
-        first = json.loads((folder / "runs" / cell.name / "metrics.jsonl").read_text().splitlines()[0])
+        wide = cell.labels["loss.name"] == "supcon_in" and cell.labels["model.encoder"] == "conv"
+        trained = frozen.run_folder(frozen.nodes[cell.nodes[0]])
+        first = json.loads((trained / "metrics.jsonl").read_text().splitlines()[0])
         assert first["world_size"] == (4 if wide else 1)
-    assert "0 of 16 nodes submitted" in grid("submit", path, "--cluster", "slurm", "--dir", folder)
+    assert "0 of 12 nodes submitted" in grid("submit", path, "--cluster", "slurm", "--dir", folder)
     grid("report", folder)
     table = (folder / "report" / "report.md").read_text()
     for cell in frozen.cells:
         result = json.loads((folder / "runs" / cell.name / "results.json").read_text())["results"][0]
         assert f"{result['test']['accuracy']:.4f}" in table
+        if cell.labels["prune.rate"] == "0.5":
+            assert (result["stage"], result["prune"]["zeros"]) == ("prune", round(result["prune"]["weights"] / 2))
+            assert f"{result['size']['dense_bytes'] / result['size']['sparse_bytes']:.2f}" in table
     assert "missing" not in table
 
 
