@@ -74,7 +74,7 @@ def pretrain(
             run_folder.create(folder, config)
     plan = assemble.build_plan(config, made.loader.steps_per_epoch)
     writer = checkpoint_writer(config, folder, runtime) if runtime.is_main else None
-    held = partial(hold, writer=writer, description=made.description)
+    held = partial(hold, folder=folder, writer=writer, description=made.description)
     with (
         current().phase("saving"),  # not to be ended while the writer writes
         closing(made.loader),

@@ -66,6 +66,15 @@ def private_folder(path: Path) -> Path:
     return path
 
 
+def check_still_there(folder: Path) -> None:
+    """Raises RunFolderError when the folder of a run that is under way is no longer what `create` made."""
+    if not (folder / CONFIG).is_file():
+        raise RunFolderError(
+            f"{folder}: was deleted or moved while the run trained; nothing is saved there. Start the run again, or "
+            "put the folder back and go on with --resume"
+        )
+
+
 def read_config(folder: Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
     """The config a run was made with. Raises RunFolderError when the folder is not a run's."""
     if not (folder / CONFIG).is_file():

@@ -85,12 +85,15 @@ def checkpoint_writer(config: Config, folder: Path, runtime: Runtime) -> Checkpo
     )
 
 
-def hold(state: TrainState, *, writer: CheckpointWriter | None, description: dict[str, Any]) -> Callable[[], None]:
+def hold(
+    state: TrainState, *, folder: Path, writer: CheckpointWriter | None, description: dict[str, Any]
+) -> Callable[[], None]:
     """What saves the state as it is now. Collective: every rank contributes its generators, rank 0 has the writer."""
     tensors, numbers, protect = state.tensors(), {**state.numbers(), **description}, state.best_steps()
 
     def write() -> None:
         if writer is not None:
+            run_folder.check_still_there(folder)  # a checkpoint alone would be a folder that nothing can read
             writer.save(numbers["step"], tensors, numbers, protect=protect)
 
     return write
