@@ -30,9 +30,13 @@ AFFORDABLE = 64
 
 @dataclass(frozen=True)
 class Comparison:
-    """Views/s of both over the same rounds, fp32: the best and the worst round, and the ratio of the best ones."""
+    """Views/s of both over the same rounds, fp32: the best and the worst round, and the ratio of the best ones.
+
+    `compile`: whether this package's step was compiled, as the faster of what was measured; the plain loop is not.
+    """
 
     encoder: str
+    compile: bool
     batch_size: int
     steps: int
     ours: float
@@ -58,11 +62,14 @@ def compare(
     encoder: str, results: Sequence[Result], overrides: Sequence[str], device: torch.device, seconds: float
 ) -> Comparison | None:
     """At the batch size that AFFORDABLE names; None where none was measured."""
-    sizes = [r.batch_size for r in results if r.encoder == encoder and r.seconds]
-    if not sizes:
+    rows = [r for r in results if r.encoder == encoder and r.seconds]
+    if not rows:
         return None
-    batch_size = max((n for n in sizes if n <= AFFORDABLE), default=min(sizes))
-    config = settings(encoder, "fp32", False, batch_size, overrides)
+    batch_size = max(
+        (r.batch_size for r in rows if r.batch_size <= AFFORDABLE), default=min(r.batch_size for r in rows)
+    )
+    compiled = max((r for r in rows if r.batch_size == batch_size), key=lambda r: r.views_per_s).compile
+    config = settings(encoder, "fp32", compiled, batch_size, overrides)
     with closing(Session(config, device)) as session:
         session.run(WARM_UP - 1)
         share = session.measure(1)
@@ -79,11 +86,11 @@ def compare(
     worst = {name: views / max(t) for name, t in times.items()}
     ratio = best["ours"] / best["plain"]
     print(
-        f"{encoder}, batch {batch_size}, fp32: {best['ours']:,.1f} views/s, plain loop {best['plain']:,.1f}: "
+        f"{encoder}, batch {batch_size}, fp32{', compiled' * compiled}: {best['ours']:,.1f} views/s, plain loop {best['plain']:,.1f}: "
         f"{ratio:.2f}x (of each {ROUNDS} rounds of {steps} steps in turns, the best)"
     )
     return Comparison(
-        encoder, batch_size, steps, best["ours"], worst["ours"], best["plain"], worst["plain"], ratio,
+        encoder, compiled, batch_size, steps, best["ours"], worst["ours"], best["plain"], worst["plain"], ratio,
         share.share(ENCODER),
     )  # fmt: skip
 
