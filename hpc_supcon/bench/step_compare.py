@@ -86,8 +86,8 @@ def compare(
     worst = {name: views / max(t) for name, t in times.items()}
     ratio = best["ours"] / best["plain"]
     print(
-        f"{encoder}, batch {batch_size}, fp32{', compiled' * compiled}: {best['ours']:,.1f} views/s, plain loop {best['plain']:,.1f}: "
-        f"{ratio:.2f}x (of each {ROUNDS} rounds of {steps} steps in turns, the best)"
+        f"{encoder}, batch {batch_size}, fp32{', compiled' * compiled}: {best['ours']:,.1f} views/s, "
+        f"plain loop {best['plain']:,.1f}: {ratio:.2f}x (of each {ROUNDS} rounds of {steps} steps in turns, the best)"
     )
     return Comparison(
         encoder, compiled, batch_size, steps, best["ours"], worst["ours"], best["plain"], worst["plain"], ratio,
