@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import nn
 
 from hpc_supcon.errors import NonFinite
+from hpc_supcon.models import build_encoder
 from hpc_supcon.training.engine.loss_scale import GROWTH_STEPS, INITIAL, MOST_SKIPS, LossScale
 from hpc_supcon.training.step import train_step
 from tests.dist.engine_runs import Case, assert_same, run_all, run_case
@@ -92,6 +94,33 @@ def test_recomputed_activations_change_no_bit(more):
 def test_recomputed_activations_with_statistics_over_ranks_change_no_bit():
     for got, want in zip(*run_all(2, [Case(["train.activation_checkpointing=true"]), Case([])]), strict=True):
         assert all(torch.equal(got["model"][name], value) for name, value in want["model"].items())
+
+
+class DoubleConv(nn.Module):
+    """Convolutions and BatchNorm in float64, whose rounding is too small to grow into a difference."""
+
+    feature_dim = 128
+
+    def __init__(self):
+        super().__init__()
+        self.conv = build_encoder("conv", image_size=8).double()
+
+    def forward(self, x):
+        return self.conv(x.double())
+
+
+def test_channels_last_gives_the_weights_of_the_plain_layout():
+    weights = {}
+    for layout in (True, False):
+        torch.manual_seed(0)
+        state, batches = build(0, 1, [f"train.channels_last={str(layout).lower()}"], encoder=DoubleConv())
+        for batch in batches:
+            train_step(state, batch)
+        kernels = [p for p in state.model.parameters() if p.ndim == 4 and p.shape[1] > 1]
+        assert all(p.is_contiguous(memory_format=torch.channels_last) is layout for p in kernels)
+        weights[layout] = state.model.encoder.state_dict()
+    for name, want in weights[False].items():
+        torch.testing.assert_close(weights[True][name], want, rtol=1e-9, atol=1e-12)
 
 
 def test_a_compiled_pass_gives_the_weights_of_the_plain_one():
