@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-RATES = (1e-3, 3e-3, 1e-2)
+RATES = (3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 SEEDS = (0, 1, 2)
 TUNING_IMAGES = 5_000
 
@@ -51,7 +51,7 @@ class DataSet:
 
 SOFTMAX = ("probe.kind=softmax", "probe.softmax.schedule=cosine", "probe.softmax.evaluate_every=50")
 METHODS = (
-    Method("softmax regression on pixels", SOFTMAX, rate=("probe.softmax.lr",), rates=(1e-4, 1e-3, 1e-2)),
+    Method("softmax regression on pixels", SOFTMAX, rate=("probe.softmax.lr",)),
     Method("cross-entropy", ("loss.name=cross_entropy",)),
     Method("cross-entropy + MAE", ("loss.name=cross_entropy_mae",)),
     Method(
@@ -67,7 +67,6 @@ METHODS = (
         ("loss.name=supcon_out", "optim.lr=3e-3", "probe.kind=finetune"),
         views=2,
         rate=("probe.finetune.lr", "probe.finetune.encoder_lr"),
-        rates=(3e-4, 1e-3, 3e-3),
         share=0.5,
     ),
 )

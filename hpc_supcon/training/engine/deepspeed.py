@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -169,6 +170,8 @@ def _started(module: nn.Module, optimiser: torch.optim.Optimizer, settings: dict
         from deepspeed.runtime.config import DeepSpeedConfigError
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+        # of PyTorch to DeepSpeed, in every step: nothing that our users could change
+        warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
         # messages in shared memory would be compiled at the first start; gloo is there
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         try:
