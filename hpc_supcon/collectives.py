@@ -77,13 +77,19 @@ def _gather_rows(x: Tensor, rows: list[int]) -> Tensor:
     largest = max(rows)
     if all(n == largest for n in rows):
         out = x.new_empty((len(rows) * largest, *x.shape[1:]))
-        dist.all_gather_into_tensor(out, x.contiguous())
+        _all_gather(out, x.contiguous())
         return out
     padded = x.new_zeros((largest, *x.shape[1:]))
     padded[: x.shape[0]] = x
     out = x.new_empty((len(rows) * largest, *x.shape[1:]))
-    dist.all_gather_into_tensor(out, padded)
+    _all_gather(out, padded)
     return torch.cat([part[:n] for part, n in zip(out.split(largest), rows, strict=True)])
+
+
+def _all_gather(out: Tensor, x: Tensor) -> None:
+    # the older name makes PyTorch 2.14 warn every user in every process; 2.13 does not know the newer
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(out, x)
 
 
 def gather_sizes(x: Tensor) -> list[int]:
@@ -91,7 +97,7 @@ def gather_sizes(x: Tensor) -> list[int]:
     if world_size() == 1:
         return [x.shape[0]]
     sizes = torch.empty(world_size(), dtype=torch.int64, device=x.device)
-    dist.all_gather_into_tensor(sizes, torch.tensor([x.shape[0]], device=x.device))
+    _all_gather(sizes, torch.tensor([x.shape[0]], device=x.device))
     return [int(n) for n in sizes.tolist()]
 
 

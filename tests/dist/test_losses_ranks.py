@@ -97,7 +97,8 @@ def _bytes_in_backward(rank, world_size):
     x = torch.randn(40, D * 8, requires_grad=True)
     loss = losses.SupConLoss(0.1, backend="tiled")(x, torch.arange(40) % 5)
     sent = []
-    gather, reduce = dist.all_gather_into_tensor, dist.all_reduce
+    name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
+    gather, reduce = getattr(dist, name), dist.all_reduce
 
     def counted_gather(out, value, *args, **kwargs):
         sent.append(value.numel() * value.element_size())
@@ -107,11 +108,13 @@ def _bytes_in_backward(rank, world_size):
         sent.append(value.numel() * value.element_size())
         return reduce(value, *args, **kwargs)
 
-    dist.all_gather_into_tensor, dist.all_reduce = counted_gather, counted_reduce
+    setattr(dist, name, counted_gather)
+    dist.all_reduce = counted_reduce
     try:
         loss.backward()
     finally:
-        dist.all_gather_into_tensor, dist.all_reduce = gather, reduce
+        setattr(dist, name, gather)
+        dist.all_reduce = reduce
     return sent
 
 
