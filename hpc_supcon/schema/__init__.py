@@ -21,7 +21,7 @@ class RuntimeConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(description="auto: CUDA where there is one")
     threads: Count | None = Field(description="CPU threads per rank; null shares the machine's cores")
     reuse_memory: bool = Field(
-        description="on a CPU, keep freed memory for the next step: 10 to 30 % faster for up to half more memory"
+        description="on a CPU, keep freed memory for the next step: 10 to 30 % faster for up to 1.7 times the memory"
     )
     timeout_s: Positive = Field(
         description="longest time for one training step, and without a sign of life of a rank; then all ranks end",

@@ -26,7 +26,7 @@ from .state import TrainState
 GIB = 2**30
 SHARE = {"cuda": 0.9, "cpu": 0.6}
 """Of the memory there is, what a proposal may take: fragmentation and library workspaces are not measured. On a CPU,
-freed memory that is kept for the next step was seen to add a half to what a process holds."""
+freed memory that is kept for the next step was seen to make a process hold 1.7 times as much."""
 SAMPLES = (2, 4)
 """Images of the two measurements that the line through memory over images is drawn through."""
 
