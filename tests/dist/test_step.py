@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import resource
 import subprocess
 import sys
 
@@ -11,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from hpc_supcon.bench.common import resident
 from hpc_supcon.config import load_config
 from hpc_supcon.data import ArraySource, Batch, Splits
 from hpc_supcon.errors import NonFinite
@@ -168,7 +168,7 @@ def test_running_statistics_move_once_per_step_in_two_passes():
 
 
 MEMORY = """
-import resource, sys, torch
+import sys
 from tests.dist.test_step import big_step
 print(big_step(int(sys.argv[1]), int(sys.argv[2])))
 """
@@ -187,9 +187,9 @@ def big_step(images, piece):
     views = assemble.build_views(config, description, runtime)
     objective = assemble.build_objective(config, views)
     state = assemble.build_state(config, assemble.build_model(description), objective, views, runtime)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = resident("VmHWM")  # unlike ru_maxrss not inherited from whoever started this process
     train_step(state, Batch(pixels, source.labels, source.labels))
-    return (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    return (resident("VmHWM") - before) / 2**20
 
 
 def test_peak_memory_of_two_passes_does_not_grow_with_the_batch():

@@ -27,8 +27,9 @@ TABLES = {
 }
 BLENDS = [-0.9, -0.27, 0.0, 0.1, 0.27, 0.9]
 MAGNITUDES = {
-    "ShearX": [-0.3, -0.1, 0.0, 0.0333333, 0.2],
-    "ShearY": [-0.3, -0.1, 0.0, 0.09, 0.2],
+    # none that puts pixels half-way between two others: there it is the processor that rounds
+    "ShearX": [-0.29, -0.11, 0.0, 0.0333333, 0.21],
+    "ShearY": [-0.29, -0.11, 0.0, 0.09, 0.21],
     "TranslateX": [-13.05, 0.0, 4.35, 9.0],
     "TranslateY": [-13.05, 0.0, 4.35, 9.0],
     "Rotate": [-30.0, -9.0, 0.0, 6.6667, 20.0],
