@@ -110,7 +110,7 @@ def _build(cells: Sequence[Cell], results: dict[str, list[Result]], config: Tabl
         wanted = dict(zip(others, combination, strict=True))
         chosen = [cell for cell in cells if all(cell.labels.get(axis) == v for axis, v in wanted.items())]
         if chosen:
-            title = ", ".join([config.title, *(f"{axis} {value}" for axis, value in wanted.items())])
+            title = ", ".join([config.title, *(f"{axis} {_row(wanted, axis)}" for axis in wanted)])
             tables.append(_fill(title, config, chosen, results))
     return tables
 
