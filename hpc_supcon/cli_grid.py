@@ -153,7 +153,9 @@ def retry_command(
         frozen = load(grid_dir)
         require_cluster(frozen.cluster)
         count = submit(frozen, again, _tell)
-    _tell(f"{count} nodes submitted again")
+    _tell(f"{count} nodes {'submitted' if frozen.cluster == 'slurm' else 'run'} again")
+    if frozen.cluster != "slurm":
+        _summary(grid_dir)
 
 
 @grid.command("logs")

@@ -24,6 +24,8 @@ from torch.distributed import distributed_c10d
 
 from .errors import ConfigError, LaunchError
 
+SHARERS = "HPC_SUPCON_SHARERS"
+"""Environment variable: among how many runs at once (a grid's) the cores are to be shared; each may have ranks."""
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -205,9 +207,8 @@ def start(
         torch.cuda.set_device(chosen)
     elif reuse_memory:
         keep_freed_memory()
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     # torchrun sets OMP_NUM_THREADS=1; sharing the cores among the ranks of this node is better
-    torch.set_num_threads(threads or max(1, cores // launch.local_world_size))
+    torch.set_num_threads(threads or fair_threads(launch))
     _set_determinism(deterministic)
     if launch.world_size > 1:
         dist.init_process_group(
@@ -225,6 +226,27 @@ def start(
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def fair_threads(launch: Launch, env: Mapping[str, str] | None = None, cores: int | None = None) -> int:
+    """CPU threads for this rank (default: of os.environ, and the cores this process may run on).
+
+    One thread more than there are cores halves the speed of all: each parallel loop waits for the slowest.
+    """
+    env = os.environ if env is None else env
+    if cores is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if launch.launcher == "slurm":
+        # what a task was given is its own, whether Slurm binds it there or trusts it to keep to it
+        if "SLURM_CPUS_PER_TASK" in env:
+            return max(1, min(cores, _integer(env, "SLURM_CPUS_PER_TASK")) // _sharers(env))
+        if "SLURM_CPUS_ON_NODE" in env and cores < _integer(env, "SLURM_CPUS_ON_NODE"):
+            return max(1, cores // _sharers(env))
+    return max(1, cores // (launch.local_world_size * _sharers(env)))
+
+
+def _sharers(env: Mapping[str, str]) -> int:
+    return max(1, _integer(env, SHARERS)) if SHARERS in env else 1
 
 
 def keep_freed_memory() -> None:

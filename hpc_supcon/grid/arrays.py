@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from .files import Resources
-from .folder import FrozenNode
+from .folder import Frozen, FrozenNode
 
 Bundle = tuple[FrozenNode, ...]
 """The nodes of one job: one, or several that are packed."""
@@ -22,6 +22,12 @@ class Array:
     bundles: list[Bundle]
     after: Array | None = None
     live: str | None = None
+
+
+def arguments_of(frozen: Frozen, bundle: Bundle) -> tuple[str | list[str], str | list[str]]:
+    """(config path, run folder) of a job; lists of them where it is packed."""
+    configs, folders = [str(frozen.config(n)) for n in bundle], [str(frozen.run_folder(n)) for n in bundle]
+    return (configs, folders) if len(bundle) > 1 else (configs[0], folders[0])
 
 
 def arrange(

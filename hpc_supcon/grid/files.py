@@ -127,7 +127,9 @@ class Profile(Section):
     gpus_per_node: Annotated[int, Field(ge=0)] | None = Field(default=None, description="most GPUs of a node")
     nodes: Count | None = Field(default=None, description="most nodes a job may have")
     minutes: Minutes | None = Field(default=None, description="longest time limit a job may have")
-    parallel: Count = Field(default=64, description="jobs of one array that run at once")
+    parallel: Count | None = Field(
+        default=None, description="jobs of one array that run at once; null: 64, or here what has cores and GPUs"
+    )
     array: Count = Field(default=1000, description="longest array (Slurm's MaxArraySize is 1001 by default)")
     max_requeues: Annotated[int, Field(ge=0)] = Field(default=20, description="times one cell may be requeued")
     signal_s: Annotated[int, Field(ge=1)] = Field(default=120, description="warning before the time limit, s")

@@ -211,6 +211,16 @@ def lock(root: Path, wait_s: float = 60.0) -> Iterator[None]:
         file.truncate(0)
 
 
+def job_here(pid: int | str) -> str:
+    """What stands for a job in somebody's terminal, where Slurm has its numbers."""
+    return f"{socket.gethostname()}:{pid}"
+
+
+def queue_here() -> str:
+    """The same for what waits in this process for a free place, or for its parent."""
+    return f"queue:{job_here(os.getpid())}"
+
+
 def append_submission(root: Path, stage: str, jobs: dict[str, str]) -> None:
     """Remember node -> job id."""
     with (root / "submissions.jsonl").open("a", encoding="utf-8") as file:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from ..errors import LaunchError
 
+_JOB = re.compile(r"\d+(_\d+)?")
 _ARRAY = re.compile(r"(?P<job>\d+)_\[(?P<ranges>[\d,-]+)(?:%\d+)?\]")
 
 
@@ -31,19 +32,24 @@ def require(command: str) -> None:
         )
 
 
-def queue(jobs: Iterable[str]) -> dict[str, JobState]:
-    """Jobs (`123` or `123_4`) that wait or run. Raises LaunchError when squeue does not answer."""
-    require("squeue")
+def is_job(job: str) -> bool:
+    """Whether this is an id of Slurm's: `123` or `123_4`."""
+    return _JOB.fullmatch(job) is not None
+
+
+def queue(jobs: Iterable[str], user: int) -> dict[str, JobState]:
+    """Which of a user's jobs wait or run. Raises LaunchError when squeue does not answer."""
     wanted = {job.partition("_")[0] for job in jobs}
     if not wanted:
         return {}
-    # all of this user's jobs, not --jobs=...: an id that squeue has forgotten would be an error
-    answer = _run(["squeue", "--noheader", "--me", "--format=%i|%T|%r"])
+    require("squeue")
+    # all of the user's jobs, not --jobs=...: an id that squeue has forgotten would be an error
+    answer = _run(["squeue", "--noheader", f"--user={user}", "--format=%i|%T|%r"])
     return {j: s for j, s in _states(answer).items() if j.partition("_")[0] in wanted}
 
 
-def accounting(jobs: Iterable[str]) -> dict[str, JobState]:
-    """The last state of jobs that left the queue; empty where the cluster keeps no accounts."""
+def accounting(jobs: Iterable[str], user: int) -> dict[str, JobState]:
+    """The last state of a user's jobs that left the queue; empty where the cluster keeps no accounts."""
     wanted = sorted({job.partition("_")[0] for job in jobs})
     if not wanted or shutil.which("sacct") is None:
         return {}
@@ -54,6 +60,7 @@ def accounting(jobs: Iterable[str]) -> dict[str, JobState]:
         "--parsable2",
         "--format=JobID,State,Reason",
         "--starttime=1970-01-01",
+        f"--user={user}",
     ]
     try:
         return _states(_run([*command, f"--jobs={','.join(wanted)}"]))

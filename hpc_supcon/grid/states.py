@@ -12,7 +12,7 @@ from typing import Any
 
 from ..errors import LaunchError
 from . import slurm
-from .folder import Frozen, FrozenNode, Record, read_records, submitted, write_record
+from .folder import JOBS, Frozen, FrozenNode, Record, read_records, submitted, write_record
 from .slurm import JobState
 
 WAITING = ("pending", "running")
@@ -38,25 +38,16 @@ def node_states(frozen: Frozen) -> dict[str, NodeState]:
     Raises LaunchError when Slurm does not answer.
     """
     jobs, records = submitted(frozen.root), read_records(frozen.root)
+    owner = (frozen.root / JOBS).stat().st_uid
     folders = {entry.name for entry in os.scandir(frozen.root / "runs")}
     done = {name for name, r in records.items() if r.outcome == "done" and _folder_of(frozen, name) in folders}
-    open_jobs = {jobs[name] for name in frozen.nodes if name in jobs and name not in done}
-    waiting: dict[str, JobState] = {}
-    ended: dict[str, JobState] = {}
-    if frozen.cluster == "slurm" and open_jobs:
-        waiting = slurm.queue(open_jobs)
-        silent = {
-            jobs[name]
-            for name in frozen.nodes
-            if name in jobs
-            and jobs[name] not in waiting
-            and _unsettled(records.get(name), jobs[name])
-            and name not in done
-        }
-        ended = slurm.accounting(silent)
+    open_jobs = {n: jobs[n] for n in frozen.nodes if n in jobs and n not in done and slurm.is_job(jobs[n])}
+    waiting = slurm.queue(open_jobs.values(), owner)
+    silent = {job for n, job in open_jobs.items() if job not in waiting and _unsettled(records.get(n), job)}
+    ended = slurm.accounting(silent, owner)
     states: dict[str, NodeState] = {}
     for name, node in frozen.nodes.items():
-        state = NodeState("done") if name in done else _state(frozen, node, jobs, records, waiting, ended)
+        state = NodeState("done") if name in done else _state(node, jobs, records, waiting, ended)
         if state.state == "cancelled" and node.parent and states[node.parent].state in UNFINISHED:
             state = replace(state, state="blocked", detail=f"{node.parent} is {states[node.parent].state}")
         record = records.get(name)
@@ -73,7 +64,6 @@ def _unsettled(record: Record | None, job: str) -> bool:
 
 
 def _state(
-    frozen: Frozen,
     node: FrozenNode,
     jobs: Mapping[str, str],
     records: Mapping[str, Record],
@@ -90,9 +80,7 @@ def _state(
     if not _unsettled(record, job):
         assert record is not None
         return NodeState(record.outcome, record.error)
-    if frozen.cluster != "slurm":
-        return _local(record, job)
-    return _left_queue(ended.get(job))
+    return _left_queue(ended.get(job)) if slurm.is_job(job) else _here(record, job)
 
 
 def _in_queue(found: JobState, record: Record | None) -> NodeState:
@@ -102,13 +90,18 @@ def _in_queue(found: JobState, record: Record | None) -> NodeState:
     return NodeState("running", "" if found.state == "RUNNING" else found.state.lower())
 
 
-def _local(record: Record | None, job: str) -> NodeState:
-    if record is None or record.job != job:
-        alive = job.isdigit() and Path(f"/proc/{job}").exists()
-        return NodeState("pending", "starting") if alive else NodeState("lost", "ended without a word")
-    if record.host != socket.gethostname() or Path(f"/proc/{record.pid}").exists():
-        return NodeState("running")
-    return NodeState("lost", "its process is gone")
+def _here(record: Record | None, job: str) -> NodeState:
+    kind, host, pid = ("", "", "", *job.split(":"))[-3:]
+    gone = host == socket.gethostname() and not Path(f"/proc/{pid}").exists()
+    if kind == "queue":
+        if gone:
+            return NodeState("missing", "the terminal it waited in is gone")
+        return NodeState("pending", f"waits in process {pid} on {host}")
+    if record is not None and record.job == job:
+        host, pid = record.host, str(record.pid)
+        gone = host == socket.gethostname() and not Path(f"/proc/{pid}").exists()
+        return NodeState("lost", "its process is gone") if gone else NodeState("running")
+    return NodeState("lost", "ended without a word") if gone else NodeState("pending", "starting")
 
 
 def _left_queue(found: JobState | None) -> NodeState:
@@ -149,7 +142,7 @@ def cancel(frozen: Frozen, names: set[str]) -> list[str]:
     """
     states = node_states(frozen)
     found = [name for name in frozen.nodes if name in names and states[name].state in WAITING]
-    if found and frozen.cluster != "slurm":
+    if not all(slurm.is_job(states[name].job) for name in found):
         raise LaunchError(f"{frozen.root}: runs in the terminal that started it; press Ctrl-C there")
     every = {name for name, state in states.items() if state.state in WAITING}
     if set(found) == every:  # whole arrays, in few words

@@ -85,7 +85,7 @@ def log_of(frozen: Frozen, name: str) -> str:
 
 def logs_of(frozen: Frozen, name: str) -> list[Path]:
     """What a node's ranks, and the scheduler for its job, wrote. Raises RunFolderError when there is nothing."""
-    job = submitted(frozen.root).get(name, "none")
+    job = submitted(frozen.root).get(name, "none").rpartition(":")[2]  # submitit knows no host
     found = [
         *(frozen.root / JOBS).glob(f"{glob.escape(job)}_*_log.*"),
         *(frozen.root / "logs").glob(f"{name}.*log"),

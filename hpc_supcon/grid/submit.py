@@ -1,23 +1,23 @@
-"""Handing a grid to Slurm, or running it here, through submitit: the only file that imports it."""
+"""Handing a grid to Slurm through submitit, or running it here (here.py): the only two files that import it."""
 
 from __future__ import annotations
 
 import shlex
-import time
-from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..errors import ConfigError, LaunchError
 from ..training.run_folder import private_folder
 from . import slurm, worker
-from .arrays import Array, Bundle, arrange
+from .arrays import Array, arguments_of, arrange
 from .expand import Node
-from .files import Profile, Resources
+from .files import Profile
 from .folder import JOBS, Frozen, FrozenNode, append_submission, prepare
+from .here import Tell, gpus_here, run_here, run_in_turn
 from .states import WAITING, NodeState, node_states
 
-Tell = Callable[[str], None]
+ARRAY_PARALLELISM = 64
+"""Jobs of one array that run at once, where the profile leaves it open: a neighbourly number."""
 
 
 def require_cluster(cluster: str) -> None:
@@ -29,16 +29,18 @@ def require_cluster(cluster: str) -> None:
 
 def check_profile(nodes: Iterable[FrozenNode | Node], profile: Profile, cluster: str) -> None:
     """Raises ConfigError where a job asks for more than the cluster has, before anything is submitted."""
+    gpus = len(gpus_here(profile)) if cluster == "local" else profile.gpus_per_node
+    whole = "this machine" if cluster == "local" else "the cluster"
     for node in nodes:
         asked = node.resources
         limits = [
-            ("gpus", asked.gpus, profile.gpus_per_node),
+            ("gpus", asked.gpus, gpus),
             ("nodes", asked.nodes, profile.nodes if cluster == "slurm" else 1),
             ("minutes", asked.minutes, profile.minutes),
         ]
         for what, wanted, most in limits:
             if most is not None and wanted > most:
-                raise ConfigError(f"{node.name}: asks for {what}: {wanted}, the cluster has at most {most}")
+                raise ConfigError(f"{node.name}: asks for {what}: {wanted}, {whole} has at most {most}")
         if cluster == "debug" and asked.tasks_per_node > 1:
             raise ConfigError(f"{node.name}: {asked.tasks_per_node} ranks, but --cluster debug runs one process")
 
@@ -62,14 +64,17 @@ def submit(frozen: Frozen, again: Iterable[str], tell: Tell) -> int:
     wanted = to_submit(frozen, states, frozenset(again))
     check_profile(wanted, frozen.profile, frozen.cluster)
     prepare(frozen, wanted)
-    live = {name: state.job for name, state in states.items() if state.state in WAITING}
+    live = {n: state.job for n, state in states.items() if state.state in WAITING and slurm.is_job(state.job)}
     arrays = arrange(wanted, frozen.pack, frozen.profile.array, live)
     if frozen.cluster == "slurm":
         _submit_to_slurm(frozen, arrays, tell)
-    elif frozen.cluster == "local":
-        _run_here(frozen, arrays, tell)
-    else:
-        _run_in_turn(frozen, arrays, tell)
+        return len(wanted)
+    run = run_here if frozen.cluster == "local" else run_in_turn
+    try:
+        run(frozen, arrays, tell)
+    except KeyboardInterrupt:
+        tell("stopped; submit again to go on")
+        raise
     return len(wanted)
 
 
@@ -82,7 +87,8 @@ def _submit_to_slurm(frozen: Frozen, arrays: Sequence[Array], tell: Tell) -> Non
         executor = SlurmExecutor(private_folder(frozen.root / JOBS), python=frozen.profile.python)
         executor.update_parameters(**sbatch_parameters(frozen, array, ids))
         try:
-            jobs = executor.map_array(worker.STAGES[array.stage], *_arguments(frozen, array))
+            arguments = zip(*(arguments_of(frozen, bundle) for bundle in array.bundles), strict=True)
+            jobs = executor.map_array(worker.STAGES[array.stage], *arguments)
         except (FailedJobError, FailedSubmissionError, OSError) as error:
             if ids:
                 slurm.cancel(ids.values())
@@ -97,16 +103,6 @@ def _submit_to_slurm(frozen: Frozen, arrays: Sequence[Array], tell: Tell) -> Non
             {node.name: job.job_id for job, bundle in zip(jobs, array.bundles, strict=True) for node in bundle},
         )
         tell(f"{array.stage}: job {ids[id(array)]}, {len(array.bundles)} tasks")
-
-
-def _arguments(frozen: Frozen, array: Array) -> tuple[list[Any], list[Any]]:
-    """(config path, run folder) of each job; lists of them where it is packed."""
-
-    def of(bundle: Bundle, path: Callable[[FrozenNode], Path]) -> Any:
-        paths = [str(path(node)) for node in bundle]
-        return paths if len(paths) > 1 else paths[0]
-
-    return [of(b, frozen.config) for b in array.bundles], [of(b, frozen.run_folder) for b in array.bundles]
 
 
 def sbatch_parameters(frozen: Frozen, array: Array, ids: dict[int, str]) -> dict[str, Any]:
@@ -125,7 +121,7 @@ def sbatch_parameters(frozen: Frozen, array: Array, ids: dict[int, str]) -> dict
         "account": profile.account,
         "qos": profile.qos,
         "constraint": profile.constraint,
-        "array_parallelism": profile.parallel,
+        "array_parallelism": profile.parallel or ARRAY_PARALLELISM,
         "signal_delay_s": profile.signal_s,
         "setup": [*(f"export {k}={shlex.quote(v)}" for k, v in profile.environment.items()), *profile.setup] or None,
         # a rank that fails must end the others, which wait for it; srun does not take over sbatch's cpus-per-task
@@ -143,56 +139,3 @@ def _dependency(array: Array, ids: dict[int, str]) -> str | None:
         return None
     # aftercorr: each task waits for the task of its own number, not for the whole array
     return f"{'aftercorr' if len(array.bundles) > 1 else 'afterok'}:{ids[id(array.after)]}"
-
-
-def _run_here(frozen: Frozen, arrays: Sequence[Array], tell: Tell) -> None:
-    """submitit's local executor, with the queue that it lacks: `parallel` jobs at once, parents first."""
-    from submitit.local.local import LocalExecutor
-
-    todo = [(array, i) for array in arrays for i in range(len(array.bundles))]
-    running: dict[tuple[int, int], Any] = {}
-    ended: set[tuple[int, int]] = set()
-    try:
-        while todo or running:
-            for key in [key for key, job in running.items() if job.done()]:
-                del running[key]
-                ended.add(key)
-            for array, i in list(todo):
-                waits = array.after is not None and (id(array.after), i) not in ended
-                if len(running) >= frozen.profile.parallel or waits:
-                    continue
-                executor = LocalExecutor(private_folder(frozen.root / JOBS), python=frozen.profile.python)
-                executor.update_parameters(**_local_parameters(frozen.profile, array.resources))
-                configs, folders = _arguments(frozen, array)
-                job = executor.submit(worker.STAGES[array.stage], configs[i], folders[i])
-                running[id(array), i] = job
-                todo.remove((array, i))
-                append_submission(frozen.root, array.stage, {node.name: job.job_id for node in array.bundles[i]})
-                tell(f"{' '.join(node.name for node in array.bundles[i])}: process {job.job_id}")
-            time.sleep(0.1)
-    finally:
-        for job in running.values():
-            job.cancel()
-
-
-def _local_parameters(profile: Profile, asked: Resources) -> dict[str, Any]:
-    parameters = {
-        "timeout_min": asked.minutes,
-        "tasks_per_node": asked.tasks_per_node,
-        "gpus_per_node": asked.gpus,
-        "signal_delay_s": profile.signal_s,
-    }
-    setup = [*(f"export {k}={shlex.quote(v)}" for k, v in profile.environment.items()), *profile.setup]
-    return {**parameters, **({"setup": setup} if setup else {})}
-
-
-def _run_in_turn(frozen: Frozen, arrays: Sequence[Array], tell: Tell) -> None:
-    """Watched by this process, one job after the other. (submitit's debug executor ends in a debugger.)"""
-    for array in arrays:
-        for bundle, config, folder in zip(array.bundles, *_arguments(frozen, array), strict=True):
-            append_submission(frozen.root, array.stage, {node.name: "debug" for node in bundle})
-            tell(" ".join(node.name for node in bundle))
-            try:
-                worker.STAGES[array.stage](config, folder)
-            except SystemExit:  # it failed, as its record says; the others go on
-                continue

@@ -2,7 +2,8 @@
 
 The job itself only watches. It survives the signals that Slurm sends before a time limit or a pre-emption, so
 that the stage can save and leave; then rank 0 puts the job back into the queue, and the stage goes on from its
-newest checkpoint. Nothing here imports torch.
+newest checkpoint. Without Slurm, the job also leaves when the process that runs the grid is gone. Nothing here
+imports torch.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from types import FrameType
 from ..errors import LaunchError
 from . import slurm
 from .folder import Frozen, FrozenNode, Record, code_commit, load, read_record, write_record
+from .place import SHARERS, Place, find_place
 
 START_AGAIN = 75
 """Exit code of a stage that saved and left because it was asked to: EX_TEMPFAIL of sysexits.h."""
@@ -57,10 +59,11 @@ def _work(stage: str, config: str | list[str], folder: str | list[str]) -> None:
     """Run one node, or several at once (packed); leaves through sys.exit unless all are done."""
     configs = [Path(c) for c in ([config] if isinstance(config, str) else config)]
     folders = [Path(f) for f in ([folder] if isinstance(folder, str) else folder)]
-    frozen, place = load(configs[0].parent.parent), _place()
-    with _listening() as told:
+    frozen, place = load(configs[0].parent.parent), find_place()
+    place.environment[SHARERS] = str(len(configs) * int(place.environment.get(SHARERS, "1")))
+    with _listening(place) as told:
         tasks = [_begin(frozen, f"{c.stem}.{stage}", c, f, place) for c, f in zip(configs, folders, strict=True)]
-        _watch(tasks, told, place, 0.8 * frozen.profile.signal_s)
+        _watch(frozen, tasks, told, place)
         outcomes = [_end(frozen, task, bool(told), place) for task in tasks]
         if "again" in outcomes:
             _leave_and_start_again(frozen, tasks, outcomes, place)
@@ -68,16 +71,20 @@ def _work(stage: str, config: str | list[str], folder: str | list[str]) -> None:
         sys.exit(1)  # one that is done lets the packed job succeed; stages after it ask for their own parent
 
 
-def _watch(tasks: list[Task], told: list[int], place: Place, patience_s: float) -> None:
-    """Until every process has ended; at most `patience_s` from when they were told to leave."""
+def _watch(frozen: Frozen, tasks: list[Task], told: list[int], place: Place) -> None:
+    """Until every process has ended; for a part of `signal_s` from when they were told to leave."""
     processes = [task.process for task in tasks if task.process is not None]
     until: float | None = None
     try:
         while any(process.poll() is None for process in processes):
+            if place.deserted() and not told:
+                told.append(signal.SIGINT)
             if told and until is None:
-                until = time.monotonic() + patience_s
+                until = time.monotonic() + 0.8 * frozen.profile.signal_s
+                if told[0] == signal.SIGINT:
+                    _note_cancelled(frozen, tasks, place)
                 if place.scheduler != "slurm":  # Slurm tells every process of the job by itself
-                    _pass_on(told[0], processes)
+                    _pass_on(signal.SIGTERM if told[0] == signal.SIGINT else told[0], processes)
             if until is not None and time.monotonic() > until:
                 break  # at the limit itself the job would count as failed, and Slurm cancel what waits for it
             time.sleep(0.1)
@@ -90,55 +97,24 @@ def _watch(tasks: list[Task], told: list[int], place: Place, patience_s: float) 
         time.sleep(0.5)  # whoever killed the stage may be about to tell this process too
 
 
-@dataclass(frozen=True)
-class Place:
-    scheduler: str
-    job: str
-    rank: int
-    restarts: int
-    environment: dict[str, str]
-
-
-def _place() -> Place:
-    """Where this process runs, and the environment in which a stage finds its rank."""
-    env, outer = dict(os.environ), os.environ
-    if "SUBMITIT_LOCAL_JOB_ID" in outer and outer.get("SUBMITIT_EXECUTOR") == "local":
-        ranks = int(outer["SUBMITIT_LOCAL_NTASKS"])
-        rank, job = int(outer["SUBMITIT_LOCAL_GLOBALID"]), outer["SUBMITIT_LOCAL_JOB_ID"]
-        _forget_launchers(env)
-        if ranks > 1:
-            env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
-            env |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
-            env["MASTER_PORT"] = str(15000 + int(job) % 17000)
-        if not outer.get("CUDA_VISIBLE_DEVICES"):
-            env["CUDA_VISIBLE_DEVICES"] = ""
-        return Place("local", job, rank, 0, env)
-    if outer.get("SUBMITIT_EXECUTOR") == "slurm":
-        return Place(
-            "slurm", slurm.own_job(), int(outer["SLURM_PROCID"]), int(outer.get("SLURM_RESTART_COUNT", "0")), env
-        )
-    _forget_launchers(env)
-    return Place("debug", "debug", 0, 0, env)
-
-
-def _forget_launchers(env: dict[str, str]) -> None:
-    """A grid that is started from inside a job is not part of it."""
-    for name in list(env):
-        if name.startswith(("SLURM_", "TORCHELASTIC_")) or name in (
-            "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
-        ):  # fmt: skip
-            del env[name]
+def _note_cancelled(frozen: Frozen, tasks: list[Task], place: Place) -> None:
+    for task in tasks:
+        if task.process is not None:
+            task.record.outcome, task.record.error = "cancelled", "the process that ran the grid was stopped"
+            if place.rank == 0:
+                write_record(frozen.root, task.node.name, task.record)
 
 
 @contextmanager
-def _listening() -> Iterator[list[int]]:
+def _listening(place: Place) -> Iterator[list[int]]:
     """Survive being told to stop, for the block; the list fills with what was said."""
     told: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:
         told.append(number)
 
-    before = {number: signal.signal(number, note) for number in (signal.SIGTERM, signal.SIGUSR2)}
+    numbers = [signal.SIGTERM, signal.SIGUSR2, *([signal.SIGINT] if place.scheduler == "local" else [])]
+    before = {number: signal.signal(number, note) for number in numbers}
     try:
         yield told
     finally:
@@ -183,13 +159,15 @@ def _begin(frozen: Frozen, name: str, config: Path, folder: Path, place: Place) 
             stdout=log,
             stderr=log,
             env=place.environment,
+            start_new_session=place.scheduler
+            == "local",  # Ctrl-C shall find it through this process, and let it save
         )
     return Task(node, record, process)
 
 
 def _end(frozen: Frozen, task: Task, told: bool, place: Place) -> str:
-    """What became of a node: done, failed, blocked, or "again"."""
-    if task.process is None:
+    """What became of a node: done, failed, blocked, cancelled, or "again"."""
+    if task.process is None or (task.process.returncode and task.record.outcome == "cancelled"):
         return task.record.outcome
     code, root, name = task.process.returncode, frozen.root, task.node.name
     task.record.ended = round(time.time(), 1)
@@ -201,6 +179,7 @@ def _end(frozen: Frozen, task: Task, told: bool, place: Place) -> str:
         if place.rank:
             _failure(root, name, place).write_text(f"rank {place.rank}: {task.record.error}", encoding="utf-8")
     task.record.outcome = "failed" if code else "done"
+    task.record.error = task.record.error if code else ""
     if place.rank == 0:
         write_record(root, name, task.record)
     return task.record.outcome

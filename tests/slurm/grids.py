@@ -86,6 +86,16 @@ def weights(run: Path) -> str:
     return hashlib.sha256((newest / "model.safetensors").read_bytes()).hexdigest()
 
 
+def processes_of(folder: Path) -> list[int]:
+    """Processes with a folder in their command line."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if str(folder).encode() in (path / "cmdline").read_bytes():
+                found.append(int(path.name))
+    return found
+
+
 def hold(grid_folder: Path, cell: str) -> int:
     """Stop a cell's training in its tracks once it has saved a checkpoint, so that it is met in the middle."""
     until(lambda: steps_of(grid_folder / "runs" / cell))

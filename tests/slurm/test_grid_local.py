@@ -12,7 +12,7 @@ import pytest
 
 from hpc_supcon.grid.folder import load, read_record, submitted
 
-from .grids import grid, states, steps_of, until, weights, write_grid, write_profile
+from .grids import grid, processes_of, states, steps_of, until, weights, write_grid, write_profile
 
 pytestmark = pytest.mark.timeout(600)
 LONG = {"train.epochs": 30}
@@ -23,6 +23,15 @@ def here(monkeypatch, request):
     """Children find this checkout; one thread each."""
     monkeypatch.setenv("PYTHONPATH", f"{request.config.rootpath}:{os.environ.get('PYTHONPATH', '')}".rstrip(":"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """Weights of the LONG cell, run in this process from beginning to end."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    grid("submit", write_grid(folder, "g", set=LONG), "--cluster", "debug", "--dir", folder / "debug")
+    assert set(states(folder / "debug").values()) == {"done"}
+    return weights(folder / "debug" / "runs" / "cell")
 
 
 def test_a_grid_with_two_ranks_and_a_failing_cell_runs_to_the_report(here, tmp_path):
@@ -60,7 +69,7 @@ def test_packed_runs_share_a_job_and_fail_alone(here, tmp_path):
     }  # fmt: skip
 
 
-def test_a_job_told_to_leave_starts_again_and_ends_with_the_same_weights(here, tmp_path):
+def test_a_job_told_to_leave_starts_again_and_ends_with_the_same_weights(here, undisturbed, tmp_path):
     path, folder = write_grid(tmp_path, "g", set=LONG), tmp_path / "local"
     command = [
         sys.executable,
@@ -80,9 +89,7 @@ def test_a_job_told_to_leave_starts_again_and_ends_with_the_same_weights(here, t
         assert process.wait() == 0
     assert set(states(folder).values()) == {"done"}
     assert len(read_record(folder, "cell.pretrain").requeues) == 1
-    grid("submit", path, "--cluster", "debug", "--dir", tmp_path / "debug")
-    assert set(states(tmp_path / "debug").values()) == {"done"}
-    assert weights(folder / "runs" / "cell") == weights(tmp_path / "debug" / "runs" / "cell")
+    assert weights(folder / "runs" / "cell") == undisturbed
     assert "going on from step" in grid("logs", folder, "cell.pretrain")
 
 
@@ -100,3 +107,27 @@ def test_an_interrupted_pruning_goes_on_and_ends_with_the_same_weights(here, tmp
     assert "going on from step" in grid("logs", folder, "rate-0.5.prune")
     grid("submit", path, "--cluster", "debug", "--dir", tmp_path / "debug")
     assert weights(pruned) == weights(tmp_path / "debug" / pruned.relative_to(folder))
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_what_runs_here_ends_with_the_process_that_runs_it_and_goes_on_later(here, undisturbed, tmp_path, how):
+    path, folder = write_grid(tmp_path, "g", set=LONG), tmp_path / "local"
+    profile = write_profile(tmp_path, cluster="local", environment={"A": "b"})  # which puts a shell in between
+    command = [sys.executable, "-m", "hpc_supcon", "grid", "submit", path, "--profile", profile, "--dir", folder]
+    with subprocess.Popen(
+        [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
+    ) as process:
+        until(lambda: steps_of(folder / "runs" / "cell"))
+        meanwhile = states(folder)
+        # Ctrl-C reaches every process of the terminal, a kill only the one that it names
+        (os.killpg if how == signal.SIGINT else os.kill)(process.pid, how)
+        told = process.stdout.read()
+    assert process.returncode == (130 if how == signal.SIGINT else -how)
+    assert ("submit again" in told, "Traceback" in told) == (how == signal.SIGINT, False)
+    assert meanwhile == {"cell.pretrain": "running", "cell.probe": "pending"}
+    until(lambda: not processes_of(folder), timeout_s=30)
+    assert states(folder) == {"cell.pretrain": "cancelled", "cell.probe": "missing"}
+    assert "saved at step" in grid("logs", folder, "cell.pretrain")
+    grid("submit", path, "--profile", profile, "--dir", folder)
+    assert set(states(folder).values()) == {"done"}
+    assert weights(folder / "runs" / "cell") == undisturbed

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import socket
 import stat
 import subprocess
 import sys
@@ -20,8 +21,18 @@ from hpc_supcon.grid.arrays import arrange
 from hpc_supcon.grid.cells import load as load_grid
 from hpc_supcon.grid.expand import expand
 from hpc_supcon.grid.files import Profile, Resources
-from hpc_supcon.grid.folder import FrozenNode, Record, freeze, load, lock, submitted, write_record
-from hpc_supcon.grid.states import node_states
+from hpc_supcon.grid.folder import (
+    FrozenNode,
+    Record,
+    append_submission,
+    freeze,
+    load,
+    lock,
+    queue_here,
+    submitted,
+    write_record,
+)
+from hpc_supcon.grid.states import cancel, node_states
 from hpc_supcon.grid.submit import check_profile, submit
 
 GOLDEN = Path(__file__).parent.parent / "golden" / "grid.sbatch"
@@ -46,7 +57,9 @@ def cluster(tmp_path, monkeypatch):
     fake = tmp_path / "fake"
     fake.mkdir()
     commands = {"sbatch": SBATCH, "scancel": '#!/bin/sh\necho "$@" >>"$FAKE/cancelled"\n', "srun": "#!/bin/sh\n"}
-    commands |= {name: f'#!/bin/sh\ncat "$FAKE/{name}.txt"\n' for name in ("squeue", "sacct")}
+    commands |= {
+        name: f'#!/bin/sh\necho "$@" >>"$FAKE/{name}.asked"; cat "$FAKE/{name}.txt"\n' for name in ("squeue", "sacct")
+    }
     for name, text in commands.items():
         (fake / name).write_text(text)
         (fake / name).chmod(0o755)
@@ -171,6 +184,33 @@ def test_without_slurm_nothing_is_made(monkeypatch, tmp_path, capsys):
     assert not (tmp_path / "out").exists()
 
 
+def test_a_grid_tried_in_a_terminal_and_then_sent_to_the_cluster(cluster, frozen):
+    here, dead, theirs = socket.gethostname(), 2**22 + 1, "elsewhere"  # above the kernel's greatest process id
+    grid = frozen(cluster="local")
+    names = list(grid.nodes)
+    jobs = [f"{here}:{dead}", f"{here}:{os.getpid()}", f"queue:{here}:{dead}", queue_here(), f"queue:{theirs}:{dead}"]
+    append_submission(grid.root, "pretrain", dict(zip(names, jobs, strict=False)))
+    wanted = ["lost", "pending", "missing", "pending", "pending", "missing"]
+    assert [node_states(grid)[name].state for name in names] == wanted
+    assert not list(cluster.glob("*.asked")), "Slurm knows nothing of them"
+    grid = frozen(cluster="slurm")
+    assert [node_states(grid)[name].state for name in names] == wanted
+    with pytest.raises(LaunchError, match="press Ctrl-C there"):
+        cancel(grid, {names[1]})
+    submit(grid, ["lost", "missing"], nothing)
+    assert {name for name, job in submitted(grid.root).items() if slurm.is_job(job)} >= {
+        name for name, state in zip(names, wanted, strict=True) if state != "pending"
+    }
+
+
+def test_whoever_looks_asks_for_the_owners_jobs(cluster, frozen):
+    grid = frozen()
+    submit(grid, ["missing"], nothing)
+    node_states(grid)
+    owner = f"--user={(grid.root / 'jobs').stat().st_uid}"
+    assert all(owner in (cluster / f"{name}.asked").read_text() for name in ("squeue", "sacct"))
+
+
 def test_an_empty_answer_of_sacct_is_said_not_guessed(cluster, frozen):
     grid = frozen()
     submit(grid, ["missing"], nothing)
@@ -228,7 +268,7 @@ def test_a_folder_takes_the_same_grid_or_a_larger_one(cluster, frozen):
         frozen(set={"train.epochs": 7})
 
 
-def test_more_than_the_cluster_has_is_refused_before_submission(frozen):
+def test_more_than_the_cluster_has_is_refused_before_submission(frozen, monkeypatch):
     nodes = frozen().nodes.values()
     for profile, words in [
         (Profile(cluster="slurm", gpus_per_node=2), "asks for gpus: 4, the cluster has at most 2"),
@@ -238,6 +278,9 @@ def test_more_than_the_cluster_has_is_refused_before_submission(frozen):
         with pytest.raises(ConfigError, match=words):
             check_profile(nodes, profile, "slurm")
     with pytest.raises(ConfigError, match="nodes: 2"):
+        check_profile(nodes, Profile(cluster="local", gpus_per_node=4), "local")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
+    with pytest.raises(ConfigError, match="asks for gpus: 4, this machine has at most 2"):
         check_profile(nodes, Profile(cluster="local"), "local")
 
 

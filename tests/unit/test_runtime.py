@@ -12,6 +12,7 @@ import torch
 
 from hpc_supcon import runtime
 from hpc_supcon.errors import ConfigError, LaunchError
+from hpc_supcon.runtime import Launch, fair_threads
 
 TORCHRUN = {
     "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
@@ -147,3 +148,24 @@ def test_freed_memory_stays_with_the_process_where_that_is_asked_for(kept):
     after, given_back = map(int, done.stdout.split())
     assert (after > 150_000_000) is kept
     assert given_back < 50_000_000
+
+
+@pytest.mark.parametrize(
+    ("launch", "env", "cores", "threads"),
+    [
+        (Launch(), {}, 8, 8),
+        (Launch(), {"OMP_NUM_THREADS": "1"}, 8, 8),  # set by torchrun, for everybody
+        (Launch(), {"HPC_SUPCON_SHARERS": "3"}, 8, 2),
+        (Launch(), {"HPC_SUPCON_SHARERS": "30"}, 8, 1),
+        (Launch(0, 2, 0, 2, launcher="torchrun"), {}, 8, 4),
+        (Launch(0, 2, 0, 2, launcher="torchrun"), {"HPC_SUPCON_SHARERS": "2"}, 8, 2),
+        # a node of 96 cores: srun bound the task to its 12; Slurm does not bind; srun was not told how many
+        (Launch(0, 8, 0, 8, launcher="slurm"), {"SLURM_CPUS_PER_TASK": "12", "SLURM_CPUS_ON_NODE": "96"}, 12, 12),
+        (Launch(0, 8, 0, 8, launcher="slurm"), {"SLURM_CPUS_PER_TASK": "12", "SLURM_CPUS_ON_NODE": "96"}, 96, 12),
+        (Launch(0, 8, 0, 8, launcher="slurm"), {"SLURM_CPUS_ON_NODE": "96"}, 12, 12),
+        (Launch(0, 8, 0, 8, launcher="slurm"), {"SLURM_CPUS_ON_NODE": "96"}, 96, 12),
+        (Launch(launcher="slurm"), {"SLURM_CPUS_PER_TASK": "6", "HPC_SUPCON_SHARERS": "3"}, 96, 2),
+    ],
+)
+def test_each_rank_takes_its_share_of_the_cores(launch, env, cores, threads):
+    assert fair_threads(launch, env, cores) == threads
