@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 
 from .contrastive import SimCLRLoss, SupConLoss, TCLLoss
-from .diagnostics import GradientResponse, gradient_response
+from .diagnostics import GradientResponse, gradient_response, mean_similarity
 from .pairwise import PairwiseStats, global_mean, pairwise_stats
 from .reconstruction import ReconstructionLoss
 from .supervised import CrossEntropyLoss, CrossEntropyMAELoss
@@ -40,5 +40,6 @@ __all__ = [
     "TripletLoss",
     "global_mean",
     "gradient_response",
+    "mean_similarity",
     "pairwise_stats",
 ]

@@ -1,4 +1,4 @@
-"""How hard a loss pulls and pushes: the gradient responses of Tuned Contrastive Learning, streamed."""
+"""How a batch lies: how alike its embeddings are, and how hard a loss pulls and pushes them (TCL), streamed."""
 
 from __future__ import annotations
 
@@ -7,10 +7,24 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..collectives import all_sum
 from . import tiled
 from .columns import Columns, sorted_columns
 from .inputs import Queue, prepare
 from .pairwise import check_temperature, compute_dtype, mean_and_sums
+
+
+@torch.no_grad()
+def mean_similarity(features: Tensor) -> Tensor:
+    """Mean cosine similarity of all pairs of different rows, over all ranks; 0-dim, 0 where there is one row.
+
+    features [..., D]. Near 1, the embeddings have collapsed into one. Every rank must call this.
+    """
+    rows = torch.nn.functional.normalize(features.detach().flatten(0, -2).double(), dim=-1)
+    total = all_sum(torch.cat([rows.sum(0), rows.new_tensor([len(rows)])]))
+    # |sum of z|^2 is the sum over all pairs, those of a row with itself among them
+    direction, n = total[:-1], total[-1]
+    return (direction.square().sum() - n) / (n * (n - 1)).clamp(min=1)
 
 
 @dataclass(frozen=True)

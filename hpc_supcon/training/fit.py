@@ -19,6 +19,10 @@ from .step import StepResult, train_step
 from .watch import current
 
 
+COLLAPSED = 0.99
+"""Mean cosine similarity of a batch's embeddings from which on the loss cannot tell them apart."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """How long to train and when to speak, look and save, in optimiser steps; `lr(step)` is the schedule."""
@@ -109,7 +113,7 @@ def fit(
     state.parallel.train()
     meter, watch = Meter(plan.images_per_step), current()
     numbers: dict[str, float] = {}
-    leaving = False
+    leaving = collapsed = False
     with watch.training():
         if state.step and _look_is_due(state, plan, calls):
             _settle(state, plan, calls, log, progress, leaving=False)  # the run left between this step and its look
@@ -128,6 +132,7 @@ def fit(
                     more = _details(state, loader, batch, result, plan)
                     log.log("train", state.step, epoch=epoch, lr=lr, **numbers, **more)
                     progress.update(state.step, numbers)
+                    collapsed = collapsed or _tell_of_collapse(state, plan, more, log, progress)
                 if _settle(state, plan, calls, log, progress, leaving=leaving):
                     meter.skip()
                 calls.stepped(state.step)
@@ -137,6 +142,22 @@ def fit(
     if state.device.type == "cuda":
         torch.cuda.synchronize(state.device)
     return leaving
+
+
+def _tell_of_collapse(
+    state: TrainState, plan: Plan, numbers: dict[str, float], log: MetricLog, progress: ProgressLine
+) -> bool:
+    """Whether all embeddings have become one, as they may after steps that are too large: nothing crashes then."""
+    # an encoder that has learned nothing yet also answers everything alike, and may still part its answers
+    first = min(plan.steps, max(plan.steps_per_epoch, 500))
+    if state.step < first or numbers.get("mean_similarity", 0.0) < COLLAPSED:
+        return False
+    log.log("collapsed", state.step, mean_similarity=numbers["mean_similarity"])
+    progress.say(
+        f"step {state.step}: the embeddings have collapsed: the mean cosine similarity of two is "
+        f"{numbers['mean_similarity']:.4f}; try a lower optim.lr or a longer optim.warmup_epochs"
+    )
+    return True
 
 
 def _settle(
@@ -191,6 +212,7 @@ def _details(state: TrainState, loader: Loader, batch: Batch, result: StepResult
     replaced = replaced_everywhere(loader, state.device)
     numbers: dict[str, Tensor | float] = {"replaced_images": replaced} if replaced else {}
     numbers |= {**state.engine.statistics(), **state.objective.statistics()}
+    numbers |= state.objective.similarity(result.outputs)
     if torch.isfinite(result.gradient_norm):  # not so in a step that fp16's loss scaling skipped
         numbers["grad_norm"] = result.gradient_norm
     if plan.gradient_response:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..collectives import all_sum, world_size
 from ..errors import ConfigError, unknown_name
-from ..losses import LOSSES, gradient_response
+from ..losses import LOSSES, gradient_response, mean_similarity
 from ..models import Projection, build_decoder
 
 
@@ -172,6 +172,11 @@ class Objective(nn.Module):
                 own["loss"] = self._last[name]
             numbers |= {f"{name}_{key}" if len(self.losses) > 1 else key: value for key, value in own.items()}
         return numbers
+
+    def similarity(self, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """How alike the embeddings of a contrastive loss are, on the average. Collective."""
+        compared = any(kind.contrastive for kind in self.kinds.values())
+        return {"mean_similarity": mean_similarity(outputs["projection"])} if compared else {}
 
     def response(self, outputs: Mapping[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
         """How strongly the batch's positives pull and negatives push (lemmas 1 and 2 of Tuned Contrastive Learning).

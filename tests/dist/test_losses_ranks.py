@@ -147,7 +147,8 @@ def _triplets_and_responses(x, labels):
     value = losses.TripletLoss(2.0, mining="hard")(x, labels)
     value.backward()
     response = losses.gradient_response(x, labels, 0.1, 50.0, 1.5, tile=4)
-    return float(value.detach()), x.grad, float(response.positives), float(response.negatives)
+    similarity = float(losses.mean_similarity(x.detach()))
+    return float(value.detach()), x.grad, float(response.positives), float(response.negatives), similarity
 
 
 def _error_of(rank, world_size, bad_rank, features, labels, bad_features, bad_labels):
@@ -215,10 +216,10 @@ def test_without_gather_a_rank_sees_only_its_own_rows(two_ranks):
 
 def test_triplets_and_responses_of_ranks_equal_one_process(two_ranks):
     x, labels = (torch.cat(part) for part in zip(*_shards(2, CLASSES, V), strict=True))
-    value, grad, positives, negatives = _triplets_and_responses(x, labels)
+    value, grad, *numbers = _triplets_and_responses(x, labels)
     for result in two_ranks:
         assert result["triplets"][0] == pytest.approx(value, rel=1e-12)
-        assert result["triplets"][2:] == pytest.approx((positives, negatives), rel=1e-12)
+        assert result["triplets"][2:] == pytest.approx(tuple(numbers), rel=1e-12)
     got = torch.cat([result["triplets"][1] for result in two_ranks]) / 2
     torch.testing.assert_close(got, grad, rtol=1e-10, atol=1e-12)
 

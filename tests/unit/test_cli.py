@@ -149,6 +149,21 @@ def test_every_loss_trains_by_name_and_goes_down(capsys, tmp_path, settings):
     assert code == 0, err
 
 
+def test_collapsed_embeddings_are_told_once(capsys, tmp_path):
+    settings = [*FAST, "train.epochs=12", "log.every_steps=1", "optim.momentum=0.9", "loss.name=tcl", "loss.k1=5e4"]
+    code, _, err = run(capsys, "pretrain", "default", *settings, "optim.lr=3", f"run_dir={tmp_path}/steep")
+    assert code == 0, err
+    assert err.count("the embeddings have collapsed") == 1
+    events = [json.loads(line) for line in (tmp_path / "steep/metrics.jsonl").read_text().splitlines()]
+    steps = [e for e in events if e["event"] == "train"]
+    assert [e["step"] for e in events if e["event"] == "collapsed"] == [steps[-1]["step"]], (
+        "so few may be a slow start"
+    )
+    assert steps[-1]["mean_similarity"] > 0.99
+    code, _, err = run(capsys, "pretrain", "default", *settings, "optim.lr=1e-3", f"run_dir={tmp_path}/gentle")
+    assert (code, "collapsed" in err) == (0, False)
+
+
 def test_bench_loss_writes_a_table_and_a_picture(capsys, tmp_path):
     arguments = ["--size", "300", "--only", "dense", "--only", "tiled", "--runs", "1", "--threads", "1"]
     code, _, err = run(capsys, "bench", "loss", *arguments, "--out", str(tmp_path))

@@ -275,6 +275,15 @@ def test_statistics_count_anchors_without_positives():
     assert float(module.stats["mean_positives"]) == pytest.approx((3 * 2 + 2 * 1) / 7)
 
 
+def test_mean_similarity_is_the_mean_cosine_of_all_pairs_of_different_rows():
+    x = torch.randn(5, 3, 7, dtype=torch.float64) * torch.rand(5, 3, 1, dtype=torch.float64)
+    rows = x.flatten(0, 1)
+    pairs = [torch.cosine_similarity(rows[i], rows[j], dim=0) for i in range(15) for j in range(15) if i != j]
+    assert float(losses.mean_similarity(x)) == pytest.approx(float(torch.stack(pairs).mean()), rel=1e-12)
+    assert float(losses.mean_similarity(torch.ones(4, 2, 7) * torch.rand(4, 2, 1))) == pytest.approx(1, abs=1e-6)
+    assert float(losses.mean_similarity(torch.ones(1, 7))) == pytest.approx(0, abs=1e-12)
+
+
 def test_gradient_responses_are_lemmas_one_and_two_of_tcl():
     x, labels = batch("singletons among classes")
     for k1, k2 in ((0.0, 1.0), (K1, K2)):
