@@ -18,7 +18,6 @@ from .state import TrainState
 from .step import StepResult, train_step
 from .watch import current
 
-
 COLLAPSED = 0.99
 """Mean cosine similarity of a batch's embeddings from which on the loss cannot tell them apart."""
 
