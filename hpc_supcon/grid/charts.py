@@ -9,19 +9,25 @@ from .tables import TableData, is_numeric
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000", "#999999")
 """Okabe and Ito's palette: told apart by colour-blind readers too."""
 
 
 def draw(table: TableData, path: Path) -> None:
-    """Lines where the rows are numbers (layouts curve and pruning), else bars; error bars are 95 % intervals."""
+    """The table's chart as a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(chart(table)).print_png(path)
+
+
+def chart(table: TableData) -> Figure:
+    """Lines where the rows are numbers (layouts curve and pruning), else bars; error bars are 95 % intervals."""
     from matplotlib.figure import Figure
 
     wide = max(6.0, 1.2 + 0.35 * len(table.rows) * len(table.columns))
     figure = Figure(figsize=(min(wide, 16.0), 4.0), layout="constrained")
-    canvas = FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set_title(table.title, fontsize=11)
     axes.set_xlabel(table.rows_axis)
@@ -37,7 +43,7 @@ def draw(table: TableData, path: Path) -> None:
         _bars(axes, table)
     if len(table.columns) > 1 and axes.get_legend_handles_labels()[0]:
         axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
-    canvas.print_png(path)
+    return figure
 
 
 def _lines(axes: Axes, table: TableData) -> None:
@@ -60,7 +66,7 @@ def _scale(axes: Axes, table: TableData) -> None:
     """One tick for each row, with its size under it where there is one; logarithmic where the rows span much."""
     values = [float(row) for row in table.rows]
     positive = [value for value in values if value > 0]
-    if positive and max(positive) / min(positive) >= 8:
+    if positive and max(positive) / min(positive) >= 5:
         if len(positive) == len(values):
             axes.set_xscale("log")
         else:  # zero has a place of its own
@@ -69,7 +75,7 @@ def _scale(axes: Axes, table: TableData) -> None:
     for row in table.rows:
         size = table.interval(row, table.columns[0], "sparse_mb")
         labels.append(f"{row}\n{size[0]:.3g} MB" if size else row)
-    axes.set_xticks(values, labels, rotation=45 if len(labels) > 6 else 0)
+    axes.set_xticks(values, labels, rotation=90 if len(labels) > 6 else 0)
     axes.minorticks_off()
 
 
