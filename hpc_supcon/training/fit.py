@@ -148,7 +148,7 @@ def _tell_of_collapse(
 ) -> bool:
     """Whether all embeddings have become one, as they may after steps that are too large: nothing crashes then."""
     # an encoder that has learned nothing yet also answers everything alike, and may still part its answers
-    first = min(plan.steps, max(plan.steps_per_epoch, 500))
+    first = max(20, min(plan.steps, max(plan.steps_per_epoch, 500)))
     if state.step < first or numbers.get("mean_similarity", 0.0) < COLLAPSED:
         return False
     log.log("collapsed", state.step, mean_similarity=numbers["mean_similarity"])
