@@ -6,7 +6,6 @@ error: it never quietly becomes a world of one, which would train N copies of a 
 
 from __future__ import annotations
 
-import ctypes
 import os
 import random
 import shutil
@@ -22,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from .allocator import keep_freed_memory
 from .errors import ConfigError, LaunchError
 
 SHARERS = "HPC_SUPCON_SHARERS"
@@ -247,26 +247,6 @@ def fair_threads(launch: Launch, env: Mapping[str, str] | None = None, cores: in
 
 def _sharers(env: Mapping[str, str]) -> int:
     return max(1, _integer(env, SHARERS)) if SHARERS in env else 1
-
-
-def keep_freed_memory() -> None:
-    """From now on glibc keeps what tensors free for the next ones; without glibc, nothing happens.
-
-    By default it maps every large tensor anew, so that each step of a training on the CPU waits for the kernel to
-    clear the same pages again. The price is memory that lies between tensors of different sizes.
-    """
-    trim_threshold, mmap_max = -1, -4  # M_TRIM_THRESHOLD and M_MMAP_MAX of malloc.h
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(trim_threshold, -1)
-        mallopt(mmap_max, 0)
-
-
-def give_freed_memory_back() -> None:
-    """To the system, what `keep_freed_memory` has kept so far."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def set_collective_timeout(seconds: float) -> None:

@@ -28,11 +28,11 @@ from torch import Tensor
 from torchvision import datasets
 from torchvision.transforms import v2
 
+from ..allocator import keep_freed_memory
 from ..data import ArraySource, CropOptions, LoaderOptions, Source, TrainOrder, Views, build_loader, convert_splits
 from ..data.beton import open_beton
 from ..data.folder import open_folder
 from ..errors import ConfigError, MissingExtra
-from ..runtime import keep_freed_memory
 from .common import machine
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -26,10 +26,11 @@ from typing import Any
 
 import torch
 
+from ..allocator import keep_freed_memory
 from ..config import Config, load_config
 from ..data import Batch, Loader, build_loader
 from ..phases import ENCODER, Clock, measured_by, phase
-from ..runtime import Launch, Runtime, keep_freed_memory, seed_everything
+from ..runtime import Launch, Runtime, seed_everything
 from ..training import assemble
 from ..training.profile import Breakdown, breakdown
 from ..training.state import TrainState

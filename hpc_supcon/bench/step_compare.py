@@ -1,7 +1,7 @@
 """The step of this package beside a plain loop: same model, images, augmentation and precision, in turns.
 
 The plain loop has a process of its own, for this one is set up as the package sets up its own (see
-runtime.keep_freed_memory); while one works, the other waits.
+allocator.keep_freed_memory); while one works, the other waits.
 """
 
 from __future__ import annotations

@@ -61,13 +61,6 @@ class Room:
             and len(self.gpus) >= asked.gpus
         )
 
-    def at_once(self, asked: Resources, jobs: int) -> int:
-        """How many of `jobs` such jobs fit."""
-        most = [jobs, self.cores // cores_of(asked)]
-        most += [self.places] if self.places is not None else []
-        most += [len(self.gpus) // asked.gpus] if asked.gpus else []
-        return max(1, min(most))
-
     def take(self, asked: Resources) -> list[int]:
         """The job's GPUs."""
         self.cores -= cores_of(asked)
@@ -90,7 +83,7 @@ def run_here(frozen: Frozen, arrays: Sequence[Array], tell: Tell) -> None:
     _note_waiting(frozen, arrays)
     room = Room(frozen.profile.parallel, cores_here(), gpus_here(frozen.profile))
     todo = [(array, i) for array in arrays for i in range(len(array.bundles))]
-    shares = {id(array): room.at_once(array.resources, _most_at_once(arrays)) for array in arrays}
+    share = _sharers(arrays, room)
     running: dict[tuple[int, int], tuple[Any, Resources, list[int]]] = {}
     ended: set[tuple[int, int]] = set()
     os.environ[RUNNER] = str(os.getpid())
@@ -103,7 +96,7 @@ def run_here(frozen: Frozen, arrays: Sequence[Array], tell: Tell) -> None:
             if waits or not room.fits(array.resources, idle=not running):
                 continue
             gpus = room.take(array.resources)
-            os.environ[SHARERS] = str(shares[id(array)])
+            os.environ[SHARERS] = str(share(array.resources))
             job = _start(frozen, array, array.bundles[i], gpus)
             running[id(array), i] = job, array.resources, gpus
             todo.remove((array, i))
@@ -125,11 +118,22 @@ def run_in_turn(frozen: Frozen, arrays: Sequence[Array], tell: Tell) -> None:
                 continue
 
 
-def _most_at_once(arrays: Sequence[Array]) -> int:
-    """Jobs that could run together if there were room: all that wait for none, or all that none waits for."""
+def _sharers(arrays: Sequence[Array], room: Room) -> Callable[[Resources], int]:
+    """Among how many jobs the machine is shared: the threads of all that fit are never more than its cores."""
+    cores, places, gpus = room.cores, room.places, len(room.gpus)
     waited_for = {id(array.after) for array in arrays}
     first = sum(len(array.bundles) for array in arrays if array.after is None)
-    return max(first, sum(len(array.bundles) for array in arrays if id(array) not in waited_for))
+    last = sum(len(array.bundles) for array in arrays if id(array) not in waited_for)
+    alike = len({(cores_of(array.resources), array.resources.gpus) for array in arrays}) == 1
+
+    def sharers(asked: Resources) -> int:
+        most = [-(-cores // cores_of(asked))]
+        most += [places] if places is not None else []
+        if alike:  # where they ask for different things, what one leaves unused is another's
+            most += [max(first, last), *([gpus // asked.gpus] if asked.gpus else [])]
+        return max(1, min(most))
+
+    return sharers
 
 
 def _note_waiting(frozen: Frozen, arrays: Sequence[Array]) -> None:

@@ -91,17 +91,20 @@ def _in_queue(found: JobState, record: Record | None) -> NodeState:
 
 
 def _here(record: Record | None, job: str) -> NodeState:
-    kind, host, pid = ("", "", "", *job.split(":"))[-3:]
-    gone = host == socket.gethostname() and not Path(f"/proc/{pid}").exists()
-    if kind == "queue":
-        if gone:
+    *waits, host, pid = job.split(":")
+    if waits:
+        if _gone(host, pid):
             return NodeState("missing", "the terminal it waited in is gone")
         return NodeState("pending", f"waits in process {pid} on {host}")
     if record is not None and record.job == job:
-        host, pid = record.host, str(record.pid)
-        gone = host == socket.gethostname() and not Path(f"/proc/{pid}").exists()
+        gone = _gone(record.host, record.pid)
         return NodeState("lost", "its process is gone") if gone else NodeState("running")
-    return NodeState("lost", "ended without a word") if gone else NodeState("pending", "starting")
+    return NodeState("lost", "ended without a word") if _gone(host, pid) else NodeState("pending", "starting")
+
+
+def _gone(host: str, pid: int | str) -> bool:
+    """Only of processes on this host can that be known."""
+    return host == socket.gethostname() and not Path(f"/proc/{pid}").exists()
 
 
 def _left_queue(found: JobState | None) -> NodeState:

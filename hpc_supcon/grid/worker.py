@@ -99,7 +99,7 @@ def _watch(frozen: Frozen, tasks: list[Task], told: list[int], place: Place) -> 
 
 def _note_cancelled(frozen: Frozen, tasks: list[Task], place: Place) -> None:
     for task in tasks:
-        if task.process is not None:
+        if task.process is not None and task.process.poll() is None:
             task.record.outcome, task.record.error = "cancelled", "the process that ran the grid was stopped"
             if place.rank == 0:
                 write_record(frozen.root, task.node.name, task.record)
@@ -159,8 +159,8 @@ def _begin(frozen: Frozen, name: str, config: Path, folder: Path, place: Place) 
             stdout=log,
             stderr=log,
             env=place.environment,
-            start_new_session=place.scheduler
-            == "local",  # Ctrl-C shall find it through this process, and let it save
+            # Ctrl-C shall reach it through this process, which lets it save
+            start_new_session=(place.scheduler == "local"),
         )
     return Task(node, record, process)
 

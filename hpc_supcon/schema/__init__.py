@@ -19,7 +19,7 @@ from .training import CheckpointConfig, LogConfig, LossConfig, ModelConfig, Opti
 
 class RuntimeConfig(Section):
     device: Literal["auto", "cpu", "cuda"] = Field(description="auto: CUDA where there is one")
-    threads: Count | None = Field(description="CPU threads per rank; null shares the machine's cores")
+    threads: Count | None = Field(description="CPU threads per rank; null: its share of the cores")
     reuse_memory: bool = Field(
         description="on a CPU, keep freed memory for the next step: 10 to 30 % faster for up to 1.7 times the memory"
     )

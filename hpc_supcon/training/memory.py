@@ -17,10 +17,10 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ..allocator import give_freed_memory_back
 from ..collectives import world_size
 from ..data import Batch
 from ..errors import OutOfMemory
-from ..runtime import give_freed_memory_back
 from .state import TrainState
 
 GIB = 2**30

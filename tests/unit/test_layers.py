@@ -15,6 +15,7 @@ LAYERS = [
     {"yaml12"},
     {"schema"},
     {"config"},
+    {"allocator"},
     {"runtime"},
     {"phases"},
     {"collectives"},
@@ -28,7 +29,7 @@ LAYERS = [
     {"cli"},
     {"__main__"},
 ]
-NEVER_SEE_A_CONFIG = {"data", "models", "losses", "pruning", "collectives", "phases", "runtime"}
+NEVER_SEE_A_CONFIG = {"data", "models", "losses", "pruning", "collectives", "phases", "runtime", "allocator"}
 OPTIONAL = {"ffcv", "nvidia", "deepspeed", "submitit", "triton", "plotly", "onnx", "onnxruntime", "onnxscript"}
 
 

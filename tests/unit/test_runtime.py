@@ -134,14 +134,14 @@ def test_rank_without_world_size_ends_with_code_2_and_one_line(tmp_path, python)
 def test_freed_memory_stays_with_the_process_where_that_is_asked_for(kept):
     code = (
         "import torch\n"
-        "from hpc_supcon import runtime\n"
+        "from hpc_supcon import allocator, runtime\n"
         "from hpc_supcon.bench.common import resident\n"
         f"with runtime.start(device='cpu', reuse_memory={kept}):\n"
         "    before = resident('VmRSS')\n"
         "    x = torch.ones(50_000_000)\n"
         "    del x\n"
         "    print(resident('VmRSS') - before)\n"
-        "    runtime.give_freed_memory_back()\n"
+        "    allocator.give_freed_memory_back()\n"
         "    print(resident('VmRSS') - before)\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
