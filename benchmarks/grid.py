@@ -23,8 +23,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from hpc_supcon import yaml12
 from hpc_supcon.bench.common import machine
+from hpc_supcon.config import yaml12
 from hpc_supcon.grid.folder import Record, load, submitted, write_record
 
 AXES = {

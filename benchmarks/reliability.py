@@ -24,13 +24,13 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
+from hpc_supcon import checkpoint  # noqa: E402
 from hpc_supcon.bench.common import machine  # noqa: E402
-from hpc_supcon.training import checkpoint  # noqa: E402
-from hpc_supcon.training.checkpoint_read import problem_of  # noqa: E402
-from hpc_supcon.training.checkpoint_writer import CheckpointWriter  # noqa: E402
-from hpc_supcon.training.guard import Guard  # noqa: E402
+from hpc_supcon.checkpoint.load import problem_of  # noqa: E402
+from hpc_supcon.checkpoint.writer import CheckpointWriter  # noqa: E402
+from hpc_supcon.distributed.watch import Watch  # noqa: E402
+from hpc_supcon.training.finite_check import Guard  # noqa: E402
 from hpc_supcon.training.step import train_step  # noqa: E402
-from hpc_supcon.training.watch import Watch  # noqa: E402
 from tests.dist.ranks import run_ranks  # noqa: E402
 from tests.dist.test_step import build  # noqa: E402
 from tests.fault import chances, runs  # noqa: E402
@@ -147,7 +147,7 @@ def stall(root: Path) -> list[str]:
             folder = root / f"stall-{asynchronous}"
 
             def save(step: int, tensors: Any, state: Any, *, protect: Any = (), folder: Path = folder) -> object:
-                return checkpoint.save(folder, step, tensors, state, world_size=1, config_digest="d")
+                return checkpoint.save_checkpoint(folder, step, tensors, state, world_size=1, config_digest="d")
 
             with CheckpointWriter(save, asynchronous=asynchronous) as writer:
                 began = time.perf_counter()
@@ -169,7 +169,7 @@ def detection(root: Path, flips: int) -> list[str]:
             "optimizer": {"a/momentum": torch.arange(600.0) * step},
             "rng": {"rank0.torch": torch.arange(200, dtype=torch.uint8) + step},
         }
-        checkpoint.save(folder, step, tensors, {}, world_size=1, config_digest="d")
+        checkpoint.save_checkpoint(folder, step, tensors, {}, world_size=1, config_digest="d")
     path, seen = folder / "step-2", 0
     good = {name: (path / name).read_bytes() for name in FILES}
     for _ in range(flips):

@@ -30,8 +30,8 @@ from torchvision.transforms import v2
 
 from ..allocator import keep_freed_memory
 from ..data import ArraySource, CropOptions, LoaderOptions, Source, TrainOrder, Views, build_loader, convert_splits
-from ..data.beton import open_beton
-from ..data.folder import open_folder
+from ..data.sources.beton import open_beton
+from ..data.sources.folder import open_folder
 from ..errors import ConfigError, MissingExtra
 from .common import machine
 

@@ -15,33 +15,26 @@ import math
 import multiprocessing
 import resource
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import date
-from itertools import count, product
+from itertools import product
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from ..allocator import keep_freed_memory
-from ..config import Config, load_config
-from ..data import Batch, Loader, build_loader
-from ..phases import ENCODER, Clock, measured_by, phase
-from ..runtime import Launch, Runtime, seed_everything
-from ..training import assemble
-from ..training.profile import Breakdown, breakdown
-from ..training.state import TrainState
-from ..training.step import train_step
+from ..phases import ENCODER
 from .common import machine, memory_available, resident
+from .step_compare import check_comparable, compare
+from .step_plot import plot
+from .step_session import OUT_OF_MEMORY, ROUNDS, WARM_UP, Result, Session, check, settings
 
 SMALLEST, LARGEST = 32, 1 << 17
-ROUNDS, WARM_UP = 3, 2
 ENOUGH = 0.95
 """Of the best throughput: the smallest batch that gives it is recommended."""
-OUT_OF_MEMORY = "out of memory"
 
 
 @dataclass(frozen=True)
@@ -51,102 +44,6 @@ class Limits:
     seconds: float = 3.0
     longest: float = 5.0
     memory: int | None = None
-
-
-@dataclass(frozen=True)
-class Result:
-    """One row. `batch_size` in images, of `views` views each; the best of ROUNDS rounds of `steps` steps.
-
-    `seconds` of each phase per step, of the best round; `peak_bytes`: model, optimiser and batch included.
-    """
-
-    encoder: str
-    precision: str
-    compile: bool
-    batch_size: int
-    status: str
-    views_per_s: float = 0.0
-    views_per_s_worst: float = 0.0
-    encoder_share: float = 0.0
-    peak_bytes: int = 0
-    steps: int = 0
-    seconds: dict[str, float] | None = None
-
-    @property
-    def label(self) -> str:
-        return f"{self.encoder} {self.precision}{' compiled' if self.compile else ''}"
-
-    @property
-    def fits(self) -> bool:
-        return self.status != OUT_OF_MEMORY
-
-
-def settings(encoder: str, precision: str, compiled: bool, batch_size: int, overrides: Sequence[str]) -> Config:
-    """The configuration of one row: the defaults, on synthetic images of 32 px. Raises ConfigError."""
-    rows = [
-        "data.source=synthetic",
-        "data.validation_fraction=0",
-        "data.loader=resident",
-        f"data.synthetic.images={max(1024, batch_size)}",
-        *overrides,
-        f"model.encoder={encoder}",
-        f"train.precision={precision}",
-        f"data.batch_size={batch_size}",
-    ]
-    return load_config("default", [*rows, "train.compile=true"] if compiled else rows)
-
-
-def check(config: Config, kind: str) -> None:
-    """Raise ConfigError or DataError where no step could be taken."""
-    assemble.check_objective(config)
-    data = assemble.load_data(config, Runtime(Launch(), torch.device(kind)))
-    assemble.build_model(assemble.describe_model(config, data.splits))
-
-
-class Session:
-    """A training run without a run folder: `run(n)` does n steps, as `hpc-supcon pretrain` would."""
-
-    def __init__(self, config: Config, device: torch.device) -> None:
-        runtime = Runtime(Launch(), device)
-        if device.type == "cpu" and config.runtime.reuse_memory:
-            keep_freed_memory()
-        assemble.check_objective(config)
-        self.data = assemble.load_data(config, runtime)
-        splits = self.data.splits
-        order = assemble.build_training_order(config, splits)
-        self.loader: Loader = build_loader(
-            self.data.loader, splits.train, order, seed=config.seed, rank=0, world_size=1, device=device,
-            options=self.data.training,
-        )  # fmt: skip
-        self.description = assemble.describe_model(config, splits)
-        assemble.seed_models(config)
-        model, views = assemble.build_model(self.description), assemble.build_views(config, self.description, runtime)
-        seed_everything(config.seed, 0)
-        self.state: TrainState = assemble.build_state(
-            config, model, assemble.build_objective(config, views), views, runtime
-        )
-        self.state.parallel.train()
-        self._batches = self._endless()
-
-    def _endless(self) -> Iterator[Batch]:
-        for epoch in count():
-            yield from self.loader.epoch(epoch)
-
-    def run(self, steps: int) -> None:
-        for _ in range(steps):
-            with phase("data"):
-                batch = next(self._batches)
-            train_step(self.state, batch)
-
-    def measure(self, steps: int) -> Breakdown:
-        """Of `steps` more steps."""
-        clock = Clock(self.state.device)
-        with measured_by(clock, self.state.model):
-            self.run(steps)
-            return breakdown(clock, steps)
-
-    def close(self) -> None:
-        self.loader.close()
 
 
 def measure_row(
@@ -263,9 +160,6 @@ def measure(
     overrides: Sequence[str], *, kind: str, limits: Limits, threads: int, plain: bool, tag: str, out: Path,
 ) -> None:  # fmt: skip
     """Run, print, and write out/DATE-step-DEVICE[TAG].json and .png. Raises ConfigError, DataError."""
-    from .step_compare import check_comparable, compare
-    from .step_plot import plot
-
     torch.set_num_threads(threads)
     sizes = sorted(batch_sizes or [SMALLEST << k for k in range(LARGEST.bit_length()) if SMALLEST << k <= LARGEST])
     grid = list(product(encoders, precisions, compiles))

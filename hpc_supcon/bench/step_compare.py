@@ -17,12 +17,12 @@ from multiprocessing.connection import Connection
 import torch
 
 from ..config import Config
+from ..distributed.launch import Launch, Runtime
 from ..errors import ConfigError
 from ..phases import ENCODER
-from ..runtime import Launch, Runtime
 from ..training import assemble
 from .plain_loop import POLICIES, PilImages, PlainLoop, TwoCrops, sample_transform
-from .step import ROUNDS, WARM_UP, Result, Session, settings
+from .step_session import ROUNDS, WARM_UP, Result, Session, settings
 
 AFFORDABLE = 64
 """Images of the batch that both are compared at, or the largest measured below that."""

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..phases import BACKWARD
 from ..training.profile import ORDER
-from .step import Result
+from .step_session import Result
 
 
 def plot(results: Sequence[Result], path: Path) -> None:

@@ -1,17 +1,16 @@
 """Data: sources (name -> images and labels), order (pure permutation), loaders and views (augmentation)."""
 
-from .batch import Batch, Loader
-from .beton import BetonSource, open_beton
 from .loaders import LOADERS, CropOptions, LoaderOptions, build_loader, choose, replaced_everywhere
-from .normalise import EvalTransform
+from .loaders.base import Batch, Loader
 from .order import EvalOrder, Order, TrainOrder
-from .parameters import ViewParameters
 from .samplers import SAMPLERS, ClassBalanced, LongTailAware, build_order
-from .sources import ArraySource, Source, channel_statistics
-from .splits import SOURCES, Splits, convert_splits, load_splits, open_source
-from .statistics import normalisation_of
-from .stratify import stratified_split
-from .views import POLICIES, Views
+from .sources.beton import BetonSource, open_beton
+from .sources.source import ArraySource, Source, channel_statistics, normalisation_of
+from .sources.splits import SOURCES, Splits, convert_splits, load_splits, open_source
+from .sources.stratify import stratified_split
+from .views.normalize import EvalTransform
+from .views.parameters import ViewParameters
+from .views.views import POLICIES, Views
 
 __all__ = [
     "LOADERS",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..collectives import world_size
 from ..config import Config
 from ..data import Splits
 from ..data.order import check_shares
+from ..distributed.collectives import world_size
 from ..errors import ConfigError, unknown_name
 from .probes import PROBES
-from .probes.classes import input_of, only_count, pair_of
+from .probes.base import input_of, only_count, pair_of
 from .probes.watch import steps_per_epoch
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from ..collectives import gather_objects, rank, together
+from .. import checkpoint, run_folder
 from ..data import EvalTransform, Splits
+from ..distributed.collectives import gather_objects, rank, together
 from ..errors import CheckpointCorrupt, DataError, RunFolderError
 from ..models import PretrainingModel
-from ..training import assemble, checkpoint, run_folder
+from ..training import assemble
 from ..training.metrics import console
 
 
@@ -42,7 +43,7 @@ def load_model(folder: Path) -> tuple[PretrainingModel, checkpoint.Checkpoint]:
     path = gather_objects(found.path if found else None)[0]
     assert path is not None
     with together():
-        found = found or checkpoint.load(path)
+        found = found or checkpoint.load_checkpoint(path)
         with checkpoint.understood(found.path):
             model = assemble.build_model(found.state)
             model.load_state_dict(found.tensors.get("ema", found.tensors["model"]))
@@ -61,7 +62,7 @@ def _choose(checkpoints: Path) -> checkpoint.Checkpoint:
         if best_at is None or int(best_at) == newest.state["step"]:
             return newest
     try:
-        return checkpoint.load(checkpoints / f"step-{int(best_at)}")
+        return checkpoint.load_checkpoint(checkpoints / f"step-{int(best_at)}")
     except CheckpointCorrupt as error:
         console.print(
             f"not used: {error}; taking {newest.path.name} in place of the best, step {best_at}",

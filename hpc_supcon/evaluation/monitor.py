@@ -10,17 +10,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..collectives import gather_rows
 from ..config import Config
 from ..data import EvalTransform, LoaderOptions, Source
+from ..distributed.collectives import gather_rows
+from ..distributed.launch import Runtime
 from ..errors import ConfigError, unknown_name
 from ..models import LinearHeads
-from ..runtime import Runtime
 from ..training.assemble import Data
 from ..training.validation import OnlineProbe
-from .features import extract
-from .inputs import Part, build_prepare, fit_standardisation
-from .neighbours import knn_accuracy
+from .features import Part, build_prepare, extract, fit_standardisation
+from .knn import knn_accuracy
 from .probes.training import seeded, train_heads
 from .probes.watch import Plan
 

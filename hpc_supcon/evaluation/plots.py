@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RunFolderError
+from ..files import atomic_path
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -108,9 +109,8 @@ def _figure(size: tuple[float, float]) -> Figure:
 def _save(figure: Figure, path: Path) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        partial = path.with_name(f".{path.name}.partial")
-        figure.savefig(partial, dpi=120, format="png")
-        partial.replace(path)
+        with atomic_path(path, durable=False) as partial:
+            figure.savefig(partial, dpi=120, format="png")
     except OSError as error:
         raise RunFolderError(f"{path}: not written: {error.strerror or error}") from None
     return path

@@ -10,7 +10,7 @@ from torchmetrics.functional.classification import (
     multiclass_recall,
 )
 
-from ..collectives import gather_rows
+from ..distributed.collectives import gather_rows
 
 
 def classification_scores(predictions: Tensor, labels: Tensor, classes: int) -> dict[str, float]:

@@ -1,11 +1,10 @@
 """A trained model outside its run: files for other programs, embeddings and predictions of any images."""
 
-from .embed import embed
 from .exporter import Exported, export_part
 from .formats import FORMATS
 from .images import Pictures, open_pictures
 from .parts import PARTS, Part, load_part
-from .predict import Predictions, predict
+from .predict import Predictions, embed, predict
 
 __all__ = [
     "FORMATS",

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, ExportError, MissingExtra, unknown_name
-from .files import check_free, whole_file
+from ..files import check_output, output_file
 from .formats import FORMATS, Format, Function, describe
 from .parts import Part, load_part
 
@@ -53,10 +53,10 @@ def export_part(
     if missing:
         raise MissingExtra(f"--format {format} needs {', '.join(missing)}: pip install 'hpc-supcon[export]'")
     path = out or Path(f"{folder.resolve().name}-{part}{form.suffix}")
-    check_free(path, force=force)
+    check_output(path, force=force)
     loaded = load_part(folder, part, probe)
     content = _converted(loaded, format)
-    with whole_file(path, force=force) as partial:
+    with output_file(path, force=force) as partial:
         partial.write_bytes(content)
         difference = _verified(loaded, form, partial, f"--format {format}")
     return Exported(path, len(content), difference)

@@ -17,8 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..errors import ExportError
-from .graph import PixelGraph
-from .parts import Part, build
+from .parts import Part, PixelGraph, build
 
 METADATA = "metadata.json"
 """Name of the metadata inside .pt and .pt2 files; ONNX and safetensors have metadata of their own."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..data import BetonSource, Source, open_beton
-from ..data.folder import IGNORED, SUFFIXES, FolderSource, Form
+from ..data.sources.folder import IGNORED, SUFFIXES, FolderSource, Form
 from ..errors import DataError
 
 AHEAD = 2

@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import checkpoint, run_folder
 from ..data import EvalTransform
 from ..errors import ConfigError, RunFolderError, unknown_name
 from ..evaluation.encoder import load_model
+from ..evaluation.fitted_probe import FOLDER, FittedProbe, build_probe, load_probe
+from ..evaluation.knn import Neighbours
 from ..evaluation.probes import PROBES
-from ..evaluation.saved import FOLDER, FittedProbe, build_probe, load_probe
 from ..models import Projection, build_encoder
-from ..training import checkpoint, run_folder
 
 PARTS = {"encoder": "features", "projection": "embeddings", "classifier": "logits"}
 """Part -> what it gives: features [N, D], rows of unit length [N, D], logits [N, classes]."""
@@ -198,3 +200,43 @@ def _choose_probe(folder: Path, wanted: str | None) -> str:
             f"`hpc-supcon probe {folder} probe.kind={wanted}` first"
         )
     return wanted
+
+
+class PixelGraph(nn.Module):
+    """Images float32 [N, C, S, S] in 0..1 -> the part's output: the normalisation is inside."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, part: Part) -> None:
+        super().__init__()
+        for name in ("mean", "std"):
+            self.register_buffer(name, torch.tensor(part.description["normalisation"][name]).view(-1, 1, 1))
+        module = part.module
+        if part.name == "classifier":
+            assert isinstance(module, nn.Sequential)
+            module = nn.Sequential(*[Votes(m) if isinstance(m, Neighbours) else m for m in module])
+        self.module = module
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.module((images - self.mean) / self.std)
+
+
+class Votes(nn.Module):
+    """`Neighbours` without its tiles and without its branch on equal similarities: of training rows exactly as
+    similar as the k-th, any may vote. Holds [N, training rows] similarities."""
+
+    bank: Tensor
+    votes: Tensor
+
+    def __init__(self, head: Neighbours) -> None:
+        super().__init__()
+        self.k, self.temperature = head.k, head.temperature
+        self.register_buffer("bank", head.bank)
+        self.register_buffer("votes", F.one_hot(head.labels, head.classes).float())
+
+    def forward(self, features: Tensor) -> Tensor:
+        similarities, rows = (F.normalize(features, dim=1) @ self.bank.T).topk(self.k, dim=1)
+        weights = ((similarities - similarities[:, :1]) / self.temperature).exp()
+        votes = (weights[:, :, None] * self.votes[rows]).sum(dim=1)
+        return votes.clamp(min=torch.finfo(torch.float32).tiny).log()

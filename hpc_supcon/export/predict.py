@@ -1,4 +1,4 @@
-"""Classes of images, with their probabilities."""
+"""Embeddings and class probabilities of images, and the files they are written to."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ import numpy.typing as npt
 import torch
 
 from ..errors import ConfigError
-from .files import whole_file
+from ..files import output_file
 from .images import Pictures
-from .inference import run
+from .inference import Outputs, run
 from .parts import Part
 
 SUFFIXES = (".csv", ".json")
@@ -57,7 +57,7 @@ def save(predictions: Predictions, out: Path, *, checkpoint: str, force: bool = 
     check_suffix(out)
     # names of files need not be text: their bytes go into the file as they are
     with (
-        whole_file(out, force=force) as partial,
+        output_file(out, force=force) as partial,
         partial.open("w", encoding="utf-8", errors="surrogateescape", newline="") as file,
     ):
         if out.suffix.lower() == ".csv":
@@ -88,3 +88,22 @@ def as_json(predictions: Predictions, checkpoint: str) -> dict[str, Any]:
         ],
         "skipped": list(predictions.problems),
     }
+
+
+def embed(part: Part, pictures: Pictures, out: Path, *, force: bool = False, **options: Any) -> Outputs:
+    """Write the part's output for all pictures to `out`, which `numpy.load` reads (nothing in it is pickled).
+
+    `embeddings` float32 [n, D] and `paths` (text) [n]; where every picture's class is known also `labels` int64
+    [n], into `classes` (text). `options` are those of `inference.run`. Raises as that does, and OutputError.
+    """
+    outputs = run(part, pictures, **options)
+    arrays: dict[str, npt.NDArray[Any]] = {
+        "embeddings": outputs.values,
+        "paths": np.array([pictures.paths[i] for i in outputs.rows], dtype=np.str_),
+    }
+    if pictures.labels is not None:
+        arrays["labels"] = np.array([pictures.labels[i] for i in outputs.rows], dtype=np.int64)
+        arrays["classes"] = np.array(part.classes, dtype=np.str_)
+    with output_file(out, force=force) as partial, partial.open("wb") as file:
+        np.savez(file, **arrays)  # type: ignore[arg-type]  # numpy's own flag is not among them
+    return outputs

@@ -14,9 +14,8 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from ..errors import ConfigError
-from .cells import Choice, Option, choices, matches
+from .cells import Choice, Names, Option, choices, matches
 from .files import STAGES, GridConfig, Resources, ResourcesConfig, TableConfig, changed
-from .names import Names
 from .resolver import Change, Resolved, Resolver, override_change
 
 NO_PRUNING = Change("prune.rate", "null", "")

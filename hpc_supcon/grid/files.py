@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, Field, ValidationError
 
-from .. import yaml12
+from ..config import yaml12
+from ..config.schema.base import Count, Section
 from ..errors import ConfigError
-from ..schema.base import Count, Section
 
 STAGES = ("pretrain", "probe", "prune")
 # Slurm's own spellings: minutes, minutes:seconds, hours:minutes:seconds, days-hours[:minutes[:seconds]]

@@ -26,7 +26,7 @@ from typing import Any
 
 from .. import __version__
 from ..errors import RunFolderError
-from ..training.run_folder import private_folder
+from ..files import private_folder, write_atomically
 from .expand import Cell, Plan
 from .files import Profile, Resources, TableConfig
 
@@ -104,8 +104,10 @@ def freeze(root: Path, plan: Plan, source: str, cluster: str, profile: Profile) 
     for node in plan.nodes.values():
         path = root / "configs" / f"{node.folder}.yaml"
         if not path.exists():
-            write_atomically(
-                path, node.resolved.yaml(name=node.folder, run_dir=str(frozen.root / "runs" / node.folder))
+            write_atomically(  # made again by the next submission where it is missing
+                path,
+                node.resolved.yaml(name=node.folder, run_dir=str(frozen.root / "runs" / node.folder)),
+                durable=False,
             )
     write_atomically(root / "grid.yaml", source)
     write_atomically(root / "grid.json", json.dumps(_plain(frozen), indent=1))
@@ -255,12 +257,6 @@ def read_records(root: Path) -> dict[str, Record]:
 
 def write_record(root: Path, node: str, record: Record) -> None:
     write_atomically(root / "records" / f"{node}.json", json.dumps(asdict(record)))
-
-
-def write_atomically(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
-    partial.write_text(text, encoding="utf-8")
-    partial.replace(path)
 
 
 def code_commit() -> str:

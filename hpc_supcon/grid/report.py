@@ -7,9 +7,10 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..files import write_atomically
+from .cells import slug
 from .charts import draw
-from .folder import Frozen, write_atomically
-from .names import slug
+from .folder import Frozen
 from .tables import TableData, build_tables
 
 MISSING = "missing"

@@ -12,10 +12,9 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from .. import yaml12
-from ..config import flatten_data, is_neutral, merge, parse_override, resolve, validated
+from ..config import flatten_data, is_neutral, merge, parse_override, resolve, validated, yaml12
+from ..config.schema import Config
 from ..errors import ConfigError
-from ..schema import Config
 
 AFTER_TRAINING = ("probe", "prune")
 """Sections that change nothing in pre-training: cells that differ in them alone share one."""

@@ -15,7 +15,7 @@ from ..errors import ConfigError, RunFolderError, unknown_name
 from .expand import Plan
 from .files import STAGES
 from .folder import JOBS, Frozen, submitted
-from .states import FAILED, NodeState, progress
+from .node_state import FAILED, NodeState, progress
 
 ORDER = ("done", "running", "pending", "failed", "blocked", "cancelled", "lost", "missing")
 STYLES = {"done": "green", "running": "cyan", "failed": "red", "lost": "red", "blocked": "yellow"}

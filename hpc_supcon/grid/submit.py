@@ -7,14 +7,14 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..errors import ConfigError, LaunchError
-from ..training.run_folder import private_folder
+from ..files import private_folder
 from . import slurm, worker
 from .arrays import Array, arguments_of, arrange
 from .expand import Node
 from .files import Profile
 from .folder import JOBS, Frozen, FrozenNode, append_submission, prepare
-from .here import Tell, gpus_here, run_here, run_in_turn
-from .states import WAITING, NodeState, node_states
+from .local import Tell, gpus_here, run_here, run_in_turn
+from .node_state import WAITING, NodeState, node_states
 
 ARRAY_PARALLELISM = 64
 """Jobs of one array that run at once, where the profile leaves it open: a neighbourly number."""

@@ -23,7 +23,7 @@ from types import FrameType
 from ..errors import LaunchError
 from . import slurm
 from .folder import Frozen, FrozenNode, Record, code_commit, load, read_record, write_record
-from .place import SHARERS, Place, find_place
+from .job_environment import SHARERS, Place, find_place
 
 START_AGAIN = 75
 """Exit code of a stage that saved and left because it was asked to: EX_TEMPFAIL of sysexits.h."""

@@ -11,8 +11,7 @@ from torch import nn
 from .contrastive import SimCLRLoss, SupConLoss, TCLLoss
 from .diagnostics import GradientResponse, gradient_response, mean_similarity
 from .pairwise import PairwiseStats, global_mean, pairwise_stats
-from .reconstruction import ReconstructionLoss
-from .supervised import CrossEntropyLoss, CrossEntropyMAELoss
+from .pointwise import CrossEntropyLoss, CrossEntropyMAELoss, ReconstructionLoss
 from .triplet import TripletLoss
 
 # `loss.name` -> factory; its keyword arguments are those of the class.

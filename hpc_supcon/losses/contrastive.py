@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, unknown_name
-from .inputs import Queue
 from .pairwise import PairwiseStats, check_choices, check_temperature, mean_and_sums, pairwise_stats
+from .validation import Queue
 
 FORMS = ("out", "in")
 

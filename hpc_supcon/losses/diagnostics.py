@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..collectives import all_sum
-from . import tiled
-from .columns import Columns, sorted_columns
-from .inputs import Queue, prepare
+from ..distributed.collectives import all_sum
+from . import torch_tiled
+from .gathered import Columns, sorted_columns
 from .pairwise import check_temperature, compute_dtype, mean_and_sums
+from .validation import Queue, prepare
 
 
 @torch.no_grad()
@@ -45,7 +45,7 @@ def gradient_response(
     *,
     gather: bool = True,
     queue: Queue | None = None,
-    tile: int = tiled.TILE,
+    tile: int = torch_tiled.TILE,
 ) -> GradientResponse:
     """How strongly positives attract and negatives repel, meaned over anchors (lemmas 1 and 2 of TCL).
 
@@ -62,7 +62,7 @@ def gradient_response(
     with torch.autocast(features.device.type, enabled=False):
         scale = torch.tensor(temperature, dtype=torch.float64).rsqrt()
         _, columns, _ = sorted_columns(anchors, queue, scale, compute_dtype(features, temperature))
-        sums = tiled.Tiles(tile).row_sums(columns, temperature)
+        sums = torch_tiled.Tiles(tile).row_sums(columns, temperature)
         assert sums.inv is not None
         denominator = sums.exp_pos + k1 * sums.inv + k2 * sums.exp_neg
         positives = _positive_responses(columns, denominator, temperature, k1, tile)
@@ -75,8 +75,8 @@ def _positive_responses(columns: Columns, denominator: Tensor, tau: float, k1: f
     """Sum over P(i) of |P_ip - X_ip - Y_ip| of every own row, [n] float64; zero without positives."""
     share = 1.0 / columns.n_pos.clamp(min=1)
     totals = torch.zeros_like(share)
-    work = tiled.Workspace(columns, edge)
-    for tile in tiled.tiles(columns, edge):
+    work = torch_tiled.Workspace(columns, edge)
+    for tile in torch_tiled.tiles(columns, edge):
         if tile.positive is False:
             continue
         s = work.similarity(tile).double()

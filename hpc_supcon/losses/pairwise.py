@@ -15,12 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .. import collectives
+from ..distributed import collectives
 from ..errors import ConfigError, MissingExtra, unknown_name
-from . import columns as columns_of
-from . import reference, tiled
-from .inputs import Anchors, Queue, prepare
-from .streamed import Kernels, streamed_statistics
+from . import dense, gathered, torch_tiled
+from .autograd import Kernels, streamed_statistics
+from .validation import Anchors, Queue, prepare
 
 BACKENDS = ("auto", "reference", "tiled", "triton")
 PRECISIONS = ("auto", "bf16", "tf32", "ieee")
@@ -71,7 +70,7 @@ def pairwise_stats(
     queue: Queue | None = None,
     validate: bool = True,
     precision: str = "auto",
-    tile: int = tiled.TILE,
+    tile: int = torch_tiled.TILE,
     rows_per_rank: list[int] | None = None,
 ) -> PairwiseStats:
     """The streamed numbers of every local anchor: all a contrastive loss is made of.
@@ -106,10 +105,10 @@ def pairwise_stats(
         scale, kappa = exact_tau.rsqrt(), exact_tau if inverse else None
         backend = choose_backend(backend, anchors, features, tau)
         if backend == "reference":
-            u = columns_of.unit_rows(anchors.rows, scale, dtype)
-            dense = reference.row_statistics(u, anchors.labels, anchors, queue, scale, kappa, empty_log(dtype))
-            return PairwiseStats(*dense, valid=dense[0] > 0)
-        kernels: Kernels = tiled.Tiles(tile)
+            u = gathered.unit_rows(anchors.rows, scale, dtype)
+            found = dense.row_statistics(u, anchors.labels, anchors, queue, scale, kappa, empty_log(dtype))
+            return PairwiseStats(*found, valid=found[0] > 0)
+        kernels: Kernels = torch_tiled.Tiles(tile)
         if backend == "triton":
             from . import triton_kernels
 

@@ -7,11 +7,11 @@ import math
 import torch
 from torch import Tensor, nn
 
-from .. import collectives
+from ..distributed import collectives
 from ..errors import ConfigError, unknown_name
-from .columns import dense_ids
-from .inputs import prepare
+from .gathered import dense_ids
 from .pairwise import mean_and_sums
+from .validation import prepare
 
 MINING = ("random", "semihard", "hard")
 # Rows of the distance matrix that mining holds at a time.

@@ -17,8 +17,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .columns import Columns
-from .streamed import RowSums
+from .autograd import RowSums
+from .gathered import Columns
 
 _INTERPRETED = bool(triton.knobs.runtime.interpret)
 # Output columns of one program of the gradient kernel: a wider accumulator leaves no registers for the tile.

@@ -1,10 +1,9 @@
 """Encoders, heads and the model that pre-training wraps."""
 
-from .autoencoder import ConvDecoder, build_decoder
+from .activation_checkpointing import recompute_activations, untouched_statistics
 from .encoders import ENCODERS, build_encoder
-from .heads import Heads, LinearHeads, Logistic, Mlp, Projection, SingleHead
+from .heads import ConvDecoder, Heads, LinearHeads, Logistic, Mlp, Projection, SingleHead, build_decoder
 from .pretraining import PretrainingModel
-from .recompute import recompute_activations, untouched_statistics
 from .sync_batchnorm import synchronise_batchnorm
 from .weights import LoadedWeights, load_weights
 

@@ -10,8 +10,7 @@ import timm
 from torch import Tensor, nn
 
 from ..errors import ConfigError, unknown_name
-from .input_size import resize_inputs, too_small
-from .timm_encoders import STEMS, build_timm_encoder, only_its_own_stem
+from .timm_encoders import STEMS, build_timm_encoder, only_its_own_stem, resize_inputs, too_small
 
 
 def _conv_bn_relu(c_in: int, c_out: int, *, stride: int = 1, pool: bool = False) -> list[nn.Module]:

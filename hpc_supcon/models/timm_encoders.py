@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import timm
 import torch
+import torch.nn.functional as F
 from timm.models import DenseNet, ResNet
-from torch import nn
+from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..errors import ConfigError
-from .input_size import too_small
 
 STEMS = ("auto", "small", "standard")
 SMALL_STEM_UP_TO = 64  # px; the 7x7 stride-2 stem and max-pool leave too little of smaller images
@@ -122,3 +123,27 @@ def _cannot_take(name: str, in_channels: int, size: int, error: Exception) -> Co
 def _on_meta(name: str, in_channels: int, size: int) -> nn.Module:
     with torch.device("meta"):
         return _create(name, in_channels, size, "auto", None)
+
+
+def resize_inputs(encoder: nn.Module, size: int) -> None:
+    """Let `encoder` resize its input [N, C, H, W] to `size` x `size` px on the device, before anything else.
+
+    A pre-hook adds nothing to the state dict and goes along with copies of the module.
+    """
+    encoder.register_forward_pre_hook(partial(_resize, size))
+
+
+def _resize(size: int, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    x: Tensor = args[0]
+    if x.shape[-2:] == (size, size):
+        return args
+    # Antialiasing changes nothing where images grow, and there is no bf16 kernel for it on the CPU.
+    shrinks = size < min(x.shape[-2:])
+    return (F.interpolate(x, size=(size, size), mode="bilinear", antialias=shrinks), *args[1:])
+
+
+def too_small(name: str, size: int, least: int) -> ConfigError:
+    return ConfigError(
+        f"model.encoder={name} cannot take images of {size} px, it needs {least}: set model.input_size={least} to "
+        "have them resized for it"
+    )

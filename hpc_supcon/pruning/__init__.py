@@ -6,11 +6,9 @@ from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from .held import WeightMasks
-from .magnitude import l1
-from .masks import SCOPES, build_masks, emptied, masks_digest, pack, prunable, unpack
-from .size import measure
-from .sparse import load_sparse, save_sparse
+from .scores import l1
+from .sparse import load_sparse, measure, save_sparse
+from .weight_masks import SCOPES, WeightMasks, build_masks, emptied, masks_digest, pack, prunable, unpack
 
 __all__ = [
     "PRUNERS",

@@ -9,6 +9,7 @@ The metadata entry `tensors` is JSON, name -> [form, shape]; `sha256` is over th
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import json
 from collections.abc import Mapping
@@ -21,7 +22,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..errors import CheckpointCorrupt, RunFolderError
-from .masks import pack, unpack
+from ..files import write_atomically
+from .weight_masks import pack, unpack
 
 FORMAT = "hpc_supcon.sparse.1"
 HEADER_BYTES = 96
@@ -42,10 +44,8 @@ def save_sparse(state: Mapping[str, Tensor], path: Path) -> int:
         stored |= {f"{part}/{name}": value for part, value in parts.items()}
     about = {"format": FORMAT, "tensors": json.dumps(forms), "sha256": _sha256(stored)}
     payload = safetensors.torch.save(stored, metadata=about)
-    partial = path.with_name(f".{path.name}.partial")
     try:
-        partial.write_bytes(payload)
-        partial.replace(path)
+        write_atomically(path, payload)
     except OSError as error:
         raise RunFolderError(f"{path}: not written ({len(payload):,} bytes): {error.strerror}") from None
     return len(payload)
@@ -106,3 +106,25 @@ def _sha256(stored: Mapping[str, Tensor]) -> str:
         digest.update(key.encode())
         digest.update(stored[key].contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+GZIP_LEVEL = 6
+
+
+def measure(state: Mapping[str, Tensor], sparse: Path) -> dict[str, Any]:
+    """Bytes of the safetensors file, of that file under gzip -6, and of the sparse file, written to `sparse`.
+
+    {"dense_bytes", "gzip_bytes", "sparse_bytes", "ratio_gzip", "ratio_sparse"}: a ratio is dense bytes over those.
+    Raises RunFolderError.
+    """
+    # a copy of each: safetensors refuses tensors that share memory
+    payload = safetensors.torch.save({name: t.detach().cpu().contiguous().clone() for name, t in state.items()})
+    dense, zipped = len(payload), len(gzip.compress(payload, GZIP_LEVEL, mtime=0))
+    written = save_sparse(state, sparse)
+    return {
+        "dense_bytes": dense,
+        "gzip_bytes": zipped,
+        "sparse_bytes": written,
+        "ratio_gzip": round(dense / zipped, 4),
+        "ratio_sparse": round(dense / written, 4),
+    }

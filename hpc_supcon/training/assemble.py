@@ -9,7 +9,6 @@ from typing import Any, cast
 import numpy as np
 import torch
 
-from ..collectives import gather_objects, together
 from ..config import Config
 from ..data import (
     ArraySource,
@@ -24,13 +23,14 @@ from ..data import (
     load_splits,
     normalisation_of,
 )
+from ..distributed.collectives import gather_objects, together
+from ..distributed.launch import Runtime
 from ..errors import ConfigError, DataError
 from ..models import PretrainingModel, build_encoder, recompute_activations
-from ..runtime import Runtime
 from .ema import WeightAverage
 from .engine import ENGINES, LossScale, Parts, autocast, compiler, engine_options, place
+from .finite_check import Guard
 from .fit import Plan
-from .guard import Guard
 from .momentum import MomentumQueue
 from .objective import PAIRED, RESPONSE, Objective, build_head, heads_of, kind_of, response_term
 from .optim import OPTIMISER_SETTINGS, build_optimiser, learning_rate

@@ -9,14 +9,14 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..collectives import gather_objects
 from ..data import Batch, Loader, replaced_everywhere
+from ..distributed.collectives import gather_objects
+from ..distributed.watch import current
 from ..phases import phase
 from .memory import memory_advice
 from .metrics import MetricLog, ProgressLine
 from .state import TrainState
 from .step import StepResult, train_step
-from .watch import current
 
 COLLAPSED = 0.99
 """Mean cosine similarity of a batch's embeddings from which on the loss cannot tell them apart."""

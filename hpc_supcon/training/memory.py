@@ -18,8 +18,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..allocator import give_freed_memory_back
-from ..collectives import world_size
 from ..data import Batch
+from ..distributed.collectives import world_size
 from ..errors import OutOfMemory
 from .state import TrainState
 

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from ..collectives import gather_rows
+from ..distributed.collectives import gather_rows
 from ..models import PretrainingModel
 from .ema import follow
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 from torch import Tensor, nn
 
-from ..collectives import all_sum, world_size
+from ..distributed.collectives import all_sum, world_size
 from ..errors import ConfigError, unknown_name
 from ..losses import LOSSES, gradient_response, mean_similarity
 from ..models import Projection, build_decoder

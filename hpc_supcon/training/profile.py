@@ -14,7 +14,7 @@ from types import TracebackType
 import torch
 from rich.table import Table
 
-from ..collectives import together
+from ..distributed.collectives import together
 from ..errors import RunFolderError
 from ..models import PretrainingModel
 from ..phases import BACKWARD, ENCODER, LOSS, PROJECTION, REST, Clock, measured_by

@@ -7,13 +7,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from ..collectives import gather_objects, together
+from .. import checkpoint, run_folder
+from ..checkpoint.writer import CheckpointWriter
 from ..config import Config, digest
+from ..distributed.collectives import gather_objects, together
+from ..distributed.launch import Runtime, seed_everything
 from ..errors import WorldSizeMismatch
 from ..phases import phase
-from ..runtime import Runtime, seed_everything
-from . import assemble, checkpoint, run_folder
-from .checkpoint_writer import CheckpointWriter
+from . import assemble
 from .metrics import console
 from .state import TrainState
 from .validation import VIEWS_STREAM
@@ -39,7 +40,7 @@ def resume_newest(state: TrainState, folder: Path, runtime: Runtime, config: Con
             console.print(f"{folder}: no checkpoint yet, starting from step 0", soft_wrap=True)
         return False
     with together():
-        found = found or checkpoint.load(path)
+        found = found or checkpoint.load_checkpoint(path)
         saved_world = found.manifest["world_size"]
         if saved_world != runtime.world_size and not config.train.allow_world_size_change:
             raise WorldSizeMismatch(
@@ -69,7 +70,7 @@ def checkpoint_writer(config: Config, folder: Path, runtime: Runtime) -> Checkpo
     """What saves this run's checkpoints; for rank 0."""
     settings = config.checkpoint
     write = partial(
-        checkpoint.save,
+        checkpoint.save_checkpoint,
         folder / run_folder.CHECKPOINTS,
         world_size=runtime.world_size,
         config_digest=digest(config),

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..collectives import gather_rows, rank
 from ..data import Views
+from ..distributed.collectives import gather_rows, rank
 from ..models import PretrainingModel
 from ..pruning import WeightMasks
 from .ema import WeightAverage
 from .engine import Engine
-from .guard import Guard
+from .finite_check import Guard
 from .momentum import MomentumQueue
 from .objective import Objective
 from .stopping import EarlyStopping

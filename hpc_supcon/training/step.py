@@ -16,8 +16,8 @@ from functools import reduce
 import torch
 from torch import Tensor, nn
 
-from ..collectives import all_sum, world_size
 from ..data import Batch
+from ..distributed.collectives import all_sum, world_size
 from ..models import untouched_statistics
 from ..phases import BACKWARD, ENCODER, LOSS, PROJECTION, on_gradient, phase
 from .state import TrainState

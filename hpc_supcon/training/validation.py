@@ -9,11 +9,11 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from ..collectives import all_sum
 from ..config import Config
 from ..data import EvalOrder, EvalTransform, Order, Splits, TrainOrder, Views, build_loader
+from ..distributed.collectives import all_sum
+from ..distributed.launch import Runtime
 from ..errors import ConfigError
-from ..runtime import Runtime
 from .assemble import Data
 from .objective import PAIRED, kind_of
 from .state import TrainState

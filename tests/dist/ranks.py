@@ -19,7 +19,7 @@ TIMEOUT_S = 120
 
 # A server process imports once and forks every rank: importing torch anew in each costs seconds.
 # (Forking this process instead is unsafe: it has run OpenMP threads.)
-multiprocessing.set_forkserver_preload(["hpc_supcon.training.pretrain", "hpc_supcon.evaluation.evaluate"])
+multiprocessing.set_forkserver_preload(["hpc_supcon.stages.pretrain", "hpc_supcon.stages.probe"])
 
 
 def _one_rank(rank: int, world_size: int, folder: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:

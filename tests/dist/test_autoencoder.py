@@ -11,9 +11,9 @@ from PIL import Image
 from hpc_supcon.cli import main
 from hpc_supcon.config import load_config
 from hpc_supcon.data import EvalTransform, load_splits
-from hpc_supcon.evaluation.autoencoder import evaluate_autoencoder, interpolate, pixels_of, reconstruct
+from hpc_supcon.stages.reconstruct import evaluate_autoencoder, interpolate, pixels_of, reconstruct
 from hpc_supcon.evaluation.encoder import load_model
-from hpc_supcon.runtime import Launch, Runtime
+from hpc_supcon.distributed.launch import Launch, Runtime
 from hpc_supcon.training import assemble
 from tests.dist.ranks import run_ranks
 

@@ -16,19 +16,20 @@ from hpc_supcon.config import load_config
 from hpc_supcon.data import Batch, EvalTransform
 from hpc_supcon.errors import ConfigError
 from hpc_supcon.evaluation.encoder import load_model
-from hpc_supcon.evaluation.evaluate import probe
+from hpc_supcon.stages.probe import probe
 from hpc_supcon.evaluation.features import extract
 from hpc_supcon.evaluation.monitor import monitor
-from hpc_supcon.evaluation.neighbours import knn_accuracy
+from hpc_supcon.evaluation.knn import knn_accuracy
 from hpc_supcon.evaluation.probes.finetune import Classifier, train_classifier
 from hpc_supcon.evaluation.probes.watch import Plan
-from hpc_supcon.evaluation.saved import load_probe
+from hpc_supcon.evaluation.fitted_probe import load_probe
 from hpc_supcon.evaluation.scores import classification_scores
-from hpc_supcon.runtime import Launch, Runtime
+from hpc_supcon.distributed.launch import Launch, Runtime
 from hpc_supcon.models import build_encoder
-from hpc_supcon.training import assemble, checkpoint
+from hpc_supcon.training import assemble
+from hpc_supcon import checkpoint
 from hpc_supcon.training.engine import distribute
-from hpc_supcon.training.pretrain import pretrain
+from hpc_supcon.stages.pretrain import pretrain
 from tests.dist.ranks import run_ranks
 
 
@@ -196,7 +197,7 @@ def save_steps(folder, steps, **state):
     """Checkpoints of these steps, made of a real one's parts; the newest one's state has `state`."""
     found = load_model(folder)[1]
     for step in steps:
-        checkpoint.save(
+        checkpoint.save_checkpoint(
             folder / "checkpoints",
             step,
             found.tensors,

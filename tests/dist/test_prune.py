@@ -10,12 +10,14 @@ import torch
 
 from hpc_supcon.config import load_config
 from hpc_supcon.evaluation.encoder import load_model
-from hpc_supcon.evaluation.prune import prune
-from hpc_supcon.runtime import Launch, Runtime
-from hpc_supcon.training import assemble, checkpoint, pretrain
-from hpc_supcon.training.run_folder import read_config
+from hpc_supcon.stages.prune import prune
+from hpc_supcon.distributed.launch import Launch, Runtime
+from hpc_supcon.training import assemble
+from hpc_supcon import checkpoint
+from hpc_supcon.stages import pretrain
+from hpc_supcon.run_folder import read_config
 from tests.dist.ranks import run_ranks
-from tests.unit.test_pruning import assert_pruned, torch_masks
+from tests.unit.pruning.test_pruning import assert_pruned, torch_masks
 
 SETTINGS = [
     "data.source=synthetic", "data.synthetic={images: 90, classes: 3, channels: 3, image_size: 16}",
@@ -59,7 +61,7 @@ def test_two_ranks_prune_alike_and_killed_fine_tuning_goes_on_bit_for_bit(tmp_pa
     run_ranks(stage, 2, dense, "killed", True)
     for rate in (0.7, 0.3):
         whole, killed = (
-            checkpoint.load(dense / f"pruned/l1-global-{rate}-{label}/checkpoints/step-{STEPS}")
+            checkpoint.load_checkpoint(dense / f"pruned/l1-global-{rate}-{label}/checkpoints/step-{STEPS}")
             for label in ("whole", "killed")
         )
         assert whole.tensors.keys() == killed.tensors.keys() >= {"model", "ema", "masks", "optimizer", "rng"}

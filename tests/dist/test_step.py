@@ -15,7 +15,7 @@ from hpc_supcon.config import load_config
 from hpc_supcon.data import ArraySource, Batch, Splits
 from hpc_supcon.errors import NonFinite
 from hpc_supcon.models import PretrainingModel, Projection
-from hpc_supcon.runtime import Launch, Runtime, seed_everything
+from hpc_supcon.distributed.launch import Launch, Runtime, seed_everything
 from hpc_supcon.training import assemble
 from hpc_supcon.training.momentum import MomentumQueue
 from hpc_supcon.training.step import train_step

@@ -11,7 +11,7 @@ from torch import nn
 
 from hpc_supcon.losses import SupConLoss
 from hpc_supcon.models import PretrainingModel, Projection, build_encoder, synchronise_batchnorm
-from hpc_supcon.runtime import Launch, Runtime
+from hpc_supcon.distributed.launch import Launch, Runtime
 from hpc_supcon.training.engine import distribute
 from tests.dist.ranks import run_ranks
 

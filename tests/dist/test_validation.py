@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from hpc_supcon.config import load_config
 from hpc_supcon.data import ArraySource, EvalTransform, Splits, TrainOrder
 from hpc_supcon.errors import ConfigError
-from hpc_supcon.runtime import Launch, Runtime
-from hpc_supcon.training import assemble, checkpoint
-from hpc_supcon.training.pretrain import pretrain
+from hpc_supcon.distributed.launch import Launch, Runtime
+from hpc_supcon.training import assemble
+from hpc_supcon import checkpoint
+from hpc_supcon.stages.pretrain import pretrain
 from hpc_supcon.training.validation import VIEWS_STREAM, build_validate, check_validation
 from tests.dist.ranks import run_ranks
 

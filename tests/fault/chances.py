@@ -8,7 +8,8 @@ import random
 import threading
 from pathlib import Path
 
-from hpc_supcon.training import checkpoint, fit
+from hpc_supcon import checkpoint
+from hpc_supcon.training import fit
 
 from . import injector
 from .runs import STEPS_PER_EPOCH, Run

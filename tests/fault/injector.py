@@ -184,16 +184,16 @@ def damage(path: Path, how: str) -> None:
 
 
 def main() -> None:
-    from hpc_supcon import cli
-    from hpc_supcon.evaluation import evaluate
-    from hpc_supcon.training import checkpoint, fit
+    from hpc_supcon import checkpoint, cli
+    from hpc_supcon.stages import probe
+    from hpc_supcon.training import fit
 
     rank = int(os.environ.get("RANK", os.environ.get("SLURM_PROCID", "0")))
     injector = Injector(parse(os.environ.get("HPC_SUPCON_FAULT", "")), rank)
-    checkpoint.save = injector.around_save(checkpoint.save)  # type: ignore[assignment]
+    checkpoint.save_checkpoint = injector.around_save(checkpoint.save_checkpoint)  # type: ignore[assignment]
     fit.train_step = injector.around_step(fit.train_step)
     fit._look = injector.around_look(fit._look)
-    evaluate.probe = injector.around_probe(evaluate.probe)
+    probe.probe = injector.around_probe(probe.probe)
     with system_calls(injector.before_call):
         cli.main(sys.argv[1:])
 

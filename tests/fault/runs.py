@@ -11,7 +11,8 @@ import socket
 import sys
 from pathlib import Path
 
-from hpc_supcon.training import checkpoint, watch_threads
+from hpc_supcon import checkpoint
+from hpc_supcon.distributed import watch_threads
 
 from ..dist import ranks as _preloaded  # noqa: F401 (its fork server imports once for all)
 from . import injector
@@ -84,7 +85,7 @@ def run(ranks, folder, *more, code=0, **settings):
 
 def hashes(folder, step=STEPS):
     path = folder / "checkpoints" / f"step-{step}"
-    checkpoint.load(path)
+    checkpoint.load_checkpoint(path)
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in path.glob("*.safetensors")}
 
 

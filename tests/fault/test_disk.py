@@ -10,15 +10,16 @@ import subprocess
 import pytest
 import torch
 
+from hpc_supcon import checkpoint
+from hpc_supcon.checkpoint import disk
 from hpc_supcon.errors import RunFolderError
-from hpc_supcon.training import checkpoint, checkpoint_disk
 
 from .injector import CALLS, system_calls
 
 
 def save(folder, step, numbers=1000, **settings):
     tensors = {"model": {"w": torch.full((numbers,), float(step))}, "rng": {"r": torch.arange(9.0)}}
-    return checkpoint.save(folder, step, tensors, {}, world_size=1, config_digest="d", **settings)
+    return checkpoint.save_checkpoint(folder, step, tensors, {}, world_size=1, config_digest="d", **settings)
 
 
 def check_only(folder, step):
@@ -94,7 +95,7 @@ def test_an_error_in_any_one_call_loses_nothing(tmp_path, again):
 
 def test_a_disk_that_is_too_small_is_seen_before_a_byte_is_written(tmp_path, monkeypatch):
     save(tmp_path, 1)
-    monkeypatch.setattr(checkpoint_disk, "free_bytes", lambda folder: 50_000)
+    monkeypatch.setattr(disk, "free_bytes", lambda folder: 50_000)
     written = []
     with (
         system_calls(lambda name, args: written.append(name)),

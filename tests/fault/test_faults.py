@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_supcon.training import checkpoint
+from hpc_supcon import checkpoint
 
 from ..dist import ranks as _preloaded  # noqa: F401 (its fork server imports once for all)
 from . import injector
@@ -54,7 +54,7 @@ def _run(arguments, environment, said):
 
 def hashes(folder):
     path = folder / "checkpoints" / f"step-{SAVED[-1]}"
-    checkpoint.load(path)
+    checkpoint.load_checkpoint(path)
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in path.glob("*.safetensors")}
 
 
@@ -164,9 +164,9 @@ def test_what_is_verified_but_fits_no_model_is_a_named_error(tmp_path):
     """As a changed program, or a forged file, would leave it."""
     code, said = start(1, tmp_path / "r", AT_ONCE, fault="kill@step=15")
     assert code == -9, said
-    found = checkpoint.load(tmp_path / "r" / "checkpoints" / "step-14")
+    found = checkpoint.load_checkpoint(tmp_path / "r" / "checkpoints" / "step-14")
     del found.tensors["model"]
-    checkpoint.save(
+    checkpoint.save_checkpoint(
         found.path.parent, 14, found.tensors, found.state, world_size=1,
         config_digest=found.manifest["config_digest"],
     )  # fmt: skip

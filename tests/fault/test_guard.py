@@ -8,9 +8,9 @@ import math
 import pytest
 import torch
 
+from hpc_supcon import checkpoint
 from hpc_supcon.errors import NonFinite
-from hpc_supcon.training import checkpoint
-from hpc_supcon.training.guard import Guard
+from hpc_supcon.training.finite_check import Guard
 from hpc_supcon.training.step import train_step
 
 from ..dist.ranks import run_ranks
@@ -133,5 +133,5 @@ def test_a_run_with_a_bad_rank_ends_on_all_ranks_and_keeps_its_good_checkpoint(t
     done = steps(tmp_path / "r")
     assert f"error: step {len(done) + 1}: " in it.said
     for step in checkpoint.list_steps(tmp_path / "r" / "checkpoints"):
-        found = checkpoint.load(tmp_path / "r" / "checkpoints" / f"step-{step}")
+        found = checkpoint.load_checkpoint(tmp_path / "r" / "checkpoints" / f"step-{step}")
         assert all(t.isfinite().all() for t in found.tensors["model"].values())

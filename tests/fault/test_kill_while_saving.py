@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from hpc_supcon import checkpoint
+from hpc_supcon.checkpoint.layout import path_of
+from hpc_supcon.checkpoint.load import problem_of
 from hpc_supcon.errors import CheckpointCorrupt
-from hpc_supcon.training import checkpoint
-from hpc_supcon.training.checkpoint_names import path_of
-from hpc_supcon.training.checkpoint_read import problem_of
 
 from ..dist.ranks import run_ranks
 from .injector import system_calls
@@ -29,7 +29,9 @@ def tensors(step, version=0):
 
 
 def save(folder, step, version=0):
-    return checkpoint.save(folder, step, tensors(step, version), {}, world_size=1, config_digest="d", keep=2)
+    return checkpoint.save_checkpoint(
+        folder, step, tensors(step, version), {}, world_size=1, config_digest="d", keep=2
+    )
 
 
 def first(folder):

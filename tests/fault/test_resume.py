@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_supcon.training import checkpoint
+from hpc_supcon import checkpoint
 
 SETTINGS = [
     "data.source=synthetic", "data.synthetic={images: 90, classes: 3, channels: 3, image_size: 16}",
@@ -36,7 +36,7 @@ def command(ranks, folder, *more):
 
 def hashes(folder):
     path = folder / "checkpoints" / f"step-{STEPS}"
-    checkpoint.load(path)
+    checkpoint.load_checkpoint(path)
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in path.glob("*.safetensors")}
 
 

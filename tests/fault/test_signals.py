@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 
-from hpc_supcon.training import checkpoint, preempt
+from hpc_supcon import checkpoint
+from hpc_supcon.distributed import preemption
 
 from .runs import STEPS, events, hashes, newest, run, steps
 
-LEFT = preempt.EXIT_CODE
+LEFT = preemption.EXIT_CODE
 # every third step is looked at; what is best is chosen among them
 LOOKING = ("validation.every_steps=3", "train.stopping={monitor: loss, patience: 50, min_change: 0.0, target: null}")
 
@@ -79,7 +80,7 @@ def test_in_the_middle_of_validation_the_state_before_it_is_saved_at_once(tmp_pa
         return [(e["step"], e["loss"]) for e in events(folder, "validation")]
 
     def state(folder):
-        return checkpoint.load(folder / "checkpoints" / f"step-{STEPS}").state
+        return checkpoint.load_checkpoint(folder / "checkpoints" / f"step-{STEPS}").state
 
     assert seen(folder) == seen(whole)
     assert state(folder) == state(whole)

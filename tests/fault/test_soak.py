@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hpc_supcon.training import checkpoint
+from hpc_supcon import checkpoint
 
 from .chances import random_kills, settings, soak
 from .runs import STEPS_PER_EPOCH, hashes

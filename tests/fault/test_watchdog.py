@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from hpc_supcon.distributed import watch_threads
+from hpc_supcon.distributed.store import neighbour, who
+from hpc_supcon.distributed.watch import Watch
 from hpc_supcon.errors import RankLost
-from hpc_supcon.training import watch_threads
-from hpc_supcon.training.board import neighbour, who
-from hpc_supcon.training.watch import Watch
 
 from .runs import Run, hashes, run
 from .torchrun import Torchrun

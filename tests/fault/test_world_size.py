@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from hpc_supcon import checkpoint
 from hpc_supcon.data.loaders.resident import ResidentLoader
-from hpc_supcon.training import checkpoint
 
 from . import injector
 from .runs import STEPS, STEPS_PER_EPOCH, Run, newest, run
@@ -65,7 +65,7 @@ def test_every_sample_of_the_epoch_is_still_served_exactly_once(tmp_path, before
     for first in range(1, STEPS, STEPS_PER_EPOCH):
         samples = [i for step in range(first, first + STEPS_PER_EPOCH) for i in batches[step]]
         assert len(samples) == len(set(samples)) == STEPS_PER_EPOCH * 12, "none twice, none left out"
-    found = checkpoint.load(folder / "checkpoints" / f"step-{STEPS}")
+    found = checkpoint.load_checkpoint(folder / "checkpoints" / f"step-{STEPS}")
     assert found.manifest["world_size"] == after
     assert {name.partition(".")[0] for name in found.tensors["rng"]} == {f"rank{r}" for r in range(after)}
     views = [found.tensors["rng"][f"rank{r}.views"] for r in range(after)]

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from hpc_supcon.training import checkpoint
+from hpc_supcon import checkpoint
 
 from .runs import GONE_S, SETTINGS
 

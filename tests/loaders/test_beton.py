@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from hpc_supcon.data import ArraySource, load_splits
-from hpc_supcon.data.beton import manifest_path, open_beton
-from hpc_supcon.data.convert import convert
+from hpc_supcon.data.sources.beton import manifest_path, open_beton
+from hpc_supcon.data.sources.convert import convert
 from hpc_supcon.errors import ConfigError, CorruptSample, DataError
 
 from .contract import N, open_train, save, write_folder
@@ -219,7 +219,7 @@ def test_a_killed_conversion_leaves_nothing_that_opens(tmp_path, python):
     code = """
 import os, signal, sys
 from hpc_supcon.data import load_splits
-from hpc_supcon.data.convert import convert
+from hpc_supcon.data.sources.convert import convert
 source = load_splits("synthetic", synthetic={"images": 700, "classes": 5}, validation_fraction=0).train
 convert(source, sys.argv[1], progress=lambda done, n: os.kill(os.getpid(), signal.SIGKILL) if done > 300 else None)
 """

@@ -7,8 +7,8 @@ import pytest
 import torch
 from torchvision.transforms import RandomResizedCrop
 
+from hpc_supcon.data.loaders.base import CropOptions, LoaderOptions
 from hpc_supcon.data.loaders.crops import central_boxes, crop_boxes, philox, replacement
-from hpc_supcon.data.loaders.options import CropOptions, LoaderOptions
 from hpc_supcon.errors import ConfigError
 
 CROP = CropOptions(views=3, image_size=8, scale=(0.2, 1.0), ratio=(3 / 4, 4 / 3))

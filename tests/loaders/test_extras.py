@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from hpc_supcon.data import TrainOrder, build_loader, open_beton
-from hpc_supcon.data.convert import convert
 from hpc_supcon.data.loaders.ffcv import _libffcv
+from hpc_supcon.data.sources.convert import convert
 from hpc_supcon.errors import MissingExtra
 
 from .contract import BATCH, N, open_train

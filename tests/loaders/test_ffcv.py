@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from hpc_supcon.data import EvalOrder, TrainOrder, build_loader, load_splits
-from hpc_supcon.data.beton import open_beton
-from hpc_supcon.data.convert import convert
 from hpc_supcon.data.loaders import LoaderOptions, choose
+from hpc_supcon.data.sources.beton import open_beton
+from hpc_supcon.data.sources.convert import convert
 from hpc_supcon.errors import ConfigError, CorruptSample, LoaderDied
 
 from .contract import BATCH, CROP, LoaderContract, N, Things, nothing_left, open_train, write_folder

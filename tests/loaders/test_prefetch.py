@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hpc_supcon.data import ArraySource, Batch, TrainOrder, build_loader
-from hpc_supcon.data.prefetch import to_device
+from hpc_supcon.data.loaders.prefetch import to_device
 
 
 def batches(n: int):

@@ -6,8 +6,8 @@ import os
 
 import pytest
 
-from hpc_supcon.data.convert import convert
-from hpc_supcon.data.verify import verify, verify_source
+from hpc_supcon.data.sources.convert import convert
+from hpc_supcon.data.sources.verify import verify, verify_source
 from hpc_supcon.errors import DataError
 
 from .contract import N, open_train, save, write_folder

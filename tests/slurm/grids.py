@@ -10,10 +10,10 @@ import signal
 import time
 from pathlib import Path
 
-from hpc_supcon import yaml12
 from hpc_supcon.cli import main
+from hpc_supcon.config import yaml12
 from hpc_supcon.grid.folder import load
-from hpc_supcon.grid.states import WAITING, node_states
+from hpc_supcon.grid.node_state import WAITING, node_states
 
 SETTINGS = {
     "data.source": "synthetic",

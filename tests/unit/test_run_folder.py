@@ -7,7 +7,7 @@ import os
 import pytest
 
 from hpc_supcon.errors import RunFolderError
-from hpc_supcon.training.run_folder import private_folder
+from hpc_supcon.files import private_folder
 
 
 def test_it_is_made_for_its_owner_alone_whatever_the_umask(tmp_path):

@@ -9,18 +9,16 @@ from importlib.util import find_spec
 
 import torch
 
-from ...collectives import all_sum
+from ...distributed.collectives import all_sum
 from ...errors import ConfigError, unknown_name
-from ..batch import Loader
-from ..beton import BetonSource
-from ..folder import FolderSource
 from ..order import Order
-from ..sources import ArraySource, Source
+from ..sources.beton import BetonSource
+from ..sources.folder import FolderSource
+from ..sources.source import ArraySource, Source
+from .base import CropOptions, Loader, LoaderOptions, OnCorrupt, Steps
 from .dali import DaliLoader
 from .ffcv import FfcvLoader
-from .options import CropOptions, LoaderOptions, OnCorrupt
 from .resident import ResidentLoader
-from .steps import Steps
 from .torch_workers import TorchLoader
 
 __all__ = ["LOADERS", "CropOptions", "LoaderOptions", "OnCorrupt", "build_loader", "choose", "replaced_everywhere"]

@@ -10,7 +10,7 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from .options import CropOptions
+from .base import CropOptions
 
 Ints = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]

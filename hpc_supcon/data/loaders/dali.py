@@ -15,15 +15,12 @@ import torch.utils.dlpack
 from torch import Tensor
 
 from ...errors import ConfigError, CorruptSample, LoaderDied, MissingExtra
-from ..batch import Batch
-from ..folder import FolderSource
-from ..prefetch import to_device
-from ..sources import Source
-from .ahead import Begun, Team, in_order
+from ..sources.folder import FolderSource
+from ..sources.source import Source
+from .base import Batch, LoaderOptions, Steps, Task
 from .crops import Ints, central_boxes, crop_boxes
-from .options import LoaderOptions
+from .prefetch import Begun, Team, in_order, to_device
 from .reading import SampleReader
-from .steps import Steps, Task
 
 INSTALL = "pip install 'hpc-supcon[dali]'"
 _JOIN_S = 30.0  # one batch, large images on one core

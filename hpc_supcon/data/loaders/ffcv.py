@@ -19,15 +19,12 @@ import numpy as np
 import torch
 
 from ...errors import ConfigError, CorruptSample, LoaderDied, MissingExtra
-from ..batch import Batch
-from ..beton import JPEG, BetonSource
-from ..prefetch import to_device
-from ..sources import Source
-from .ahead import Begun, Team, in_order
+from ..sources.beton import JPEG, BetonSource
+from ..sources.source import Source
+from .base import Batch, LoaderOptions, Steps, Task
 from .crops import Ints, central_boxes, crop_boxes
-from .options import LoaderOptions
+from .prefetch import Begun, Team, in_order, to_device
 from .reading import SampleReader
-from .steps import Steps, Task
 
 INSTALL = "apt-get install pkg-config libopencv-dev libturbojpeg0-dev g++ && pip install 'hpc-supcon[ffcv]'"
 _PARTS = 2  # pieces of a batch per thread: images differ in size, and threads in luck

@@ -9,9 +9,9 @@ import numpy.typing as npt
 from PIL import Image
 
 from ...errors import CorruptSample
-from ..sources import Source
+from ..sources.source import Source
+from .base import CropOptions, OnCorrupt
 from .crops import crop_boxes, replacement
-from .options import CropOptions, OnCorrupt
 
 ATTEMPTS = 100
 """Images tried in the place of a corrupt one before the whole set is taken for broken."""

@@ -15,14 +15,12 @@ import torch
 from torch import Tensor
 
 from ...errors import CorruptSample, DataError
-from ..batch import Batch
-from ..prefetch import sent
-from ..resample import resample
-from ..sources import Source
+from ..sources.source import Source
+from ..views.resample import resample
+from .base import Batch, LoaderOptions, Steps
 from .crops import crop_boxes, replacement
-from .options import LoaderOptions
+from .prefetch import sent
 from .reading import ATTEMPTS
-from .steps import Steps
 
 
 class ResidentLoader:

@@ -22,12 +22,10 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from ...errors import HpcSupconError, LoaderDied
-from ..batch import Batch
-from ..prefetch import to_device
-from ..sources import Source
-from .options import LoaderOptions
+from ..sources.source import Source
+from .base import Batch, LoaderOptions, Steps, Task
+from .prefetch import to_device
 from .reading import Indices, SampleReader
-from .steps import Steps, Task
 
 AHEAD = 2
 """Batches in the works per worker: the one it decodes, and the one it goes on with at once."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from .base import Outcome, Task
 from .finetune import fit_finetune
 from .heads import fit_head
 from .knn import fit_knn
-from .task import Outcome, Task
 
 __all__ = ["PROBES", "Outcome", "Task"]
 

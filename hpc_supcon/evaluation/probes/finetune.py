@@ -15,17 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...collectives import all_sum, together
 from ...data import Batch, EvalTransform, Loader, LoaderOptions, Source, TrainOrder, build_loader
+from ...distributed.collectives import all_sum, together
 from ...errors import NonFinite
 from ...pruning import WeightMasks
 from ...training import assemble
 from ...training.engine import autocast, distribute, unscaled
-from ..features import extract
-from ..inputs import in_chunks
-from ..saved import FittedProbe
+from ..features import extract, in_chunks
+from ..fitted_probe import FittedProbe
+from .base import Outcome, Task
 from .heads import plan_of
-from .task import Outcome, Task
 from .training import Trained, seeded
 from .watch import Plan, Watch, build_stepper, set_share
 

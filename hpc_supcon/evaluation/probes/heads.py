@@ -8,10 +8,9 @@ from typing import Any
 from torch import nn
 
 from ...models import Heads, LinearHeads, Logistic, Mlp, SingleHead
-from ..inputs import fit_standardisation
-from ..saved import FittedProbe
-from .classes import input_of, only, pair_of
-from .task import Outcome, Task
+from ..features import fit_standardisation
+from ..fitted_probe import FittedProbe
+from .base import Outcome, Task, input_of, only, pair_of
 from .training import seeded, train_heads
 from .watch import Plan
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..inputs import in_chunks
-from ..neighbours import Neighbours
-from ..saved import FittedProbe
-from .classes import input_of
-from .task import Outcome, Task
+from ..features import in_chunks
+from ..fitted_probe import FittedProbe
+from ..knn import Neighbours
+from .base import Outcome, Task, input_of
 
 
 def fit_knn(kind: str, task: Task) -> Outcome:

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...collectives import all_sum, gather_objects, rank, together
+from ...distributed.collectives import all_sum, gather_objects, rank, together
 from ...errors import NonFinite
 from ...models import Heads
-from ..inputs import CHUNK, Part, in_chunks
+from ..features import CHUNK, Part, in_chunks
 from .watch import Plan, Watch, batches, best_head, build_stepper, decayed, set_share, steps_per_epoch
 
 

@@ -6,11 +6,10 @@ from collections.abc import Callable
 
 from .base import Engine, Parts
 from .checks import check_engine, engine_options
-from .compiled import compiler
 from .ddp import DdpEngine
 from .deepspeed import DeepSpeedEngine
 from .loss_scale import LossScale
-from .placement import autocast, distribute, place, unscaled
+from .placement import autocast, compiler, distribute, place, unscaled
 
 __all__ = [
     "ENGINES",

@@ -10,9 +10,9 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from ...distributed.launch import Runtime
 from ...errors import CheckpointCorrupt
 from ...models import PretrainingModel
-from ...runtime import Runtime
 from .loss_scale import LossScale
 
 Compile = Callable[[Callable[..., dict[str, Tensor]]], Callable[..., dict[str, Tensor]]]

@@ -8,8 +8,8 @@ from importlib.util import find_spec
 from typing import Any
 
 from ...config import Config
+from ...distributed.launch import Runtime
 from ...errors import ConfigError, MissingExtra
-from ...runtime import Runtime
 from .deepspeed_settings import check_settings
 
 

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ...distributed.launch import Launch
 from ...errors import ConfigError
-from ...runtime import Launch
 from ..optim import clip_gradients, set_learning_rate
 from .base import Parts, gradients_of, load_optimiser, named_parameters, optimiser_tensors, unscale
 from .deepspeed_settings import deepspeed_settings

@@ -1,4 +1,4 @@
-"""Device, memory layout, number format and data-parallel wrapper of a model."""
+"""Device, memory layout, number format, compilation and data-parallel wrapper of a model."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ...distributed.launch import Runtime, has_fast_bf16
 from ...models import synchronise_batchnorm
-from ...runtime import Runtime, has_fast_bf16
+from .base import Compile
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -63,3 +64,27 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
 def unscaled(precision: str) -> str:
     """`precision` for training without loss scaling: fp16 is asked for where there is no bf16."""
     return "auto" if precision == "fp16" else precision
+
+
+def compiler(*, enabled: bool, cuda_graphs: bool) -> Compile:
+    """What makes a module's call faster; the module itself, its names and its other callers stay as they are.
+
+    Every shape has its own code (`dynamic=False`): training has one, or two where the last piece of a batch is
+    smaller. cuda_graphs: replayed as CUDA graphs, which need shapes that never change.
+    """
+    if not enabled:
+        return lambda call: call
+    if not cuda_graphs:
+        return lambda call: torch.compile(call, dynamic=False)
+
+    def graphed(call: Any) -> Any:
+        replay = torch.compile(call, dynamic=False, mode="reduce-overhead")
+
+        def run(*args: Any) -> Any:
+            # what the last step's graphs returned is overwritten from here on
+            torch.compiler.cudagraph_mark_step_begin()
+            return replay(*args)
+
+        return run
+
+    return graphed

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ...collectives import all_sum, gather_rows, rank
+from ...distributed.collectives import all_sum, gather_rows, rank
 from ...errors import ConfigError
 from .base import like_slot
 

@@ -1,0 +1,61 @@
+"""What several commands share: options, how a computing command starts, progress bars."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+
+from ..config import Config
+
+if TYPE_CHECKING:
+    from ..distributed.launch import Runtime
+    from ..training.assemble import Data
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback with every error.")]
+
+
+@contextmanager
+def started(settings: Config, resume: bool) -> Iterator[tuple[Runtime, Data]]:
+    """The process group and the data, for the length of a command."""
+    from .. import run_folder
+    from ..distributed import launch as rt
+    from ..distributed.collectives import together
+    from ..distributed.watchdog import connected, watching
+    from ..training import assemble
+
+    limits = settings.runtime
+    with (
+        watching(settings.folder, step_s=limits.timeout_s, first_step_s=limits.first_step_timeout_s) as watch,
+        rt.start(
+            device=limits.device,
+            threads=limits.threads,
+            timeout_s=limits.first_step_timeout_s,
+            deterministic=settings.deterministic,
+            reuse_memory=limits.reuse_memory,
+        ) as runtime,
+        connected(watch, runtime),
+    ):
+        with together():
+            run_folder.check_usable(settings.folder, settings, resume=resume)  # before minutes of decoding
+        yield runtime, assemble.load_data(settings, runtime)
+
+
+@contextmanager
+def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
+    """A bar for each named job on a terminal, nothing elsewhere."""
+    from rich.progress import Progress
+
+    bars: dict[str, Any] = {}
+    console = Console(stderr=True)
+    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+
+        def tell(name: str, done: int, total: int) -> None:
+            if name not in bars:
+                bars[name] = progress.add_task(name, total=total)
+            progress.update(bars[name], completed=done, total=total)
+
+        yield tell

@@ -1,0 +1,172 @@
+"""The commands `hpc-supcon export | embed | predict`: a trained model outside its run."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from ..errors import ConfigError, LaunchError, unknown_name
+from .common import Debug, progress_bars
+
+if TYPE_CHECKING:
+    from ..export import Pictures, Predictions
+
+SHOWN = 20
+"""Images whose predictions are a table on the terminal; of more, CSV is written."""
+
+DEVICES = ("auto", "cpu", "cuda")
+
+RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run folder.")]
+Images = Annotated[
+    list[Path],
+    typer.Argument(metavar="IMAGES_OR_FOLDER", help="Image files, folders (of any depth), or one .beton file."),
+]
+Probe = Annotated[str | None, typer.Option(help="Which fitted probe of RUN_DIR/probes; by default the only one.")]
+Force = Annotated[bool, typer.Option("--force", help="Replace a file that exists.")]
+SkipCorrupt = Annotated[
+    bool, typer.Option("--skip-corrupt", help="Leave out images that cannot be used, and list them.")
+]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images worked on at once.")]
+Device = Annotated[str, typer.Option(help="auto | cpu | cuda")]
+
+
+def export(
+    run_dir: RunDir,
+    format: Annotated[str, typer.Option("--format", help="safetensors | torchscript | torch-export | onnx")],
+    part: Annotated[str, typer.Option(help="encoder | projection | classifier")] = "encoder",
+    out: Annotated[
+        Path | None, typer.Option("-o", "--out", help="File to write; by default NAME-PART.SUFFIX, here.")
+    ] = None,
+    probe: Probe = None,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Write a run's model to one file that other programs load, and compare the file with the model."""
+    _check_alone("export")
+    from ..export import export_part
+
+    written = export_part(run_dir, format, part=part, probe=probe, out=out, force=force)
+    sys.stdout.write(
+        f"{written.path}: {written.bytes:,} bytes; read back, its outputs differ from the model's by "
+        f"{written.difference:.1g} at most\n"
+    )
+
+
+def embed(
+    run_dir: RunDir,
+    images: Images,
+    out: Annotated[Path, typer.Option("-o", "--out", help="The .npz file to write.")],
+    part: Annotated[str, typer.Option(help="encoder | projection")] = "encoder",
+    batch_size: BatchSize = 256,
+    device: Device = "auto",
+    skip_corrupt: SkipCorrupt = False,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Embed images by a run's encoder; `embeddings`, `paths` and, where they are known, `labels` go into a .npz."""
+    _check_alone("embed")
+    from ..export import embed as embed_pictures
+    from ..export import load_part, open_pictures
+    from ..files import check_output
+
+    if part == "classifier":
+        raise ConfigError("--part classifier gives no embeddings: see `hpc-supcon predict`")
+    if out.suffix != ".npz":
+        raise ConfigError(f"-o {out}: embeddings are written as .npz; choose that ending")
+    check_output(out, force=force)
+    with _working(device, batch_size, skip_corrupt) as options:
+        loaded = load_part(run_dir, part)
+        pictures = open_pictures(images, loaded.shape, loaded.classes)
+        outputs = embed_pictures(loaded, pictures, out, force=force, **options)
+    _tell_left_out(outputs.problems, pictures)
+    labels = "" if pictures.labels is None else ", with labels"
+    sys.stdout.write(f"{out}: {len(outputs.rows)} images, {outputs.values.shape[1]} numbers each{labels}\n")
+
+
+def predict(
+    run_dir: RunDir,
+    images: Images,
+    probe: Probe = None,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="A .csv or .json file to write.")] = None,
+    batch_size: BatchSize = 256,
+    device: Device = "auto",
+    skip_corrupt: SkipCorrupt = False,
+    force: Force = False,
+    debug: Debug = False,
+) -> None:
+    """Classify images by a run's fitted probe: the top class and the probabilities of all."""
+    _check_alone("predict")
+    from ..export import load_part, open_pictures
+    from ..export import predict as predict_pictures
+    from ..export.predict import check_suffix, save, write_csv
+    from ..files import check_output
+
+    if out is not None:
+        check_suffix(out)
+        check_output(out, force=force)
+    with _working(device, batch_size, skip_corrupt) as options:
+        classifier = load_part(run_dir, "classifier", probe)
+        pictures = open_pictures(images, classifier.shape, classifier.classes)
+        predictions = predict_pictures(classifier, pictures, **options)
+    _tell_left_out(predictions.problems, pictures)
+    if out is not None:
+        save(predictions, out, checkpoint=classifier.description["checkpoint"], force=force)
+        sys.stdout.write(f"{out}: {len(predictions.paths)} images\n")
+    elif len(predictions.paths) <= SHOWN:
+        _print(predictions)
+    else:
+        sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # as names of files may be
+        write_csv(predictions, sys.stdout)
+
+
+@contextmanager
+def _working(device: str, batch_size: int, skip_corrupt: bool) -> Iterator[dict[str, Any]]:
+    """What `inference.run` is told, for the length of a command."""
+    from ..distributed import launch as rt
+
+    if device not in DEVICES:
+        raise ConfigError("--device: " + unknown_name("device", device, DEVICES))
+    with rt.start(device=device) as runtime, progress_bars() as tell:
+        yield {
+            "device": runtime.device,
+            "batch_size": batch_size,
+            "skip_corrupt": skip_corrupt,
+            "progress": tell,
+        }
+
+
+def _check_alone(command: str) -> None:
+    """Raise LaunchError under torchrun or srun with several ranks, which would all write one file."""
+    from ..distributed.launch import resolve
+
+    world_size = resolve().world_size
+    if world_size > 1:
+        raise LaunchError(f"`hpc-supcon {command}` is the work of one process; it was started as {world_size} ranks")
+
+
+def _tell_left_out(problems: Sequence[str], pictures: Pictures) -> None:
+    for problem in problems:
+        sys.stderr.write(f"left out: {problem}\n")
+    if pictures.ignored:
+        sys.stderr.write(f"{pictures.ignored} files in these folders are not called like images\n")
+
+
+def _print(predictions: Predictions) -> None:
+    """A row for each image: the three most probable classes."""
+    console = Console(width=None if sys.stdout.isatty() else 160)
+    table = Table("image", "class", "probability", "then")
+    for path, shares in zip(predictions.paths, predictions.probabilities, strict=True):
+        first, *others = (-shares).argsort(kind="stable")[:3]
+        then = ", ".join(f"{predictions.classes[k]} {shares[k]:.3f}" for k in others)
+        shown = path.encode(errors="surrogateescape").decode(errors="replace")
+        name = Text(predictions.classes[first])
+        table.add_row(Text(shown, overflow="fold"), name, f"{shares[first]:.3f}", Text(then))
+    console.print(table)

@@ -1,0 +1,196 @@
+"""Sources: images and labels whatever their format on disk, and the statistics of their pixels."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.nn import functional as F
+
+from ...errors import ConfigError, CorruptSample, DataError
+
+LUMA = (0.2989, 0.587, 0.114)
+"""Weights of red, green and blue in grey (ITU-R BT.601, the figures torchvision uses)."""
+
+
+class Source(Protocol):
+    """Square images of one size and one number of channels, with a label each."""
+
+    @property
+    def labels(self) -> Tensor:
+        """int64 [N]."""
+        ...
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes; a label is an index into them."""
+        ...
+
+    @property
+    def channels(self) -> int:
+        """1 (grey) or 3 (RGB)."""
+        ...
+
+    @property
+    def image_size(self) -> int:
+        """Height and width in pixels, as served (after any resizing)."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, i: int) -> Tensor:
+        """Image i as uint8 [C, H, W]. Raises CorruptSample where the format can be corrupt."""
+        ...
+
+    def picture(self, i: int) -> Image.Image:
+        """Image i in the source's channels (mode L or RGB) but in the size it is stored in. Raises as `read`."""
+        ...
+
+    def stack(self) -> Tensor:
+        """All images as uint8 [N, C, H, W]; not to be written to. Raises as `read` does."""
+        ...
+
+    def subset(self, indices: Tensor | Sequence[int]) -> Source:
+        """The source of these images, in this order."""
+        ...
+
+
+class ArraySource:
+    """A source that is already in memory."""
+
+    def __init__(self, images: Tensor, labels: Tensor, classes: Sequence[str]) -> None:
+        """images uint8 [N, C, S, S] with C 1 or 3; labels int64 [N] in 0..len(classes)-1."""
+        assert images.dtype == torch.uint8, images.dtype
+        assert images.ndim == 4, images.shape
+        assert images.shape[2] == images.shape[3], images.shape
+        assert labels.dtype == torch.int64, labels.dtype
+        assert labels.shape == images.shape[:1], labels.shape
+        self._images = images
+        self.labels = labels
+        self.classes = tuple(classes)
+        self.channels = int(images.shape[1])
+        self.image_size = int(images.shape[2])
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, i: int) -> Tensor:
+        return self._images[i]
+
+    def picture(self, i: int) -> Image.Image:
+        pixels = self._images[i].permute(1, 2, 0).contiguous().numpy()
+        return Image.fromarray(pixels[:, :, 0] if self.channels == 1 else pixels)
+
+    def stack(self) -> Tensor:
+        return self._images
+
+    def subset(self, indices: Tensor | Sequence[int]) -> ArraySource:
+        rows = torch.as_tensor(indices, dtype=torch.int64)
+        return ArraySource(self._images[rows], self.labels[rows], self.classes)
+
+
+def stack_images(read: Callable[[int], npt.NDArray[np.uint8]], n: int, shape: tuple[int, int, int]) -> Tensor:
+    """uint8 [n, *shape]: read(0) ... read(n - 1), by as many threads as this process has processors.
+
+    Raises what `read` raises, for the first image that fails.
+    """
+    images = np.empty((n, *shape), dtype=np.uint8)
+    failed = threading.Event()
+
+    def decode(start: int) -> None:
+        for i in range(start, min(start + 256, n)):
+            if failed.is_set():
+                return
+            try:
+                images[i] = read(i)
+            except DataError:
+                failed.set()
+                raise
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for _ in pool.map(decode, range(0, n, 256)):
+            pass
+    return torch.from_numpy(images)
+
+
+def fit_images(images: Tensor, *, image_size: int | None, channels: int | None) -> Tensor:
+    """uint8 [N, C, H, H] -> uint8 [N, channels, image_size, image_size]; None leaves as it is.
+
+    Resized bilinearly with antialiasing, rounded to nearest. Raises ConfigError for channels other than 1, 3.
+    """
+    check_form(image_size, channels)
+    if channels is not None and channels != images.shape[1]:
+        images = images.expand(-1, 3, -1, -1) if channels == 3 else _chunked(_to_grey, images)
+    if image_size is not None and image_size != images.shape[-1]:
+        size = (image_size, image_size)
+        images = _chunked(lambda x: F.interpolate(x, size=size, mode="bilinear", antialias=True), images)
+    return images.contiguous()
+
+
+def check_form(image_size: int | None, channels: int | None) -> None:
+    """Raise ConfigError where the asked-for form of the images makes no sense."""
+    if channels not in (None, 1, 3):
+        raise ConfigError(f"data.channels must be 1 (grey) or 3 (RGB), not {channels}")
+    if image_size is not None and image_size < 1:
+        raise ConfigError(f"data.image_size must be at least 1 pixel, not {image_size}")
+
+
+def _to_grey(images: Tensor) -> Tensor:
+    return torch.einsum("nchw,c->nhw", images, torch.tensor(LUMA)).unsqueeze(1)
+
+
+def _chunked(function: Callable[[Tensor], Tensor], images: Tensor, size: int = 4096) -> Tensor:
+    """uint8 -> float -> function -> uint8 in pieces: a float copy of the whole set would be four times as big."""
+    return torch.cat([function(x.float()).round_().clamp_(0, 255).to(torch.uint8) for x in images.split(size)])
+
+
+def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
+    """Mean and population standard deviation per channel, in units of 0..1, float32 [C] each.
+
+    images: uint8 [N, C, H, W], any device. Exact: pixel values are counted in integers, the moments taken
+    in float64. A constant channel gets standard deviation 1, so that it can be divided by.
+    """
+    assert images.dtype == torch.uint8, images.dtype
+    assert images.ndim == 4, images.shape
+    assert images.numel() > 0
+    counts = torch.zeros(images.shape[1], 256, dtype=torch.int64)
+    for chunk in images.split(8192):
+        for c in range(images.shape[1]):
+            counts[c] += torch.bincount(chunk[:, c].flatten(), minlength=256).cpu()
+    share = counts.double() / counts.sum(dim=1, keepdim=True)
+    values = torch.arange(256, dtype=torch.float64) / 255
+    mean = share @ values
+    std = (share * (values - mean[:, None]) ** 2).sum(dim=1).sqrt()
+    std[(counts > 0).sum(dim=1) == 1] = 1.0
+    return mean.float(), std.float()
+
+
+NORMALISATION_SAMPLE = 10_000
+"""Images whose statistics stand for all where a set is not held in memory."""
+
+
+def normalisation_of(train: Source) -> dict[str, list[float]]:
+    """Mean and standard deviation per channel of the training images, as plain numbers."""
+    if isinstance(train, ArraySource):
+        mean, std = channel_statistics(train.stack())
+    else:
+        n = min(len(train), NORMALISATION_SAMPLE)
+        chosen = np.sort(np.random.default_rng(0).choice(len(train), n, replace=False)).tolist()
+        mean, std = channel_statistics(torch.stack(list(_sound_images(train, chosen))))
+    return {"mean": mean.tolist(), "std": std.tolist()}
+
+
+def _sound_images(source: Source, indices: list[int]) -> Iterator[Tensor]:
+    """Those that decode; what becomes of the others is the loader's business."""
+    for i in indices:
+        with suppress(CorruptSample):
+            yield source.read(i)

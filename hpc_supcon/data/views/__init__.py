@@ -1,0 +1,1 @@
+"""Random augmentation of whole batches on the device of their images."""

@@ -1,0 +1,189 @@
+"""Views of small images in one pass: crop, flip, colour, grey, normalisation, memory layout and dtype.
+
+One program makes one view, all of it in registers: the source is read once per tap of the filter, the view
+written once. Having the whole view at hand, the mean grey that contrast needs is a reduction inside the
+program. Same parameters and, to rounding, same pixels as the torch path of views.py. Imported only when it is
+used; under TRITON_INTERPRET=1 it runs on the CPU.
+"""
+
+# Triton reads the annotations of a kernel: its parameters cannot carry Python types.
+# mypy: disable-error-code="untyped-decorator,no-untyped-def"
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ..loaders.prefetch import sent
+from ..sources.source import LUMA
+
+if TYPE_CHECKING:
+    from .parameters import ViewParameters
+
+_RED, _GREEN, _BLUE = (tl.constexpr(weight) for weight in LUMA)
+
+
+@triton.jit
+def _grey(r, g, b, CHANNELS: tl.constexpr):
+    if CHANNELS == 1:
+        return r
+    else:  # noqa: RET505 - a constexpr branch
+        return r * _RED + g * _GREEN + b * _BLUE
+
+
+@triton.jit
+def _blend(x, factor, target):
+    return tl.minimum(tl.maximum(x * factor + target, 0.0), 1.0)
+
+
+@triton.jit
+def _turned(hue, opposite, high, spread):
+    """One channel of a turned hue; see colour.adjust_hue."""
+    away = hue + (2.5 - opposite)
+    away = tl.abs((away - tl.floor(away)) * 6 - 3)
+    return high - tl.minimum(tl.maximum(2 - away, 0.0), 1.0) * spread
+
+
+@triton.jit
+def _turn_hue(r, g, b, turns):
+    high, low = tl.maximum(tl.maximum(r, g), b), tl.minimum(tl.minimum(r, g), b)
+    spread = high - low
+    sixth = 1 / (tl.where(spread == 0, 1.0, spread) * 6)
+    hue = tl.where(high == g, (b - r) * sixth + 2 / 6, (r - g) * sixth + 4 / 6)
+    hue = tl.where(high == r, (g - b) * sixth, hue) + turns
+    return (
+        _turned(hue, 3 / 6, high, spread),
+        _turned(hue, 5 / 6, high, spread),
+        _turned(hue, 1 / 6, high, spread),
+    )
+
+
+@triton.jit
+def _weight(tap, centre, length, sharpness):
+    """Of source pixels `tap` in target pixels at `centre` (both in source pixels); 0 outside the crop."""
+    distance = tl.abs(centre * sharpness - (tap + 0.5) * sharpness)
+    return tl.where((tap >= 0) & (tap < length), tl.maximum(1 - distance, 0.0), 0.0)
+
+
+@triton.jit
+def _resample(
+    image, top, left, height, width, y, x, inside, H, W,
+    S: tl.constexpr, CHANNELS: tl.constexpr, TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Target pixels (y, x) of the crop in 0..1, per channel; the triangle filter widens when shrinking."""
+    step_y, step_x = height.to(tl.float32) / S, width.to(tl.float32) / S
+    sharp_y, sharp_x = tl.minimum(1 / step_y, 1.0), tl.minimum(1 / step_x, 1.0)
+    centre_y, centre_x = (y + 0.5) * step_y, (x + 0.5) * step_x
+    first_y = tl.floor(centre_y - 1 / sharp_y + 0.5).to(tl.int32)
+    first_x = tl.floor(centre_x - 1 / sharp_x + 0.5).to(tl.int32)
+    r = tl.zeros([BLOCK], tl.float32)
+    g = tl.zeros([BLOCK], tl.float32)
+    b = tl.zeros([BLOCK], tl.float32)
+    total = tl.zeros([BLOCK], tl.float32)
+    for i in range(TAPS_Y):
+        row = first_y + i
+        weight_y = _weight(row, centre_y, height, sharp_y)
+        for j in range(TAPS_X):
+            column = first_x + j
+            weight = weight_y * _weight(column, centre_x, width, sharp_x)
+            pixel = image + (top + row) * W + left + column
+            used = inside & (weight > 0)
+            r += weight * tl.load(pixel, mask=used, other=0).to(tl.float32)
+            if CHANNELS == 3:
+                g += weight * tl.load(pixel + H * W, mask=used, other=0).to(tl.float32)
+                b += weight * tl.load(pixel + 2 * H * W, mask=used, other=0).to(tl.float32)
+            total += weight
+    scale = 1 / (255 * tl.where(inside, total, 1.0))
+    return r * scale, g * scale, b * scale
+
+
+@triton.jit
+def _views_kernel(
+    images, boxes, factors, decisions, sequences, mean, std, out, H, W, V, stride_n, stride_c, stride_y, stride_x,
+    S: tl.constexpr, CHANNELS: tl.constexpr, TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """boxes int64 [n, 4]; factors fp32 [n, 4]; decisions uint8 [n]: 4 * row of sequences + 2 * grey + flip."""
+    view = tl.program_id(0)
+    box = boxes + view * 4
+    decision = tl.load(decisions + view).to(tl.int32)
+    sequence = sequences + (decision // 4) * 4
+    p = tl.arange(0, BLOCK)
+    inside = p < S * S
+    y, x = p // S, p % S
+    source_x = tl.where(decision % 2 != 0, S - 1 - x, x)
+    image = images + (view // V).to(tl.int64) * CHANNELS * H * W
+    r, g, b = _resample(
+        image, tl.load(box).to(tl.int32), tl.load(box + 1).to(tl.int32), tl.load(box + 2).to(tl.int32),
+        tl.load(box + 3).to(tl.int32), y, source_x, inside, H, W, S, CHANNELS, TAPS_Y, TAPS_X, BLOCK,
+    )  # fmt: skip
+    for step in range(4):
+        operation = tl.load(sequence + step).to(tl.int32)
+        factor = tl.load(factors + view * 4 + tl.maximum(operation, 0))
+        if operation == 3:
+            if CHANNELS == 3:
+                r, g, b = _turn_hue(r, g, b, factor)
+        elif operation >= 0:
+            # Brightness blends with black, contrast with the mean grey, saturation with each pixel's grey.
+            shade = _grey(r, g, b, CHANNELS)
+            mean_shade = tl.sum(tl.where(inside, shade, 0.0)) / (S * S)
+            target = tl.where(operation == 1, mean_shade, shade) * tl.where(operation == 0, 0.0, 1 - factor)
+            r = _blend(r, factor, target)
+            if CHANNELS == 3:
+                g = _blend(g, factor, target)
+                b = _blend(b, factor, target)
+    if CHANNELS == 3:  # noqa: SIM102 - known when compiling; the next one is not
+        if decision // 2 % 2 != 0:
+            r = _grey(r, g, b, CHANNELS)
+            g = r
+            b = r
+    target = out + view.to(tl.int64) * stride_n + y * stride_y + x * stride_x
+    tl.store(target, (r - tl.load(mean)) / tl.load(std), mask=inside)
+    if CHANNELS == 3:
+        tl.store(target + stride_c, (g - tl.load(mean + 1)) / tl.load(std + 1), mask=inside)
+        tl.store(target + 2 * stride_c, (b - tl.load(mean + 2)) / tl.load(std + 2), mask=inside)
+
+
+def render(
+    images: Tensor, parameters: ViewParameters, sequences: Tensor, mean: Tensor, std: Tensor, views: Tensor
+) -> None:
+    """Into `views` float32 or bfloat16 [n, C, S, S], of any strides, from uint8 images [B, C, H, W], n = B * V.
+
+    parameters: boxes, flip, factors, order and grey are used. sequences: int64 [k, 4], the operations of each
+    `order` (Jitter.sequences), k <= 64. mean, std: float32 [C]. S x S is the block of one program: S <= 64.
+    All but flip, order and grey are on the device of the images.
+    """
+    n, C, S, _ = views.shape
+    B, _, H, W = images.shape
+    # a byte for each view goes to the device: order -1 is the last sequence
+    chosen = parameters.order.remainder(len(sequences)).mul_(4).add_(parameters.grey, alpha=2).add_(parameters.flip)
+    _views_kernel[(n,)](
+        images.contiguous(),
+        parameters.boxes.contiguous(),
+        parameters.factors,
+        sent(chosen.to(torch.uint8), images.device),
+        sequences,
+        mean,
+        std,
+        views,
+        H,
+        W,
+        n // B,
+        *views.stride(),
+        S=S,
+        CHANNELS=C,
+        TAPS_Y=_taps(H, S),
+        TAPS_X=_taps(W, S),
+        BLOCK=triton.next_power_of_2(S * S),
+        num_warps=4 if S <= 32 else 8,
+        enable_fp_fusion=True,  # Triton 3.9 warns when it is left to the default
+    )
+
+
+def _taps(source: int, size: int) -> int:
+    """Source pixels under the triangle filter of one target pixel, for any crop of `source` pixels."""
+    return math.ceil(2 * max(1, source / size))

@@ -1,0 +1,1 @@
+"""Ranks: launching them, what they tell each other, and how they stop together."""

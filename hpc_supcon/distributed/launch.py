@@ -1,0 +1,290 @@
+"""From the environment to a rank: who am I among the processes, on which device, with which seed.
+
+One resolver for torchrun, Slurm's srun and a single process. A partial or contradictory environment is an
+error: it never quietly becomes a world of one, which would train N copies of a wrong run.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import shutil
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch.distributed import distributed_c10d
+
+from ..allocator import keep_freed_memory
+from ..errors import ConfigError, LaunchError
+
+SHARERS = "HPC_SUPCON_SHARERS"
+"""Environment variable: among how many runs at once (a grid's) the cores are to be shared; each may have ranks."""
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """This process's place: `rank` of `world_size`, `local_rank` of `local_world_size` on this node."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    local_world_size: int = 1
+    master_addr: str = "127.0.0.1"
+    master_port: int = 0
+    launcher: str = "single"
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """A Launch with its device; `is_main` is true on the one rank that writes and speaks."""
+
+    launch: Launch
+    device: torch.device
+
+    @property
+    def rank(self) -> int:
+        return self.launch.rank
+
+    @property
+    def world_size(self) -> int:
+        return self.launch.world_size
+
+    @property
+    def is_main(self) -> bool:
+        return self.launch.rank == 0
+
+
+def resolve(env: Mapping[str, str] | None = None) -> Launch:
+    """Read the launch from environment variables (default: os.environ). Raises LaunchError."""
+    env = os.environ if env is None else env
+    in_step = "SLURM_STEP_ID" in env and "SLURM_PROCID" in env
+    # MASTER_ADDR and MASTER_PORT alone are often exported in shells and say nothing about ranks
+    if any(name in env for name in TORCHRUN[:3]):
+        launch = _from_torchrun(env)
+        if in_step and "TORCHELASTIC_RUN_ID" not in env:
+            step = (_integer(env, "SLURM_PROCID"), _step_tasks(env))
+            if step != (launch.rank, launch.world_size):
+                raise LaunchError(
+                    f"RANK={launch.rank} of WORLD_SIZE={launch.world_size} contradicts srun's task {step[0]} of "
+                    f"{step[1]}; unset RANK and WORLD_SIZE, or start torchrun inside the step"
+                )
+        return launch
+    if in_step:
+        return _from_slurm(env)
+    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        raise LaunchError(
+            f"this job has SLURM_NTASKS={env['SLURM_NTASKS']} but was not started by srun, so only one task would "
+            "run; write `srun hpc-supcon ...` in the batch script"
+        )
+    return Launch()
+
+
+def _from_torchrun(env: Mapping[str, str]) -> Launch:
+    missing = [name for name in TORCHRUN if name not in env]
+    if missing:
+        present = [name for name in TORCHRUN if name in env]
+        raise LaunchError(
+            f"{', '.join(present)} set but {', '.join(missing)} not: start with torchrun (which sets all of them) "
+            "or unset them for a single process"
+        )
+    rank, world = _integer(env, "RANK"), _integer(env, "WORLD_SIZE")
+    local_rank = _integer(env, "LOCAL_RANK")
+    local_world = _integer(env, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in env else world
+    if not rank < world or not local_rank < local_world <= world:
+        raise LaunchError(
+            f"impossible place: RANK={rank} of WORLD_SIZE={world}, LOCAL_RANK={local_rank} of {local_world} per node"
+        )
+    return Launch(rank, world, local_rank, local_world, env["MASTER_ADDR"], _integer(env, "MASTER_PORT"), "torchrun")
+
+
+def _from_slurm(env: Mapping[str, str]) -> Launch:
+    world = _step_tasks(env)
+    rank = _integer(env, "SLURM_PROCID")
+    if world == 1 and rank == 0:
+        return Launch(launcher="slurm")
+    missing = [name for name in ("SLURM_LOCALID", "SLURM_JOB_ID") if name not in env]
+    if missing or rank >= world:
+        raise LaunchError(f"partial Slurm step: task {rank} of {world}, missing {', '.join(missing) or 'nothing'}")
+    job = _integer(env, "SLURM_JOB_ID")
+    return Launch(
+        rank=rank,
+        world_size=world,
+        local_rank=_integer(env, "SLURM_LOCALID"),
+        local_world_size=_tasks_on_this_node(env),
+        master_addr=env.get("MASTER_ADDR") or _first_host(env),
+        # the same on all ranks without a message; below the ephemeral ports; differs between a node's jobs
+        master_port=_integer(env, "MASTER_PORT") if "MASTER_PORT" in env else 15000 + job % 17000,
+        launcher="slurm",
+    )
+
+
+def _step_tasks(env: Mapping[str, str]) -> int:
+    name = next((n for n in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS") if n in env), None)
+    if name is None:
+        raise LaunchError(
+            "SLURM_PROCID set but neither SLURM_STEP_NUM_TASKS nor SLURM_NTASKS: not a whole Slurm step"
+        )
+    return _integer(env, name)
+
+
+def _tasks_on_this_node(env: Mapping[str, str]) -> int:
+    """SLURM_STEP_TASKS_PER_NODE is `2(x3),1`: two tasks on each of three nodes, one on the fourth."""
+    text = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or "1"
+    counts: list[int] = []
+    for part in text.split(","):
+        number, _, times = part.partition("(x")
+        counts += [int(number)] * int(times.rstrip(")") or 1)
+    node = int(env.get("SLURM_NODEID", "0"))
+    if node >= len(counts):
+        raise LaunchError(f"SLURM_NODEID={node} but SLURM_STEP_TASKS_PER_NODE={text} lists {len(counts)} nodes")
+    return counts[node]
+
+
+def _first_host(env: Mapping[str, str]) -> str:
+    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")
+    if not nodes:
+        raise LaunchError("SLURM_JOB_NODELIST is not set: cannot tell where rank 0 runs; export MASTER_ADDR")
+    if not any(c in nodes for c in "[,"):
+        return nodes
+    if shutil.which("scontrol") is None:
+        raise LaunchError("scontrol is not on PATH: cannot read the node list; export MASTER_ADDR")
+    # the list's own syntax, n[1-3,7], is Slurm's to read
+    done = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=False)
+    if done.returncode or not done.stdout.strip():
+        raise LaunchError(f"scontrol show hostnames {nodes} failed: {done.stderr.strip()}")
+    return done.stdout.split()[0]
+
+
+def _integer(env: Mapping[str, str], name: str) -> int:
+    try:
+        value = int(env[name])
+    except ValueError:
+        value = -1
+    if value < 0:
+        raise LaunchError(f"{name}={env[name]!r} is not a number from 0 up")
+    return value
+
+
+def choose_device(name: str, launch: Launch) -> torch.device:
+    """`auto | cpu | cuda` to this rank's device. Raises ConfigError or LaunchError."""
+    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
+        return torch.device("cpu")
+    if not torch.cuda.is_available():
+        raise ConfigError("runtime.device is cuda, but PyTorch sees no CUDA device; use runtime.device=auto or cpu")
+    visible = torch.cuda.device_count()
+    # a scheduler that binds one GPU to each task shows it as number 0 to all of them
+    index = 0 if visible == 1 and launch.launcher == "slurm" else launch.local_rank
+    if index >= visible:
+        raise LaunchError(
+            f"local rank {launch.local_rank} has no GPU of its own: {visible} visible for "
+            f"{launch.local_world_size} ranks on this node"
+        )
+    return torch.device("cuda", index)
+
+
+@contextmanager
+def start(
+    *,
+    device: str = "auto",
+    threads: int | None = None,
+    timeout_s: float = 600.0,
+    deterministic: bool = False,
+    reuse_memory: bool = False,
+) -> Iterator[Runtime]:
+    """Set up this process for the block: device, threads, memory, determinism, and the process group when there are
+    several ranks (nccl for CUDA tensors, gloo for CPU tensors). Leaves no process group behind."""
+    launch = resolve()
+    chosen = choose_device(device, launch)
+    if chosen.type == "cuda":
+        torch.cuda.set_device(chosen)
+    elif reuse_memory:
+        keep_freed_memory()
+    # torchrun sets OMP_NUM_THREADS=1; sharing the cores among the ranks of this node is better
+    torch.set_num_threads(threads or fair_threads(launch))
+    _set_determinism(deterministic)
+    if launch.world_size > 1:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
+            init_method=f"tcp://{launch.master_addr}:{launch.master_port}"
+            if launch.launcher == "slurm"
+            else "env://",
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=chosen if chosen.type == "cuda" else None,
+        )
+    try:
+        yield Runtime(launch, chosen)
+    finally:
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def fair_threads(launch: Launch, env: Mapping[str, str] | None = None, cores: int | None = None) -> int:
+    """CPU threads for this rank (default: of os.environ, and the cores this process may run on).
+
+    One thread more than there are cores halves the speed of all: each parallel loop waits for the slowest.
+    """
+    env = os.environ if env is None else env
+    if cores is None:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    if launch.launcher == "slurm":
+        # what a task was given is its own, whether Slurm binds it there or trusts it to keep to it
+        if "SLURM_CPUS_PER_TASK" in env:
+            return max(1, min(cores, _integer(env, "SLURM_CPUS_PER_TASK")) // _sharers(env))
+        if "SLURM_CPUS_ON_NODE" in env and cores < _integer(env, "SLURM_CPUS_ON_NODE"):
+            return max(1, cores // _sharers(env))
+    return max(1, cores // (launch.local_world_size * _sharers(env)))
+
+
+def _sharers(env: Mapping[str, str]) -> int:
+    return max(1, _integer(env, SHARERS)) if SHARERS in env else 1
+
+
+def set_collective_timeout(seconds: float) -> None:
+    """The longest wait of the collectives that begin from now on."""
+    # public since PyTorch 2.15, which warns of the older name
+    change = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
+    change(timedelta(seconds=seconds), dist.group.WORLD)
+
+
+def _set_determinism(deterministic: bool) -> None:
+    if deterministic:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats its sums only so
+    torch.use_deterministic_algorithms(deterministic)
+    torch.backends.cudnn.benchmark = not deterministic
+    torch.set_float32_matmul_precision("highest" if deterministic else "high")
+
+
+def seed_everything(seed: int, rank: int, step: int = 0) -> None:
+    """Seed every global generator; ranks differ in their draws, and so do the steps at which a rank may begin.
+
+    (Models are built before, from `seed` alone.)
+    """
+    word = int(np.random.SeedSequence([seed, rank, step]).generate_state(1, np.uint64)[0])
+    random.seed(word)
+    np.random.seed(word % 2**32)
+    torch.manual_seed(word % 2**63)
+
+
+def has_fast_bf16(device: torch.device) -> bool:
+    """True where training in bf16 is faster than in fp32: on GPUs since Ampere, on CPUs with matrix units (AMX).
+
+    AVX-512's bf16 instructions alone speed the forward pass up, but the convolutions' backward pass takes two to
+    three times as long as in fp32.
+    """
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    try:
+        flags = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("flags")[2].partition("\n")[0]
+    except OSError:
+        return False
+    return "amx_bf16" in flags

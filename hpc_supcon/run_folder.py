@@ -1,0 +1,78 @@
+"""The run folder: config.yaml, metrics.jsonl, TensorBoard events, checkpoints/, results.json."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from .config import Config, differences, load_config, to_yaml
+from .errors import RunFolderError
+from .files import write_atomically
+
+CONFIG, RESULTS, CHECKPOINTS, PROFILE = "config.yaml", "results.json", "checkpoints", "profile"
+
+
+def is_used(folder: Path) -> bool:
+    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+
+
+def check_usable(folder: Path, config: Config, *, resume: bool) -> None:
+    """Raise RunFolderError unless a run with this config may write here; touches nothing."""
+    if not is_used(folder):
+        return
+    if not folder.is_dir():
+        raise RunFolderError(f"{folder}: is a file, not a run folder; choose another run_dir")
+    if not resume:
+        raise RunFolderError(f"{folder}: already used; add --resume to go on, or choose another with run_dir=PATH")
+    changed = differences(read_config(folder), config)
+    if changed:
+        raise RunFolderError(
+            f"{folder}: holds a run with other settings ({'; '.join(changed)}); resume with the same ones, "
+            "or choose another run_dir"
+        )
+
+
+def create(folder: Path, config: Config) -> None:
+    """Make the folder and write config.yaml, resolved. Raises RunFolderError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_atomically(folder / CONFIG, to_yaml(config))
+    except OSError as error:
+        raise RunFolderError(f"{folder}: cannot be made: {error.strerror}") from None
+
+
+def check_still_there(folder: Path) -> None:
+    """Raises RunFolderError when the folder of a run that is under way is no longer what `create` made."""
+    if not (folder / CONFIG).is_file():
+        raise RunFolderError(
+            f"{folder}: was deleted or moved while the run trained; nothing is saved there. Start the run again, or "
+            "put the folder back and go on with --resume"
+        )
+
+
+def read_config(folder: Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
+    """The config a run was made with. Raises RunFolderError when the folder is not a run's."""
+    if not (folder / CONFIG).is_file():
+        raise RunFolderError(f"{folder}: no {CONFIG} in it, so this is not a run folder")
+    return load_config(folder / CONFIG, overrides)
+
+
+def add_result(folder: Path, result: dict[str, Any]) -> None:
+    """Put one evaluated model into results.json, in place of an earlier one of the same stage and checkpoint."""
+    path = folder / RESULTS
+    results = _read_results(path) if path.exists() else []
+    key = ("stage", "probe", "checkpoint", "folder")
+    results = [r for r in results if any(r.get(k) != result.get(k) for k in key)] + [result]
+    write_atomically(path, json.dumps({"results": results}, indent=2) + "\n")
+
+
+def _read_results(path: Path) -> list[dict[str, Any]]:
+    """Raises RunFolderError unless the file is as `add_result` writes it."""
+    try:
+        results = json.loads(path.read_text(encoding="utf-8"))["results"]
+        if isinstance(results, list) and all(isinstance(result, dict) for result in results):
+            return results
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        pass
+    raise RunFolderError(f"{path}: damaged, or not a file of results; move it away and evaluate again")

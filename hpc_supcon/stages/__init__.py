@@ -1,0 +1,1 @@
+"""What a command runs, one file for each stage."""

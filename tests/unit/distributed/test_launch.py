@@ -1,0 +1,172 @@
+"""The environment becomes a rank, or a named error: never silently a world of one."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from hpc_supcon.distributed import launch
+from hpc_supcon.distributed.launch import Launch, fair_threads
+from hpc_supcon.errors import ConfigError, LaunchError
+
+TORCHRUN = {
+    "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
+    "MASTER_ADDR": "node7", "MASTER_PORT": "29500",
+}  # fmt: skip
+SRUN = {
+    "SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "0", "SLURM_PROCID": "4", "SLURM_LOCALID": "1", "SLURM_NODEID": "1",
+    "SLURM_STEP_NUM_TASKS": "5", "SLURM_NTASKS": "5",
+    "SLURM_STEP_TASKS_PER_NODE": "3,2", "SLURM_JOB_NODELIST": "gpu7",
+}  # fmt: skip
+
+
+def test_an_empty_environment_is_one_process():
+    assert launch.resolve({}) == launch.Launch()
+    assert launch.resolve({"MASTER_ADDR": "x", "MASTER_PORT": "1", "SLURM_JOB_ID": "3"}).world_size == 1
+
+
+def test_torchrun_is_read():
+    found = launch.resolve(TORCHRUN)
+    assert (found.rank, found.world_size, found.local_rank, found.local_world_size) == (3, 4, 1, 2)
+    assert (found.master_addr, found.master_port, found.launcher) == ("node7", 29500, "torchrun")
+
+
+@pytest.mark.parametrize("missing", ["RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"])
+def test_a_partial_torchrun_environment_names_what_is_missing(missing):
+    env = {k: v for k, v in TORCHRUN.items() if k != missing}
+    with pytest.raises(LaunchError, match=f"{missing} not"):
+        launch.resolve(env)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"RANK": "4"},
+        {"RANK": "-1"},
+        {"RANK": "x"},
+        {"LOCAL_RANK": "2"},
+        {"WORLD_SIZE": "1"},
+        {"LOCAL_WORLD_SIZE": "5"},
+    ],
+)
+def test_an_impossible_place_is_refused(change):
+    with pytest.raises(LaunchError):
+        launch.resolve({**TORCHRUN, **change})
+
+
+def test_srun_is_read_with_uneven_nodes():
+    found = launch.resolve(SRUN)
+    assert (found.rank, found.world_size, found.local_rank, found.local_world_size) == (4, 5, 1, 2)
+    assert (found.master_addr, found.launcher) == ("gpu7", "slurm")
+    assert found.master_port == 15000 + 4711
+    other = launch.resolve({**SRUN, "SLURM_PROCID": "0", "SLURM_NODEID": "0", "SLURM_LOCALID": "0"})
+    assert (other.local_world_size, other.master_port) == (3, found.master_port)
+
+
+def test_the_node_list_is_read_by_scontrol(tmp_path, monkeypatch):
+    tool = tmp_path / "scontrol"
+    tool.write_text('#!/bin/sh\n[ "$*" = "show hostnames n[3-4]" ] && printf "n3\\nn4\\n"\n')
+    tool.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert launch.resolve({**SRUN, "SLURM_JOB_NODELIST": "n[3-4]"}).master_addr == "n3"
+    with pytest.raises(LaunchError, match="failed"):
+        launch.resolve({**SRUN, "SLURM_JOB_NODELIST": "n[5-6]"})
+    monkeypatch.setenv("PATH", str(tmp_path / "none"))
+    with pytest.raises(LaunchError, match="export MASTER_ADDR"):
+        launch.resolve({**SRUN, "SLURM_JOB_NODELIST": "n[3-4]"})
+
+
+def test_a_batch_script_without_srun_is_refused_when_it_asked_for_several_tasks():
+    batch = {"SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0", "SLURM_NTASKS": "4"}
+    with pytest.raises(LaunchError, match="srun"):
+        launch.resolve(batch)
+    assert launch.resolve({**batch, "SLURM_NTASKS": "1"}).world_size == 1
+
+
+def test_torchrun_inside_a_step_wins_but_a_bare_contradiction_is_refused():
+    inside = {**SRUN, **TORCHRUN}
+    assert launch.resolve({**inside, "TORCHELASTIC_RUN_ID": "none"}).rank == 3
+    with pytest.raises(LaunchError, match="contradicts"):
+        launch.resolve(inside)
+
+
+def test_a_partial_slurm_step_is_refused():
+    for missing in ("SLURM_LOCALID", "SLURM_JOB_NODELIST"):
+        with pytest.raises(LaunchError, match=missing):
+            launch.resolve({k: v for k, v in SRUN.items() if k != missing})
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="asks for a GPU where there is none")
+def test_cuda_without_a_gpu_is_refused():
+    with pytest.raises(ConfigError, match=r"runtime\.device"):
+        launch.choose_device("cuda", launch.Launch())
+    assert launch.choose_device("auto", launch.Launch()).type == "cpu"
+
+
+def test_ranks_draw_different_numbers_and_repeat_their_own():
+    def draw(seed, rank):
+        launch.seed_everything(seed, rank)
+        return torch.rand(3).tolist()
+
+    draws = [draw(s, r) for s in (0, 1) for r in (0, 1, 2)]
+    assert draws == [draw(s, r) for s in (0, 1) for r in (0, 1, 2)]
+    assert len({tuple(d) for d in draws}) == 6
+
+
+def test_rank_without_world_size_ends_with_code_2_and_one_line(tmp_path, python):
+    done = subprocess.run(
+        [python, "-m", "hpc_supcon", "run", f"run_dir={tmp_path}/r"],
+        env={**os.environ, "RANK": "0"}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "WORLD_SIZE" in done.stderr
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has the switch")
+@pytest.mark.parametrize("kept", [False, True])
+def test_freed_memory_stays_with_the_process_where_that_is_asked_for(kept):
+    code = (
+        "import torch\n"
+        "from hpc_supcon import allocator\n"
+        "from hpc_supcon.distributed import launch\n"
+        "from hpc_supcon.bench.common import resident\n"
+        f"with launch.start(device='cpu', reuse_memory={kept}):\n"
+        "    before = resident('VmRSS')\n"
+        "    x = torch.ones(50_000_000)\n"
+        "    del x\n"
+        "    print(resident('VmRSS') - before)\n"
+        "    allocator.give_freed_memory_back()\n"
+        "    print(resident('VmRSS') - before)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    after, given_back = map(int, done.stdout.split())
+    assert (after > 150_000_000) is kept
+    assert given_back < 50_000_000
+
+
+@pytest.mark.parametrize(
+    ("launch", "env", "cores", "threads"),
+    [
+        (Launch(), {}, 8, 8),
+        (Launch(), {"OMP_NUM_THREADS": "1"}, 8, 8),  # set by torchrun, for everybody
+        (Launch(), {"HPC_SUPCON_SHARERS": "3"}, 8, 2),
+        (Launch(), {"HPC_SUPCON_SHARERS": "30"}, 8, 1),
+        (Launch(0, 2, 0, 2, launcher="torchrun"), {}, 8, 4),
+        (Launch(0, 2, 0, 2, launcher="torchrun"), {"HPC_SUPCON_SHARERS": "2"}, 8, 2),
+        # a node of 96 cores: srun bound the task to its 12; Slurm does not bind; srun was not told how many
+        (Launch(0, 8, 0, 8, launcher="slurm"), {"SLURM_CPUS_PER_TASK": "12", "SLURM_CPUS_ON_NODE": "96"}, 12, 12),
+        (Launch(0, 8, 0, 8, launcher="slurm"), {"SLURM_CPUS_PER_TASK": "12", "SLURM_CPUS_ON_NODE": "96"}, 96, 12),
+        (Launch(0, 8, 0, 8, launcher="slurm"), {"SLURM_CPUS_ON_NODE": "96"}, 12, 12),
+        (Launch(0, 8, 0, 8, launcher="slurm"), {"SLURM_CPUS_ON_NODE": "96"}, 96, 12),
+        (Launch(launcher="slurm"), {"SLURM_CPUS_PER_TASK": "6", "HPC_SUPCON_SHARERS": "3"}, 96, 2),
+    ],
+)
+def test_each_rank_takes_its_share_of_the_cores(launch, env, cores, threads):
+    assert fair_threads(launch, env, cores) == threads

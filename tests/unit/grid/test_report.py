@@ -1,0 +1,153 @@
+"""Claims about tables: the numbers of results.json, grouped and averaged as a library would."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import random
+import statistics
+
+import pytest
+from scipy import stats
+
+from hpc_supcon.config import yaml12
+from hpc_supcon.errors import ConfigError, RunFolderError
+from hpc_supcon.grid.cells import load as load_grid
+from hpc_supcon.grid.expand import Cell, expand
+from hpc_supcon.grid.files import Profile, Resources, TableConfig
+from hpc_supcon.grid.folder import Frozen, FrozenNode, freeze
+from hpc_supcon.grid.report import latex, markdown, write_report
+from hpc_supcon.grid.tables import SCORES, build_tables, mean_and_interval
+
+AXES = {"model.encoder": ["conv", "resnet18"], "loss.name": ["supcon_in", "tcl"]}
+
+
+@pytest.fixture
+def grid(tmp_path):
+    """A frozen grid of 2 x 2 cells and three seeds."""
+    path = tmp_path / "grid.yaml"
+    keys = {"name": "g", "base": "quickstart", "axes": AXES, "seeds": 3}
+    path.write_text(yaml12.dumps(keys))
+    return freeze(tmp_path / "out", expand(load_grid(path)), "", "debug", Profile(cluster="debug"))
+
+
+def write_result(frozen, cell, **numbers):
+    folder = frozen.run_folder(frozen.nodes[cell.nodes[-1]])
+    folder.mkdir(parents=True, exist_ok=True)
+    entry = {"stage": "probe", "probe": "linear", "test": dict.fromkeys(SCORES, 0.5) | numbers}
+    other = {"stage": "autoencoder", "test": {"mse": 1.0}}
+    (folder / "results.json").write_text(json.dumps({"results": [other, entry]}))
+
+
+@pytest.mark.parametrize("n", [2, 3, 7])
+def test_the_interval_is_that_of_scipy(n):
+    values = [random.Random(i).random() for i in range(n)]
+    mean, half = mean_and_interval(values)
+    low, high = stats.t.interval(0.95, n - 1, loc=statistics.fmean(values), scale=stats.sem(values))
+    assert (mean - half, mean + half) == pytest.approx((low, high))
+
+
+def test_one_value_has_no_interval_and_none_is_missing():
+    assert mean_and_interval([0.25]) == (0.25, 0.0)
+    assert mean_and_interval([]) is None
+
+
+def test_every_number_of_the_csv_is_the_mean_over_seeds(grid, tmp_path):
+    draw, drawn = random.Random(0), {}
+    for cell in grid.cells:
+        numbers = {score: draw.random() for score in SCORES}
+        write_result(grid, cell, **numbers)
+        for score, value in numbers.items():
+            drawn.setdefault((cell.labels["model.encoder"], cell.labels["loss.name"], score), []).append(value)
+    write_report(grid, tmp_path / "report")
+    lines = list(csv.DictReader(io.StringIO((tmp_path / "report" / "report.csv").read_text())))
+    assert len(lines) == 2 * 2 * 4
+    for line in lines:
+        values = drawn[line["row"], line["column"], line["score"]]
+        assert float(line["mean"]) == pytest.approx(statistics.fmean(values))
+        assert (line["n"], line["expected"]) == ("3", "3")
+    assert {p.name for p in (tmp_path / "report").iterdir()} == {
+        "report.md", "report.tex", "report.csv", "scores.png",
+    }  # fmt: skip
+
+
+def test_missing_cells_are_shown_as_missing_and_incomplete_ones_counted(grid):
+    for cell in grid.cells:
+        name, seed = cell.labels["loss.name"], cell.seed
+        if name == "supcon_in" and (cell.labels["model.encoder"] == "conv" or seed < 2):
+            write_result(grid, cell, accuracy=0.5 + 0.1 * seed)
+    text = markdown(build_tables(grid)[0])
+    conv, resnet = (line for line in text.splitlines() if line.startswith(("| conv", "| resnet18")))
+    assert conv.count("missing") == 4
+    assert "0.6000 ± " in conv
+    assert "(2 of 3)" in resnet
+
+
+def test_an_empty_grid_gives_a_whole_report(grid, tmp_path):
+    write_report(grid, tmp_path / "report")
+    assert "missing" in (tmp_path / "report" / "report.md").read_text()
+
+
+def test_axes_that_a_table_does_not_name_are_never_mixed(grid, tmp_path):
+    for cell in grid.cells:
+        write_result(grid, cell, accuracy=0.25 if cell.labels["loss.name"] == "tcl" else 0.75)
+    one = Frozen(**{**vars(grid), "tables": (TableConfig(title="t", layout="matrix", rows="model.encoder"),)})
+    tables = build_tables(one)
+    assert [table.title for table in tables] == ["t, loss.name supcon_in", "t, loss.name tcl"]
+    assert ["0.75" in markdown(t) and "0.25" not in markdown(t) for t in tables] == [True, False]
+
+
+def test_an_unknown_axis_and_damaged_results_are_named(grid):
+    one = Frozen(**{**vars(grid), "tables": (TableConfig(title="t", layout="matrix", rows="encoder"),)})
+    with pytest.raises(ConfigError, match=r"table 't': unknown axis 'encoder'; did you mean 'model.encoder'"):
+        build_tables(one)
+    write_result(grid, grid.cells[0])
+    path = grid.run_folder(grid.nodes[grid.cells[0].nodes[-1]]) / "results.json"
+    path.write_text(path.read_text()[:40])
+    with pytest.raises(RunFolderError, match=r"results\.json: cannot be read"):
+        build_tables(grid)
+
+
+def test_pruning_shows_rate_size_ratio_and_accuracy(tmp_path):
+    """By the stage's published form of results.json; an unpruned cell has the dense size and ratio one."""
+    nodes, cells = {}, []
+    for rate in ("null", "0.2", "0.5"):
+        stage = "probe" if rate == "null" else "prune"
+        node = FrozenNode(f"r{rate}.{stage}", stage, f"r{rate}", None, Resources(), "")
+        nodes[node.name] = node
+        cells.append(Cell(f"r{rate}", {"prune.rate": rate, "seed": "0"}, 0, (node.name,)))
+        folder = tmp_path / "runs" / node.folder
+        folder.mkdir(parents=True)
+        entry = {"stage": stage, "test": dict.fromkeys(SCORES, 0.9)}
+        if rate != "null":
+            entry["prune"] = {"method": "l1", "rate": float(rate), "scope": "global"}
+            kept = int(8_000_000 * (1 - float(rate)))
+            entry["size"] = {"dense_bytes": 8_000_000, "gzip_bytes": 7_000_000, "sparse_bytes": kept}
+        (folder / "results.json").write_text(json.dumps({"results": [entry]}))
+    tables = (TableConfig(title="pruning", layout="pruning", rows="prune.rate"),)
+    profile = Profile(cluster="debug")
+    frozen = Frozen(tmp_path, "g", "debug", profile, "c", 1, tuple(cells), nodes, tables)
+    lines = markdown(build_tables(frozen)[0]).splitlines()
+    assert lines[0] == "| prune.rate | size (MB) | ratio | accuracy |"
+    assert lines[2:] == [
+        "| 0 | 8.00 | 1.00 | 0.9000 |", "| 0.2 | 6.40 | 1.25 | 0.9000 |", "| 0.5 | 4.00 | 2.00 | 0.9000 |",
+    ]  # fmt: skip
+
+
+def test_latex_is_balanced_and_escapes_what_means_something_else(grid):
+    write_result(grid, grid.cells[0])
+    table = build_tables(grid)[0]
+    table.title = r"50 % of a_b & {c} \ ~ ^ $ #"
+    text = latex(table)
+    assert text.count(r"\begin") == text.count(r"\end") == 2
+    assert r"50 \% of a\_b \& \{c\} \textbackslash{} \textasciitilde{} \textasciicircum{} \$ \#" in text
+    assert r"supcon\_in" in text
+    body = text[text.index(r"\midrule") : text.index(r"\bottomrule")]
+    assert {line.count("&") for line in body.splitlines()[1:]} == {8}
+
+
+def test_markdown_cells_keep_their_place(grid):
+    table = build_tables(grid)[0]
+    table.columns = ["a|b\nc", *table.columns[1:]]
+    assert "a\\|b c F1" in markdown(table).splitlines()[0]

@@ -1,0 +1,312 @@
+"""The phases of a step: every moment belongs to one of them, and measuring changes nothing."""
+
+from __future__ import annotations
+
+import gc
+import gzip
+import json
+import weakref
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from hpc_supcon import phases
+from hpc_supcon.distributed.launch import Launch, Runtime
+from hpc_supcon.errors import NonFinite, RunFolderError
+from hpc_supcon.phases import Clock, measured_by, phase
+from hpc_supcon.training.finite_check import Guard
+from hpc_supcon.training.garbage_collection import collected_every
+from hpc_supcon.training.profile import TRACED, WARM_UP, Breakdown, StepProfile, breakdown
+from hpc_supcon.training.step import train_step
+from tests.dist.ranks import run_ranks
+from tests.dist.test_step import build
+
+CPU = torch.device("cpu")
+
+
+class Time:
+    """A clock that goes on only where it is told to."""
+
+    def __init__(self, monkeypatch):
+        self.now = 0.0
+        monkeypatch.setattr(phases.time, "perf_counter", lambda: self.now)
+
+    def passes(self, seconds):
+        self.now += seconds
+
+
+class Taking(torch.autograd.Function):
+    """The identity, which takes so many seconds forward and backward."""
+
+    @staticmethod
+    def forward(ctx, x, time, forward, backward):
+        time.passes(forward)
+        ctx.time, ctx.backward_s = time, backward
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        ctx.time.passes(ctx.backward_s)
+        return grad, None, None, None
+
+
+def taking(module, time, forward, backward):
+    """`module` after which so much time has passed, in both directions."""
+    module.register_forward_hook(lambda m, i, o: Taking.apply(o, time, forward, backward))
+
+
+def timed_state(time, overrides):
+    state, batches = build(0, 1, overrides)
+    taking(state.model.encoder, time, 3.0, 7.0)
+    taking(state.model.heads["projection"], time, 2.0, 5.0)
+    taking(state.objective, time, 11.0, 13.0)
+    draw, render, step = state.views.draw, state.views.render, state.engine.step
+    state.views.draw = lambda *size: (time.passes(0.5), draw(*size))[1]
+    state.views.render = lambda *some: (time.passes(1.0), render(*some))[1]
+    state.engine.step = lambda *some: (time.passes(17.0), step(*some))[1]
+    return state, batches
+
+
+def measured(state, batches):
+    clock = Clock(CPU)
+    with measured_by(clock, state.model):
+        for batch in batches:
+            train_step(state, batch)
+    return breakdown(clock, len(batches))
+
+
+def test_every_part_of_a_step_is_charged_to_its_phase(monkeypatch):
+    time = Time(monkeypatch)
+    found = measured(*timed_state(time, []))
+    assert found.seconds == {
+        "views": 1.5, "encoder": 3.0, "projection": 2.0, "loss": 11.0, "loss backward": 13.0,
+        "projection backward": 5.0, "encoder backward": 7.0, "optimiser": 17.0, "guard": 0.0, "rest": 0.0,
+    }  # fmt: skip
+    assert found.total == time.now / 5
+    assert found.share("encoder") == 10 / 59.5
+    assert found.names() == ["views", "encoder", "projection", "loss", "optimiser", "guard", "rest"]
+
+
+def test_the_two_passes_of_a_step_are_charged_to_the_same_phases(monkeypatch):
+    found = measured(*timed_state(Time(monkeypatch), ["train.micro_batch_size=8"]))  # three pieces, each twice
+    assert found.seconds == {
+        "views": 6.5, "encoder": 18.0, "projection": 12.0, "loss": 11.0, "loss backward": 13.0,
+        "projection backward": 15.0, "encoder backward": 21.0, "optimiser": 17.0, "guard": 0.0, "rest": 0.0,
+    }  # fmt: skip
+
+
+@phase("gather")
+def leave_by_an_error(time):
+    time.passes(16)
+    raise NonFinite("leaves no phase open")
+
+
+def test_nested_phases_add_up_to_the_whole(monkeypatch):
+    time = Time(monkeypatch)
+    clock = Clock(CPU)
+    with measured_by(clock, nn.ModuleDict({"encoder": nn.Identity()})):
+        time.passes(1)
+        with phase("loss"):
+            time.passes(2)
+            with phase("gather"):
+                time.passes(4)
+            time.passes(8)
+            with pytest.raises(NonFinite):
+                leave_by_an_error(time)
+        time.passes(32)
+    assert clock.read() == {"rest": 33, "loss": 10, "gather": 20}
+
+
+def test_numbers_and_table_of_a_breakdown():
+    found = Breakdown({"rest": 0.001, "encoder": 0.004, "encoder backward": 0.005, "own": 0.002}, 3)
+    numbers = found.numbers()
+    assert numbers["step_ms"] == pytest.approx(12)
+    assert sum(v for k, v in numbers.items() if k != "step_ms") == pytest.approx(12)
+    assert found.names() == ["encoder", "rest", "own"]
+    assert found.share("encoder") == pytest.approx(0.75)
+
+
+@pytest.mark.parametrize(
+    "overrides", [[], ["train.micro_batch_size=7"], ["loss.terms={supcon_out: 1, cross_entropy: 0.5}"]]
+)
+def test_measuring_and_tracing_change_no_bit(overrides, tmp_path):
+    ends = []
+    for watched in (False, True):
+        torch.manual_seed(0)
+        state, batches = build(0, 1, overrides)
+        reports = []
+        profile = StepProfile(3, state.model, CPU, tmp_path, reports.append) if watched else nullcontext()
+        with profile as told:
+            for k in range(WARM_UP + 3 + TRACED + 2):
+                train_step(state, batches[k % 5])
+                if told is not None:
+                    told.stepped()
+        ends.append(state.model.state_dict())
+    assert [r.steps for r in reports] == [3]
+    assert {"encoder backward", "projection backward", "views", "loss"} <= set(reports[0].seconds)
+    assert all(torch.equal(ends[0][name], ends[1][name]) for name in ends[0])
+    events = json.loads(gzip.decompress((tmp_path / "trace.json.gz").read_bytes()))["traceEvents"]
+    counts = [
+        sum(e.get("name") == f"step/{name}" and e.get("cat") == "user_annotation" for e in events)
+        for name in ("views", "loss", "optimiser")
+    ]
+    assert counts[1:] == [TRACED, TRACED]
+    assert counts[0] >= 2 * TRACED
+
+
+def test_a_run_that_ends_early_reports_what_it_measured(tmp_path):
+    state, batches = build(0, 1, [])
+    reports = []
+    with StepProfile(100, state.model, CPU, tmp_path / "none", reports.append) as profile:
+        for k in range(WARM_UP + 2):
+            train_step(state, batches[k % 5])
+            profile.stepped()
+    assert [r.steps for r in reports] == [2]
+    assert not phases._clocks
+    assert not (tmp_path / "none").exists()
+
+
+def profile_on_ranks(rank, world_size, folder):
+    state, batches = build(rank, world_size, [])
+    with StepProfile(1, state.model, CPU, Path(folder) if rank == 0 else None, lambda found: None) as profile:
+        for k in range(WARM_UP + TRACED):
+            train_step(state, batches[k % 5])
+            profile.stepped()
+        train_step(state, batches[0])
+        with pytest.raises(RunFolderError, match="cannot be written") as caught:
+            profile.stepped()
+    return str(caught.value)
+
+
+def test_a_trace_that_rank_0_cannot_write_stops_all_ranks(tmp_path):
+    (tmp_path / "file").write_text("not a folder")
+    messages = run_ranks(profile_on_ranks, 2, str(tmp_path / "file"))
+    assert messages[0] == messages[1]
+
+
+class Cycle:
+    def __init__(self):
+        self.itself = self
+
+
+def test_garbage_is_collected_at_the_given_steps_only():
+    with collected_every(3) as collect:
+        assert not gc.isenabled()
+        gone = []
+        for step in range(1, 8):
+            cycle = Cycle()
+            watch = weakref.ref(cycle)
+            del cycle
+            collect(step)
+            gone.append(watch() is None)
+        assert gone == [step % 3 == 0 for step in range(1, 8)]
+    assert gc.isenabled()
+
+
+def test_the_collector_comes_back_after_an_error_and_stays_as_it_was():
+    with pytest.raises(NonFinite), collected_every(3):
+        raise NonFinite("x")
+    assert gc.isenabled()
+    with collected_every(None) as collect:
+        assert gc.isenabled()
+        collect(3)
+    gc.disable()
+    try:
+        with collected_every(3):
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
+
+
+# ---- waiting for the device
+
+WAITS = ("tolist", "item", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__")
+
+
+def refuse(monkeypatch, names):
+    def wait(*_):
+        raise AssertionError("the host waits for the device")
+
+    for name in names:
+        monkeypatch.setattr(torch.Tensor, name, wait)
+
+
+class FakeTiles:
+    """A backend without arithmetic, for a device without data; the real ones are CUDA kernels there."""
+
+    def __init__(self, edge):
+        pass
+
+    def row_sums(self, columns, kappa):
+        from hpc_supcon.losses.autograd import RowSums
+
+        n = columns.u.new_empty(5, columns.own.stop - columns.own.start)
+        return RowSums(n[0], n[1], n[2], *([None, None] if kappa is None else [n[3], n[4]]))
+
+    def row_gradients(self, columns, coefficients, kappa):
+        return torch.empty_like(columns.u[columns.own])
+
+
+@pytest.mark.parametrize("backend", ["reference", "tiled"])
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        [],
+        ["optim.name=lars", "optim.clip_norm=1.0", "train.ema=0.99", "augment.blur=0.5"],
+        ["optim.name=lamb", "train.micro_batch_size=5", "augment.policy=autoaugment"],
+        ["loss.name=tcl", "loss.queue_size=30", "model.momentum_encoder=0.9", "augment.policy=randaugment"],
+        ["loss.name=triplet", "loss.mining=semihard", "augment.policy=flip_crop"],
+        ["loss.terms={supcon_in: 1, cross_entropy: 0.5}", "augment.policy=none"],
+    ],
+    ids=lambda overrides: overrides[0] if overrides else "default",
+)
+def test_a_step_never_waits_for_its_device_but_in_the_guard(monkeypatch, overrides, backend):
+    """On a device whose tensors have no values: whatever reads one fails, as does every copy to the host."""
+    from hpc_supcon.losses import torch_tiled
+
+    monkeypatch.setattr(torch_tiled, "Tiles", FakeTiles)
+    monkeypatch.setattr(torch, "autocast", lambda *a, **k: nullcontext())  # it does not know such a device
+    meta = torch.device("meta")
+    state, batches = build(0, 1, [*overrides, f"loss.backend={backend}"], runtime=Runtime(Launch(), meta))
+    state.guard = Guard(meta, deferred=True)
+    state.guard.check = lambda *a: None  # it reads the answer of the step before
+    for batch in batches[:3]:
+        train_step(state, type(batch)(batch.images.to(meta), batch.labels.to(meta), batch.index.to(meta)))
+    assert state.step == 3
+    with pytest.raises(RuntimeError):
+        bool(torch.ones((), device=meta))  # what the test stands on
+
+
+def ranks_that_may_not_wait(rank, world_size, overrides):
+    state, batches = build(rank, world_size, overrides)
+    drawn = [state.views(batch.images) for batch in batches]  # drawing is the CPU's on every device
+    state.views.draw, state.views.select = (lambda *a: None), (lambda *a: None)
+    state.views.render = lambda *a: drawn[state.step]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(state.guard, "check", lambda *a: None)
+        # the queue's position is a number on the CPU
+        refuse(patch, [name for name in WAITS if state.queue is None or name != "__int__"])
+        results = [train_step(state, batch) for batch in batches]
+    return [float(r.loss) for r in results]
+
+
+def ranks_that_agree_in_every_step(rank, world_size, overrides):
+    state, batches = build(rank, world_size, overrides)
+    state.images_per_rank = None
+    return [float(train_step(state, batch).loss) for batch in batches]
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ["loss.backend=reference"],
+        ["loss.name=simclr", "loss.backend=reference", "loss.queue_size=30"],
+        ["loss.name=triplet", "loss.mining=hard", "optim.lr=0.0001"],
+    ],
+)
+def test_ranks_that_know_their_batches_need_not_agree_and_lose_nothing(overrides):
+    assert run_ranks(ranks_that_may_not_wait, 2, overrides) == run_ranks(ranks_that_agree_in_every_step, 2, overrides)

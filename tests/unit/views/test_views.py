@@ -1,0 +1,309 @@
+"""Claims about augmented views; torchvision's per-image transforms are the reference."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torchvision.transforms import RandomResizedCrop
+from torchvision.transforms import v2 as T
+from torchvision.transforms.v2 import functional as TF
+
+from hpc_supcon.data import EvalTransform, Views
+from hpc_supcon.data.views.color import BRIGHTNESS, CONTRAST, SATURATION, adjust_hue, blend, grey
+from hpc_supcon.data.views.resample import draw_boxes, resample
+from hpc_supcon.errors import ConfigError
+
+NO_COLOUR = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0, "grey": 0.0}
+RGB = {"mean": [0.0] * 3, "std": [1.0] * 3}
+
+
+def pictures(n: int, channels: int = 3, height: int = 32, width: int | None = None) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(n + channels)
+    return torch.randint(0, 256, (n, channels, height, width or height), dtype=torch.uint8, generator=generator)
+
+
+def planes(n: int, size: int = 13) -> torch.Tensor:
+    """[C, N, H, W] in 0..1, with grey pixels and ties between channels among them."""
+    x = torch.rand(3, n, size, size, generator=torch.Generator().manual_seed(n))
+    x[:, :, 0] = x[:1, :, 0]
+    x[1, :, 1] = x[0, :, 1]
+    x[2, :, 2] = x[0, :, 2]
+    x[2, :, 3] = x[1, :, 3]
+    x[:, :, 4, 0], x[:, :, 4, 1] = 0, 1
+    return x
+
+
+# ---- crop, resize and flip
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "size"), [(32, 32, 32), (28, 28, 28), (37, 37, 16), (17, 29, 24), (9, 9, 31)]
+)
+@pytest.mark.parametrize("channels", [1, 3])
+def test_resampling_equals_torchvision_resized_crop(height, width, size, channels):
+    images = pictures(6, channels, height, width)
+    boxes = draw_boxes(
+        18, height, width, scale=(0.05, 1.0), ratio=(0.5, 2.0), generator=torch.Generator().manual_seed(0)
+    ).view(6, 3, 4)
+    boxes[0, 0] = torch.tensor([0, 0, height, width])
+    boxes[0, 1] = torch.tensor([height - 1, width - 1, 1, 1])
+    flip = torch.arange(18).view(6, 3) % 2 == 0
+    views = resample(images, boxes, flip, size)
+    for b in range(6):
+        for v in range(3):
+            expected = TF.resized_crop(images[b].float() / 255, *boxes[b, v].tolist(), [size, size], antialias=True)
+            expected = expected.flip(-1) if flip[b, v] else expected
+            torch.testing.assert_close(views[:, b, v], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "scale", "ratio"),
+    [
+        (32, 32, (0.2, 1.0), (3 / 4, 4 / 3)),
+        (28, 40, (0.08, 1.0), (3 / 4, 4 / 3)),
+        (8, 64, (0.9, 1.0), (3 / 4, 4 / 3)),
+    ],
+)
+def test_boxes_are_distributed_as_torchvisions(height, width, scale, ratio):
+    n = 6000
+    ours = draw_boxes(n, height, width, scale=scale, ratio=ratio, generator=torch.Generator().manual_seed(3)).double()
+    with torch.random.fork_rng():
+        torch.manual_seed(4)
+        image = torch.empty(3, height, width)
+        theirs = torch.tensor(
+            [RandomResizedCrop.get_params(image, list(scale), list(ratio)) for _ in range(n)]
+        ).double()
+    for name, number in {
+        "top": lambda b: b[:, 0],
+        "left": lambda b: b[:, 1],
+        "area": lambda b: b[:, 2] * b[:, 3],
+        "log ratio": lambda b: (b[:, 3] / b[:, 2]).log(),
+        "top, given the height": lambda b: b[:, 0] * b[:, 2],
+    }.items():
+        a, b = number(ours), number(theirs)
+        error = math.sqrt(float(a.var() + b.var()) / n) + 1e-9
+        assert abs(float(a.mean() - b.mean())) < 4.5 * error, name
+        assert float(a.std()) == pytest.approx(float(b.std()), rel=0.08, abs=1e-9), name
+        histograms = [
+            torch.histc(x, 12, float(torch.cat((a, b)).min()), float(torch.cat((a, b)).max())) for x in (a, b)
+        ]
+        assert float((histograms[0] - histograms[1]).abs().max()) < 5 * math.sqrt(n / 2), name
+    assert (ours[:, :2] >= 0).all()
+    assert (ours[:, 0] + ours[:, 2] <= height).all()
+    assert (ours[:, 1] + ours[:, 3] <= width).all()
+
+
+def test_a_box_that_never_fits_falls_back_to_torchvisions_centre():
+    for height, width in ((8, 64), (64, 8), (10, 10)):
+        # area above 1 fits nothing, so that both sides fall back
+        ours = draw_boxes(2, height, width, scale=(4, 5), ratio=(3 / 4, 4 / 3), generator=torch.Generator())
+        expected = RandomResizedCrop.get_params(torch.empty(3, height, width), [4, 5], [3 / 4, 4 / 3])
+        assert ours.tolist() == [list(expected)] * 2
+
+
+def test_flip_rate_is_the_probability():
+    views = Views(2, 32, **RGB, flip=0.3)
+    assert float(views.draw(5000, 32, 32).flip.float().mean()) == pytest.approx(0.3, abs=0.02)
+
+
+# ---- colour
+
+
+@pytest.mark.parametrize(
+    ("operation", "reference", "channels"),
+    [
+        (BRIGHTNESS, TF.adjust_brightness, 1),
+        (BRIGHTNESS, TF.adjust_brightness, 3),
+        (CONTRAST, TF.adjust_contrast, 1),
+        (CONTRAST, TF.adjust_contrast, 3),
+        (SATURATION, TF.adjust_saturation, 3),
+    ],
+)
+def test_blends_equal_torchvisions(operation, reference, channels):
+    x = planes(5)[:channels]
+    factors = torch.tensor([0.0, 0.4, 1.0, 1.3, 3.0])
+    expected = torch.stack([reference(x[:, i], float(f)) for i, f in enumerate(factors)], dim=1)
+    ours = blend(x.clone(), torch.full((5,), operation), factors)
+    torch.testing.assert_close(ours, expected, atol=1e-5, rtol=0)
+
+
+def test_one_blend_serves_images_of_different_operations():
+    x, factors = planes(3), torch.tensor([0.7, 0.5, 1.4])
+    together = blend(x.clone(), torch.tensor([SATURATION, BRIGHTNESS, CONTRAST]), factors)
+    for i, reference in enumerate((TF.adjust_saturation, TF.adjust_brightness, TF.adjust_contrast)):
+        torch.testing.assert_close(together[:, i], reference(x[:, i], float(factors[i])), atol=1e-5, rtol=0)
+
+
+def test_hue_equals_torchvisions():
+    factors = torch.tensor([-0.5, -0.31, -0.1, 0.0, 0.05, 0.2, 0.4, 0.5])
+    x = planes(8, size=40)
+    expected = torch.stack([TF.adjust_hue(x[:, i], float(f)) for i, f in enumerate(factors)], dim=1)
+    torch.testing.assert_close(adjust_hue(x.clone(), factors), expected, atol=1e-5, rtol=0)
+
+
+def test_grey_equals_torchvisions():
+    x = planes(4)
+    torch.testing.assert_close(grey(x)[0], TF.rgb_to_grayscale(x.transpose(0, 1))[:, 0], atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(
+    "strengths",
+    [
+        {},
+        {"hue": 0.0},
+        {"saturation": 0.0, "contrast": 0.0},
+        {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0},
+        NO_COLOUR,
+    ],
+)
+def test_views_are_what_torchvision_makes_of_the_same_parameters(strengths):
+    images, views = pictures(40), Views(2, 24, mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.25], **strengths)
+    drawn = views.draw(40, 32, 32)
+    ours = views.render(images, drawn).flatten(0, 1)
+    operations = (TF.adjust_brightness, TF.adjust_contrast, TF.adjust_saturation, TF.adjust_hue)
+    for i in range(80):
+        x = TF.resized_crop(images[i // 2].float() / 255, *drawn.boxes[i].tolist(), [24, 24], antialias=True)
+        x = x.flip(-1) if drawn.flip[i] else x
+        for k in views.orders[drawn.order[i]] if drawn.order[i] >= 0 else ():
+            x = operations[k](x, float(drawn.factors[i, k]))
+        x = TF.rgb_to_grayscale(x, 3) if drawn.grey[i] and views.grey else x
+        x = TF.normalize(x, [0.4, 0.5, 0.6], [0.2, 0.3, 0.25])
+        torch.testing.assert_close(ours[i], x, atol=1e-4, rtol=0)
+
+
+def test_parameters_have_color_jitters_ranges_and_rates():
+    drawn = Views(2, 32, **RGB, brightness=0.4, contrast=1.5, saturation=0.2, hue=0.1).draw(10_000, 32, 32)
+    for column, (low, high) in enumerate(((0.6, 1.4), (0.0, 2.5), (0.8, 1.2), (-0.1, 0.1))):
+        factor = drawn.factors[:, column]
+        assert float(factor.min()) >= low - 1e-6
+        assert float(factor.max()) <= high + 1e-6
+        assert float(factor.mean()) == pytest.approx((low + high) / 2, abs=0.02 * (high - low))
+        assert float(factor.std()) == pytest.approx((high - low) / math.sqrt(12), rel=0.03)
+    assert float((drawn.order >= 0).float().mean()) == pytest.approx(0.8, abs=0.015)
+    assert float(drawn.grey.float().mean()) == pytest.approx(0.2, abs=0.015)
+    orders = torch.bincount(drawn.order[drawn.order >= 0], minlength=24)
+    assert len(orders) == 24  # every order of four operations, about 667 times each
+    assert float((orders - orders.float().mean()).abs().max()) < 5 * math.sqrt(667)
+
+
+def test_pixels_are_distributed_as_torchvisions_whole_pipeline():
+    image, n, size = pictures(1, height=16)[0], 700, 16
+    image[0] //= 2  # colourful on average, so that hue and grey show in the means
+    strength = {"brightness": 0.6, "contrast": 0.5, "saturation": 0.8, "hue": 0.3}
+    theirs = T.Compose(
+        [
+            T.RandomResizedCrop(size, scale=(0.2, 1.0), antialias=True),
+            T.RandomHorizontalFlip(),
+            T.RandomApply([T.ColorJitter(**strength)], p=0.8),
+            T.RandomGrayscale(0.2),
+        ]
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        expected = torch.stack([theirs(image.float() / 255) for _ in range(n)])
+    ours = Views(n, size, **RGB, **strength)(image[None])[0]
+    for number in (
+        lambda x: x.mean((2, 3)),
+        lambda x: x.std((2, 3)),
+        lambda x: x.amax(1).mean((1, 2), keepdim=True)[..., 0],
+    ):
+        a, b = number(ours), number(expected)
+        error = ((a.var(0) + b.var(0)) / n).sqrt()
+        assert float(((a.mean(0) - b.mean(0)).abs() / error).max()) < 4.5
+        torch.testing.assert_close(a.std(0), b.std(0), rtol=0.1, atol=0)
+
+
+# ---- the module
+
+
+def test_samples_and_views_get_parameters_of_their_own():
+    image = pictures(1).expand(8, -1, -1, -1)
+    views = Views(3, 32, **RGB)(image).flatten(0, 1)
+    distances = torch.cdist(views.flatten(1), views.flatten(1)) + torch.eye(24) * 1e9
+    assert float(distances.min()) > 0.1
+
+
+def test_views_continue_bit_for_bit_from_a_saved_state():
+    images, views = pictures(16), Views(2, 32, **RGB, seed=7)
+    views(images)
+    state = views.state()
+    expected = views(images)
+    resumed = Views(2, 32, **RGB, seed=8)
+    resumed.load_state(state)
+    assert torch.equal(resumed(images), expected)
+
+
+def test_views_neither_use_nor_disturb_the_global_generator():
+    images = pictures(4)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        before = torch.get_rng_state()
+        first = Views(2, 32, **RGB)(images)
+        assert torch.equal(torch.get_rng_state(), before)
+        torch.manual_seed(1)
+        assert torch.equal(Views(2, 32, **RGB)(images), first)
+
+
+def test_every_rank_and_seed_has_its_own_stream():
+    seeds = [(0, 0), (0, 1), (1, 0), (1, 1)]
+    boxes = [Views(2, 32, **RGB, seed=seed).draw(50, 32, 32).boxes for seed in seeds]
+    assert all(not torch.equal(boxes[i], boxes[j]) for i in range(4) for j in range(i))
+
+
+def test_one_channel_images_get_brightness_and_contrast_only():
+    views = Views(2, 28, mean=[0.1], std=[0.3])
+    assert {k for order in views.orders for k in order} == {BRIGHTNESS, CONTRAST}
+    out = views(pictures(5, 1, 28))
+    assert out.shape == (5, 2, 1, 28, 28)
+    assert out.dtype == torch.float32
+    assert out.isfinite().all()
+
+
+def test_nothing_switched_on_is_normalisation_alone():
+    images = pictures(5)
+    mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]
+    views = Views(1, 32, mean=mean, std=std, crop_scale=(1, 1), crop_ratio=(1, 1), flip=0, **NO_COLOUR)
+    expected = TF.normalize(images.float() / 255, mean, std)
+    torch.testing.assert_close(views(images)[:, 0], expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(EvalTransform(mean, std)(images), expected, atol=1e-5, rtol=0)
+
+
+def test_autocast_and_gradients_do_not_reach_the_views():
+    images = pictures(4)
+    expected = Views(2, 32, **RGB)(images)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours = Views(2, 32, **RGB)(images)
+    assert torch.equal(ours, expected)
+    assert not ours.requires_grad
+
+
+def test_channels_last_changes_the_layout_and_no_value():
+    images = pictures(6)
+    plain, last = Views(2, 32, **RGB)(images), Views(2, 32, **RGB, channels_last=True)(images)
+    assert torch.equal(plain, last)
+    assert plain.flatten(0, 1).is_contiguous()
+    assert last.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_views_hold_nothing_that_belongs_into_a_checkpoint():
+    assert Views(2, 32, **RGB).state_dict() == {}
+    assert EvalTransform(**RGB).state_dict() == {}
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"count": 0}, "count >= 1"),
+        ({"crop_scale": (0.0, 1.0)}, "crop_scale"),
+        ({"crop_scale": (0.9, 0.2)}, "crop_scale"),
+        ({"crop_ratio": (2.0, 1.0)}, "crop_ratio"),
+        ({"flip": 1.5}, "flip is a probability"),
+        ({"hue": 0.6}, "hue must be at least 0 and at most 0.5"),
+        ({"brightness": -1.0}, "brightness must be at least 0"),
+    ],
+)
+def test_values_out_of_range_are_named(values, message):
+    with pytest.raises(ConfigError, match=message):
+        Views(**{"count": 2, "image_size": 32, **RGB, **values})
