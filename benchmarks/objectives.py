@@ -2,7 +2,7 @@
 
     python benchmarks/objectives.py --mnist FOLDER --cifar10 FOLDER -o results.json
 
-All share encoder, optimiser (AdamW), batch size, the number of images that pass through the encoder in training (an
+All share encoder, optimizer (AdamW), batch size, the number of images that pass through the encoder in training (an
 image with two views counts twice) and the validation split. The learning rate of each is tuned on seed 0 by
 validation accuracy, on 5,000 images; then each seed trains with it. A run that is there already is not repeated.
 """

@@ -67,7 +67,7 @@ class MissingExtra(HpcSupconError):
 
 
 class NonFinite(HpcSupconError):
-    """Loss or gradients became NaN or Inf; training stopped before the optimiser step."""
+    """Loss or gradients became NaN or Inf; training stopped before the optimizer step."""
 
     exit_code = 3
 

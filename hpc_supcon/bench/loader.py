@@ -1,4 +1,4 @@
-"""Images/s of every loader, two augmented views delivered, normalised, on the device; against torchvision's way.
+"""Images/s of every loader, two augmented views delivered, normalized, on the device; against torchvision's way.
 
     hpc-supcon bench loader --data /data/cifar10 --batch-size 512 --workers 2
 
@@ -43,7 +43,7 @@ CONTENDERS = ("torchvision", "resident", "torch", "ffcv", "ffcv-decode-twice", "
 
 Batches = Generator[Tensor, None, None]
 """float32 [B, 2, 3, S, S]"""
-_TORCHVISION_COLOUR = [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8), v2.RandomGrayscale(0.2)]
+_TORCHVISION_COLOR = [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8), v2.RandomGrayscale(0.2)]
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,7 @@ def torchvision_batches(folder: Path, size: int, batch_size: int, workers: int, 
         [
             v2.RandomResizedCrop(size, scale=(0.2, 1.0), antialias=True),
             v2.RandomHorizontalFlip(),
-            *(_TORCHVISION_COLOUR if policy == "simaugment" else []),
+            *(_TORCHVISION_COLOR if policy == "simaugment" else []),
             v2.ToImage(),
             v2.ToDtype(torch.float32, scale=True),
             v2.Normalize(MEAN, STD),

@@ -51,15 +51,15 @@ class PilImages(Dataset[tuple[list[Tensor], int]]):
 def sample_transform(size: int, mean: Sequence[float], std: Sequence[float], policy: str) -> Any:
     """torchvision's form of this package's policies `flip_crop` and `simaugment`, at their default strengths."""
     assert policy in POLICIES
-    colour: list[Any] = []
+    color: list[Any] = []
     if policy == "simaugment":
-        grey = [transforms.RandomGrayscale(p=0.2)] if len(mean) == 3 else []
-        colour = [transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8), *grey]
+        gray = [transforms.RandomGrayscale(p=0.2)] if len(mean) == 3 else []
+        color = [transforms.RandomApply([transforms.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8), *gray]
     return transforms.Compose(
         [
             transforms.RandomResizedCrop(size, scale=(0.2, 1.0)),
             transforms.RandomHorizontalFlip(),
-            *colour,
+            *color,
             transforms.ToTensor(),
             transforms.Normalize(mean, std),
         ]
@@ -82,7 +82,7 @@ class PlainLoop:
     ) -> None:
         self.encoder, self.head, self.device = encoder.train(), head.train(), device
         parameters = [*encoder.parameters(), *head.parameters()]
-        self.optimiser = torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=1e-4)
+        self.optimizer = torch.optim.SGD(parameters, lr=lr, momentum=0.9, weight_decay=1e-4)
         self.loader = DataLoader(
             data,
             batch_size=batch_size,
@@ -103,6 +103,6 @@ class PlainLoop:
         embeddings = F.normalize(self.head(self.encoder(images)), dim=1)
         loss = dense_supcon(embeddings, labels.repeat(len(views)))
         self.losses.append(loss.item())
-        self.optimiser.zero_grad()
+        self.optimizer.zero_grad()
         loss.backward()
-        self.optimiser.step()
+        self.optimizer.step()

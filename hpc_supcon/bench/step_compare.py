@@ -55,7 +55,7 @@ def check_comparable(config: Config) -> None:
             f"{config.augment.policy}; use --no-plain"
         )
     if config.loss.weights != {"supcon_out": 1.0}:
-        raise ConfigError(f"the plain loop minimises supcon_out, not {config.loss.label}; use --no-plain")
+        raise ConfigError(f"the plain loop minimizes supcon_out, not {config.loss.label}; use --no-plain")
 
 
 def compare(
@@ -132,7 +132,7 @@ def build_plain_loop(config: Config, steps: int, device: torch.device) -> PlainL
     """With the model, images, augmentation and learning rate that a Session of `config` has."""
     splits = assemble.load_data(config, Runtime(Launch(), device)).splits
     description = assemble.describe_model(config, splits)
-    norm, size = description["normalisation"], description["encoder"]["image_size"]
+    norm, size = description["normalization"], description["encoder"]["image_size"]
     assemble.seed_models(config)
     model = assemble.build_model(description).to(device)
     transform = TwoCrops(sample_transform(size, norm["mean"], norm["std"], config.augment.policy))

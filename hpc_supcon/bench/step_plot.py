@@ -41,7 +41,7 @@ def plot(results: Sequence[Result], path: Path) -> None:
 
 
 def _draw_shares(axis: object, rows: Sequence[Result]) -> None:
-    """A bar for each row, divided among the phases in the colours of one legend."""
+    """A bar for each row, divided among the phases in the colors of one legend."""
     from matplotlib.axes import Axes
 
     assert isinstance(axis, Axes)

@@ -26,7 +26,7 @@ OUT_OF_MEMORY = "out of memory"
 class Result:
     """One row. `batch_size` in images, of `views` views each; the best of ROUNDS rounds of `steps` steps.
 
-    `seconds` of each phase per step, of the best round; `peak_bytes`: model, optimiser and batch included.
+    `seconds` of each phase per step, of the best round; `peak_bytes`: model, optimizer and batch included.
     """
 
     encoder: str

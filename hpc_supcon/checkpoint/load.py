@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from ..errors import CheckpointCorrupt, RunFolderError
+from ..renamed import new_state
 from .disk import from_json, hash_file, open_plain, read_file, unseal
 from .layout import MANIFEST, STATE, TENSORS, path_of, step_of
 
@@ -183,7 +184,7 @@ def _state(path: Path, payload: bytes, step: int) -> dict[str, Any]:
         raise CheckpointCorrupt(f"{path}: {error}") from None
     if type(state.get("step")) is not int or state["step"] != step:
         raise CheckpointCorrupt(f"{path}: `step` is {state.get('step')!r:.40}, the manifest says {step}")
-    return state
+    return new_state(state)
 
 
 def _tensors(path: Path, payload: bytes) -> dict[str, Tensor]:

@@ -50,7 +50,7 @@ def bench_loader(
         typer.Option(help="torchvision | resident | torch | ffcv | ffcv-decode-twice | dali; repeat for several."),
     ] = None,
     device: Annotated[str, typer.Option(help="auto | cpu | cuda")] = "auto",
-    policy: Annotated[str, typer.Option(help="flip_crop | simaugment (with colour jitter and grey)")] = "simaugment",
+    policy: Annotated[str, typer.Option(help="flip_crop | simaugment (with color jitter and gray)")] = "simaugment",
     seconds: Annotated[float, typer.Option(help="Length of a timed round.")] = 4.0,
     rounds: Annotated[int, typer.Option(help="Timed rounds; the best is reported, the worst is written.")] = 2,
     tag: Annotated[str, typer.Option(help="Added to the names of the result files.")] = "",

@@ -18,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from pydantic.fields import FieldInfo
 
 from ..errors import ConfigError, unknown_name
+from ..renamed import SETTINGS
 from . import yaml12
 from .schema import Config as Config
 
@@ -232,6 +233,13 @@ def merge(
     """
     for key, value in changes.items():
         path = f"{prefix}{key}"
+        if path in SETTINGS:
+            key = SETTINGS[path]
+            if key in changes:
+                raise ConfigError(
+                    f"{where}: {path} is the old name of {prefix}{key}, which is given as well; drop one"
+                )
+            path = f"{prefix}{key}"
         if key not in into:
             raise ConfigError(f"{where}: {_unknown_key(path, into, prefix)}")
         if isinstance(into[key], dict):

@@ -5,7 +5,7 @@ from .loaders.base import Batch, Loader
 from .order import EvalOrder, Order, TrainOrder
 from .samplers import SAMPLERS, ClassBalanced, LongTailAware, build_order
 from .sources.beton import BetonSource, open_beton
-from .sources.source import ArraySource, Source, channel_statistics, normalisation_of
+from .sources.source import ArraySource, Source, channel_statistics, normalization_of
 from .sources.splits import SOURCES, Splits, convert_splits, load_splits, open_source
 from .sources.stratify import stratified_split
 from .views.normalize import EvalTransform
@@ -39,7 +39,7 @@ __all__ = [
     "choose",
     "convert_splits",
     "load_splits",
-    "normalisation_of",
+    "normalization_of",
     "open_beton",
     "open_source",
     "replaced_everywhere",

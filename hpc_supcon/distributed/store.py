@@ -62,11 +62,11 @@ def _key(note: str, rank: int | None = None) -> str:
 
 
 def who() -> str:
-    """This process, as its neighbours can find it: host, number, and when it began (numbers are used again)."""
+    """This process, as its neighbors can find it: host, number, and when it began (numbers are used again)."""
     return f"{socket.gethostname()} {os.getpid()} {_began(os.getpid())}"
 
 
-def neighbour(text: str) -> int | None:
+def neighbor(text: str) -> int | None:
     """The process of `who()`'s text where it is alive and on this host, else None."""
     host, pid, began = text.split()
     return int(pid) if host == socket.gethostname() and began != "?" and _began(int(pid)) == began else None

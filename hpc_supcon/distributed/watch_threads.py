@@ -17,7 +17,7 @@ from typing import NoReturn
 
 from ..errors import HpcSupconError, RankLost
 from . import preemption
-from .store import ASKED, LEAVE, LOST, Board, neighbour
+from .store import ASKED, LEAVE, LOST, Board, neighbor
 from .watch import Phase, Watch
 
 TICK_S = 0.25
@@ -194,7 +194,7 @@ def give_up(watch: Watch, why: str, *, told: bool = False) -> NoReturn:
         path = write_stacks(watch, why)
         if not told:
             say(f"error: {why}; all ranks end; stacks: {path}; start again with --resume")
-        for pid in _neighbours(watch, range(len(watch.others))):
+        for pid in _neighbors(watch, range(len(watch.others))):
             _send(pid, signal.SIGCONT)  # one that was stopped can now write its stacks as well
         silent = list(range(len(watch.others)))
         if watch.board is not None:
@@ -202,7 +202,7 @@ def give_up(watch: Watch, why: str, *, told: bool = False) -> NoReturn:
             talk = threading.Thread(target=_tell, args=(watch.board.twin, why, silent), daemon=True)
             talk.start()
             talk.join(GRACE_S + 1)
-        for pid in _neighbours(watch, silent):
+        for pid in _neighbors(watch, silent):
             _send(pid, signal.SIGKILL)
         os._exit(RankLost.exit_code)
 
@@ -221,9 +221,9 @@ def _tell(board: Callable[[], Board], why: str, silent: list[int]) -> None:
         silent.clear()
 
 
-def _neighbours(watch: Watch, ranks: Iterable[int]) -> list[int]:
+def _neighbors(watch: Watch, ranks: Iterable[int]) -> list[int]:
     """Processes of these ranks that are alive on this host, but this one."""
-    found = [neighbour(watch.others[rank]) for rank in ranks if rank != watch.rank]
+    found = [neighbor(watch.others[rank]) for rank in ranks if rank != watch.rank]
     return [pid for pid in found if pid is not None]
 
 

@@ -36,7 +36,7 @@ def check_probe(config: Config, splits: Splits) -> None:
         if kind == "knn":
             if settings.k > len(splits.train):
                 raise ConfigError(
-                    f"probe.knn.k={settings.k} neighbours, but the training split has {len(splits.train)} images"
+                    f"probe.knn.k={settings.k} neighbors, but the training split has {len(splits.train)} images"
                 )
             continue
         _check_choices(kind, settings, splits)

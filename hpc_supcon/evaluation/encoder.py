@@ -47,7 +47,7 @@ def load_model(folder: Path) -> tuple[PretrainingModel, checkpoint.Checkpoint]:
         with checkpoint.understood(found.path):
             model = assemble.build_model(found.state)
             model.load_state_dict(found.tensors.get("ema", found.tensors["model"]))
-            EvalTransform(**found.state["normalisation"])  # read later: wrong ones are found here
+            EvalTransform(**found.state["normalization"])  # read later: wrong ones are found here
             tuple(found.state["classes"])
     return model, found
 

@@ -92,7 +92,7 @@ CHUNK = 1024
 """Rows worked on at once outside training."""
 
 
-class Standardise(nn.Module):
+class Standardize(nn.Module):
     """[n, D] -> (x - mean) / std per column; zeros and ones until `fit`."""
 
     mean: Tensor
@@ -107,23 +107,23 @@ class Standardise(nn.Module):
         return (x - self.mean) / self.std
 
 
-def build_prepare(input: str, width: int, normalisation: Mapping[str, Any], *, standardise: bool) -> nn.Sequential:
+def build_prepare(input: str, width: int, normalization: Mapping[str, Any], *, standardize: bool) -> nn.Sequential:
     """Raw input -> what the head reads: `features` [n, width] and `pixels` (uint8 images) give float [n, width];
-    `images` (uint8) gives normalised images for an encoder. standardise: ends with `Standardise`."""
+    `images` (uint8) gives normalized images for an encoder. standardize: ends with `Standardize`."""
     steps: list[nn.Module] = []
     if input != "features":
-        steps.append(EvalTransform(**normalisation))
+        steps.append(EvalTransform(**normalization))
     if input == "pixels":
         steps.append(nn.Flatten())
-    return nn.Sequential(*steps, *[Standardise(width)] * standardise)
+    return nn.Sequential(*steps, *[Standardize(width)] * standardize)
 
 
 @torch.no_grad()
-def fit_standardisation(prepare: nn.Sequential, x: Tensor) -> None:
-    """Set mean and standard deviation of `prepare`'s last part, a Standardise not fitted yet, to those of all of
+def fit_standardization(prepare: nn.Sequential, x: Tensor) -> None:
+    """Set mean and standard deviation of `prepare`'s last part, a Standardize not fitted yet, to those of all of
     `x`, in float64, in chunks."""
     last = prepare[-1]
-    assert isinstance(last, Standardise)
+    assert isinstance(last, Standardize)
 
     def total(of: Callable[[Tensor], Tensor]) -> Tensor:
         return sum((of(prepare(rows).double()).sum(dim=0) for rows in x.split(CHUNK)), torch.zeros(1).to(last.mean))

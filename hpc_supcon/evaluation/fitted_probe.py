@@ -14,7 +14,7 @@ from .. import checkpoint
 from ..errors import CheckpointCorrupt
 from ..models import Logistic, Mlp, build_encoder
 from .features import build_prepare, in_chunks
-from .knn import Neighbours
+from .knn import Neighbors
 
 FOLDER = "probes"
 
@@ -22,7 +22,7 @@ HEADS: dict[str, Callable[..., nn.Module]] = {
     "linear": nn.Linear,
     "logistic": lambda in_dim, classes: Logistic(in_dim),
     "mlp": lambda in_dim, classes, **options: Mlp(in_dim, classes=classes, **options),
-    "knn": Neighbours,
+    "knn": Neighbors,
 }
 """`description["head"]["name"]` -> factory(in_dim, classes, ...)."""
 
@@ -31,7 +31,7 @@ class FittedProbe(nn.Module):
     """Raw input -> [preparation, encoder where it has its own, head] -> logits.
 
     `description` is what builds it again: kind, input ("features": float [n, D] of the run's encoder; "pixels"
-    and "images": uint8 [n, C, H, W]), classes, normalisation, standardise, in_dim, head; for finetune the encoder.
+    and "images": uint8 [n, C, H, W]), classes, normalization, standardize, in_dim, head; for finetune the encoder.
     """
 
     def __init__(self, description: dict[str, Any], *, head: nn.Module, encoder: nn.Module | None = None) -> None:
@@ -40,8 +40,8 @@ class FittedProbe(nn.Module):
         self.prepare = build_prepare(
             description["input"],
             description["in_dim"],
-            description["normalisation"],
-            standardise=description["standardise"],
+            description["normalization"],
+            standardize=description["standardize"],
         )
         self.encoder = encoder if encoder is not None else nn.Identity()
         self.head = head

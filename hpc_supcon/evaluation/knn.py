@@ -1,4 +1,4 @@
-"""k nearest neighbours by cosine similarity, weighted votes, streamed over tiles of the training rows."""
+"""k nearest neighbors by cosine similarity, weighted votes, streamed over tiles of the training rows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ TILE = 8192
 """Training rows compared at once: with 1024 queries, 32 MiB of similarities."""
 
 
-class Neighbours(nn.Module):
+class Neighbors(nn.Module):
     """[n, D] -> log of each class's votes [n, classes]: softmax gives the shares of the votes.
 
     The k training rows most similar by cosine vote for their class with exp(similarity / temperature)
@@ -31,7 +31,7 @@ class Neighbours(nn.Module):
         self.register_buffer("bank", torch.zeros(rows, in_dim))
         self.register_buffer("labels", torch.zeros(rows, dtype=torch.int64))
 
-    def fill(self, features: Tensor, labels: Tensor) -> Neighbours:
+    def fill(self, features: Tensor, labels: Tensor) -> Neighbors:
         """features float [rows, D], of any length; labels int64 [rows]."""
         self.bank, self.labels = F.normalize(features, dim=1), labels
         return self
@@ -80,13 +80,13 @@ def knn_accuracy(
     k: int,
     temperature: float,
 ) -> float:
-    """Fraction (0..1) of `features` that their neighbours name rightly, over all ranks. Collective.
+    """Fraction (0..1) of `features` that their neighbors name rightly, over all ranks. Collective.
 
     train_features [m_r, D] with train_labels [m_r], features [n_r, D] with labels [n_r]: this rank's shares,
     of any size; 1 <= k <= the number of training rows of all ranks.
     """
     bank, bank_labels = gather_rows(train_features), gather_rows(train_labels)
-    head = Neighbours(bank.shape[1], classes, rows=len(bank), k=k, temperature=temperature).to(bank)
+    head = Neighbors(bank.shape[1], classes, rows=len(bank), k=k, temperature=temperature).to(bank)
     head.fill(bank, bank_labels)
     right = (in_chunks(head, features).argmax(dim=1) == labels).sum()
     right, n = all_sum(torch.stack([right, right.new_tensor(len(labels))])).tolist()

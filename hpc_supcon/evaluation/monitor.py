@@ -18,7 +18,7 @@ from ..errors import ConfigError, unknown_name
 from ..models import LinearHeads
 from ..training.assemble import Data
 from ..training.validation import OnlineProbe
-from .features import Part, build_prepare, extract, fit_standardisation
+from .features import Part, build_prepare, extract, fit_standardization
 from .knn import knn_accuracy
 from .probes.training import seeded, train_heads
 from .probes.watch import Plan
@@ -47,16 +47,16 @@ def monitor(
     """{"accuracy": 0..1} on validation, equal on all ranks, and "loss" for `linear`. Collective.
 
     encoder: the bare module, not its data-parallel wrapper. At most `images` training images, evenly strided,
-    stand for all. knn: see `knn_accuracy`. linear: a linear head on standardised features, AdamW from `lr` by a
+    stand for all. knn: see `knn_accuracy`. linear: a linear head on standardized features, AdamW from `lr` by a
     cosine to 0 over `epochs`; its last state is measured. The encoder is as it was afterwards: weights, statistics,
     training mode and every generator, so that training goes on as if nobody had asked. Raises ConfigError for an
-    unknown kind and for more neighbours than images, NonFinite, and what the loader raises.
+    unknown kind and for more neighbors than images, NonFinite, and what the loader raises.
     """
     if kind not in KINDS:
         raise ConfigError(unknown_name("kind of monitoring", kind, KINDS))
     n = min(images, len(train))
     if kind == "knn" and k > n:
-        raise ConfigError(f"k={k} neighbours, but monitoring uses {n} training images")
+        raise ConfigError(f"k={k} neighbors, but monitoring uses {n} training images")
     # every n-th image of the whole: sources are often sorted by class
     bank = train if n == len(train) else train.subset(torch.arange(n) * len(train) // n)
     with undisturbed(encoder, runtime.device):
@@ -74,8 +74,8 @@ def monitor(
 def _linear(known: Part, asked: Part, classes: int, plan: Plan, seed: int, runtime: Runtime) -> dict[str, float]:
     train, validation = ((gather_rows(x), gather_rows(labels)) for x, labels in (known, asked))
     width = train[0].shape[1]
-    prepare = build_prepare("features", width, {}, standardise=True).to(runtime.device)
-    fit_standardisation(prepare, train[0])
+    prepare = build_prepare("features", width, {}, standardize=True).to(runtime.device)
+    fit_standardization(prepare, train[0])
     with seeded(seed, runtime.device):
         heads = LinearHeads(1, width, classes).to(runtime.device)
         last = train_heads(heads, prepare, train, validation, plan, seed=seed).history[-1]

@@ -19,7 +19,7 @@ PLOTS = "plots"
 Curve = tuple[Sequence[float], Sequence[float]]
 """(steps, values)."""
 
-_COLOURS = {"train": "#4477aa", "validation": "#cc3311"}
+_COLORS = {"train": "#4477aa", "validation": "#cc3311"}
 _MARKED = 40  # so few points are marked one by one
 
 
@@ -92,7 +92,7 @@ def _draw(
     axis = figure.add_subplot()
     for split, (steps, values) in curves.items():
         marker = "o" if len(steps) <= _MARKED else None
-        axis.plot(steps, values, label=split, color=_COLOURS[split], marker=marker, markersize=3, linewidth=1.3)
+        axis.plot(steps, values, label=split, color=_COLORS[split], marker=marker, markersize=3, linewidth=1.3)
     _label(axis, number, title, kept)
     return [_save(figure, folder / PLOTS / f"{number}-{name}.png")]
 
@@ -120,7 +120,7 @@ def _label(axis: Axes, number: str, title: str, kept: int | None) -> None:
     from matplotlib.ticker import MaxNLocator
 
     units = {"loss": "loss (mean over images)", "accuracy": "accuracy (fraction)"}
-    axis.set(xlabel="iteration (optimiser steps)", ylabel=units[number], title=f"{title}: {number}")
+    axis.set(xlabel="iteration (optimizer steps)", ylabel=units[number], title=f"{title}: {number}")
     if number == "accuracy":
         low, _ = axis.get_ylim()
         axis.set_ylim(min(low, 1.0), 1.0 + 0.02)

@@ -17,6 +17,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..errors import ExportError
+from ..renamed import new_state
 from .parts import Part, PixelGraph, build
 
 METADATA = "metadata.json"
@@ -51,11 +52,11 @@ def describe(part: Part, format: str) -> dict[str, str]:
         "format": format,
         "part": part.name,
         "checkpoint": description["checkpoint"],
-        "input": f"float32 [N, {channels}, {size}, {size}], {'grey' if channels == 1 else 'RGB'}, "
+        "input": f"float32 [N, {channels}, {size}, {size}], {'gray' if channels == 1 else 'RGB'}, "
         + FORMATS[format].input,
         "resize": f"shorter side to {size} px (bilinear, antialiased), then the central square",
         "output": f"{part.output}, float32 [N, D]",
-        "normalisation": json.dumps(description["normalisation"]),
+        "normalization": json.dumps(description["normalization"]),
         "classes": json.dumps(description["classes"]),
         "description": json.dumps(description),
     }
@@ -86,7 +87,7 @@ def _safetensors_bytes(part: Part, metadata: Metadata) -> bytes:
 
 def _read_safetensors(path: Path) -> Function:
     with safe_open(path, framework="pt") as file:
-        description = json.loads(file.metadata()["description"])
+        description = new_state(json.loads(file.metadata()["description"]))
     module = build(description)
     module.load_state_dict(safetensors.torch.load_file(path))
     return PixelGraph(Part(module, description)).eval()
@@ -167,11 +168,11 @@ def _read_onnx(path: Path) -> Function:
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-_PIXELS = "0..1, not normalised: the normalisation is in the model"
+_PIXELS = "0..1, not normalized: the normalization is in the model"
 FORMATS = {
     "safetensors": Format(
         ".safetensors",
-        "normalised: (pixel / 255 - mean) / std",
+        "normalized: (pixel / 255 - mean) / std",
         _safetensors_bytes,
         _read_safetensors,
     ),

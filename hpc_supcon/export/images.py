@@ -50,7 +50,7 @@ class Decoded:
 def open_pictures(paths: Sequence[Path], shape: tuple[int, int, int], classes: Sequence[str]) -> Pictures:
     """What `paths` name: image files, folders, or one .beton file. Nothing is decoded yet.
 
-    shape: (channels, S, S) that every image is made into, as training does with an image folder: to grey or RGB,
+    shape: (channels, S, S) that every image is made into, as training does with an image folder: to gray or RGB,
     shorter side to S px, the central square. classes: the model's, for the labels. Raises DataError.
     """
     betons = [path for path in paths if path.suffix == ".beton"]

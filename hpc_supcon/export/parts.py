@@ -17,7 +17,7 @@ from ..data import EvalTransform
 from ..errors import ConfigError, RunFolderError, unknown_name
 from ..evaluation.encoder import load_model
 from ..evaluation.fitted_probe import FOLDER, FittedProbe, build_probe, load_probe
-from ..evaluation.knn import Neighbours
+from ..evaluation.knn import Neighbors
 from ..evaluation.probes import PROBES
 from ..models import Projection, build_encoder
 
@@ -30,10 +30,10 @@ class Part:
     """A part of a run's model, on the CPU, in eval mode."""
 
     module: nn.Module
-    """Normalised images float32 [N, C, S, S] -> what PARTS says."""
+    """Normalized images float32 [N, C, S, S] -> what PARTS says."""
     description: dict[str, Any]
     """Plain data, of which `build` makes the module again: part, checkpoint (name of the folder it came from),
-    channels (1: grey, 3: RGB), image_size (px), normalisation (mean and std per channel, in units of 0..1),
+    channels (1: gray, 3: RGB), image_size (px), normalization (mean and std per channel, in units of 0..1),
     classes (names, those the run was trained on or the logits' own), encoder, projection and probe (how to build
     them; null where there is none)."""
 
@@ -57,7 +57,7 @@ class Part:
 
     def whole(self) -> nn.Sequential:
         """uint8 images [N, C, S, S] -> the output, as evaluation computes it."""
-        return nn.Sequential(EvalTransform(**self.description["normalisation"]), self.module).eval()
+        return nn.Sequential(EvalTransform(**self.description["normalization"]), self.module).eval()
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
@@ -106,7 +106,7 @@ def _load_pretrained(folder: Path, part: str) -> Part:
         module,
         checkpoint=found.path.name,
         classes=state["classes"],
-        normalisation=state["normalisation"],
+        normalization=state["normalization"],
         encoder=state["encoder"],
         projection=state["projection"] if projected else None,
     )
@@ -127,14 +127,14 @@ def _load_classifier(folder: Path, kind: str | None) -> Part:
             )
         encoder, source, name = model.encoder, found.state["encoder"], found.path.name
     elif fitted.input == "pixels":
-        channels = len(described["normalisation"]["mean"])
+        channels = len(described["normalization"]["mean"])
         channels_and_size = channels, isqrt(described["in_dim"] // channels)
     return _part(
         "classifier",
         _classifier(encoder, fitted),
         checkpoint=name,
         classes=described["classes"],
-        normalisation=described["normalisation"],
+        normalization=described["normalization"],
         encoder=source,
         probe=described,
         form=channels_and_size,
@@ -147,7 +147,7 @@ def _part(
     *,
     checkpoint: str,
     classes: list[str],
-    normalisation: dict[str, list[float]],
+    normalization: dict[str, list[float]],
     encoder: dict[str, Any] | None,
     projection: dict[str, Any] | None = None,
     probe: dict[str, Any] | None = None,
@@ -162,7 +162,7 @@ def _part(
         "checkpoint": checkpoint,
         "channels": form[0],
         "image_size": form[1],
-        "normalisation": normalisation,
+        "normalization": normalization,
         "classes": list(classes),
         "encoder": encoder,
         "projection": projection,
@@ -176,8 +176,8 @@ def _projected(encoder: nn.Module, projection: nn.Module) -> nn.Sequential:
 
 
 def _classifier(encoder: nn.Module | None, probe: FittedProbe) -> nn.Sequential:
-    """`encoder`: the run's, for a probe of features. Images are normalised before every part, so the probe's own
-    normalisation is left out."""
+    """`encoder`: the run's, for a probe of features. Images are normalized before every part, so the probe's own
+    normalization is left out."""
     if probe.input == "features":
         assert encoder is not None
         return nn.Sequential(OrderedDict(encoder=encoder, prepare=probe.prepare, head=probe.head))
@@ -203,7 +203,7 @@ def _choose_probe(folder: Path, wanted: str | None) -> str:
 
 
 class PixelGraph(nn.Module):
-    """Images float32 [N, C, S, S] in 0..1 -> the part's output: the normalisation is inside."""
+    """Images float32 [N, C, S, S] in 0..1 -> the part's output: the normalization is inside."""
 
     mean: Tensor
     std: Tensor
@@ -211,11 +211,11 @@ class PixelGraph(nn.Module):
     def __init__(self, part: Part) -> None:
         super().__init__()
         for name in ("mean", "std"):
-            self.register_buffer(name, torch.tensor(part.description["normalisation"][name]).view(-1, 1, 1))
+            self.register_buffer(name, torch.tensor(part.description["normalization"][name]).view(-1, 1, 1))
         module = part.module
         if part.name == "classifier":
             assert isinstance(module, nn.Sequential)
-            module = nn.Sequential(*[Votes(m) if isinstance(m, Neighbours) else m for m in module])
+            module = nn.Sequential(*[Votes(m) if isinstance(m, Neighbors) else m for m in module])
         self.module = module
 
     def forward(self, images: Tensor) -> Tensor:
@@ -223,13 +223,13 @@ class PixelGraph(nn.Module):
 
 
 class Votes(nn.Module):
-    """`Neighbours` without its tiles and without its branch on equal similarities: of training rows exactly as
+    """`Neighbors` without its tiles and without its branch on equal similarities: of training rows exactly as
     similar as the k-th, any may vote. Holds [N, training rows] similarities."""
 
     bank: Tensor
     votes: Tensor
 
-    def __init__(self, head: Neighbours) -> None:
+    def __init__(self, head: Neighbors) -> None:
         super().__init__()
         self.k, self.temperature = head.k, head.temperature
         self.register_buffer("bank", head.bank)

@@ -11,8 +11,8 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000", "#999999")
-"""Okabe and Ito's palette: told apart by colour-blind readers too."""
+COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000", "#999999")
+"""Okabe and Ito's palette: told apart by color-blind readers too."""
 
 
 def draw(table: TableData, path: Path) -> None:
@@ -56,7 +56,7 @@ def _lines(axes: Axes, table: TableData) -> None:
                 yerr=[half for _, (_, half) in points],
                 marker="o",
                 capsize=3,
-                color=COLOURS[number % len(COLOURS)],
+                color=COLORS[number % len(COLORS)],
                 label=column,
             )
     _scale(axes, table)
@@ -95,10 +95,10 @@ def _bars(axes: Axes, table: TableData) -> None:
                 continue
             mean, half = found
             lowest = min(lowest, mean - half)
-            axes.bar(x, mean, width * 0.9, yerr=half or None, capsize=2, color=COLOURS[number % len(COLOURS)])
+            axes.bar(x, mean, width * 0.9, yerr=half or None, capsize=2, color=COLORS[number % len(COLORS)])
             at, above = (x, mean + half), (0, 3)
             axes.annotate(f"{mean:.3f}", at, above, textcoords="offset points", fontsize=7, ha="center", rotation=90)
-        axes.bar(0, 0, color=COLOURS[number % len(COLOURS)], label=column)
+        axes.bar(0, 0, color=COLORS[number % len(COLORS)], label=column)
     axes.set_xticks(range(len(table.rows)), table.rows, rotation=20 if max(map(len, table.rows)) > 10 else 0)
     axes.set_xlim(-0.75, len(table.rows) - 0.25)
     axes.margins(y=0.12)

@@ -17,7 +17,7 @@ from .local import Tell, gpus_here, run_here, run_in_turn
 from .node_state import WAITING, NodeState, node_states
 
 ARRAY_PARALLELISM = 64
-"""Jobs of one array that run at once, where the profile leaves it open: a neighbourly number."""
+"""Jobs of one array that run at once, where the profile leaves it open: a neighborly number."""
 
 
 def require_cluster(cluster: str) -> None:

@@ -41,7 +41,7 @@ class _Contrastive(nn.Module):
         self._temperature = temperature
         self.log_temperature: nn.Parameter | None = None
         if learnable_temperature:
-            # The logarithm is what is learned: no optimiser step makes the temperature negative.
+            # The logarithm is what is learned: no optimizer step makes the temperature negative.
             self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
 
     @property

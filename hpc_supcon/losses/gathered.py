@@ -117,7 +117,7 @@ def _gather(u: Tensor, labels: Tensor, anchors: Anchors, queue: Queue | None, sc
 
 
 def queue_columns(queue: Queue, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Past embeddings as columns: normalised, without gradient; without labels they are negatives."""
+    """Past embeddings as columns: normalized, without gradient; without labels they are negatives."""
     past, labels = queue
     u = unit_rows(past.detach(), scale.detach(), dtype)
     if labels is None:

@@ -75,9 +75,9 @@ def pairwise_stats(
 ) -> PairwiseStats:
     """The streamed numbers of every local anchor: all a contrastive loss is made of.
 
-    features [B, V, D] or [N, D] of any float dtype, normalised inside; labels [B] or [N], integers, None
+    features [B, V, D] or [N, D] of any float dtype, normalized inside; labels [B] or [N], integers, None
     for "an image's views are its positives". `temperature` may be a tensor and then gets a gradient.
-    With `gather`, under an initialised process group, the columns are the rows of all ranks (their
+    With `gather`, under an initialized process group, the columns are the rows of all ranks (their
     numbers may differ) and every rank must call this. `queue` = (past embeddings [Q, D], labels [Q] or
     None for negatives only): more columns, without gradient. `precision` is that of the Triton tiles
     (auto: bf16 for half-precision features, else tf32); `tile` the edge of the torch tiles. `rows_per_rank`:

@@ -22,7 +22,7 @@ class TripletLoss(nn.Module):
     """max(d(a, p) - d(a, n) + margin, 0), one triplet per anchor, meaned over the anchors of all ranks.
 
     d is the squared Euclidean distance, or the Euclidean one with `squared=False`, of the embeddings AS
-    GIVEN: they are not normalised, as in the VGG-16 recipe this follows. Mining, over the rows of all ranks:
+    GIVEN: they are not normalized, as in the VGG-16 recipe this follows. Mining, over the rows of all ranks:
 
         random    a random positive and a random negative
         semihard  a random positive; the nearest negative farther than it, else the farthest negative

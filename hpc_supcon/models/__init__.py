@@ -4,7 +4,7 @@ from .activation_checkpointing import recompute_activations, untouched_statistic
 from .encoders import ENCODERS, build_encoder
 from .heads import ConvDecoder, Heads, LinearHeads, Logistic, Mlp, Projection, SingleHead, build_decoder
 from .pretraining import PretrainingModel
-from .sync_batchnorm import synchronise_batchnorm
+from .sync_batchnorm import synchronize_batchnorm
 from .weights import LoadedWeights, load_weights
 
 __all__ = [
@@ -22,6 +22,6 @@ __all__ = [
     "build_encoder",
     "load_weights",
     "recompute_activations",
-    "synchronise_batchnorm",
+    "synchronize_batchnorm",
     "untouched_statistics",
 ]

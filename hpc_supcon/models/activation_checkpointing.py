@@ -17,7 +17,7 @@ from ..errors import ConfigError
 
 @contextmanager
 def untouched_statistics(*modules: nn.Module) -> Iterator[None]:
-    """Inside, BatchNorm normalises by its batch as in training, but its running statistics stay as they are.
+    """Inside, BatchNorm normalizes by its batch as in training, but its running statistics stay as they are.
 
     They move in copies: without them BatchNorm would save fewer tensors for its backward pass than before.
     """

@@ -15,7 +15,7 @@ from .timm_encoders import STEMS, build_timm_encoder, only_its_own_stem, resize_
 
 def _conv_bn_relu(c_in: int, c_out: int, *, stride: int = 1, pool: bool = False) -> list[nn.Module]:
     layers: list[nn.Module] = [nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)]
-    if pool:  # before the norm: four times fewer values to normalise, the same maximum
+    if pool:  # before the norm: four times fewer values to normalize, the same maximum
         layers.append(nn.MaxPool2d(2))
     return [*layers, nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)]
 
@@ -128,7 +128,7 @@ def build_encoder(
     out_dim: int | None = None,
     input_size: int | None = None,
 ) -> nn.Module:
-    """A freshly initialised encoder, images [N, C, H, W] -> features [N, feature_dim].
+    """A freshly initialized encoder, images [N, C, H, W] -> features [N, feature_dim].
 
     It has `feature_dim` (int), `stem_kind` ("small", "standard", or "own" where there is but one) and
     `output_layers` (names of the layers that map to `out_dim`; none without it). A timm encoder is timm's own

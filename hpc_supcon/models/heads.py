@@ -74,7 +74,7 @@ class Heads(Protocol):
     def __call__(self, x: Tensor) -> Tensor: ...
 
     def head_parameters(self, k: int) -> list[nn.Parameter]:
-        """Those of head k, so that each can have its own optimiser settings."""
+        """Those of head k, so that each can have its own optimizer settings."""
         ...
 
     def one(self, k: int) -> nn.Module:
@@ -145,7 +145,7 @@ class ConvDecoder(nn.Module):
         self.convs = nn.Sequential(*layers)
         for layer in layers:
             if isinstance(layer, nn.ConvTranspose2d):
-                # PyTorch takes the outputs of a transposed convolution for its inputs: with one grey channel the last
+                # PyTorch takes the outputs of a transposed convolution for its inputs: with one gray channel the last
                 # layer starts so large that pixels saturate behind the tanh and stay white
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
                 nn.init.zeros_(layer.bias)  # type: ignore[arg-type]

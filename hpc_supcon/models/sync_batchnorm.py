@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 
 class _GlobalBatchNorm(torch.autograd.Function):
-    """Batch normalisation (Ioffe & Szegedy 2015) with statistics over all ranks, exact for unequal batches.
+    """Batch normalization (Ioffe & Szegedy 2015) with statistics over all ranks, exact for unequal batches.
 
     Two small all-reduces: 2 C + 1 numbers forward, 2 C backward. The passes over the activations are the
     native fused kernels.
@@ -63,7 +63,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
 
 
 class CpuSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """SyncBatchNorm for CPU tensors and gloo; evaluation is plain batch normalisation.
+    """SyncBatchNorm for CPU tensors and gloo; evaluation is plain batch normalization.
 
     Raises nothing of its own; every rank must hold at least one row in training.
     """
@@ -99,7 +99,7 @@ class CpuSyncBatchNormAct(CpuSyncBatchNorm):
         return self.act(self.drop(super().forward(input)))
 
 
-def synchronise_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
+def synchronize_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
     """`module` with every BatchNorm replaced by one over all ranks; parameters, buffers and names are kept."""
     if device.type == "cuda":
         return convert_sync_batchnorm(module)  # timm's: PyTorch's drops the activation inside BatchNormAct2d
@@ -111,5 +111,5 @@ def synchronise_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
             module.__class__ = CpuSyncBatchNormAct  # type: ignore[assignment]
         return module
     for child in module.children():
-        synchronise_batchnorm(child, device)
+        synchronize_batchnorm(child, device)
     return module

@@ -18,7 +18,7 @@ class WeightMasks:
 
     Make it before the module is wrapped for data-parallel training and after it was moved to its device. Masking
     the gradients keeps momentum and gradient norms free of pruned weights; masking the weights after each step
-    makes sure of it whatever the optimiser does. Both are one multi-tensor call.
+    makes sure of it whatever the optimizer does. Both are one multi-tensor call.
     """
 
     def __init__(self, module: nn.Module, masks: Mapping[str, Tensor]) -> None:
@@ -57,7 +57,7 @@ class WeightMasks:
 
     @torch.no_grad()
     def apply_to_weights(self) -> None:
-        """After an optimiser step: pruned weights are zero."""
+        """After an optimizer step: pruned weights are zero."""
         torch._foreach_mul_(self._weights, self._keep)
 
 

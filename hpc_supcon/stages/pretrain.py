@@ -189,7 +189,7 @@ def _validate(
     config: Config, runtime: Runtime, data: assemble.Data, description: dict[str, Any], probe: OnlineProbe | None
 ) -> Validate | None:
     views = assemble.build_views(config, description, runtime, stream=VIEWS_STREAM).to(runtime.device)
-    transform = EvalTransform(**description["normalisation"]).to(runtime.device)
+    transform = EvalTransform(**description["normalization"]).to(runtime.device)
     return build_validate(config, data, views, transform, runtime, probe)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .. import run_folder
 from ..config import Config, digest
-from ..data import EvalTransform, Source, normalisation_of
+from ..data import EvalTransform, Source, normalization_of
 from ..distributed.collectives import together
 from ..distributed.launch import Runtime
 from ..evaluation.checks import check_probe, needs_encoder
@@ -85,9 +85,9 @@ def _task(folder: Path, config: Config, runtime: Runtime, data: assemble.Data) -
         masks = found.tensors.get("masks")
     else:
         with together():
-            normalisation = normalisation_of(data.splits.train)
-        description = {"classes": list(data.splits.classes), "normalisation": normalisation}
-    transform = EvalTransform(**description["normalisation"]).to(runtime.device)
+            normalization = normalization_of(data.splits.train)
+        description = {"classes": list(data.splits.classes), "normalization": normalization}
+    transform = EvalTransform(**description["normalization"]).to(runtime.device)
     served: dict[str, Any] = {"loader": data.loader, "options": data.evaluation}
 
     def read(source: Source, input: str) -> Part:

@@ -28,7 +28,7 @@ STEPS = 10
 
 
 class _Errors(nn.Module):
-    """Normalised images [N, C, H, W] -> [N, 2]: mean absolute and squared error of each, pixels in -1..1."""
+    """Normalized images [N, C, H, W] -> [N, 2]: mean absolute and squared error of each, pixels in -1..1."""
 
     feature_dim = 2
 
@@ -42,14 +42,14 @@ class _Errors(nn.Module):
 
 
 def reconstruct(model: PretrainingModel, x: Tensor) -> Tensor:
-    """[N, C, H, W] normalised -> [N, C, H, W] in -1..1."""
+    """[N, C, H, W] normalized -> [N, C, H, W] in -1..1."""
     return model.heads["decoder"](model.encoder(x))
 
 
 def interpolate(model: PretrainingModel, first: Tensor, last: Tensor, steps: int = STEPS) -> Tensor:
     """Decoded points at equal distances on the line between two images' latents: [steps, C, H, W] in -1..1.
 
-    first, last: [C, H, W], normalised. The ends are the reconstructions of the two.
+    first, last: [C, H, W], normalized. The ends are the reconstructions of the two.
     """
     a, b = model.encoder(torch.stack([first, last]))
     share = torch.linspace(0, 1, steps, device=a.device)[:, None]
@@ -57,7 +57,7 @@ def interpolate(model: PretrainingModel, first: Tensor, last: Tensor, steps: int
 
 
 def pixels_of(x: Tensor, transform: EvalTransform) -> Tensor:
-    """Normalised images back to pixels in -1..1."""
+    """Normalized images back to pixels in -1..1."""
     shape = (-1, 1, 1)
     return (x * transform.std.view(shape) + transform.mean.view(shape)) * 2 - 1
 
@@ -70,7 +70,7 @@ def evaluate_autoencoder(folder: Path, config: Config, runtime: Runtime, data: a
     """
     model, found = load_model(folder)
     model = place(model, runtime, channels_last=config.train.channels_last).eval()
-    transform = EvalTransform(**found.state["normalisation"]).to(runtime.device)
+    transform = EvalTransform(**found.state["normalization"]).to(runtime.device)
 
     def errors(source: Source | None) -> dict[str, float] | None:
         if source is None:

@@ -21,7 +21,7 @@ from ..data import (
     build_order,
     choose,
     load_splits,
-    normalisation_of,
+    normalization_of,
 )
 from ..distributed.collectives import gather_objects, together
 from ..distributed.launch import Runtime
@@ -33,7 +33,7 @@ from .finite_check import Guard
 from .fit import Plan
 from .momentum import MomentumQueue
 from .objective import PAIRED, RESPONSE, Objective, build_head, heads_of, kind_of, response_term
-from .optim import OPTIMISER_SETTINGS, build_optimiser, learning_rate
+from .optim import OPTIMIZER_SETTINGS, build_optimizer, learning_rate
 from .state import TrainState
 from .stopping import EarlyStopping
 
@@ -161,19 +161,19 @@ def describe_model(config: Config, splits: Splits) -> dict[str, Any]:
         "projection": {"hidden": model.projection_hidden, "out_dim": model.projection_dim},
         "heads": heads_of(config.loss.weights),
         "classes": list(splits.classes),
-        "normalisation": normalisation_of(splits.train),
+        "normalization": normalization_of(splits.train),
     }
 
 
 def build_model(description: dict[str, Any]) -> PretrainingModel:
-    """The model of `describe_model`, freshly initialised from the global generator. Raises ConfigError."""
+    """The model of `describe_model`, freshly initialized from the global generator. Raises ConfigError."""
     encoder = build_encoder(**description["encoder"])
     width = cast(int, encoder.feature_dim)
     return PretrainingModel(encoder, {head: build_head(head, description, width) for head in description["heads"]})
 
 
 def build_objective(config: Config, views: Views) -> Objective:
-    return Objective(config.loss.weights, config.loss.model_dump(), denormalise=views.denormalise)
+    return Objective(config.loss.weights, config.loss.model_dump(), denormalize=views.denormalize)
 
 
 def build_views(config: Config, description: dict[str, Any], runtime: Runtime, *, stream: int = 1) -> Views:
@@ -182,7 +182,7 @@ def build_views(config: Config, description: dict[str, Any], runtime: Runtime, *
     return Views(
         config.data.views,
         description["encoder"]["image_size"],
-        **description["normalisation"],
+        **description["normalization"],
         seed=int(seed) % 2**63,
         channels_last=config.train.channels_last,
         **config.augment.model_dump(),
@@ -205,12 +205,12 @@ def build_state(
     ema = None if train.ema is None else WeightAverage(placed, train.ema)
     if train.activation_checkpointing:
         recompute_activations(placed.encoder)
-    optimiser = partial(build_optimiser, lr=peak_lr(config), **optim.model_dump(include=OPTIMISER_SETTINGS))
+    optimizer = partial(build_optimizer, lr=peak_lr(config), **optim.model_dump(include=OPTIMIZER_SETTINGS))
     parts = Parts(
         model=placed,
         objective=objective,
         runtime=runtime,
-        make_optimiser=optimiser,
+        make_optimizer=optimizer,
         sync_bn=config.model.sync_bn,
         compile=compiler(enabled=train.compile, cuda_graphs=train.cuda_graphs),
         scaler=LossScale() if train.precision == "fp16" else None,

@@ -31,7 +31,7 @@ class WeightAverage:
         return list(self._average.values())
 
     def update(self) -> None:
-        """After an optimiser step."""
+        """After an optimizer step."""
         follow(self._average.values(), self._model.parameters(), self.decay)
 
     @contextmanager

@@ -23,7 +23,7 @@ class Guard:
     """One run's. A step is `begin`, `check` before the update, `end`; `settle` before its result is used.
 
     deferred: on the device, as described above (default: on CUDA), which holds a second copy of all state and
-    moves it twice. Counters that an optimiser or a queue keeps on the CPU are not taken back. Else `check` looks at
+    moves it twice. Counters that an optimizer or a queue keeps on the CPU are not taken back. Else `check` looks at
     once, when BatchNorm's running statistics have seen the batch already.
     """
 
@@ -43,7 +43,7 @@ class Guard:
         if not self._deferred:
             return
         self._state, self._begun = changing(), True
-        if [t.shape for t in self._before] != [t.shape for t in self._state]:  # the optimiser's after the first step
+        if [t.shape for t in self._before] != [t.shape for t in self._state]:  # the optimizer's after the first step
             self._before = [torch.empty_like(t) for t in self._state]
         torch._foreach_copy_(self._before, self._state)
 

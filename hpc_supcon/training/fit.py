@@ -24,7 +24,7 @@ COLLAPSED = 0.99
 
 @dataclass(frozen=True)
 class Plan:
-    """How long to train and when to speak, look and save, in optimiser steps; `lr(step)` is the schedule."""
+    """How long to train and when to speak, look and save, in optimizer steps; `lr(step)` is the schedule."""
 
     steps: int
     steps_per_epoch: int
@@ -175,7 +175,7 @@ def _settle(
 
 
 def _look_is_due(state: TrainState, plan: Plan, calls: Calls) -> bool:
-    return calls.validate is not None and plan.validate_at(state.step) and state.looked < state.step
+    return calls.validate is not None and plan.validate_at(state.step) and state.last_validated_step < state.step
 
 
 def _done(state: TrainState, plan: Plan) -> bool:
@@ -190,7 +190,7 @@ def _look(
     numbers = gather_objects(validate(state))[0]  # rank 0's, to the bit: all must decide alike
     log.log("validation", state.step, **numbers)
     progress.validated(state.step, numbers)
-    state.looked = state.step
+    state.last_validated_step = state.step
     stopping = state.stopping
     if stopping is None:
         return False

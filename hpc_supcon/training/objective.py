@@ -1,4 +1,4 @@
-"""What is minimised: losses by name with their weights, the heads whose outputs they read, how they are called."""
+"""What is minimized: losses by name with their weights, the heads whose outputs they read, how they are called."""
 
 from __future__ import annotations
 
@@ -78,11 +78,11 @@ class Objective(nn.Module):
         terms: Mapping[str, float],
         settings: Mapping[str, Any],
         *,
-        denormalise: Callable[[Tensor], Tensor] | None = None,
+        denormalize: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """`terms`: loss -> its weight. `settings`: at least those of the losses' Kinds, and `supervised`.
 
-        `denormalise`: views -> images in 0..1, for a decoder.
+        `denormalize`: views -> images in 0..1, for a decoder.
         """
         super().__init__()
         self.weights = dict(terms)
@@ -93,7 +93,7 @@ class Objective(nn.Module):
             # the training loop stops on a non-finite loss itself
             unchecked = {"validate": False} if kind.head in PAIRED else {}
             self.losses[name] = LOSSES[name](**{key: settings[key] for key in kind.settings}, **unchecked)
-        self._denormalise = denormalise
+        self._denormalize = denormalize
         self._last: dict[str, Tensor] = {}
 
     @property
@@ -158,8 +158,8 @@ class Objective(nn.Module):
 
     def targets(self, views: Tensor) -> Tensor:
         """What a decoder is to give back: the views' pixels in -1..1."""
-        assert self._denormalise is not None
-        return self._denormalise(views) * 2 - 1
+        assert self._denormalize is not None
+        return self._denormalize(views) * 2 - 1
 
     def statistics(self) -> dict[str, Tensor]:
         """What the last call saw (0-dim tensors): every term of a sum, and a learned temperature."""

@@ -21,7 +21,7 @@ from ..phases import BACKWARD, ENCODER, LOSS, PROJECTION, REST, Clock, measured_
 
 WARM_UP, TRACED = 5, 3
 """Steps before the measured ones (allocations, compilation, tuning), and after them for the profiler's trace."""
-ORDER = ("data", "views", ENCODER, PROJECTION, "gather", LOSS, "optimiser", "guard", "queue", REST)
+ORDER = ("data", "views", ENCODER, PROJECTION, "gather", LOSS, "optimizer", "guard", "queue", REST)
 """Of the printed rows."""
 OUTSIDE = ("validation", "checkpoint")
 """Phases of the loop that are no part of a step."""
@@ -30,7 +30,7 @@ MEANING = {
     "views": "drawn and rendered",
     PROJECTION: "and other heads",
     "gather": "messages of the loss, and waiting for other ranks",
-    "optimiser": "norm, update",
+    "optimizer": "norm, update",
     "guard": "against NaN and Inf",
     REST: "logging, Python",
 }

@@ -37,7 +37,7 @@ class TrainState:
     queue: MomentumQueue | None = None
     ema: WeightAverage | None = None
     clip_norm: float | None = None
-    """Largest global norm of the gradients that the optimiser sees; None: any."""
+    """Largest global norm of the gradients that the optimizer sees; None: any."""
     micro_batch_size: int | None = None
     """Images per piece of the two-pass step; None for one pass."""
     images_per_rank: list[int] | None = None
@@ -48,9 +48,9 @@ class TrainState:
     """The encoder's pruned weights, held at zero; None where nothing was pruned."""
     guard: Guard = field(default_factory=lambda: Guard(torch.device("cpu")))
     step: int = 0
-    """Optimiser steps done."""
-    looked: int = 0
-    """The last step that validation has looked at; a run may leave between a step and its look."""
+    """Optimizer steps done."""
+    last_validated_step: int = 0
+    """The last step that validation has last_validated_step at; a run may leave between a step and its look."""
 
     @property
     def parallel(self) -> nn.Module:
@@ -87,7 +87,7 @@ class TrainState:
 
     def numbers(self) -> dict[str, Any]:
         """The plain part of a checkpoint: what `tensors` does not hold."""
-        numbers: dict[str, Any] = {"step": self.step, "looked": self.looked}
+        numbers: dict[str, Any] = {"step": self.step, "last_validated_step": self.last_validated_step}
         if self.stopping is not None:
             numbers["stopping"] = self.stopping.state()
         if self.engine.scaler is not None:
@@ -121,7 +121,7 @@ class TrainState:
         if self.engine.scaler is not None and "loss_scale" in numbers:
             self.engine.scaler.load_state(numbers["loss_scale"])
         self.step = numbers["step"]
-        self.looked = numbers.get("looked", self.step)
+        self.last_validated_step = numbers.get("last_validated_step", self.step)
 
     def changing(self) -> list[Tensor]:
         """All tensors on the device that a step may change: what of a step that was not finite is taken back."""

@@ -49,7 +49,7 @@ def train_step(state: TrainState, batch: Batch) -> StepResult:
             return state.views.render(batch.images[piece], state.views.select(drawn, piece))
 
     loss, outputs, keys = (_one_pass if len(pieces) == 1 else _two_passes)(state, batch, views, pieces)
-    with phase("optimiser"):
+    with phase("optimizer"):
         norm = _update(state, loss, outputs)
     if state.queue is not None:
         with phase("queue"):

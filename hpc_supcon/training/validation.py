@@ -42,7 +42,7 @@ def check_validation(config: Config, splits: Splits) -> None:
         raise ConfigError(f"validation.probe.kind={look.probe.kind}: set validation.every_epochs, when to do it")
     known = min(look.probe.images, len(splits.train))
     if look.probe.kind == "knn" and look.probe.k > known:
-        raise ConfigError(f"validation.probe.k={look.probe.k} neighbours, but there are {known} training images")
+        raise ConfigError(f"validation.probe.k={look.probe.k} neighbors, but there are {known} training images")
     has_accuracy = look.probe.kind != "none" or "classifier" in {kind_of(term).head for term in config.loss.weights}
     if stops and stop.monitor == "accuracy" and not has_accuracy:
         raise ConfigError(

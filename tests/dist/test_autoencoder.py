@@ -44,7 +44,7 @@ def results(folder):
 
 def test_errors_equal_a_plain_mean_over_all_images(trained):
     model, found = load_model(trained)
-    transform = EvalTransform(**found.state["normalisation"])
+    transform = EvalTransform(**found.state["normalization"])
     splits = load_splits("digits")
     entry = next(r for r in results(trained) if r["stage"] == "reconstruction")
     for name in ("validation", "test"):
@@ -65,7 +65,7 @@ def test_ranks_agree_with_one_process(trained):
 
 def test_an_interpolation_leads_from_one_reconstruction_to_the_other(trained):
     model, found = load_model(trained)
-    transform = EvalTransform(**found.state["normalisation"])
+    transform = EvalTransform(**found.state["normalization"])
     x = transform(load_splits("digits").test.stack()[:2])
     torch.testing.assert_close(pixels_of(x, transform), load_splits("digits").test.stack()[:2] / 255 * 2 - 1)
     with torch.no_grad():

@@ -15,7 +15,7 @@ from tests.dist.test_step import build
 
 PLAIN = ["augment.policy=none", "loss.learnable_temperature=true"]  # the same views on any number of ranks
 # eps: without it Adam makes whole steps of the rounding in the smallest gradients
-OPTIMISERS = {
+OPTIMIZERS = {
     "sgd": ["optim.name=sgd", "optim.lr=0.1"],
     "adamw": ["optim.name=adamw", "optim.lr=0.003", "optim.eps=1e-3"],
     "lars": ["optim.name=lars", "optim.lr=0.1", "optim.lars_eta=0.1"],
@@ -27,14 +27,14 @@ OPTIMISERS = {
 def one_rank():
     return {
         (name, dtype): run_case(0, 1, Case(PLAIN, settings, smooth=dtype))
-        for name, settings in OPTIMISERS.items()
+        for name, settings in OPTIMIZERS.items()
         for dtype in (torch.float64, torch.float32)
     }
 
 
 @pytest.mark.parametrize("world_size", [2, 4])
 def test_five_steps_on_several_ranks_give_the_weights_of_one(world_size, one_rank):
-    runs = run_all(world_size, [Case(PLAIN, OPTIMISERS[name], smooth=dtype) for name, dtype in one_rank])
+    runs = run_all(world_size, [Case(PLAIN, OPTIMIZERS[name], smooth=dtype) for name, dtype in one_rank])
     for (name, dtype), ranks in zip(one_rank, runs, strict=True):
         for got in ranks:
             if dtype == torch.float64:

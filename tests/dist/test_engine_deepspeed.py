@@ -10,7 +10,7 @@ from tests.loaders.extras import require
 
 require("deepspeed", "pip install 'hpc-supcon[deepspeed]'", "its engine")
 
-OPTIMISERS = {
+OPTIMIZERS = {
     "sgd": ["optim.name=sgd", "optim.lr=0.1", "optim.weight_decay=0.01"],
     "adamw": ["optim.name=adamw", "optim.lr=0.003", "optim.weight_decay=0.05"],
 }
@@ -34,10 +34,10 @@ ZEROS = (None, 0, 1, 2)
 
 @pytest.fixture(scope="module")
 def runs():
-    """(name of optimiser or form, zero) -> by rank, five steps; None is DDP."""
-    cases = {(name, zero): Case(LEARNED, settings, engine(zero)) for name, settings in OPTIMISERS.items() for zero in ZEROS}
+    """(name of optimizer or form, zero) -> by rank, five steps; None is DDP."""
+    cases = {(name, zero): Case(LEARNED, settings, engine(zero)) for name, settings in OPTIMIZERS.items() for zero in ZEROS}
     cases |= {
-        (name, zero): Case(OPTIMISERS["adamw"], settings, engine(zero))
+        (name, zero): Case(OPTIMIZERS["adamw"], settings, engine(zero))
         for name, settings in FORMS.items()
         for zero in ZEROS
         if not (zero == 2 and name == "two passes")
@@ -47,7 +47,7 @@ def runs():
     return dict(zip(cases, run_all(2, list(cases.values())), strict=True))
 
 
-@pytest.mark.parametrize("name", [*OPTIMISERS, *FORMS, "lars"])
+@pytest.mark.parametrize("name", [*OPTIMIZERS, *FORMS, "lars"])
 @pytest.mark.parametrize("zero", [0, 1, 2])
 def test_five_steps_under_deepspeed_give_the_weights_of_ddp(runs, zero, name):
     if (name, zero) not in runs:
@@ -57,7 +57,7 @@ def test_five_steps_under_deepspeed_give_the_weights_of_ddp(runs, zero, name):
         assert got["norms"] == pytest.approx(want["norms"], rel=1e-5)
 
 
-@pytest.mark.parametrize("name", OPTIMISERS)
+@pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("zero", [0, 1, 2])
 def test_what_is_saved_is_that_of_ddp(runs, zero, name):
     for got, want in zip(runs[name, zero], runs[name, None], strict=True):
@@ -72,20 +72,20 @@ def test_what_is_saved_is_that_of_ddp(runs, zero, name):
 def test_a_run_goes_on_under_the_other_engine(tmp_path):
     pairs = [(None, 1), (1, None), (0, 2), (2, None), (None, 0)]
     first = {
-        (name, zero): Case(LEARNED, settings, engine(zero), stop=3) for name, settings in OPTIMISERS.items() for zero in ZEROS
+        (name, zero): Case(LEARNED, settings, engine(zero), stop=3) for name, settings in OPTIMIZERS.items() for zero in ZEROS
     }
-    whole = {name: Case(LEARNED, settings, stop=6) for name, settings in OPTIMISERS.items()}
+    whole = {name: Case(LEARNED, settings, stop=6) for name, settings in OPTIMIZERS.items()}
     done = run_all(2, [*first.values(), *whole.values()])
     saved = {}
     for key, ranks in zip(first, done[: len(first)], strict=True):
         saved[key] = tmp_path / f"{key}.pt"
         torch.save(ranks[0]["saved"], saved[key])
     want = dict(zip(whole, done[len(first) :], strict=True))
-    changes = [(name, before, after) for name in OPTIMISERS for before, after in pairs]
+    changes = [(name, before, after) for name in OPTIMIZERS for before, after in pairs]
     later = run_all(
         2,
         [
-            Case(LEARNED, OPTIMISERS[name], engine(after), saved=saved[name, before], start=3, stop=6)
+            Case(LEARNED, OPTIMIZERS[name], engine(after), saved=saved[name, before], start=3, stop=6)
             for name, before, after in changes
         ],
     )

@@ -54,7 +54,7 @@ def shared_features(rank, world_size, folder, n):
     source = assemble.load_data(config, here(rank, world_size)).splits.test.subset(list(range(n)))
     model, found = load_model(config.folder)
     features, labels = extract(
-        model.encoder, source, EvalTransform(**found.state["normalisation"]), here(rank, world_size), batch_size=5
+        model.encoder, source, EvalTransform(**found.state["normalization"]), here(rank, world_size), batch_size=5
     )
     return features, labels, source.labels
 
@@ -226,7 +226,7 @@ def knn_shares(rank, world_size, bank, labels, queries, asked, bounds):
     return knn_accuracy(bank[own], labels[own], queries[own], asked[own], classes=3, k=5, temperature=0.1)
 
 
-def test_neighbours_of_all_ranks_vote():
+def test_neighbors_of_all_ranks_vote():
     bank, labels, queries, asked = torch.randn(31, 4), torch.randint(3, (31,)), torch.randn(17, 4), torch.arange(17) % 3
     (want,) = run_ranks(knn_shares, 1, bank, labels, queries, asked, [0, 31])
     for bounds in ([0, 9, 31], [0, 0, 31]):
@@ -242,7 +242,7 @@ def monitored(rank, world_size, folder, kind):
     before = {name: t.clone() for name, t in model.state_dict().items()}
     generators = [torch.get_rng_state(), random.getstate(), str(np.random.get_state())]
     numbers = monitor(
-        model.encoder, splits.train, splits.validation, EvalTransform(**found.state["normalisation"]),
+        model.encoder, splits.train, splits.validation, EvalTransform(**found.state["normalization"]),
         here(rank, world_size), kind=kind, images=301, k=7, epochs=2,
     )  # fmt: skip
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
@@ -263,11 +263,11 @@ def test_monitoring_leaves_no_trace_and_gives_the_same_on_any_number_of_ranks(tr
 
 
 def test_monitoring_knn_equals_scikit_learns(trained):
-    """One neighbour among 301 evenly strided images."""
+    """One neighbor among 301 evenly strided images."""
     config = settings(trained)
     splits = assemble.load_data(config, here(0, 1)).splits
     model, found = load_model(trained)
-    transform = EvalTransform(**found.state["normalisation"])
+    transform = EvalTransform(**found.state["normalization"])
     rows = [i * len(splits.train) // 301 for i in range(301)]
     with torch.no_grad():
         encode = model.encoder.eval()

@@ -22,8 +22,8 @@ def _shards(world_size, classes, views):
     shards = []
     for labels in classes[:world_size]:
         # Each rank's rows lie around another mean: no symmetry between ranks hides a wrong gradient.
-        centre = torch.randn(D, generator=generator, dtype=torch.float64)
-        x = torch.randn(len(labels), views, D, generator=generator, dtype=torch.float64) + centre
+        center = torch.randn(D, generator=generator, dtype=torch.float64)
+        x = torch.randn(len(labels), views, D, generator=generator, dtype=torch.float64) + center
         shards.append((x, torch.tensor(labels, dtype=torch.int64)))
     return shards
 

@@ -37,7 +37,7 @@ def one_rank(rank, world_size):
     model, x = make()
     runtime = Runtime(Launch(rank=rank, world_size=world_size), torch.device("cpu"))
     parallel = distribute(model, runtime, sync_bn=True)
-    objective = Objective(TERMS, SETTINGS, denormalise=lambda views: views)
+    objective = Objective(TERMS, SETTINGS, denormalize=lambda views: views)
     own = slice(rank * 12 // world_size, (rank + 1) * 12 // world_size)
     loss = objective(parallel(x[own]), x[own], LABELS[own])
     loss.backward()

@@ -1,4 +1,4 @@
-"""Encoder gradients through DDP, synchronised BatchNorm and the global loss equal those of one process."""
+"""Encoder gradients through DDP, synchronized BatchNorm and the global loss equal those of one process."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
 
 from hpc_supcon.losses import SupConLoss
-from hpc_supcon.models import PretrainingModel, Projection, build_encoder, synchronise_batchnorm
+from hpc_supcon.models import PretrainingModel, Projection, build_encoder, synchronize_batchnorm
 from hpc_supcon.distributed.launch import Launch, Runtime
 from hpc_supcon.training.engine import distribute
 from tests.dist.ranks import run_ranks
@@ -66,7 +66,7 @@ def uneven_batchnorm(rank, world_size, kind):
         bn.weight.uniform_(0.5, 2)
         bn.bias.uniform_(-1, 1)
     weights = torch.randn_like(x)
-    bn = synchronise_batchnorm(bn, torch.device("cpu"))
+    bn = synchronize_batchnorm(bn, torch.device("cpu"))
     # 1 row on the first rank, the rest on the others
     bounds = [0, 1, 4, 7] if world_size == 3 else [0, 7]
     own = slice(bounds[rank], bounds[rank + 1])
@@ -91,7 +91,7 @@ def test_batchnorm_over_uneven_ranks_equals_pytorchs_on_the_whole_batch(kind):
 
 
 def statistics_held_still(rank, world_size):
-    bn = synchronise_batchnorm(nn.BatchNorm2d(5), torch.device("cpu"))
+    bn = synchronize_batchnorm(nn.BatchNorm2d(5), torch.device("cpu"))
     bn.track_running_stats = False
     bn(torch.randn(3, 5, 2, 2) + rank)
     return bn.running_mean, bn.num_batches_tracked
@@ -103,8 +103,8 @@ def test_statistics_that_are_not_tracked_stay_still_on_several_ranks():
         assert batches == 0
 
 
-def test_synchronising_keeps_names_and_values_and_a_single_process_result():
+def test_synchronizing_keeps_names_and_values_and_a_single_process_result():
     model, x, _ = make(2)
-    other = synchronise_batchnorm(copy.deepcopy(model), torch.device("cpu"))
+    other = synchronize_batchnorm(copy.deepcopy(model), torch.device("cpu"))
     assert list(other.state_dict()) == list(model.state_dict())
     assert torch.equal(other(x)["projection"], model(x)["projection"])

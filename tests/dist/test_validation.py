@@ -54,7 +54,7 @@ def validated(rank, world_size, overrides):
     model = assemble.build_model(description)
     views = assemble.build_views(config, description, runtime, stream=VIEWS_STREAM)
     state = assemble.build_state(config, model, assemble.build_objective(config, views), views, runtime)
-    transform = EvalTransform(**description["normalisation"])
+    transform = EvalTransform(**description["normalization"])
     validate = build_validate(config, data, views, transform, runtime, None)
     first = validate(state)
     assert validate(state) == first, "two looks at the same weights must agree"
@@ -71,7 +71,7 @@ def test_losses_of_single_images_equal_a_plain_loop_on_any_number_of_ranks(world
     model = assemble.build_model(description)
     model.load_state_dict(weights)
     model.eval()
-    x = EvalTransform(**description["normalisation"])(images)
+    x = EvalTransform(**description["normalization"])(images)
     with torch.no_grad():
         features = model.encoder(x)
         logits, decoded = model.heads["classifier"](features), model.heads["decoder"](features)
@@ -96,7 +96,7 @@ def test_a_contrastive_loss_sees_mixed_global_batches(world_size):
     model = assemble.build_model(description)
     model.load_state_dict(weights)
     model.eval()
-    x = EvalTransform(**description["normalisation"])(images[rows])
+    x = EvalTransform(**description["normalization"])(images[rows])
     with torch.no_grad():
         z = model.heads["projection"](model.encoder(x)).repeat_interleave(2, dim=0)
     want = supcon_brute_force(z.double(), labels[rows].repeat_interleave(2), 0.3)

@@ -9,7 +9,7 @@ A fault is ACTION@key=value,...; several are separated by `;`. Keys: `rank` (def
 `call` (default 1: the first time that the rest fits; 0: every time), `file` (truncate, flip: default
 model.safetensors) and `phase`:
 
-    step                                          before that optimiser step
+    step                                          before that optimizer step
     open write fsync rename mkdir unlink rmdir    before the `call`-th such system call of that step's save
     save                                          before the `call`-th system call of any of these kinds
     saved                                         after that step's save

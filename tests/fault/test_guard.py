@@ -42,10 +42,10 @@ def poison(state, at):
     state.model.heads["projection"].hidden.register_forward_hook(hook)
 
 
-def poisoned(rank, world, optimiser, deferred):
+def poisoned(rank, world, optimizer, deferred):
     """(message, state before the bad step, state after it all), one rank's input being bad from step 3 on."""
-    nesterov = ["optim.nesterov=true"] if optimiser in ("sgd", "lars") else []
-    state, batches = build(rank, world, [*EVERYTHING, f"optim.name={optimiser}", *nesterov])
+    nesterov = ["optim.nesterov=true"] if optimizer in ("sgd", "lars") else []
+    state, batches = build(rank, world, [*EVERYTHING, f"optim.name={optimizer}", *nesterov])
     state.guard = Guard(state.device, deferred=deferred)
     if rank == world - 1:
         poison(state, 3)
@@ -59,11 +59,11 @@ def poisoned(rank, world, optimiser, deferred):
     return str(caught.value), before, everything(state), state.step
 
 
-@pytest.mark.parametrize("optimiser", ["sgd", "adamw", "lars", "lamb"])
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lars", "lamb"])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_on_the_device_a_bad_step_and_all_after_it_change_nothing(ranks, optimiser):
+def test_on_the_device_a_bad_step_and_all_after_it_change_nothing(ranks, optimizer):
     """Weights, momenta, step counters on the device, average, queue, momentum encoder, BatchNorm's statistics."""
-    for message, before, after, done in run_ranks(poisoned, ranks, optimiser, True):
+    for message, before, after, done in run_ranks(poisoned, ranks, optimizer, True):
         assert message.startswith(f"step 3: outputs of rank {ranks - 1} became NaN or Inf; stopped before the update")
         assert done == 3, "noticed before the update of the next step"
         for name in before:
@@ -81,12 +81,12 @@ def test_looked_at_at_once_nothing_but_statistics_has_changed(ranks):
                 assert torch.equal(before[name], after[name]), name
 
 
-@pytest.mark.parametrize("optimiser", ["sgd", "adamw", "lars", "lamb"])
-def test_finite_steps_are_the_same_to_the_bit_either_way(optimiser):
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw", "lars", "lamb"])
+def test_finite_steps_are_the_same_to_the_bit_either_way(optimizer):
     got = []
     for deferred in (False, True):
         torch.manual_seed(0)
-        state, batches = build(0, 1, [*EVERYTHING, f"optim.name={optimiser}"])
+        state, batches = build(0, 1, [*EVERYTHING, f"optim.name={optimizer}"])
         state.guard = Guard(state.device, deferred=deferred)
         for batch in batches:
             train_step(state, batch)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from hpc_supcon.distributed import watch_threads
-from hpc_supcon.distributed.store import neighbour, who
+from hpc_supcon.distributed.store import neighbor, who
 from hpc_supcon.distributed.watch import Watch
 from hpc_supcon.errors import RankLost
 
@@ -97,13 +97,13 @@ def test_seconds_in_which_the_whole_process_was_suspended_do_not_count(monkeypat
     assert idle.of(6) == 0
 
 
-def test_a_neighbour_is_known_by_more_than_its_number():
+def test_a_neighbor_is_known_by_more_than_its_number():
     host, pid, began = who().split()
-    assert neighbour(who()) == os.getpid()
-    assert neighbour(f"{host} {pid} {int(began) - 1}") is None, "another process that had the number"
-    assert neighbour(f"elsewhere {pid} {began}") is None
-    assert neighbour(f"{host} 999999999 {began}") is None
-    assert neighbour(f"{host} {pid} ?") is None
+    assert neighbor(who()) == os.getpid()
+    assert neighbor(f"{host} {pid} {int(began) - 1}") is None, "another process that had the number"
+    assert neighbor(f"elsewhere {pid} {began}") is None
+    assert neighbor(f"{host} 999999999 {began}") is None
+    assert neighbor(f"{host} {pid} ?") is None
 
 
 def test_under_torchrun_a_stopped_worker_does_not_survive(tmp_path):

@@ -53,7 +53,7 @@ def damaged(tmp_path):
             Image.open(path).convert("CMYK").save(path)
         elif kind == "16 bit":
             Image.new("I;16", (40, 40), 40_000).save(path, format="png")
-        elif kind == "grey":
+        elif kind == "gray":
             Image.open(path).convert("L").save(path)
         return open_train(root, **options), 15, path
 

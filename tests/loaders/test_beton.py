@@ -48,7 +48,7 @@ def test_pixels_labels_and_classes_come_back(arrays, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.beton", "a.beton.json"]
 
 
-def test_grey_images_come_back_grey(tmp_path):
+def test_gray_images_come_back_gray(tmp_path):
     digits = load_splits("digits", validation_fraction=0).test
     for fraction in (0.0, 1.0):
         convert(digits, tmp_path / "a.beton", raw_fraction=fraction)

@@ -62,7 +62,7 @@ def test_boxes_are_distributed_as_torchvisions():
         assert np.abs(a - b).sum() < 0.06
 
 
-def test_where_no_box_fits_the_centre_is_taken_as_torchvision_does():
+def test_where_no_box_fits_the_center_is_taken_as_torchvision_does():
     crop = CropOptions(views=1, image_size=8, scale=(1.0, 1.0), ratio=(1.0, 1.0))
     assert boxes([0], height=40, width=30, crop=crop).tolist() == [[[5, 0, 30, 30]]]
     assert boxes([0], height=30, width=41, crop=crop).tolist() == [[[0, 5, 30, 30]]]

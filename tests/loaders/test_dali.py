@@ -34,7 +34,7 @@ class TestDali(LoaderContract):
         return open_train(folder)
 
     def check_images(self, images, source):
-        """One resize of the central square, against a resize and a crop of the centre."""
+        """One resize of the central square, against a resize and a crop of the center."""
         assert (images.float() - source.stack().float()).abs().mean() < 1
 
 
@@ -82,7 +82,7 @@ def test_an_image_that_does_not_decode_is_named(damaged, kind, crop):
 
 
 @pytest.mark.parametrize(
-    ("kind", "message"), [("cmyk", "mode CMYK"), ("16 bit", "more than 8 bits"), ("grey", "mode L")]
+    ("kind", "message"), [("cmyk", "mode CMYK"), ("16 bit", "more than 8 bits"), ("gray", "mode L")]
 )
 def test_an_image_of_another_form_is_named(damaged, kind, message):
     source, _, path = damaged(kind)
@@ -107,7 +107,7 @@ def test_a_corrupt_image_is_replaced_by_the_one_every_loader_takes_and_serving_g
 
 
 def test_damage_that_only_the_last_rows_show_is_met(tmp_path):
-    """A JPEG that ends early decodes to grey rows in many libraries."""
+    """A JPEG that ends early decodes to gray rows in many libraries."""
     root = write_folder(tmp_path, suffix="jpg", size=(200, 200), quality=95)
     path = root / "train" / "a" / "05.jpg"
     path.write_bytes(path.read_bytes()[:-300])
@@ -153,7 +153,7 @@ def test_the_gpu_agrees_with_the_cpu(tmp_path: Path):
         assert (images.cpu().float() - serve(source, crop=crop)[0].float()).abs().mean() < 3
 
 
-def test_the_picture_of_a_wide_image_is_its_centre(tmp_path):
+def test_the_picture_of_a_wide_image_is_its_center(tmp_path):
     root = write_folder(tmp_path)
     pixels = np.zeros((64, 192, 3), dtype=np.uint8)
     pixels[:, 64:128] = 200

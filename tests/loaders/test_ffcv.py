@@ -79,7 +79,7 @@ def test_jpegs_decode_to_what_pillow_makes_of_them(jpegs):
     assert difference.mean() < 2
 
 
-def test_grey_images_are_served_grey(tmp_path):
+def test_gray_images_are_served_gray(tmp_path):
     digits = load_splits("digits", validation_fraction=0).test
     for fraction in (0.0, 1.0):
         convert(digits, tmp_path / "a.beton", raw_fraction=fraction)

@@ -71,7 +71,7 @@ def test_an_image_that_does_not_decode_is_named(damaged, name, kind):
         ("cmyk", {}, "mode CMYK"),
         ("16 bit", {}, "more than 8 bits"),
         ("16 bit", {"channels": 3}, "more than 8 bits"),
-        ("grey", {}, "mode L"),
+        ("gray", {}, "mode L"),
     ],
 )
 def test_an_image_of_another_form_is_named_even_where_corrupt_ones_are_replaced(

@@ -34,7 +34,7 @@ def test_a_sound_folder_is_described(tmp_path):
         ("text", "does not decode"),
         ("cmyk", "mode CMYK"),
         ("16 bit", "more than 8 bits"),
-        ("grey", "mode L"),
+        ("gray", "mode L"),
     ],
 )
 @pytest.mark.parametrize("workers", [1, 3])

@@ -12,7 +12,7 @@ from .base import Count, NonNegative, Positive, Probability, Section
 class SyntheticConfig(Section):
     images: Count = Field(description="training images made", json_schema_extra={"unit": "images"})
     classes: Annotated[int, Field(ge=2)] = Field(description="classes made")
-    channels: Literal[1, 3] = Field(description="1 is grey, 3 is RGB")
+    channels: Literal[1, 3] = Field(description="1 is gray, 3 is RGB")
     image_size: Count = Field(description="side of the square images", json_schema_extra={"unit": "px"})
 
 
@@ -21,11 +21,11 @@ class DataConfig(Section):
     root: str | None = Field(description="folder that holds the data set (digits and synthetic need none)")
     download: bool = Field(description="fetch a missing torchvision data set into data.root")
     image_size: Count | None = Field(
-        description="resize the shorter side to this and crop the centre; null keeps the images' own size",
+        description="resize the shorter side to this and crop the center; null keeps the images' own size",
         json_schema_extra={"unit": "px"},
     )
     channels: Literal[1, 3] | None = Field(
-        description="convert every image to 1 (grey) or 3 (RGB) channels; null demands that all agree"
+        description="convert every image to 1 (gray) or 3 (RGB) channels; null demands that all agree"
     )
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
         description="share of train carved off, stratified, where the data set has no validation split"
@@ -35,7 +35,7 @@ class DataConfig(Section):
         json_schema_extra={"unit": "images"},
     )
     batch_size: Annotated[int, Field(ge=2)] = Field(
-        description="GLOBAL number of images per optimiser step, over all ranks, before views",
+        description="GLOBAL number of images per optimizer step, over all ranks, before views",
         json_schema_extra={"unit": "images"},
     )
     views: Count = Field(description="augmented views of each image in a batch")
@@ -77,7 +77,7 @@ class RandAugmentConfig(Section):
 
 class AugmentConfig(Section):
     policy: str = Field(
-        description="none (resize alone) | flip_crop | simaugment (flip_crop, jitter, grey, blur) | autoaugment | "
+        description="none (resize alone) | flip_crop | simaugment (flip_crop, jitter, gray, blur) | autoaugment | "
         "randaugment (both after flip_crop)"
     )
     crop_scale: tuple[Positive, Positive] = Field(description="range of the crop's share of the image area")
@@ -89,8 +89,8 @@ class AugmentConfig(Section):
     hue: Annotated[float, Field(ge=0, le=0.5)] = Field(
         description="simaugment: shift drawn from -+ this", json_schema_extra={"unit": "turns"}
     )
-    jitter_probability: Probability = Field(description="simaugment: probability that a view is colour-jittered")
-    grey: Probability = Field(description="simaugment: probability that a view loses its colour")
+    jitter_probability: Probability = Field(description="simaugment: probability that a view is color-jittered")
+    grayscale: Probability = Field(description="simaugment: probability that a view loses its color")
     blur: Probability = Field(
         description="simaugment: probability of a gaussian blur, sigma 0.1..2 px, kernel a tenth of the image"
     )

@@ -11,7 +11,7 @@ from .base import Count, NonNegative, Positive, Section, StoppingConfig
 Input = Annotated[
     Literal["auto", "features", "pixels"],
     Field(
-        description="what the classifier reads: the frozen encoder's features, or the normalised, flattened pixels; "
+        description="what the classifier reads: the frozen encoder's features, or the normalized, flattened pixels; "
         "auto: pixels for softmax and logistic, features for the others"
     ),
 ]
@@ -23,7 +23,7 @@ class FitConfig(Section):
 
     epochs: Count = Field(description="passes over the training split", json_schema_extra={"unit": "epochs"})
     iterations: Count | None = Field(
-        description="optimiser steps, in place of epochs; null: as many as `epochs` has",
+        description="optimizer steps, in place of epochs; null: as many as `epochs` has",
         json_schema_extra={"unit": "iterations"},
     )
     evaluate_every: Count | None = Field(
@@ -31,15 +31,15 @@ class FitConfig(Section):
         json_schema_extra={"unit": "iterations"},
     )
     batch_size: Count = Field(description="images per step, over all ranks", json_schema_extra={"unit": "images"})
-    optimiser: Literal["adam", "adamw", "sgd"] = Field(description="optimiser (sgd: momentum 0.9)")
-    weight_decay: NonNegative = Field(description="weight decay of the optimiser; not on biases and norms")
+    optimizer: Literal["adam", "adamw", "sgd"] = Field(description="optimizer (sgd: momentum 0.9)")
+    weight_decay: NonNegative = Field(description="weight decay of the optimizer; not on biases and norms")
     schedule: Literal["cosine", "constant"] = Field(description="cosine: learning rate falls to 0 at the last step")
     stopping: StoppingConfig
 
 
 class LinearConfig(FitConfig):
     input: Input
-    standardise: bool = Field(description="give inputs zero mean and unit variance (over train) first")
+    standardize: bool = Field(description="give inputs zero mean and unit variance (over train) first")
     lrs: tuple[Positive, ...] = Field(
         min_length=1, description="learning rates trained at once; the validation split chooses"
     )
@@ -47,7 +47,7 @@ class LinearConfig(FitConfig):
 
 class SoftmaxConfig(FitConfig):
     input: Input
-    standardise: bool = Field(description="give inputs zero mean and unit variance (over train) first")
+    standardize: bool = Field(description="give inputs zero mean and unit variance (over train) first")
     lr: Rate
     l2_lambda: NonNegative = Field(description="l2_lambda x sum of squared weights (not biases) is added to the loss")
     clip_norm: Positive | None = Field(description="longest gradient, as an L2 norm; null: not clipped")
@@ -61,7 +61,7 @@ class LogisticConfig(SoftmaxConfig):
 
 class MlpConfig(FitConfig):
     input: Input
-    standardise: bool = Field(description="give inputs zero mean and unit variance (over train) first")
+    standardize: bool = Field(description="give inputs zero mean and unit variance (over train) first")
     lr: Rate
     hidden: tuple[Count, ...] = Field(min_length=1, description="widths of the hidden layers")
     batch_norm: bool = Field(description="BatchNorm after each hidden layer")
@@ -71,7 +71,7 @@ class MlpConfig(FitConfig):
 class KnnConfig(Section):
     input: Input
     k: Count = Field(description="nearest training images that vote", json_schema_extra={"unit": "images"})
-    temperature: Positive = Field(description="a neighbour votes with exp(cosine similarity / temperature)")
+    temperature: Positive = Field(description="a neighbor votes with exp(cosine similarity / temperature)")
 
 
 class FinetuneConfig(FitConfig):

@@ -11,12 +11,12 @@ from .base import Count, NonNegative, Positive, Section
 
 class PruneFinetuneConfig(Section):
     epochs: Annotated[int, Field(ge=0)] = Field(
-        description="passes over the training split after pruning, by the run's own loss and optimiser, pruned "
+        description="passes over the training split after pruning, by the run's own loss and optimizer, pruned "
         "weights held at zero; 0: none",
         json_schema_extra={"unit": "epochs"},
     )
     iterations: Count | None = Field(
-        description="optimiser steps; when set, replaces epochs", json_schema_extra={"unit": "steps"}
+        description="optimizer steps; when set, replaces epochs", json_schema_extra={"unit": "steps"}
     )
     lr: Positive | None = Field(
         description="peak learning rate, used as written; null: a tenth of the pre-training's peak"

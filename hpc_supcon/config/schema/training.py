@@ -66,17 +66,17 @@ class LossConfig(Section):
 
     @property
     def weights(self) -> dict[str, float]:
-        """Loss -> weight of what is minimised."""
+        """Loss -> weight of what is minimized."""
         return dict(self.terms) if self.terms is not None else {self.name: 1.0}
 
     @property
     def label(self) -> str:
-        """What is minimised, for people: "supcon_out", or "supcon_out + 0.5 cross_entropy"."""
+        """What is minimized, for people: "supcon_out", or "supcon_out + 0.5 cross_entropy"."""
         return " + ".join(name if weight == 1 else f"{weight:g} {name}" for name, weight in self.weights.items())
 
 
 class OptimConfig(Section):
-    name: Literal["sgd", "adamw", "lars", "lamb"] = Field(description="optimiser")
+    name: Literal["sgd", "adamw", "lars", "lamb"] = Field(description="optimizer")
     lr: Positive = Field(description="peak learning rate, used as written")
     lr_per_256: Positive | None = Field(
         description="when set, replaces lr by this times data.batch_size / 256 (and the log says so)"
@@ -87,7 +87,7 @@ class OptimConfig(Section):
     nesterov: bool = Field(description="Nesterov momentum (sgd, lars)")
     beta2: Annotated[float, Field(ge=0, lt=1)] = Field(description="decay of the squared gradients (adamw, lamb)")
     eps: Positive | None = Field(
-        description="added to denominators; null is the optimiser's own (adamw 1e-8, lamb 1e-6, lars 0)"
+        description="added to denominators; null is the optimizer's own (adamw 1e-8, lamb 1e-6, lars 0)"
     )
     lars_eta: Positive = Field(description="lars: trust coefficient, a step's size as a share of the weight's norm")
     lamb_norm_range: tuple[NonNegative, Positive] | None = Field(
@@ -109,7 +109,7 @@ class OptimConfig(Section):
     gamma: Annotated[float, Field(gt=0, le=1)] = Field(description="step: factor at each milestone")
 
     @model_validator(mode="after")
-    def _optimiser_heeds_its_settings(self) -> OptimConfig:
+    def _optimizer_heeds_its_settings(self) -> OptimConfig:
         if self.nesterov and (self.name not in ("sgd", "lars") or self.momentum == 0):
             raise ValueError("nesterov is for sgd and lars with momentum above 0; use false")
         if self.eps is not None and self.name == "sgd":
@@ -137,7 +137,7 @@ class OptimConfig(Section):
 
 class DeepSpeedConfig(Section):
     zero: Literal[0, 1, 2] = Field(
-        description="what is partitioned over ranks: nothing (0), the optimiser's state (1), gradients as well (2)"
+        description="what is partitioned over ranks: nothing (0), the optimizer's state (1), gradients as well (2)"
     )
     config: dict[str, Any] | None = Field(
         description="DeepSpeed's own JSON section, merged into ours; what other settings decide has no place in it"
@@ -146,17 +146,17 @@ class DeepSpeedConfig(Section):
 
 class TrainConfig(Section):
     engine: Literal["ddp", "deepspeed"] = Field(
-        description="who averages gradients and holds the optimiser; a run may go on under the other one"
+        description="who averages gradients and holds the optimizer; a run may go on under the other one"
     )
     deepspeed: DeepSpeedConfig = Field(description="settings of engine=deepspeed")
     epochs: Count = Field(description="passes over the training split", json_schema_extra={"unit": "epochs"})
     iterations: Count | None = Field(
-        description="optimiser steps; when set, replaces epochs", json_schema_extra={"unit": "steps"}
+        description="optimizer steps; when set, replaces epochs", json_schema_extra={"unit": "steps"}
     )
     stopping: StoppingConfig = Field(description="early stopping; it needs validation.every_epochs or every_steps")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         description="auto: bf16 autocast where the device computes in bf16; fp16 (CUDA): with loss scaling; weights, "
-        "optimiser and loss are always fp32"
+        "optimizer and loss are always fp32"
     )
     compile: bool = Field(description="torch.compile for the training forward and backward pass; takes minutes once")
     cuda_graphs: bool = Field(description="replay the compiled pass as CUDA graphs (CUDA, with compile)")
@@ -195,8 +195,8 @@ class OnlineProbeConfig(Section):
         description="at most this many training images are looked at, evenly spaced",
         json_schema_extra={"unit": "images"},
     )
-    k: Count = Field(description="knn: neighbours that vote")
-    temperature: Positive = Field(description="knn: a neighbour's vote is exp(cosine / temperature)")
+    k: Count = Field(description="knn: neighbors that vote")
+    temperature: Positive = Field(description="knn: a neighbor's vote is exp(cosine / temperature)")
 
 
 class ValidationConfig(Section):
@@ -221,7 +221,7 @@ class CheckpointConfig(Section):
         json_schema_extra={"unit": "steps"},
     )
     asynchronous: bool = Field(
-        description="write while training goes on; needs host memory for one more copy of model and optimiser"
+        description="write while training goes on; needs host memory for one more copy of model and optimizer"
     )
     max_failed_saves: Annotated[int, Field(ge=0)] = Field(
         description="saves in a row that may fail (a full disk) before training stops; the last of a run may not",

@@ -16,7 +16,7 @@ Ints = npt.NDArray[np.int64]
 Words = npt.NDArray[np.uint64]
 
 TRIES = 10
-"""Boxes drawn before falling back to the centre, as torchvision's RandomResizedCrop does."""
+"""Boxes drawn before falling back to the center, as torchvision's RandomResizedCrop does."""
 _BLOCKS = -(-(2 * TRIES + 2) // 4)  # of four random words each
 _CROP, _REPLACE = 0, 1  # the last counter word keeps the purposes apart
 _MASK, _32 = np.uint64(0xFFFF_FFFF), np.uint64(32)

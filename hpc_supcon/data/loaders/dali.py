@@ -123,7 +123,7 @@ class DaliLoader:
         """A pipeline from files and boxes to uint8 [V, C, S, S], all in one go: running ahead is done here."""
         dali = _import_dali()
         fn, types = dali.fn, dali.types
-        colours = types.RGB if self._source.channels == 3 else types.GRAY
+        colors = types.RGB if self._source.channels == 3 else types.GRAY
         size = self._reader.shape[-1]
         pipeline = dali.pipeline.Pipeline(
             batch_size=self._largest_batch,
@@ -135,7 +135,7 @@ class DaliLoader:
         )
         with pipeline:
             files = fn.external_source(name="files")
-            images = fn.decoders.image(files, device="cpu" if self._gpu is None else "mixed", output_type=colours)
+            images = fn.decoders.image(files, device="cpu" if self._gpu is None else "mixed", output_type=colors)
             resized = [
                 fn.resize(
                     images,

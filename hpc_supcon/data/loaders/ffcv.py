@@ -177,7 +177,7 @@ def _decoder() -> Callable[..., None]:
             data = file[ptrs[row] : ptrs[row] + sizes[row]]
             pixels = buffer[: 3 * H * W].reshape((H, W, 3))
             if modes[row] == jpeg:
-                # -1 too for a file that ends early, whose missing rows the library fills with grey
+                # -1 too for a file that ends early, whose missing rows the library fills with gray
                 if imdecode(data.ctypes.data, len(data), H, W, pixels.ctypes.data, H, W, 0, 0, 1, 1, False, False):
                     failed[k] = 1
                     continue

@@ -13,7 +13,7 @@ from .stratify import stratified_split
 
 
 def digits() -> tuple[ArraySource, ArraySource]:
-    """(train, test) of the 1,797 8x8 grey digits in scikit-learn; test is a fixed, stratified fifth.
+    """(train, test) of the 1,797 8x8 gray digits in scikit-learn; test is a fixed, stratified fifth.
 
     The test set does not depend on any seed of a run, so that results of different runs compare.
     """
@@ -32,7 +32,7 @@ def synthetic(
     """(train, test) of `images` and max(images // 4, classes) random images that a network can learn.
 
     A class is a smooth random pattern; an image shows it rolled by up to a quarter of its size, mixed with
-    another smooth pattern of its own, at a contrast of its own, under pixel noise. Mean colours say nothing
+    another smooth pattern of its own, at a contrast of its own, under pixel noise. Mean colors say nothing
     about the class. A pure function of the arguments. Raises ConfigError for sizes that make no data set.
     """
     if classes < 1 or images < classes or image_size < 1 or channels not in (1, 3):

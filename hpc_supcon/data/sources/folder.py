@@ -225,7 +225,7 @@ def _check_mode(path: Path, mode: str, form: Form) -> None:
     if not form.convert and CHANNELS_OF_MODE[mode] != form.channels:
         raise DataError(
             f"image {path} has mode {mode} but {form.reference} has {form.channels} channel(s): "
-            f"set data.channels=3 to convert all to RGB, or data.channels=1 to grey"
+            f"set data.channels=3 to convert all to RGB, or data.channels=1 to gray"
         )
 
 
@@ -242,7 +242,7 @@ def _mode_error(path: Path, mode: str) -> DataError:
     if mode.startswith(("I", "F")):
         return DataError(f"image {path} has more than 8 bits per channel (mode {mode}): convert it to 8 bits first")
     return DataError(
-        f"image {path} has mode {mode}, neither grey nor RGB: data.channels=3 converts all images to RGB"
+        f"image {path} has mode {mode}, neither gray nor RGB: data.channels=3 converts all images to RGB"
     )
 
 

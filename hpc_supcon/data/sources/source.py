@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from ...errors import ConfigError, CorruptSample, DataError
 
 LUMA = (0.2989, 0.587, 0.114)
-"""Weights of red, green and blue in grey (ITU-R BT.601, the figures torchvision uses)."""
+"""Weights of red, green and blue in gray (ITU-R BT.601, the figures torchvision uses)."""
 
 
 class Source(Protocol):
@@ -37,7 +37,7 @@ class Source(Protocol):
 
     @property
     def channels(self) -> int:
-        """1 (grey) or 3 (RGB)."""
+        """1 (gray) or 3 (RGB)."""
         ...
 
     @property
@@ -129,7 +129,7 @@ def fit_images(images: Tensor, *, image_size: int | None, channels: int | None) 
     """
     check_form(image_size, channels)
     if channels is not None and channels != images.shape[1]:
-        images = images.expand(-1, 3, -1, -1) if channels == 3 else _chunked(_to_grey, images)
+        images = images.expand(-1, 3, -1, -1) if channels == 3 else _chunked(_to_gray, images)
     if image_size is not None and image_size != images.shape[-1]:
         size = (image_size, image_size)
         images = _chunked(lambda x: F.interpolate(x, size=size, mode="bilinear", antialias=True), images)
@@ -139,12 +139,12 @@ def fit_images(images: Tensor, *, image_size: int | None, channels: int | None) 
 def check_form(image_size: int | None, channels: int | None) -> None:
     """Raise ConfigError where the asked-for form of the images makes no sense."""
     if channels not in (None, 1, 3):
-        raise ConfigError(f"data.channels must be 1 (grey) or 3 (RGB), not {channels}")
+        raise ConfigError(f"data.channels must be 1 (gray) or 3 (RGB), not {channels}")
     if image_size is not None and image_size < 1:
         raise ConfigError(f"data.image_size must be at least 1 pixel, not {image_size}")
 
 
-def _to_grey(images: Tensor) -> Tensor:
+def _to_gray(images: Tensor) -> Tensor:
     return torch.einsum("nchw,c->nhw", images, torch.tensor(LUMA)).unsqueeze(1)
 
 
@@ -174,16 +174,16 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     return mean.float(), std.float()
 
 
-NORMALISATION_SAMPLE = 10_000
+NORMALIZATION_SAMPLE = 10_000
 """Images whose statistics stand for all where a set is not held in memory."""
 
 
-def normalisation_of(train: Source) -> dict[str, list[float]]:
+def normalization_of(train: Source) -> dict[str, list[float]]:
     """Mean and standard deviation per channel of the training images, as plain numbers."""
     if isinstance(train, ArraySource):
         mean, std = channel_statistics(train.stack())
     else:
-        n = min(len(train), NORMALISATION_SAMPLE)
+        n = min(len(train), NORMALIZATION_SAMPLE)
         chosen = np.sort(np.random.default_rng(0).choice(len(train), n, replace=False)).tolist()
         mean, std = channel_statistics(torch.stack(list(_sound_images(train, chosen))))
     return {"mean": mean.tolist(), "std": std.tolist()}

@@ -24,7 +24,7 @@ _SPLITS = {"train": True, "t10k": False}
 
 
 def open_mnist(name: str, root: Path | None, *, download: bool) -> tuple[ArraySource, ArraySource]:
-    """(train, test) of `mnist` or `fashion_mnist`: grey 28x28, four idx files in ROOT/MNIST/raw.
+    """(train, test) of `mnist` or `fashion_mnist`: gray 28x28, four idx files in ROOT/MNIST/raw.
 
     Raises DataError where files are missing, cannot be downloaded, or are damaged (the file is named).
     """

@@ -1,6 +1,6 @@
-"""Colour operations on planes, with a factor per image: torchvision's adjust_* for a batch of different factors.
+"""Color operations on planes, with a factor per image: torchvision's adjust_* for a batch of different factors.
 
-Images are float32 [C, N, H, W] in 0..1, channels first: hue and grey mix channels, and do so fastest on whole
+Images are float32 [C, N, H, W] in 0..1, channels first: hue and gray mix channels, and do so fastest on whole
 planes. All functions work IN PLACE and return their argument. Factors are float32 [N].
 """
 
@@ -21,12 +21,12 @@ BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 def blend(x: Tensor, operation: Tensor, factor: Tensor) -> Tensor:
     """x * factor + (1 - factor) * target, clamped to 0..1, with a target per image.
 
-    operation: int64 [N]. BRIGHTNESS blends with black, CONTRAST with the image's mean grey, SATURATION with its
-    grey. factor: float32 [N], >= 0; 1 changes nothing. One function for the three, because images whose
+    operation: int64 [N]. BRIGHTNESS blends with black, CONTRAST with the image's mean gray, SATURATION with its
+    gray. factor: float32 [N], >= 0; 1 changes nothing. One function for the three, because images whose
     operations come in different orders can then be worked on together.
     """
     rest = _per_image(1 - factor)
-    shade = grey(x)
+    shade = grayscale(x)
     mean = shade.mean(dim=(-2, -1), keepdim=True).mul_(rest * _per_image(operation == CONTRAST))
     target = torch.addcmul(mean, shade, rest * _per_image(operation == SATURATION))
     return torch.addcmul(target, x, _per_image(factor), out=x).clamp_(0, 1)
@@ -55,7 +55,7 @@ def adjust_hue(x: Tensor, factor: Tensor) -> Tensor:
     return torch.addcmul(high, weight, spread, value=-1, out=x)
 
 
-def grey(x: Tensor) -> Tensor:
+def grayscale(x: Tensor) -> Tensor:
     """float32 [1, N, H, W], new: the luminance, or the only channel there is."""
     if x.shape[0] == 1:
         return x.clone()

@@ -8,17 +8,17 @@ import torch
 from torch import Tensor, nn
 
 
-def normalise_(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+def normalize_(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """(x - mean) / std in place; x float [C, ...], mean and std [C]."""
     shape = (-1, *[1] * (x.ndim - 1))
     # with two operands that are broadcast, addcmul is not vectorised
     return x.mul_(std.reciprocal().view(shape)).sub_((mean / std).view(shape))
 
 
-def normalise_levels_(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+def normalize_levels_(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """(x / 255 - mean) / std in place; x float [n, C, H, W], contiguous or channels last."""
     if x.is_contiguous():
-        return normalise_(x.transpose(0, 1), 255 * mean, 255 * std).transpose(0, 1)
+        return normalize_(x.transpose(0, 1), 255 * mean, 255 * std).transpose(0, 1)
     # whole rows of pixels at a time: a loop over three channels is not vectorised
     rows, W = x.permute(0, 2, 3, 1).flatten(2), x.shape[3]
     rows.mul_((255 * std).reciprocal().repeat(W)).sub_((mean / std).repeat(W))
@@ -26,7 +26,7 @@ def normalise_levels_(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
 
 
 class EvalTransform(nn.Module):
-    """uint8 [B, C, H, W] -> float32 [B, C, H, W], normalised: what evaluation sees."""
+    """uint8 [B, C, H, W] -> float32 [B, C, H, W], normalized: what evaluation sees."""
 
     mean: Tensor
     std: Tensor
@@ -39,4 +39,4 @@ class EvalTransform(nn.Module):
 
     def forward(self, images: Tensor) -> Tensor:
         scaled = images.float().mul_(1 / 255).transpose(0, 1)
-        return normalise_(scaled, self.mean, self.std).transpose(0, 1)
+        return normalize_(scaled, self.mean, self.std).transpose(0, 1)

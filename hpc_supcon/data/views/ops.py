@@ -2,16 +2,16 @@
 
 Images are grouped by how an operation works, and a group is worked on at once, whatever its magnitudes:
 
-- point operations map a grey level to a grey level, so each image gets a table [C, 256] and one lookup serves
-  all of them: Brightness, Contrast (its table holds the image's mean grey), Posterize, Solarize, Invert,
+- point operations map a gray level to a gray level, so each image gets a table [C, 256] and one lookup serves
+  all of them: Brightness, Contrast (its table holds the image's mean gray), Posterize, Solarize, Invert,
   AutoContrast (stretches each channel from its minimum and maximum to 0..255) and Equalize (the channel's own
   cumulative histogram);
-- Color and Sharpness blend with the grey and the smoothed image;
+- Color and Sharpness blend with the gray and the smoothed image;
 - shears, translations and the rotation look up the nearest pixel through a matrix per image; outside is black.
 
-Every operation gives what torchvision.transforms.v2.functional gives for one uint8 tensor, to the grey level.
+Every operation gives what torchvision.transforms.v2.functional gives for one uint8 tensor, to the gray level.
 Blends are summed in float64 and rounded to float32 once, since torchvision's fuse product and sum: a last bit
-is a whole grey level after truncation. Operations are int64 [n] (indices into OPERATIONS) and magnitudes
+is a whole gray level after truncation. Operations are int64 [n] (indices into OPERATIONS) and magnitudes
 float64 [n], both on the CPU, so that grouping waits for no device.
 """
 
@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ..loaders.prefetch import sent
-from .color import grey
+from .color import grayscale
 
 OPERATIONS = (
     "Identity",
@@ -60,7 +60,7 @@ def operate_(images: Tensor, operations: Tensor, magnitudes: Tensor) -> Tensor:
     return images
 
 
-# ---- point operations: tables of grey levels
+# ---- point operations: tables of gray levels
 
 
 def _look_up(images: Tensor, operations: Tensor, magnitudes: Tensor) -> Tensor:
@@ -85,7 +85,7 @@ def _brightness(images: Tensor, magnitudes: Tensor) -> Tensor:
 
 def _contrast(images: Tensor, magnitudes: Tensor) -> Tensor:
     # exact up to 256 x 256: sums of whole numbers below 2**24
-    mean = _grey(images).mean(dim=(-2, -1)).unsqueeze(-1)
+    mean = _gray(images).mean(dim=(-2, -1)).unsqueeze(-1)
     return _blend(_levels(images), mean, 1 + magnitudes)
 
 
@@ -105,7 +105,7 @@ def _invert(images: Tensor, magnitudes: Tensor) -> Tensor:
 
 def _autocontrast(images: Tensor, magnitudes: Tensor) -> Tensor:
     low, high = (extreme.float().unsqueeze(-1) for extreme in torch.aminmax(images.flatten(2), dim=2))
-    flat = high == low  # one grey level only: stays as it is
+    flat = high == low  # one gray level only: stays as it is
     scale = torch.where(flat, 1.0, (high - low) * (1.0 / 255))
     return _truncate((_levels(images) - torch.where(flat, 0.0, low)) / scale)
 
@@ -128,7 +128,7 @@ def _equalize(images: Tensor, magnitudes: Tensor) -> Tensor:
 
 
 def _saturation(images: Tensor, operations: Tensor, magnitudes: Tensor) -> Tensor:
-    return images if images.shape[1] == 1 else _blend(images.float(), _grey(images), 1 + magnitudes)
+    return images if images.shape[1] == 1 else _blend(images.float(), _gray(images), 1 + magnitudes)
 
 
 def _sharpness(images: Tensor, operations: Tensor, magnitudes: Tensor) -> Tensor:
@@ -147,15 +147,15 @@ def _sharpness(images: Tensor, operations: Tensor, magnitudes: Tensor) -> Tensor
 
 
 def _blend(x: Tensor, other: Tensor, factors: Tensor) -> Tensor:
-    """x * factor + other * (1 - factor) as uint8; x float32 holding grey levels, factors float64 [n]."""
+    """x * factor + other * (1 - factor) as uint8; x float32 holding gray levels, factors float64 [n]."""
     shape = (-1, *[1] * (x.ndim - 1))
     factor, rest = (sent(f.float(), x.device).view(shape) for f in (factors, 1 - factors))
     return _truncate(torch.addcmul((x * factor).double(), other.double(), rest.double()).float())
 
 
-def _grey(images: Tensor) -> Tensor:
-    """Whole grey levels, float32 [n, 1, H, W]."""
-    return grey(images.float().transpose(0, 1)).transpose(0, 1).floor_()
+def _gray(images: Tensor) -> Tensor:
+    """Whole gray levels, float32 [n, 1, H, W]."""
+    return grayscale(images.float().transpose(0, 1)).transpose(0, 1).floor_()
 
 
 def _truncate(x: Tensor) -> Tensor:
@@ -183,10 +183,10 @@ def _warp(images: Tensor, operations: Tensor, magnitudes: Tensor) -> Tensor:
 
 
 def inverse_matrices(operations: Tensor, magnitudes: Tensor, height: int, width: int) -> Tensor:
-    """float64 [n, 2, 3]: from target to source pixels, both counted from the centre of the image.
+    """float64 [n, 2, 3]: from target to source pixels, both counted from the center of the image.
 
     Of ShearX, ShearY, TranslateX, TranslateY and Rotate, as torchvision's affine and rotate make them: a shear
-    keeps the top left corner in place, a rotation the centre; translations are by whole pixels.
+    keeps the top left corner in place, a rotation the center; translations are by whole pixels.
     """
 
     def only(name: str, value: Tensor) -> Tensor:

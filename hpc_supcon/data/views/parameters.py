@@ -24,9 +24,9 @@ class ViewParameters:
     flip: Tensor
     """bool [n]: mirrored left to right."""
     order: Tensor
-    """int64 [n]: which of Views.orders the colour operations are applied in; -1 for none of them."""
-    grey: Tensor
-    """bool [n]: made grey, after the colour operations."""
+    """int64 [n]: which of Views.orders the color operations are applied in; -1 for none of them."""
+    grayscale: Tensor
+    """bool [n]: made gray, after the color operations."""
     sigma: Tensor
     """float32 [n]: standard deviation of the blur in pixels; 0 for none."""
     operations: Tensor

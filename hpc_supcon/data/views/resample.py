@@ -11,7 +11,7 @@ from torch import Tensor
 from ..loaders.prefetch import sent
 
 TRIES = 10
-"""Boxes drawn before falling back to the centre, as torchvision's RandomResizedCrop does."""
+"""Boxes drawn before falling back to the center, as torchvision's RandomResizedCrop does."""
 _Drawn = Callable[..., tuple[Tensor, Tensor]]
 
 
@@ -44,7 +44,7 @@ def draw_boxes(
     size, found = (_retried if torch.device(device).type == "cpu" else _at_once)(n, drawn, central)
     room = torch.stack((height - size[:, 0], width - size[:, 1]), dim=1)
     u = torch.rand(n, 2, dtype=torch.float64, generator=generator, device=device)
-    # where none fits in the centre, as torchvision's
+    # where none fits in the center, as torchvision's
     corner = torch.where(found.unsqueeze(1), u.mul_(room + 1), room / 2).floor_()
     return torch.cat((corner, size), dim=1).long()
 
@@ -85,7 +85,7 @@ def interpolation_matrices(
     """float32 [..., size, source]: row t holds the weights of the source pixels in target pixel t.
 
     The antialiased bilinear (triangle) filter of torch.nn.functional.interpolate, restricted to the pixels
-    start .. start+length-1 and normalised; rows sum to `scale`. start, length: [...]; flip: bool [...],
+    start .. start+length-1 and normalized; rows sum to `scale`. start, length: [...]; flip: bool [...],
     reverses rows.
     """
     start, length = start.float().unsqueeze(-1), length.float().unsqueeze(-1)
@@ -94,10 +94,10 @@ def interpolation_matrices(
     target = torch.arange(size, device=start.device, dtype=torch.float32)
     if flip is not None:
         target = torch.where(flip.unsqueeze(-1), size - 1 - target, target)
-    centre = (target + 0.5) * step * sharpness
+    center = (target + 0.5) * step * sharpness
     pixel = torch.arange(source, device=start.device, dtype=torch.float32) - start
     position = torch.where((pixel >= 0) & (pixel < length), (pixel + 0.5) * sharpness, torch.inf)
-    weights = (centre.unsqueeze(-1) - position.unsqueeze(-2)).abs_().neg_().add_(1).clamp_(min=0)
+    weights = (center.unsqueeze(-1) - position.unsqueeze(-2)).abs_().neg_().add_(1).clamp_(min=0)
     return weights.mul_(weights.sum(dim=-1, keepdim=True).reciprocal_().mul_(scale))
 
 
@@ -105,7 +105,7 @@ def resample(images: Tensor, boxes: Tensor, flip: Tensor, size: int) -> Tensor:
     """uint8 [B, C, H, W] cropped to V boxes each -> float32 [C, B, V, size, size] in 0..1.
 
     boxes: [B, V, 4] (top, left, height, width); flip: bool [B, V], left to right. Equal to torchvision's
-    resized_crop(antialias=True) on float images. Channels come first because colour works on whole planes.
+    resized_crop(antialias=True) on float images. Channels come first because color works on whole planes.
     """
     B, C, H, W = images.shape
     V = boxes.shape[1]

@@ -1,7 +1,7 @@
-"""Views of small images in one pass: crop, flip, colour, grey, normalisation, memory layout and dtype.
+"""Views of small images in one pass: crop, flip, color, gray, normalization, memory layout and dtype.
 
 One program makes one view, all of it in registers: the source is read once per tap of the filter, the view
-written once. Having the whole view at hand, the mean grey that contrast needs is a reduction inside the
+written once. Having the whole view at hand, the mean gray that contrast needs is a reduction inside the
 program. Same parameters and, to rounding, same pixels as the torch path of views.py. Imported only when it is
 used; under TRITON_INTERPRET=1 it runs on the CPU.
 """
@@ -29,7 +29,7 @@ _RED, _GREEN, _BLUE = (tl.constexpr(weight) for weight in LUMA)
 
 
 @triton.jit
-def _grey(r, g, b, CHANNELS: tl.constexpr):
+def _gray(r, g, b, CHANNELS: tl.constexpr):
     if CHANNELS == 1:
         return r
     else:  # noqa: RET505 - a constexpr branch
@@ -43,7 +43,7 @@ def _blend(x, factor, target):
 
 @triton.jit
 def _turned(hue, opposite, high, spread):
-    """One channel of a turned hue; see colour.adjust_hue."""
+    """One channel of a turned hue; see color.adjust_hue."""
     away = hue + (2.5 - opposite)
     away = tl.abs((away - tl.floor(away)) * 6 - 3)
     return high - tl.minimum(tl.maximum(2 - away, 0.0), 1.0) * spread
@@ -64,9 +64,9 @@ def _turn_hue(r, g, b, turns):
 
 
 @triton.jit
-def _weight(tap, centre, length, sharpness):
-    """Of source pixels `tap` in target pixels at `centre` (both in source pixels); 0 outside the crop."""
-    distance = tl.abs(centre * sharpness - (tap + 0.5) * sharpness)
+def _weight(tap, center, length, sharpness):
+    """Of source pixels `tap` in target pixels at `center` (both in source pixels); 0 outside the crop."""
+    distance = tl.abs(center * sharpness - (tap + 0.5) * sharpness)
     return tl.where((tap >= 0) & (tap < length), tl.maximum(1 - distance, 0.0), 0.0)
 
 
@@ -78,19 +78,19 @@ def _resample(
     """Target pixels (y, x) of the crop in 0..1, per channel; the triangle filter widens when shrinking."""
     step_y, step_x = height.to(tl.float32) / S, width.to(tl.float32) / S
     sharp_y, sharp_x = tl.minimum(1 / step_y, 1.0), tl.minimum(1 / step_x, 1.0)
-    centre_y, centre_x = (y + 0.5) * step_y, (x + 0.5) * step_x
-    first_y = tl.floor(centre_y - 1 / sharp_y + 0.5).to(tl.int32)
-    first_x = tl.floor(centre_x - 1 / sharp_x + 0.5).to(tl.int32)
+    center_y, center_x = (y + 0.5) * step_y, (x + 0.5) * step_x
+    first_y = tl.floor(center_y - 1 / sharp_y + 0.5).to(tl.int32)
+    first_x = tl.floor(center_x - 1 / sharp_x + 0.5).to(tl.int32)
     r = tl.zeros([BLOCK], tl.float32)
     g = tl.zeros([BLOCK], tl.float32)
     b = tl.zeros([BLOCK], tl.float32)
     total = tl.zeros([BLOCK], tl.float32)
     for i in range(TAPS_Y):
         row = first_y + i
-        weight_y = _weight(row, centre_y, height, sharp_y)
+        weight_y = _weight(row, center_y, height, sharp_y)
         for j in range(TAPS_X):
             column = first_x + j
-            weight = weight_y * _weight(column, centre_x, width, sharp_x)
+            weight = weight_y * _weight(column, center_x, width, sharp_x)
             pixel = image + (top + row) * W + left + column
             used = inside & (weight > 0)
             r += weight * tl.load(pixel, mask=used, other=0).to(tl.float32)
@@ -107,7 +107,7 @@ def _views_kernel(
     images, boxes, factors, decisions, sequences, mean, std, out, H, W, V, stride_n, stride_c, stride_y, stride_x,
     S: tl.constexpr, CHANNELS: tl.constexpr, TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """boxes int64 [n, 4]; factors fp32 [n, 4]; decisions uint8 [n]: 4 * row of sequences + 2 * grey + flip."""
+    """boxes int64 [n, 4]; factors fp32 [n, 4]; decisions uint8 [n]: 4 * row of sequences + 2 * gray + flip."""
     view = tl.program_id(0)
     box = boxes + view * 4
     decision = tl.load(decisions + view).to(tl.int32)
@@ -128,8 +128,8 @@ def _views_kernel(
             if CHANNELS == 3:
                 r, g, b = _turn_hue(r, g, b, factor)
         elif operation >= 0:
-            # Brightness blends with black, contrast with the mean grey, saturation with each pixel's grey.
-            shade = _grey(r, g, b, CHANNELS)
+            # Brightness blends with black, contrast with the mean gray, saturation with each pixel's gray.
+            shade = _gray(r, g, b, CHANNELS)
             mean_shade = tl.sum(tl.where(inside, shade, 0.0)) / (S * S)
             target = tl.where(operation == 1, mean_shade, shade) * tl.where(operation == 0, 0.0, 1 - factor)
             r = _blend(r, factor, target)
@@ -138,7 +138,7 @@ def _views_kernel(
                 b = _blend(b, factor, target)
     if CHANNELS == 3:  # noqa: SIM102 - known when compiling; the next one is not
         if decision // 2 % 2 != 0:
-            r = _grey(r, g, b, CHANNELS)
+            r = _gray(r, g, b, CHANNELS)
             g = r
             b = r
     target = out + view.to(tl.int64) * stride_n + y * stride_y + x * stride_x
@@ -153,14 +153,15 @@ def render(
 ) -> None:
     """Into `views` float32 or bfloat16 [n, C, S, S], of any strides, from uint8 images [B, C, H, W], n = B * V.
 
-    parameters: boxes, flip, factors, order and grey are used. sequences: int64 [k, 4], the operations of each
+    parameters: boxes, flip, factors, order and gray are used. sequences: int64 [k, 4], the operations of each
     `order` (Jitter.sequences), k <= 64. mean, std: float32 [C]. S x S is the block of one program: S <= 64.
-    All but flip, order and grey are on the device of the images.
+    All but flip, order and gray are on the device of the images.
     """
     n, C, S, _ = views.shape
     B, _, H, W = images.shape
     # a byte for each view goes to the device: order -1 is the last sequence
-    chosen = parameters.order.remainder(len(sequences)).mul_(4).add_(parameters.grey, alpha=2).add_(parameters.flip)
+    chosen = parameters.order.remainder(len(sequences)).mul_(4)
+    chosen.add_(parameters.grayscale, alpha=2).add_(parameters.flip)
     _views_kernel[(n,)](
         images.contiguous(),
         parameters.boxes.contiguous(),

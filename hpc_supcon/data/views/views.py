@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ...errors import ConfigError, unknown_name
 from ..loaders.prefetch import sent
 from .blur import SIGMA, gaussian_blur, kernel_size
-from .color import Jitter, grey
-from .normalize import normalise_, normalise_levels_
+from .color import Jitter, grayscale
+from .normalize import normalize_, normalize_levels_
 from .ops import operate_
 from .parameters import ViewParameters, check_probabilities, check_ranges, check_strengths
 from .policies import AutoAugment, RandAugment
@@ -35,14 +35,14 @@ CPU_CACHE = 1 << 22
 
 
 class Views(nn.Module):
-    """uint8 [B, C, H, W] -> float [B, V, C, S, S], normalised; uint8 [B, V, C, S, S] when they come cropped.
+    """uint8 [B, C, H, W] -> float [B, V, C, S, S], normalized; uint8 [B, V, C, S, S] when they come cropped.
 
     Policies, each distributed and computed as torchvision's transforms do for single images:
 
     - none: resized to S alone, so that all V views are equal
     - flip_crop: random resized crop, flip
-    - simaugment: flip_crop, colour jitter, grey, gaussian blur (SimCLR's)
-    - autoaugment, randaugment: flip_crop, then their operations on whole grey levels
+    - simaugment: flip_crop, color jitter, gray, gaussian blur (SimCLR's)
+    - autoaugment, randaugment: flip_crop, then their operations on whole gray levels
 
     Everything random is drawn from generators of its own, which can be saved (`state`): one on the CPU, and
     on CUDA a second one there, for boxes and factors. Small images on CUDA take one kernel (views_triton.py),
@@ -68,7 +68,7 @@ class Views(nn.Module):
         saturation: float = 0.4,
         hue: float = 0.1,
         jitter_probability: float = 0.8,
-        grey: float = 0.2,
+        grayscale: float = 0.2,
         blur: float = 0.0,
         autoaugment: str = "cifar10",
         randaugment: Mapping[str, int] | None = None,
@@ -82,13 +82,13 @@ class Views(nn.Module):
         probability. These three serve every policy but none; autoaugment (cifar10, imagenet or svhn) and
         randaugment (`operations`, `magnitude`) the one of their name; what follows simaugment. brightness,
         contrast, saturation: factors are drawn from max(0, 1 - x)..1 + x; hue in turns, from -x..x, x <= 0.5;
-        jitter_probability, grey, blur: probabilities. One-channel images have no saturation, hue or grey.
+        jitter_probability, grayscale, blur: probabilities. One-channel images have no saturation, hue or gray.
         seed: ints >= 0; (run seed, rank) gives every rank its own stream. channels_last: memory layout of the
         views' last three dimensions; dtype: float32 or bfloat16. Raises ConfigError outside these ranges.
         """
         super().__init__()
         check_ranges(count, image_size, crop_scale, crop_ratio)
-        check_probabilities(flip=flip, jitter_probability=jitter_probability, grey=grey, blur=blur)
+        check_probabilities(flip=flip, jitter_probability=jitter_probability, grayscale=grayscale, blur=blur)
         check_strengths(brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
         if policy not in POLICIES:
             raise ConfigError(unknown_name("augment.policy", policy, POLICIES))
@@ -100,12 +100,12 @@ class Views(nn.Module):
         self.register_buffer("std", torch.as_tensor(std, dtype=torch.float32), persistent=False)
         self.channels = len(self.mean)
         light = policy == "simaugment"
-        colour = light and self.channels == 3
-        strengths = (brightness * light, contrast * light, saturation * colour, hue * colour)
+        color = light and self.channels == 3
+        strengths = (brightness * light, contrast * light, saturation * color, hue * color)
         self.jitter = Jitter(strengths, jitter_probability)
         self.orders = self.jitter.orders
-        self.flip, self.grey, self.blur = flip * self.crops, grey * colour, blur * light
-        self.colours = bool(self.orders or self.operations or self.grey or self.blur)
+        self.flip, self.grayscale, self.blur = flip * self.crops, grayscale * color, blur * light
+        self.colors = bool(self.orders or self.operations or self.grayscale or self.blur)
         if self.blur and image_size < 2:
             raise ConfigError(f"augment.blur needs images of at least 2 pixels a side, not {image_size}")
         self.generator = self._device_generator = torch.Generator()
@@ -140,7 +140,7 @@ class Views(nn.Module):
             flip=chance[0] < self.flip,
             factors=factors,
             order=order,
-            grey=chance[2] < self.grey,
+            grayscale=chance[2] < self.grayscale,
             sigma=sigma,
             operations=operations,
             magnitudes=magnitudes,
@@ -165,14 +165,14 @@ class Views(nn.Module):
         assert self.channels == C, f"mean and std are for {self.channels} channels, the images have {C}"
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         views = torch.empty((B * V, C, S, S), dtype=self.dtype, device=images.device, memory_format=layout)
-        # Without autocast: bf16 weights would move pixels by more than a grey level
+        # Without autocast: bf16 weights would move pixels by more than a gray level
         with torch.autocast(images.device.type, enabled=False):
             if self._fuses(images):
                 from .triton import render
 
                 render(images, parameters, self.jitter.sequences, self.mean, self.std, views)
             else:
-                make = self._convert if images.ndim == 5 and not self.colours else self._render
+                make = self._convert if images.ndim == 5 and not self.colors else self._render
                 for rows in self._pieces(parameters, images.device):
                     make(images, parameters, rows, views)
         return views.unflatten(0, (B, V))
@@ -197,11 +197,11 @@ class Views(nn.Module):
             x = self._operate(x, parameters.operations[rows], parameters.magnitudes[rows])
         if self.orders:
             self.jitter(x, parameters.factors.index_select(0, there), parameters.order[rows])
-        self._make_grey(x, parameters.grey[rows])
+        self._make_grayscale(x, parameters.grayscale[rows])
         self._blur(x, parameters.sigma[rows])
         # in the layout of `views`, so that whole rows of memory are copied
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        done = normalise_(x, self.mean, self.std).transpose(0, 1)
+        done = normalize_(x, self.mean, self.std).transpose(0, 1)
         if self.orders:
             self._flat(views).index_copy_(0, there, self._flat(done.to(views.dtype, memory_format=layout)))
         else:
@@ -221,27 +221,27 @@ class Views(nn.Module):
         return resample(own, boxes.unsqueeze(1), sent(flip, there.device).unsqueeze(1), self.image_size).squeeze(2)
 
     def _convert(self, images: Tensor, parameters: ViewParameters, rows: Tensor, views: Tensor) -> None:
-        """As _render, where cropped images [B, V, C, S, S] are flipped and normalised and no more."""
+        """As _render, where cropped images [B, V, C, S, S] are flipped and normalized and no more."""
         pixels = flipped(images.flatten(0, 1), rows, parameters.flip[rows])
         target = views[_span(rows)]
         x = target if target.dtype == torch.float32 else torch.empty_like(target, dtype=torch.float32)
-        normalise_levels_(x.copy_(pixels), self.mean, self.std)
+        normalize_levels_(x.copy_(pixels), self.mean, self.std)
         if x is not target:
             target.copy_(x)
 
     def _operate(self, x: Tensor, operations: Tensor, magnitudes: Tensor) -> Tensor:
-        """x [C, n, S, S] after its AutoAugment or RandAugment operations, which work on whole grey levels."""
+        """x [C, n, S, S] after its AutoAugment or RandAugment operations, which work on whole gray levels."""
         levels = x.mul(255).round_().clamp_(0, 255).transpose(0, 1)
         pixels = levels.to(torch.uint8, memory_format=torch.contiguous_format)
         for step in range(operations.shape[1]):
             operate_(pixels, operations[:, step], magnitudes[:, step])
         return x.copy_(pixels.transpose(0, 1)).mul_(1 / 255)
 
-    def _make_grey(self, x: Tensor, chosen: Tensor) -> None:
-        """x [C, n, S, S] with the chosen views (bool [n], on the CPU) grey; in place."""
-        if self.grey > 0:
+    def _make_grayscale(self, x: Tensor, chosen: Tensor) -> None:
+        """x [C, n, S, S] with the chosen views (bool [n], on the CPU) gray; in place."""
+        if self.grayscale > 0:
             rows = sent(torch.where(chosen)[0], x.device)
-            x.index_copy_(1, rows, grey(x.index_select(1, rows)).expand(x.shape[0], -1, -1, -1))
+            x.index_copy_(1, rows, grayscale(x.index_select(1, rows)).expand(x.shape[0], -1, -1, -1))
 
     def _blur(self, x: Tensor, sigma: Tensor) -> None:
         """x [C, n, S, S] with the views of sigma > 0 ([n], on the CPU) blurred; in place."""
@@ -251,8 +251,8 @@ class Views(nn.Module):
             size = kernel_size(self.image_size)
             x.index_copy_(1, there, gaussian_blur(x.index_select(1, there), width, size))
 
-    def denormalise(self, views: Tensor) -> Tensor:
-        """Normalised views [..., C, S, S] as images in 0..1 again."""
+    def denormalize(self, views: Tensor) -> Tensor:
+        """Normalized views [..., C, S, S] as images in 0..1 again."""
         return views * self.std.view(-1, 1, 1) + self.mean.view(-1, 1, 1)
 
     def _seed_generators(self, seed: int | Sequence[int]) -> None:

@@ -26,7 +26,7 @@ class Task:
     data: assemble.Data
     inputs: Inputs
     description: Mapping[str, Any]
-    """As `assemble.describe_model`; a run without an encoder has only `classes` and `normalisation`."""
+    """As `assemble.describe_model`; a run without an encoder has only `classes` and `normalization`."""
     encoder: nn.Module | None
     masks: Mapping[str, Tensor] | None = None
     """Of a pruned encoder, packed (see pruning.WeightMasks): who trains the encoder keeps it pruned."""

@@ -53,7 +53,7 @@ def fit_finetune(kind: str, task: Task) -> Outcome:
         masks = None if task.masks is None else WeightMasks.unpacked(model.encoder, task.masks)
         parallel = distribute(model, runtime, sync_bn=config.model.sync_bn)
         torch.manual_seed(int(np.random.SeedSequence([config.seed, 2, runtime.rank]).generate_state(1)[0]))
-        transform = EvalTransform(**task.description["normalisation"]).to(runtime.device)
+        transform = EvalTransform(**task.description["normalization"]).to(runtime.device)
         validation = task.data.splits.validation
         trained = train_classifier(
             model,
@@ -70,8 +70,8 @@ def fit_finetune(kind: str, task: Task) -> Outcome:
         "kind": kind,
         "input": "images",
         "classes": list(task.classes),
-        "normalisation": task.description["normalisation"],
-        "standardise": False,
+        "normalization": task.description["normalization"],
+        "standardize": False,
         "in_dim": model.head.in_features,
         "encoder": task.description["encoder"],
         "head": {"name": "linear", "options": {}},
@@ -107,7 +107,7 @@ def train_classifier(
     """
     watch = Watch(plan, loader.steps_per_epoch)
     rates = [(model.encoder.parameters(), encoder_lr), (model.head.parameters(), plan.lrs[0])]
-    stepper = build_stepper(rates, optimiser=plan.optimiser, weight_decay=plan.weight_decay)
+    stepper = build_stepper(rates, optimizer=plan.optimizer, weight_decay=plan.weight_decay)
     at, kept = 0, _copy(model)
     sums = torch.zeros(3, dtype=torch.float64, device=model.head.weight.device)
     parallel.train()
@@ -195,10 +195,10 @@ def _one_view(options: LoaderOptions) -> LoaderOptions:
 
 
 def _views(task: Task) -> Callable[[Tensor], Tensor]:
-    """uint8 images of a batch -> one normalised view of each."""
+    """uint8 images of a batch -> one normalized view of each."""
     config = task.config
     if not config.probe.finetune.augment:
-        return EvalTransform(**task.description["normalisation"]).to(task.runtime.device)
+        return EvalTransform(**task.description["normalization"]).to(task.runtime.device)
     one = config.model_copy(update={"data": config.data.model_copy(update={"views": 1})})
     views = assemble.build_views(one, dict(task.description), task.runtime).to(task.runtime.device)
     return lambda images: views(images).flatten(0, 1)

@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ...models import Heads, LinearHeads, Logistic, Mlp, SingleHead
-from ..features import fit_standardisation
+from ..features import fit_standardization
 from ..fitted_probe import FittedProbe
 from .base import Outcome, Task, input_of, only, pair_of
 from .training import seeded, train_heads
@@ -37,7 +37,7 @@ def plan_of(settings: Any) -> Plan:
         **{
             name: getattr(settings, name)
             for name in (
-                "epochs", "iterations", "evaluate_every", "batch_size", "optimiser", "weight_decay", "schedule",
+                "epochs", "iterations", "evaluate_every", "batch_size", "optimizer", "weight_decay", "schedule",
             )
         },
     )  # fmt: skip
@@ -58,16 +58,16 @@ def fit_head(kind: str, task: Task) -> Outcome:
         "kind": kind,
         "input": source,
         "classes": list(classes),
-        "normalisation": task.description["normalisation"],
-        "standardise": settings.standardise,
+        "normalization": task.description["normalization"],
+        "standardize": settings.standardize,
         "in_dim": in_dim,
         "encoder": None,
         "head": _describe(kind, settings),
     }
     with seeded(task.config.seed, task.runtime.device):
         fitted = FittedProbe(description, head=nn.Identity()).to(task.runtime.device)
-        if settings.standardise:
-            fit_standardisation(fitted.prepare, train[0])
+        if settings.standardize:
+            fit_standardization(fitted.prepare, train[0])
         heads: Any = HEADS[kind](settings, in_dim, len(classes))
         trained = train_heads(
             heads.to(task.runtime.device), fitted.prepare, train, validation, plan_of(settings), seed=task.config.seed

@@ -1,4 +1,4 @@
-"""The probe that trains nothing: nearest neighbours among the training rows."""
+"""The probe that trains nothing: nearest neighbors among the training rows."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from ..features import in_chunks
 from ..fitted_probe import FittedProbe
-from ..knn import Neighbours
+from ..knn import Neighbors
 from .base import Outcome, Task, input_of
 
 
@@ -22,13 +22,13 @@ def fit_knn(kind: str, task: Task) -> Outcome:
         "kind": kind,
         "input": source,
         "classes": list(task.classes),
-        "normalisation": task.description["normalisation"],
-        "standardise": False,
+        "normalization": task.description["normalization"],
+        "standardize": False,
         "in_dim": in_dim,
         "encoder": None,
         "head": {"name": "knn", "options": options},
     }
-    head = Neighbours(in_dim, len(task.classes), **options)
+    head = Neighbors(in_dim, len(task.classes), **options)
     fitted = FittedProbe(description, head=head).to(task.runtime.device)
     head.fill(in_chunks(fitted.prepare, train[0]), train[1])
     return Outcome(fitted.eval(), {"k": settings.k, "temperature": settings.temperature}, facts={"iterations": None})

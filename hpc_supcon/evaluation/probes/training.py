@@ -26,11 +26,11 @@ class Trained:
     head: nn.Module
     lr: float
     iteration: int
-    """Optimiser steps until the state that was kept."""
+    """Optimizer steps until the state that was kept."""
     epoch: float
     """The same in passes over the rows."""
     iterations: int
-    """Optimiser steps until training ended."""
+    """Optimizer steps until training ended."""
     history: list[dict[str, Any]]
     """Of each evaluation: iteration, lr, train_loss, train_accuracy, and validation_* with a validation split."""
 
@@ -51,7 +51,7 @@ def train_heads(
         validation = (in_chunks(prepare, validation[0]), validation[1])
     watch = Watch(plan, steps_per_epoch(len(x), plan.batch_size))
     groups = [(heads.head_parameters(k), lr) for k, lr in enumerate(plan.lrs)]
-    stepper = build_stepper(groups, optimiser=plan.optimiser, weight_decay=plan.weight_decay)
+    stepper = build_stepper(groups, optimizer=plan.optimizer, weight_decay=plan.weight_decay)
     order = batches(len(x), plan.batch_size, torch.Generator().manual_seed(seed))
     kept, best_k, at, seen = heads.one(0), 0, 0, 0
     sums = torch.zeros(2, len(plan.lrs), dtype=torch.float64, device=x.device)

@@ -22,11 +22,11 @@ class Plan:
     lrs: tuple[float, ...]
     epochs: int
     batch_size: int
-    optimiser: str = "adam"
+    optimizer: str = "adam"
     weight_decay: float = 0.0
     schedule: str = "cosine"
     iterations: int | None = None
-    """Optimiser steps in place of epochs."""
+    """Optimizer steps in place of epochs."""
     evaluate_every: int | None = None
     """Iterations; None: once per epoch."""
     monitor: str = "accuracy"
@@ -108,7 +108,7 @@ def decayed(parameters: Iterable[nn.Parameter]) -> tuple[list[nn.Parameter], lis
     return [p for p in everything if p.ndim > 1], [p for p in everything if p.ndim <= 1]
 
 
-OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     # fused: with groups per head, the Python around unfused updates costs more than the arithmetic
     "adam": partial(torch.optim.Adam, fused=True),
     "adamw": partial(torch.optim.AdamW, fused=True),
@@ -117,15 +117,15 @@ OPTIMISERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 def build_stepper(
-    groups: Iterable[tuple[Iterable[nn.Parameter], float]], *, optimiser: str, weight_decay: float
+    groups: Iterable[tuple[Iterable[nn.Parameter], float]], *, optimizer: str, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """The optimiser of (parameters, peak learning rate) pairs; weights alone decay. See `set_share`."""
+    """The optimizer of (parameters, peak learning rate) pairs; weights alone decay. See `set_share`."""
     made = []
     for parameters, lr in groups:
         weights, others = decayed(parameters)
         made.append({"params": weights, "lr": lr, "peak": lr, "weight_decay": weight_decay})
         made.append({"params": others, "lr": lr, "peak": lr, "weight_decay": 0.0})
-    return OPTIMISERS[optimiser]([group for group in made if group["params"]])
+    return OPTIMIZERS[optimizer]([group for group in made if group["params"]])
 
 
 def set_share(stepper: torch.optim.Optimizer, share: float) -> None:

@@ -16,7 +16,7 @@ from ...models import PretrainingModel
 from .loss_scale import LossScale
 
 Compile = Callable[[Callable[..., dict[str, Tensor]]], Callable[..., dict[str, Tensor]]]
-MakeOptimiser = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Parts:
     model: PretrainingModel
     objective: nn.Module
     runtime: Runtime
-    make_optimiser: MakeOptimiser
+    make_optimizer: MakeOptimizer
     sync_bn: bool
     compile: Compile
     scaler: LossScale | None = None
@@ -81,7 +81,7 @@ class Engine(Protocol):
         ...
 
     def tensors(self) -> dict[str, Tensor]:
-        """The optimiser's state as `parameter/slot` -> tensor, the same under every engine. Collective."""
+        """The optimizer's state as `parameter/slot` -> tensor, the same under every engine. Collective."""
         ...
 
     def load(self, tensors: dict[str, Tensor]) -> None:
@@ -105,26 +105,26 @@ def unscale(gradients: Sequence[Tensor], scaler: LossScale | None) -> None:
         torch._foreach_mul_(list(gradients), 1 / scaler.scale)
 
 
-def optimiser_tensors(parameters: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
     """`parameter/slot` -> tensor: safetensors holds names and tensors, no nested objects."""
-    slots = [(name, optimiser.state[p]) for name, p in parameters.items() if p in optimiser.state]
+    slots = [(name, optimizer.state[p]) for name, p in parameters.items() if p in optimizer.state]
     return {f"{name}/{key}": t for name, state in slots for key, t in state.items() if isinstance(t, Tensor)}
 
 
-def load_optimiser(
-    parameters: dict[str, nn.Parameter], optimiser: torch.optim.Optimizer, tensors: dict[str, Tensor]
+def load_optimizer(
+    parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
 ) -> None:
-    """What `optimiser_tensors` gave, back into `optimiser`. Raises CheckpointCorrupt."""
-    optimiser.state.clear()
+    """What `optimizer_tensors` gave, back into `optimizer`. Raises CheckpointCorrupt."""
+    optimizer.state.clear()
     for full_name, value in tensors.items():
         name, _, key = full_name.rpartition("/")
         if name not in parameters:
             raise CheckpointCorrupt(f"optimizer.safetensors: {full_name}: the model has no such parameter")
-        optimiser.state[parameters[name]][key] = like_slot(parameters[name], key, value, optimiser)
+        optimizer.state[parameters[name]][key] = like_slot(parameters[name], key, value, optimizer)
 
 
-def like_slot(p: Tensor, key: str, value: Tensor, optimiser: torch.optim.Optimizer) -> Tensor:
-    """`value` where and as the optimiser wants the slot `key` of p."""
+def like_slot(p: Tensor, key: str, value: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
+    """`value` where and as the optimizer wants the slot `key` of p."""
     if key == "step":  # counted on the CPU, but for fused kernels
-        return value.to(p.device, copy=True) if optimiser.defaults.get("fused") else value.clone()
+        return value.to(p.device, copy=True) if optimizer.defaults.get("fused") else value.clone()
     return torch.empty_like(p, dtype=value.dtype).copy_(value)  # its parameter's device and memory layout

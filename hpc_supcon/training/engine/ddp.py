@@ -9,19 +9,19 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..optim import clip_gradients, set_learning_rate
-from .base import Parts, gradients_of, load_optimiser, named_parameters, optimiser_tensors, unscale
+from .base import Parts, gradients_of, load_optimizer, named_parameters, optimizer_tensors, unscale
 from .placement import distribute
 
 
 class DdpEngine:
-    """Every rank holds the whole model and optimiser. See Engine."""
+    """Every rank holds the whole model and optimizer. See Engine."""
 
     def __init__(self, parts: Parts) -> None:
         self.parallel = distribute(parts.model, parts.runtime, sync_bn=parts.sync_bn)
         self.scaler, self.takes_pieces = parts.scaler, True
         self._forward = parts.compile(self.parallel)
         self._parameters = named_parameters(parts.model, parts.objective)
-        self._optimiser = parts.make_optimiser(list(self._parameters.values()))
+        self._optimizer = parts.make_optimizer(list(self._parameters.values()))
 
     def forward(self, views: Tensor) -> dict[str, Tensor]:
         return self._forward(views)
@@ -43,23 +43,23 @@ class DdpEngine:
     def step(self, norm: Tensor, clip_norm: float | None) -> None:
         if clip_norm is not None:
             clip_gradients(gradients_of(self._parameters.values()), norm, clip_norm)
-        self._optimiser.step()
-        self._optimiser.zero_grad(set_to_none=True)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
         if self.scaler is not None:
             self.scaler.good()
 
     def skip(self) -> bool:
-        self._optimiser.zero_grad(set_to_none=True)
+        self._optimizer.zero_grad(set_to_none=True)
         return self.scaler is not None and self.scaler.overflow()
 
     def set_learning_rate(self, lr: float) -> None:
-        set_learning_rate(self._optimiser, lr)
+        set_learning_rate(self._optimizer, lr)
 
     def statistics(self) -> dict[str, float]:
         return {} if self.scaler is None else self.scaler.statistics()
 
     def tensors(self) -> dict[str, Tensor]:
-        return optimiser_tensors(self._parameters, self._optimiser)
+        return optimizer_tensors(self._parameters, self._optimizer)
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        load_optimiser(self._parameters, self._optimiser, tensors)
+        load_optimizer(self._parameters, self._optimizer, tensors)

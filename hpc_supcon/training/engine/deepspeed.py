@@ -1,7 +1,7 @@
-"""The engine on DeepSpeed: ZeRO 0 (nothing partitioned), 1 (the optimiser's state), 2 (gradients as well).
+"""The engine on DeepSpeed: ZeRO 0 (nothing partitioned), 1 (the optimizer's state), 2 (gradients as well).
 
 Schedule, clipping and the check of gradients are the same as everywhere else; DeepSpeed averages gradients and
-holds each rank's share of the optimiser. It is given fp32 weights (see deepspeed_settings).
+holds each rank's share of the optimizer. It is given fp32 weights (see deepspeed_settings).
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from torch import Tensor, nn
 from ...distributed.launch import Launch
 from ...errors import ConfigError
 from ..optim import clip_gradients, set_learning_rate
-from .base import Parts, gradients_of, load_optimiser, named_parameters, optimiser_tensors, unscale
+from .base import Parts, gradients_of, load_optimizer, named_parameters, optimizer_tensors, unscale
 from .deepspeed_settings import deepspeed_settings
 from .zero import Partitions
 
 
 class DeepSpeedEngine:
-    """DeepSpeed's engine around the model; the loss's own parameters have an optimiser of their own. See Engine.
+    """DeepSpeed's engine around the model; the loss's own parameters have an optimizer of their own. See Engine.
 
     Raises ConfigError for what DeepSpeed refuses in `own`.
     """
@@ -38,8 +38,8 @@ class DeepSpeedEngine:
             p.data = p.data.contiguous()
         self._parameters = named_parameters(model, nn.Module())
         self._objective = named_parameters(nn.Module(), parts.objective)
-        self._optimiser = parts.make_optimiser(list(self._parameters.values()))
-        self._objective_optimiser = parts.make_optimiser(list(self._objective.values())) if self._objective else None
+        self._optimizer = parts.make_optimizer(list(self._parameters.values()))
+        self._objective_optimizer = parts.make_optimizer(list(self._objective.values())) if self._objective else None
         settings = deepspeed_settings(
             own,
             zero=zero,
@@ -47,10 +47,10 @@ class DeepSpeedEngine:
             parameters=sum(p.numel() for p in self._parameters.values()),
             scaled=parts.scaler is not None,
         )
-        self._engine = _started(_Called(model, parts.compile(model)), self._optimiser, settings, parts)
+        self._engine = _started(_Called(model, parts.compile(model)), self._optimizer, settings, parts)
         self.parallel: nn.Module = self._engine.module
         self._partitions = Partitions(self._engine.optimizer, self._parameters) if zero else None
-        # synchronised statistics are equal already; without, rank 0's are everybody's, as under DDP
+        # synchronized statistics are equal already; without, rank 0's are everybody's, as under DDP
         self._follows_rank_0 = parts.runtime.world_size > 1 and not parts.sync_bn
 
     def forward(self, views: Tensor) -> dict[str, Tensor]:
@@ -85,9 +85,9 @@ class DeepSpeedEngine:
             gradients, others = self._gradients()
             clip_gradients([*gradients, *others], norm, clip_norm)
         self._engine.step()
-        if self._objective_optimiser is not None:
-            self._objective_optimiser.step()
-            self._objective_optimiser.zero_grad(set_to_none=True)
+        if self._objective_optimizer is not None:
+            self._objective_optimizer.step()
+            self._objective_optimizer.zero_grad(set_to_none=True)
         if self.scaler is not None:
             self.scaler.good()
 
@@ -99,34 +99,34 @@ class DeepSpeedEngine:
         else:
             self._engine.step()  # it sees the overflow too and drops every buffer it holds
             assert not self._engine.was_step_applied()
-        if self._objective_optimiser is not None:
-            self._objective_optimiser.zero_grad(set_to_none=True)
+        if self._objective_optimizer is not None:
+            self._objective_optimizer.zero_grad(set_to_none=True)
         return self.scaler.overflow()
 
     def set_learning_rate(self, lr: float) -> None:
-        for optimiser in (self._optimiser, self._objective_optimiser):
-            if optimiser is not None:
-                set_learning_rate(optimiser, lr)
+        for optimizer in (self._optimizer, self._objective_optimizer):
+            if optimizer is not None:
+                set_learning_rate(optimizer, lr)
 
     def statistics(self) -> dict[str, float]:
         return {} if self.scaler is None else self.scaler.statistics()
 
     def tensors(self) -> dict[str, Tensor]:
         if self._partitions is None:
-            tensors = optimiser_tensors(self._parameters, self._optimiser)
+            tensors = optimizer_tensors(self._parameters, self._optimizer)
         else:
             tensors = self._partitions.tensors()
-        if self._objective_optimiser is not None:
-            tensors |= optimiser_tensors(self._objective, self._objective_optimiser)
+        if self._objective_optimizer is not None:
+            tensors |= optimizer_tensors(self._objective, self._objective_optimizer)
         return tensors
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         own = {name: t for name, t in tensors.items() if name.rpartition("/")[0] in self._objective}
         others = {name: t for name, t in tensors.items() if name not in own}
-        if self._objective_optimiser is not None:
-            load_optimiser(self._objective, self._objective_optimiser, own)
+        if self._objective_optimizer is not None:
+            load_optimizer(self._objective, self._objective_optimizer, own)
         if self._partitions is None:
-            load_optimiser(self._parameters, self._optimiser, others)
+            load_optimizer(self._parameters, self._optimizer, others)
         else:
             self._partitions.load(others)
 
@@ -159,7 +159,7 @@ def _send_from_rank_0(tensors: list[Tensor]) -> None:
         torch._foreach_copy_(same, [part.view_as(t) for part, t in zip(parts, same, strict=True)])
 
 
-def _started(module: nn.Module, optimiser: torch.optim.Optimizer, settings: dict[str, Any], parts: Parts) -> Any:
+def _started(module: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], parts: Parts) -> Any:
     """DeepSpeed's engine. Raises ConfigError."""
     device = parts.runtime.device
     if not dist.is_initialized():  # a single process
@@ -175,7 +175,7 @@ def _started(module: nn.Module, optimiser: torch.optim.Optimizer, settings: dict
         # messages in shared memory would be compiled at the first start; gloo is there
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         try:
-            return deepspeed.initialize(model=module, optimizer=optimiser, config=settings, dist_init_required=False)[
+            return deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)[
                 0
             ]
         except (ValueError, TypeError, KeyError, AssertionError, DeepSpeedConfigError) as error:

@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
 from ...distributed.launch import Runtime, has_fast_bf16
-from ...models import synchronise_batchnorm
+from ...models import synchronize_batchnorm
 from .base import Compile
 
 M = TypeVar("M", bound=nn.Module)
@@ -23,7 +23,7 @@ def place(model: M, runtime: Runtime, *, channels_last: bool = False, sync_bn: b
     layout = torch.channels_last if channels_last else torch.preserve_format
     placed = model.to(runtime.device).to(memory_format=layout)
     if sync_bn and runtime.world_size > 1:
-        synchronise_batchnorm(placed, runtime.device)
+        synchronize_batchnorm(placed, runtime.device)
     return placed
 
 
@@ -39,8 +39,8 @@ def distribute(model: nn.Module, runtime: Runtime, *, sync_bn: bool) -> nn.Modul
         # all-reduce of three or more ranks adds by position: the first step after a resume would round differently.
         options["find_unused_parameters"] = True
     if sync_bn:
-        model = synchronise_batchnorm(model, runtime.device)  # no change to what `place` has made so
-        options[_BUFFER_SYNC] = False  # synchronised statistics are equal already
+        model = synchronize_batchnorm(model, runtime.device)  # no change to what `place` has made so
+        options[_BUFFER_SYNC] = False  # synchronized statistics are equal already
     return DistributedDataParallel(model, **options)
 
 

@@ -1,7 +1,7 @@
 """The partitioned state of ZeRO 1 and 2 (Rajbhandari et al. 2020), in the layout of a whole model and back.
 
 DeepSpeed lays the weights of each parameter group end to end in one flat buffer, of which every rank holds an
-equal part in its optimiser (with the slots of that part), and of whose averaged gradient every rank holds its part.
+equal part in its optimizer (with the slots of that part), and of whose averaged gradient every rank holds its part.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .base import like_slot
 
 
 class Partitions:
-    """What DeepSpeed's optimiser `zero` holds on this rank; `parameters` by their names in a checkpoint."""
+    """What DeepSpeed's optimizer `zero` holds on this rank; `parameters` by their names in a checkpoint."""
 
     def __init__(self, zero: Any, parameters: dict[str, nn.Parameter]) -> None:
         self._zero = zero
@@ -35,7 +35,7 @@ class Partitions:
         return all_sum(own)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The optimiser's state as `parameter/slot` -> tensor, whole, on every rank. Collective."""
+        """The optimizer's state as `parameter/slot` -> tensor, whole, on every rank. Collective."""
         out: dict[str, Tensor] = {}
         for group, state in self._groups():
             for key in sorted(state):
@@ -52,8 +52,8 @@ class Partitions:
     def load(self, tensors: dict[str, Tensor]) -> None:
         """Take this rank's part of `tensors`, and of the weights as they are now. Raises ConfigError."""
         self._zero.refresh_fp32_params()
-        optimiser = self._zero.optimizer
-        optimiser.state.clear()
+        optimizer = self._zero.optimizer
+        optimizer.state.clear()
         for i, master in enumerate(self._zero.single_partition_of_fp32_groups):
             members = list(self._members(i))
             keys = sorted({key for name, _, _ in members for key in _slots(tensors, name)})
@@ -63,7 +63,7 @@ class Partitions:
                     value = _common_count([(name, tensors.get(f"{name}/step")) for name, _, _ in members])
                 else:
                     value = self._own_part(i, held)
-                optimiser.state[master][key] = like_slot(master, key, value, optimiser)
+                optimizer.state[master][key] = like_slot(master, key, value, optimizer)
 
     def _own_part(self, group: int, held: list[tuple[Tensor | None, nn.Parameter, int]]) -> Tensor:
         """This rank's part of the flat buffer that `held`, (value, parameter, start), fills; zeros where nothing."""

@@ -1,4 +1,4 @@
-"""Optimisers by name, gradient clipping, and (in `schedule`) the learning rate of every step."""
+"""Optimizers by name, gradient clipping, and (in `schedule`) the learning rate of every step."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .adaptive import Lamb, Lars
 from .schedule import learning_rate
 
 __all__ = [
-    "OPTIMISERS",
-    "OPTIMISER_SETTINGS",
+    "OPTIMIZERS",
+    "OPTIMIZER_SETTINGS",
     "Lamb",
     "Lars",
-    "build_optimiser",
+    "build_optimizer",
     "clip_gradients",
     "learning_rate",
     "set_learning_rate",
@@ -55,18 +55,18 @@ def _lamb(groups: Groups, settings: dict[str, Any]) -> torch.optim.Optimizer:
     )
 
 
-OPTIMISERS: dict[str, Callable[[Groups, dict[str, Any]], torch.optim.Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[[Groups, dict[str, Any]], torch.optim.Optimizer]] = {
     "sgd": _sgd,
     "adamw": _adamw,
     "lars": _lars,
     "lamb": _lamb,
 }
 
-OPTIMISER_SETTINGS = {"name", "momentum", "nesterov", "weight_decay", "beta2", "eps", "lars_eta", "lamb_norm_range"}
-"""Settings of the configuration's optim section that `build_optimiser` takes as they are."""
+OPTIMIZER_SETTINGS = {"name", "momentum", "nesterov", "weight_decay", "beta2", "eps", "lars_eta", "lamb_norm_range"}
+"""Settings of the configuration's optim section that `build_optimizer` takes as they are."""
 
 
-def build_optimiser(
+def build_optimizer(
     params: list[nn.Parameter],
     *,
     name: str,
@@ -79,16 +79,16 @@ def build_optimiser(
     lars_eta: float = 0.001,
     lamb_norm_range: tuple[float, float] | None = None,
 ) -> torch.optim.Optimizer:
-    """The optimiser called `name` with two groups: weights, and norms and biases.
+    """The optimizer called `name` with two groups: weights, and norms and biases.
 
     Whatever has one dimension or none (biases, the scales of BatchNorm and LayerNorm, a learned temperature)
     neither decays nor, by LARS and LAMB, has its rate adapted to its norm. `momentum` is beta 1 of AdamW and
-    LAMB; `eps` None is the optimiser's own.
+    LAMB; `eps` None is the optimizer's own.
 
     Raises ConfigError for an unknown name.
     """
-    if name not in OPTIMISERS:
-        raise ConfigError("optim.name: " + unknown_name("optimiser", name, OPTIMISERS))
+    if name not in OPTIMIZERS:
+        raise ConfigError("optim.name: " + unknown_name("optimizer", name, OPTIMIZERS))
     settings = {
         "momentum": momentum,
         "nesterov": nesterov,
@@ -104,11 +104,11 @@ def build_optimiser(
     ]
     if name in ("lars", "lamb"):
         groups[1]["adapt"] = False
-    return OPTIMISERS[name](groups, settings)
+    return OPTIMIZERS[name](groups, settings)
 
 
-def set_learning_rate(optimiser: torch.optim.Optimizer, lr: float) -> None:
-    for group in optimiser.param_groups:
+def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    for group in optimizer.param_groups:
         group["lr"] = lr
 
 

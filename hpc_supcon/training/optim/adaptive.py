@@ -5,7 +5,7 @@ device: a step never makes the host wait. Each weight's own factor enters throug
 first operand, for which CUDA has a multi-tensor kernel; a `_foreach_mul_` by a list of 0-dim tensors would be
 one launch for each weight.
 
-Parameter groups take `lr`, `weight_decay` and `adapt` (False: the plain optimiser, with no trust ratio).
+Parameter groups take `lr`, `weight_decay` and `adapt` (False: the plain optimizer, with no trust ratio).
 """
 
 from __future__ import annotations
@@ -152,7 +152,7 @@ def _norms(a: list[Tensor], b: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _slots(state: dict[Any, dict[str, Any]], params: list[Tensor], name: str) -> list[Tensor]:
-    """What the optimiser remembers of each parameter under `name`, zeros at first."""
+    """What the optimizer remembers of each parameter under `name`, zeros at first."""
     for p in params:
         if name not in state[p]:
             state[p][name] = torch.zeros_like(p)

@@ -99,7 +99,7 @@ def test_mistakes_end_before_anything_is_measured(arguments, fragment, capsys, m
     assert fragment in capsys.readouterr().err
 
 
-def test_the_plain_loop_minimises_the_same_loss():
+def test_the_plain_loop_minimizes_the_same_loss():
     images = torch.randint(0, 256, (12, 3, 8, 8), dtype=torch.uint8)
     labels = torch.arange(12) % 3
     data = PilImages(images, labels, TwoCrops(sample_transform(8, [0.5] * 3, [0.25] * 3, "simaugment")))

@@ -25,7 +25,7 @@ def sound(tmp_path_factory):
             "optimizer": {"a/momentum": torch.arange(60.0) * step},
             "rng": {"rank0.torch": torch.arange(200, dtype=torch.uint8) + step},
         }
-        state = {"classes": ["x", "y"], "normalisation": {"mean": [0.5], "std": [0.25]}}
+        state = {"classes": ["x", "y"], "normalization": {"mean": [0.5], "std": [0.25]}}
         checkpoint.save_checkpoint(folder, step, tensors, state, world_size=1, config_digest="d")
     return folder
 

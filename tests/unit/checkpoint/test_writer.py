@@ -46,17 +46,17 @@ def writer(save, told=None, **settings):
 
 def test_what_training_changes_meanwhile_does_not_reach_the_file(tmp_path):
     model = torch.nn.Sequential(torch.nn.Linear(5, 3), torch.nn.BatchNorm1d(3))
-    optimiser = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5, momentum=0.9)
     state, held = {"classes": ["a"]}, Held(tmp_path)
 
     def train():
         model(torch.randn(8, 5)).square().sum().backward()
-        optimiser.step()
+        optimizer.step()
 
     train()
     tensors = {
         "model": model.state_dict(),
-        "optimizer": {str(i): optimiser.state[p]["momentum_buffer"] for i, p in enumerate(model.parameters())},
+        "optimizer": {str(i): optimizer.state[p]["momentum_buffer"] for i, p in enumerate(model.parameters())},
     }
     before = {stem: {k: t.clone() for k, t in named.items()} for stem, named in tensors.items()}
     with writer(held) as saving:

@@ -107,7 +107,7 @@ def test_a_saved_probe_predicts_what_was_scored_without_the_run(whole, kind):
     if fitted.input == "features":
         model, found = load_model(whole)
         with torch.no_grad():
-            x = model.encoder.eval()(EvalTransform(**found.state["normalisation"])(x))
+            x = model.encoder.eval()(EvalTransform(**found.state["normalization"])(x))
     if kind == "logistic":
         assert fitted.classes == (test.classes[3], test.classes[1])
         rows = (labels == 3) | (labels == 1)
@@ -222,7 +222,7 @@ def test_mistakes_end_with_code_2_one_line_and_no_folder(capsys, tmp_path, argum
 
 
 def test_a_probe_that_diverges_is_named(capsys, tmp_path):
-    steep = ["probe.softmax.lr=1e38", "probe.softmax.optimiser=sgd", "probe.softmax.clip_norm=null"]
+    steep = ["probe.softmax.lr=1e38", "probe.softmax.optimizer=sgd", "probe.softmax.clip_norm=null"]
     code, _, err = run(capsys, "run", "default", *FAST, "probe.kind=softmax", *steep, f"run_dir={tmp_path}/r")
     assert code == 3
     assert "NaN or Inf" in err

@@ -50,7 +50,7 @@ def test_a_recipe_is_short_and_resolves(name):
 
 
 @pytest.mark.parametrize("name", FULL)
-def test_a_small_twin_keeps_loss_and_optimiser(name):
+def test_a_small_twin_keeps_loss_and_optimizer(name):
     full, small = cfg.load_config(name), cfg.load_config(f"{name}-small")
     assert small.loss == full.loss
     assert (small.optim.name, small.augment.policy) == (full.optim.name, full.augment.policy)

@@ -75,8 +75,8 @@ def test_val_alone_is_the_test_set_and_beside_test_the_validation_set(root):
     assert all(path.is_relative_to(root / "val") for path in both.validation.paths)
 
 
-def test_image_size_resizes_the_shorter_side_and_crops_the_centre(root):
-    # columns 0..29 black-grey-white in thirds: the centre square of the image is the grey third
+def test_image_size_resizes_the_shorter_side_and_crops_the_center(root):
+    # columns 0..29 black-gray-white in thirds: the center square of the image is the gray third
     image = Image.new("L", (60, 20))
     image.paste(128, (20, 0, 40, 20))
     image.paste(255, (40, 0, 60, 20))
@@ -239,13 +239,13 @@ def test_an_image_that_is_not_square_needs_image_size(root):
     refused(root, str(save(root / "train" / "cat" / "00.png", size=(12, 8))), "12x8", "data.image_size")
 
 
-def test_grey_among_rgb_is_named(root):
+def test_gray_among_rgb_is_named(root):
     refused(root, str(save(root / "train" / "dog" / "00.png", mode="L")), "mode L", "data.channels=3")
 
 
 @pytest.mark.parametrize("name", ["cat/00.png", "dog/00.png"])
 @pytest.mark.parametrize("mode", ["P", "RGBA"])
-def test_modes_that_are_neither_grey_nor_rgb_are_named(root, name, mode):
+def test_modes_that_are_neither_gray_nor_rgb_are_named(root, name, mode):
     refused(root, str(save(root / "train" / name, mode=mode)), f"mode {mode}", "data.channels=3")
 
 

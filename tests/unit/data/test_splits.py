@@ -145,7 +145,7 @@ def test_synthetic_images_are_balanced_reproducible_and_of_the_asked_form():
     assert not torch.equal(a.test.stack(), other.test.stack())
 
 
-def test_synthetic_images_can_be_learned_but_not_by_the_mean_colour():
+def test_synthetic_images_can_be_learned_but_not_by_the_mean_color():
     splits = load_splits("synthetic", synthetic={"images": 1000, "classes": 5}, validation_fraction=0)
 
     def accuracy(features):
@@ -198,7 +198,7 @@ def test_array_data_takes_another_size_and_number_of_channels(tmp_path):
     assert torch.equal(images, expected.expand(-1, 3, -1, -1).to(torch.uint8))
 
 
-def test_grey_of_rgb_is_its_luminance():
+def test_gray_of_rgb_is_its_luminance():
     images = arrays(channels=3).stack()
     expected = images[:, 0] * 0.2989 + images[:, 1] * 0.587 + images[:, 2] * 0.114
     assert (fit_images(images, image_size=None, channels=1)[:, 0] - expected).abs().max() <= 0.51

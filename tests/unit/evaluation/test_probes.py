@@ -13,8 +13,8 @@ from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
 from hpc_supcon.data import EvalTransform
-from hpc_supcon.evaluation.features import Standardise, build_prepare, fit_standardisation, in_chunks
-from hpc_supcon.evaluation.knn import Neighbours, knn_accuracy, nearest
+from hpc_supcon.evaluation.features import Standardize, build_prepare, fit_standardization, in_chunks
+from hpc_supcon.evaluation.knn import Neighbors, knn_accuracy, nearest
 from hpc_supcon.evaluation.probes.base import only
 from hpc_supcon.evaluation.probes.training import evaluate_heads, seeded, train_heads
 from hpc_supcon.evaluation.probes.watch import Plan, Watch, batches, best_head, steps_per_epoch
@@ -32,7 +32,7 @@ def digits():
 
 
 def plain(width):
-    return Standardise(width)
+    return Standardize(width)
 
 
 def accuracy(head, part):
@@ -40,7 +40,7 @@ def accuracy(head, part):
 
 
 def sklearn_model(train, l2_lambda):
-    """Minimises mean cross-entropy + l2_lambda * ||W||^2, W without biases: C = 1 / (2 n l2_lambda)."""
+    """Minimizes mean cross-entropy + l2_lambda * ||W||^2, W without biases: C = 1 / (2 n l2_lambda)."""
     model = LogisticRegression(C=1 / (2 * len(train[0]) * l2_lambda), max_iter=5000, tol=1e-8)
     return model.fit(train[0].double().numpy(), train[1].numpy())
 
@@ -80,7 +80,7 @@ def test_logistic_regression_of_two_classes_equals_scikit_learns(digits):
 def test_l2_and_clipping_follow_a_plain_loop(digits, l2_lambda, clip_norm):
     x, y = (part[:100].double() if part.is_floating_point() else part[:100] for part in digits[0])
     plan = Plan(
-        (0.5,), epochs=1, iterations=7, batch_size=100, optimiser="sgd", schedule="constant", l2_lambda=l2_lambda,
+        (0.5,), epochs=1, iterations=7, batch_size=100, optimizer="sgd", schedule="constant", l2_lambda=l2_lambda,
         clip_norm=clip_norm,
     )  # fmt: skip
     got = train_heads(LinearHeads(1, 64, 10).double(), plain(64).double(), (x, y), None, plan, seed=0).head
@@ -102,7 +102,7 @@ def test_l2_and_clipping_follow_a_plain_loop(digits, l2_lambda, clip_norm):
 
 def test_each_head_is_clipped_by_itself_and_ends_as_if_it_were_alone(digits):
     train = digits[0]
-    plan = {"epochs": 2, "batch_size": 256, "optimiser": "adamw", "weight_decay": 0.1, "clip_norm": 0.1}
+    plan = {"epochs": 2, "batch_size": 256, "optimizer": "adamw", "weight_decay": 0.1, "clip_norm": 0.1}
     both = LinearHeads(2, 64, 10)
     train_heads(both, plain(64), train, None, Plan((0.1, 1e-3), **plan, l2_lambda=0.05), seed=0)
     alone = LinearHeads(1, 64, 10)
@@ -113,7 +113,7 @@ def test_each_head_is_clipped_by_itself_and_ends_as_if_it_were_alone(digits):
 
 def test_iterations_are_what_epochs_come_to(digits):
     train, test = digits
-    settings = {"batch_size": 500, "optimiser": "adam"}
+    settings = {"batch_size": 500, "optimizer": "adam"}
     assert steps_per_epoch(1200, 500) == 3
     by_epoch = train_heads(LinearHeads(1, 64, 10), plain(64), train, test, Plan((0.01,), 4, **settings), seed=3)
     plan = Plan((0.01,), 99, iterations=12, evaluate_every=3, **settings)
@@ -232,9 +232,9 @@ def brute_force_votes(queries, bank, labels, classes, k, temperature):
 
 
 @pytest.mark.parametrize(("m", "n", "k"), [(7, 3, 7), (101, 13, 5), (101, 1, 1), (50, 31, 20)])
-def test_neighbours_vote_as_the_definition_says(m, n, k):
+def test_neighbors_vote_as_the_definition_says(m, n, k):
     bank, labels, queries = torch.randn(m, 9), torch.randint(4, (m,)), torch.randn(n, 9)
-    head = Neighbours(9, 4, rows=m, k=k, temperature=0.1).fill(bank, labels)
+    head = Neighbors(9, 4, rows=m, k=k, temperature=0.1).fill(bank, labels)
     want = brute_force_votes(queries, bank, labels, 4, k, 0.1)
     torch.testing.assert_close(head(queries).softmax(1).double(), torch.from_numpy(want), atol=1e-5, rtol=0)
     right = (want.argmax(1) == labels[:n].numpy()).mean()
@@ -244,7 +244,7 @@ def test_neighbours_vote_as_the_definition_says(m, n, k):
 
 @pytest.mark.parametrize("tile", [1, 2, 3, 5, 11, 100])
 @pytest.mark.parametrize("k", [1, 4, 7])
-def test_tiles_change_nothing_and_of_equal_neighbours_the_earlier_count(tile, k):
+def test_tiles_change_nothing_and_of_equal_neighbors_the_earlier_count(tile, k):
     bank = torch.eye(3)[torch.tensor([0, 1, 0, 0, 2, 1, 0, 0, 1, 0, 2])]
     queries = torch.tensor([[1.0, 0.5, 0.25], [0.0, 0.0, 1.0]])
     similarities, rows = nearest(queries, bank, k, tile=tile)
@@ -258,19 +258,19 @@ def test_tiles_change_nothing_and_of_equal_neighbours_the_earlier_count(tile, k)
 def test_votes_survive_a_small_temperature():
     bank = torch.randn(40, 6)
     labels = torch.arange(40) % 5
-    head = Neighbours(6, 5, rows=40, k=3, temperature=1e-3).fill(bank, labels)
+    head = Neighbors(6, 5, rows=40, k=3, temperature=1e-3).fill(bank, labels)
     out = head(bank)
     assert out.isfinite().all()
     assert torch.equal(out.argmax(1), labels)
 
 
-def test_standardised_pixels_equal_the_plain_formula_and_constant_columns_stay_finite():
+def test_standardized_pixels_equal_the_plain_formula_and_constant_columns_stay_finite():
     images = torch.randint(256, (1500, 3, 4, 4), dtype=torch.uint8)
     images[:, 1, 2, 3] = 7
-    normalisation = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25]}
-    prepare = build_prepare("pixels", 48, normalisation, standardise=True)
-    fit_standardisation(prepare, images)
-    flat = EvalTransform(**normalisation)(images).flatten(1).double()
+    normalization = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25]}
+    prepare = build_prepare("pixels", 48, normalization, standardize=True)
+    fit_standardization(prepare, images)
+    flat = EvalTransform(**normalization)(images).flatten(1).double()
     std, mean = torch.std_mean(flat, dim=0, correction=0)
     std[1 * 16 + 2 * 4 + 3] = 1
     torch.testing.assert_close(prepare(images).double(), (flat - mean) / std, atol=1e-4, rtol=0)

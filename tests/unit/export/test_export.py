@@ -47,7 +47,7 @@ def quiet(*arguments):
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
-    """A run on the digits (8x8, grey) with every kind of probe."""
+    """A run on the digits (8x8, gray) with every kind of probe."""
     folder = tmp_path_factory.mktemp("trained") / "digits-run"
     assert quiet("run", "default", *FAST, f"probe.kind=[{', '.join(KINDS)}]", f"run_dir={folder}") == 0
     return folder
@@ -80,7 +80,7 @@ def reference(folder, part, images):
     """What evaluation computes, by evaluation's own objects."""
     if part not in KINDS:
         model, found = load_model(folder)
-        features = model.eval().encoder(EvalTransform(**found.state["normalisation"])(images))
+        features = model.eval().encoder(EvalTransform(**found.state["normalization"])(images))
         return features if part == "encoder" else model.heads["projection"](features)
     probe = load_probe(folder / "probes" / part)
     return probe.logits(reference(folder, "encoder", images) if probe.input == "features" else images)
@@ -126,16 +126,16 @@ def test_the_file_gives_the_outputs_of_the_model_for_batches_of_any_size(trained
     assert json.loads(metadata["classes"]) == (["3", "1"] if probe == "logistic" else list("0123456789"))
 
 
-def test_weights_alone_take_normalised_images_and_build_again_without_the_run(trained, tmp_path):
+def test_weights_alone_take_normalized_images_and_build_again_without_the_run(trained, tmp_path):
     path = export_part(trained, "safetensors", out=tmp_path / "encoder.safetensors").path
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
     assert "timm" not in metadata
     encoder = eval(metadata["rebuild"], {"hpc_supcon": hpc_supcon})
     encoder.load_state_dict(load_file(path), strict=True)
-    images, statistics = images_of(4, 1, 8, 8), json.loads(metadata["normalisation"])
-    normalised = (images.float() / 255 - statistics["mean"][0]) / statistics["std"][0]
-    torch.testing.assert_close(encoder.eval()(normalised), reference(trained, "encoder", images))
+    images, statistics = images_of(4, 1, 8, 8), json.loads(metadata["normalization"])
+    normalized = (images.float() / 255 - statistics["mean"][0]) / statistics["std"][0]
+    torch.testing.assert_close(encoder.eval()(normalized), reference(trained, "encoder", images))
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_timm_loads_the_weights_with_no_key_left_over_where_the_architecture_is_
         metadata = file.metadata()
     assert ("timm" in metadata) == loads_in_timm
     images = images_of(2, 3, 32, 32)
-    wanted, transform = reference(folder, "encoder", images), EvalTransform(**json.loads(metadata["normalisation"]))
+    wanted, transform = reference(folder, "encoder", images), EvalTransform(**json.loads(metadata["normalization"]))
     for expression in (metadata[key] for key in ("rebuild", "timm") if key in metadata):
         model = eval(expression, {"hpc_supcon": hpc_supcon, "timm": timm})
         model.load_state_dict(load_file(path), strict=True)

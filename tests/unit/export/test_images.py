@@ -73,7 +73,7 @@ def number(path):
 @torch.no_grad()
 def features_of(run, images):
     model, found = load_model(run)
-    return model.eval().encoder(EvalTransform(**found.state["normalisation"])(images))
+    return model.eval().encoder(EvalTransform(**found.state["normalization"])(images))
 
 
 @pytest.mark.parametrize("part", ["encoder", "projection"])
@@ -119,7 +119,7 @@ def test_images_that_are_in_no_class_have_no_labels_and_can_be_files_and_folders
     assert open_pictures([folder / "3"], SHAPE, DIGITS).labels == (3,) * len(list(flat.glob("[0-9]*.png")))
 
 
-def test_images_of_any_size_and_colour_become_the_form_of_training(tmp_path):
+def test_images_of_any_size_and_color_become_the_form_of_training(tmp_path):
     rng = np.random.default_rng(0)
     picture = Image.fromarray(rng.integers(0, 256, (20, 33, 3), dtype=np.uint8))
     picture.save(tmp_path / "a.png")
@@ -227,7 +227,7 @@ def test_a_beton_gives_the_images_and_labels_it_holds(trained, test_digits, tmp_
     assert pictures.labels == tuple(test_digits.labels.tolist())
     outputs = embed(load_part(trained, "encoder"), pictures, tmp_path / "out.npz", batch_size=16)
     wanted = features_of(trained, test_digits.stack())
-    # grey to RGB and back moves a level here and there
+    # gray to RGB and back moves a level here and there
     torch.testing.assert_close(torch.from_numpy(outputs.values), wanted, rtol=0.02, atol=0.02)
     with pytest.raises(DataError, match="stands alone"):
         open_pictures([tmp_path / "d.beton", tmp_path], SHAPE, DIGITS)

@@ -253,11 +253,11 @@ def test_learnable_temperature_is_a_positive_parameter_that_trains():
     module = losses.SupConLoss(0.2, learnable_temperature=True)
     assert [name for name, _ in module.named_parameters()] == ["log_temperature"]
     before = float(module(x, labels).detach())
-    optimiser = torch.optim.SGD(module.parameters(), lr=0.1)
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
     for _ in range(5):
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         module(x, labels).backward()
-        optimiser.step()
+        optimizer.step()
     assert float(module(x, labels).detach()) < before
     assert not list(losses.SupConLoss(0.2).parameters())
 

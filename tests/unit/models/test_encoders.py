@@ -19,7 +19,7 @@ from hpc_supcon.data import Batch, load_splits
 from hpc_supcon.distributed.collectives import world_size
 from hpc_supcon.distributed.launch import Launch, Runtime
 from hpc_supcon.errors import ConfigError
-from hpc_supcon.models import build_encoder, synchronise_batchnorm
+from hpc_supcon.models import build_encoder, synchronize_batchnorm
 from hpc_supcon.training import assemble
 from hpc_supcon.training.step import train_step
 
@@ -224,7 +224,7 @@ def test_the_checkpoint_description_rebuilds_the_resized_encoder():
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_synchronising_keeps_the_activation_inside_timms_batchnorm(device):
+def test_synchronizing_keeps_the_activation_inside_timms_batchnorm(device):
     block = nn.Sequential(nn.Conv2d(3, 4, 1), BatchNormAct2d(4)).eval()
     with torch.no_grad():
         block[1].running_mean.normal_()
@@ -232,7 +232,7 @@ def test_synchronising_keeps_the_activation_inside_timms_batchnorm(device):
     x = torch.randn(2, 3, 5, 5)
     mean, var, w, b = block[1].running_mean, block[1].running_var, block[1].weight, block[1].bias
     want = F.relu(F.batch_norm(block[0](x), mean, var, w, b))
-    got = synchronise_batchnorm(block, torch.device(device))  # converted for `device`, run on the CPU
+    got = synchronize_batchnorm(block, torch.device(device))  # converted for `device`, run on the CPU
     assert type(got[1]).__name__ != "BatchNormAct2d"
     torch.testing.assert_close(got(x), want)
     assert np.array_equal((got(x) == 0).numpy(), (want == 0).numpy())

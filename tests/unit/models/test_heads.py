@@ -99,12 +99,12 @@ def test_no_pixel_of_an_autoencoder_stays_white_on_a_black_background():
     model = torch.nn.Sequential(
         build_encoder("conv", in_channels=1, image_size=28), build_decoder("conv", 128, 1, 28)
     )
-    optimiser = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     images = -torch.ones(32, 1, 28, 28)
     images[:, :, 10:18, 10:18] = torch.rand(32, 1, 8, 8) * 2 - 1
     for _ in range(50):
         given_back = model(images)
-        optimiser.zero_grad()
+        optimizer.zero_grad()
         (given_back - images).square().mean().backward()
-        optimiser.step()
+        optimizer.step()
     assert given_back[:, :, :8].max() < 0.0

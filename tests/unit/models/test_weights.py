@@ -21,7 +21,7 @@ from hpc_supcon.errors import ConfigError, UnsafeWeights
 from hpc_supcon.models import build_encoder, load_weights
 
 
-def randomised(module):
+def randomized(module):
     """BatchNorm's statistics and every parameter moved at random: a swap of two tensors then shows."""
     with torch.no_grad():
         for name, value in module.state_dict().items():
@@ -44,7 +44,7 @@ def headless(network, attribute):
 def resnet18():
     """(torchvision's network with its classifier, its features of some images, the images)"""
     torch.manual_seed(1)
-    network = randomised(torchvision.models.resnet18())
+    network = randomized(torchvision.models.resnet18())
     x = torch.randn(2, 3, 48, 48)
     state = {k: v.clone() for k, v in network.state_dict().items()}
     with torch.no_grad():
@@ -113,7 +113,7 @@ def test_resnet18_of_every_project_gives_its_own_features(tmp_path, resnet18, na
 
 
 def test_safetensors_of_timm_with_another_classifier(tmp_path, resnet18):
-    theirs = randomised(timm.create_model("resnet18", num_classes=7))
+    theirs = randomized(timm.create_model("resnet18", num_classes=7))
     safetensors.torch.save_file(theirs.state_dict(), tmp_path / "model.safetensors")
     encoder = build_encoder("resnet18", image_size=48, stem="standard", out_dim=5)
     own = encoder.fc.weight.detach().clone()
@@ -131,7 +131,7 @@ def test_safetensors_of_timm_with_another_classifier(tmp_path, resnet18):
 
 @pytest.mark.parametrize("published", [False, True])
 def test_torchvisions_densenet_under_both_of_its_namings(tmp_path, published):
-    theirs = randomised(torchvision.models.densenet121())
+    theirs = randomized(torchvision.models.densenet121())
     state = theirs.state_dict()
     if published:  # the files of its model zoo say norm.1 where the module says norm1
         state = {re.sub(r"(denselayer\d+\.(?:norm|conv))([12])\.", r"\1.\2.", k): v for k, v in state.items()}
@@ -153,7 +153,7 @@ def torchvisions_vgg(plan, side, width):
     channels = [c for c in plan if c != "M"][-1]
     for i, (c_in, c_out) in {0: (channels * 49, width), 3: (width, width), 6: (width, 10)}.items():
         network.classifier[i] = nn.Linear(c_in, c_out)
-    return randomised(network), torch.randn(2, 3, side, side)
+    return randomized(network), torch.randn(2, 3, side, side)
 
 
 def test_torchvisions_vgg_in_the_embedding(tmp_path):
@@ -191,7 +191,7 @@ def test_old_files_without_batch_counters_load(tmp_path, resnet18):
 
 @pytest.mark.parametrize("name", ["conv", "resnet9_small"])
 def test_a_checkpoint_of_this_package_loads_by_its_encoder_prefix(tmp_path, name):
-    source, target = randomised(build_encoder(name)), build_encoder(name)
+    source, target = randomized(build_encoder(name)), build_encoder(name)
     rest = {"heads.projection.out.weight": torch.ones(2, 2)}
     safetensors.torch.save_file(
         {**add_prefix(source.state_dict(), "encoder."), **rest}, tmp_path / "model.safetensors"
@@ -325,7 +325,7 @@ def command(*arguments):
 
 
 def test_a_run_begins_with_the_weights_logs_them_and_resumes_without_the_file(tmp_path, capsys):
-    source = randomised(build_encoder("conv", in_channels=1, image_size=8))
+    source = randomized(build_encoder("conv", in_channels=1, image_size=8))
     path, run_dir = tmp_path / "w.safetensors", tmp_path / "r"
     safetensors.torch.save_file({**source.state_dict(), "fc.weight": torch.ones(2)}, path)
     arguments = [

@@ -15,7 +15,7 @@ from hpc_supcon.data import ArraySource, Splits
 from hpc_supcon.stages.probe import load_model
 from hpc_supcon.training import assemble
 from hpc_supcon.training.ema import WeightAverage
-from hpc_supcon.training.engine.base import load_optimiser
+from hpc_supcon.training.engine.base import load_optimizer
 from hpc_supcon.training.step import train_step
 from tests.dist.test_step import SETTINGS, build
 
@@ -132,7 +132,7 @@ def test_clipping_bounds_the_update_and_the_norm_reported_is_the_one_before():
 def test_the_state_of_a_0_dim_parameter_goes_where_the_parameter_is():
     for settings, counts_on in (({"foreach": True}, "cpu"), ({"fused": True}, "meta")):
         temperature = nn.Parameter(torch.empty((), device="meta"))
-        optimiser = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1, **settings)
-        load_optimiser({"t": temperature}, optimiser, {"t/exp_avg": torch.tensor(1.0), "t/step": torch.tensor(3.0)})
-        assert optimiser.state[temperature]["exp_avg"].device.type == "meta"
-        assert optimiser.state[temperature]["step"].device.type == counts_on
+        optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1, **settings)
+        load_optimizer({"t": temperature}, optimizer, {"t/exp_avg": torch.tensor(1.0), "t/step": torch.tensor(3.0)})
+        assert optimizer.state[temperature]["exp_avg"].device.type == "meta"
+        assert optimizer.state[temperature]["step"].device.type == counts_on

@@ -1,4 +1,4 @@
-"""Optimisers against the papers' formulas in plain loops, and without a word between device and host."""
+"""Optimizers against the papers' formulas in plain loops, and without a word between device and host."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpc_supcon.errors import ConfigError
 from hpc_supcon.models import build_encoder
-from hpc_supcon.training.optim import build_optimiser, clip_gradients, set_learning_rate
+from hpc_supcon.training.optim import build_optimizer, clip_gradients, set_learning_rate
 
 SHAPES = [(4, 3), (2, 3, 3, 3), (5, 1, 1, 1), (3, 2), (7, 2), (4,), (1,), ()]
 ZERO_WEIGHT, ZERO_GRADIENT, SOMETIMES, SOMETIMES_TOO = 3, 4, 1, 5
@@ -42,12 +42,12 @@ def rate(step):
     return 0.3 * (1 + math.cos(step / 5))
 
 
-def run(params, optimiser, steps=range(24)):
+def run(params, optimizer, steps=range(24)):
     for step in steps:
         for p, g in zip(params, gradients(step), strict=True):
             p.grad = None if g is None else g.to(p.dtype)
-        set_learning_rate(optimiser, rate(step))
-        optimiser.step()
+        set_learning_rate(optimizer, rate(step))
+        optimizer.step()
     return [p.detach().clone() for p in params]
 
 
@@ -133,11 +133,11 @@ def assert_equal(got, want):
 @pytest.mark.parametrize(("decay", "eta", "eps"), [(0.0, 0.001, 0.0), (1e-2, 0.02, 0.0), (1e-4, 1.0, 1e-3)])
 def test_lars_equals_the_formula_in_a_loop(momentum, nesterov, decay, eta, eps):
     params = parameters()
-    optimiser = build_optimiser(
+    optimizer = build_optimizer(
         params, name="lars", lr=1.0, momentum=momentum, nesterov=nesterov, weight_decay=decay, lars_eta=eta,
         eps=eps or None,
     )  # fmt: skip
-    assert_equal(run(params, optimiser), lars_reference(momentum, nesterov, decay, eta, eps))
+    assert_equal(run(params, optimizer), lars_reference(momentum, nesterov, decay, eta, eps))
 
 
 @pytest.mark.parametrize("clamp", [None, (0.0, 1.5), (0.5, 10.0)])
@@ -145,24 +145,24 @@ def test_lars_equals_the_formula_in_a_loop(momentum, nesterov, decay, eta, eps):
 @pytest.mark.parametrize(("beta1", "beta2", "eps"), [(0.9, 0.999, 1e-6), (0.0, 0.9, 1e-3)])
 def test_lamb_equals_the_formula_in_a_loop(clamp, decay, beta1, beta2, eps):
     params = parameters()
-    optimiser = build_optimiser(
+    optimizer = build_optimizer(
         params, name="lamb", lr=1.0, momentum=beta1, beta2=beta2, weight_decay=decay, eps=eps, lamb_norm_range=clamp
     )
-    assert_equal(run(params, optimiser), lamb_reference(beta1, beta2, decay, eps, clamp or (0.0, math.inf)))
+    assert_equal(run(params, optimizer), lamb_reference(beta1, beta2, decay, eps, clamp or (0.0, math.inf)))
 
 
 @pytest.mark.parametrize(("momentum", "nesterov"), [(0.9, False), (0.9, True), (0.0, False)])
 def test_sgd_equals_the_formula_in_a_loop(momentum, nesterov):
     params = parameters()
-    optimiser = build_optimiser(params, name="sgd", lr=1.0, momentum=momentum, nesterov=nesterov, weight_decay=0.01)
-    assert_equal(run(params, optimiser), sgd_reference(momentum, nesterov, 0.01))
+    optimizer = build_optimizer(params, name="sgd", lr=1.0, momentum=momentum, nesterov=nesterov, weight_decay=0.01)
+    assert_equal(run(params, optimizer), sgd_reference(momentum, nesterov, 0.01))
 
 
 @pytest.mark.parametrize("eps", [None, 1e-3])
 def test_adamw_equals_the_formula_in_a_loop(eps):
     params = parameters()
-    optimiser = build_optimiser(params, name="adamw", lr=1.0, weight_decay=0.1, beta2=0.95, eps=eps)
-    assert_equal(run(params, optimiser), adamw_reference(0.9, 0.95, 0.1, eps or 1e-8))
+    optimizer = build_optimizer(params, name="adamw", lr=1.0, weight_decay=0.1, beta2=0.95, eps=eps)
+    assert_equal(run(params, optimizer), adamw_reference(0.9, 0.95, 0.1, eps or 1e-8))
 
 
 @pytest.mark.parametrize("nesterov", [False, True])
@@ -170,13 +170,13 @@ def test_lars_without_weights_to_adapt_is_torch_sgd(nesterov):
     results = []
     for name in ("lars", "sgd"):
         params = [p for p in parameters() if p.ndim <= 1]
-        optimiser = build_optimiser(params, name=name, lr=1.0, momentum=0.8, nesterov=nesterov, weight_decay=0.1)
+        optimizer = build_optimizer(params, name=name, lr=1.0, momentum=0.8, nesterov=nesterov, weight_decay=0.1)
         for step in range(20):
             for p, g in zip(
                 params, [g for g, s in zip(gradients(step), SHAPES, strict=True) if len(s) <= 1], strict=True
             ):
                 p.grad = g
-            optimiser.step()
+            optimizer.step()
         results.append(params)
     for a, b in zip(*results, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=0)
@@ -188,10 +188,10 @@ def test_only_weights_decay(name):
     temperature = nn.Parameter(torch.tensor(0.5))
     params = [*bn.parameters(), *ln.parameters(), *layer.parameters(), temperature]
     before = [p.detach().clone() for p in params]
-    optimiser = build_optimiser(params, name=name, lr=0.1, weight_decay=0.5, lars_eta=1.0)
+    optimizer = build_optimizer(params, name=name, lr=0.1, weight_decay=0.5, lars_eta=1.0)
     for p in params:
         p.grad = torch.zeros_like(p)
-    optimiser.step()
+    optimizer.step()
     moved = [not torch.equal(a, b) for a, b in zip(params, before, strict=True)]
     expected = [p is layer.weight for p in params]
     assert moved == expected
@@ -200,12 +200,12 @@ def test_only_weights_decay(name):
 @pytest.mark.parametrize("name", ["sgd", "adamw", "lars", "lamb"])
 def test_a_step_without_any_gradient_changes_nothing(name):
     params = parameters()
-    optimiser = build_optimiser(params, name=name, lr=0.1, weight_decay=0.5)
-    optimiser.step()
+    optimizer = build_optimizer(params, name=name, lr=0.1, weight_decay=0.5)
+    optimizer.step()
     assert all(torch.equal(a, b) for a, b in zip(params, parameters(), strict=True))
 
 
-# --- launches and synchronisation
+# --- launches and synchronization
 
 
 class Watch(TorchDispatchMode):
@@ -239,24 +239,24 @@ def test_the_watch_sees_what_it_is_for():
     ("name", "more"),
     [("lars", {}), ("lars", {"nesterov": True}), ("lamb", {}), ("lamb", {"lamb_norm_range": (0.0, 10.0)})],
 )
-def test_a_step_of_resnet50_is_less_than_25_launches_and_no_synchronisation(name, more):
+def test_a_step_of_resnet50_is_less_than_25_launches_and_no_synchronization(name, more):
     params = resnet50("meta")
     assert len(params) == 159
-    optimiser = build_optimiser(params, name=name, lr=0.1, weight_decay=1e-4, **more)
+    optimizer = build_optimizer(params, name=name, lr=0.1, weight_decay=1e-4, **more)
     for p in params:
         p.grad = torch.empty_like(p)
-    optimiser.step()  # makes the state
+    optimizer.step()  # makes the state
     with Watch() as watch:
-        optimiser.step()
+        optimizer.step()
     assert 5 < watch.calls.total() < 25, watch.calls
 
 
 @pytest.mark.parametrize("name", ["lars", "lamb"])
 def test_a_first_step_on_the_cpu_brings_no_value_to_the_host(name):
     params = parameters(torch.float32)
-    optimiser = build_optimiser(params, name=name, lr=0.1, weight_decay=1e-4)
+    optimizer = build_optimizer(params, name=name, lr=0.1, weight_decay=1e-4)
     with Watch():
-        run(params, optimiser, range(3))
+        run(params, optimizer, range(3))
 
 
 def test_multi_tensor_calls_take_the_form_that_cuda_has_a_kernel_for():
@@ -276,10 +276,10 @@ def test_multi_tensor_calls_take_the_form_that_cuda_has_a_kernel_for():
     for name in ("lars", "lamb"):
         model = nn.Conv2d(4, 6, 3).to(memory_format=torch.channels_last)
         params = [*model.parameters(), nn.Parameter(torch.ones(()))]
-        optimiser = build_optimiser(params, name=name, lr=0.1, weight_decay=1e-4)
+        optimizer = build_optimizer(params, name=name, lr=0.1, weight_decay=1e-4)
         model(torch.randn(2, 4, 5, 5).to(memory_format=torch.channels_last)).sum().backward()
         with Forms():
-            optimiser.step()
+            optimizer.step()
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
@@ -287,16 +287,16 @@ def test_multi_tensor_calls_take_the_form_that_cuda_has_a_kernel_for():
 def test_on_cuda_no_step_waits_and_the_weights_are_those_of_the_cpu(name):
     settings = {"name": name, "lr": 0.1, "weight_decay": 1e-2, "lars_eta": 0.02}
     want = parameters()
-    run(want, build_optimiser(want, **settings))
+    run(want, build_optimizer(want, **settings))
     params = [nn.Parameter(p.detach().cuda()) for p in parameters()]
-    optimiser = build_optimiser(params, **settings)
+    optimizer = build_optimizer(params, **settings)
     for step in range(24):
         for p, g in zip(params, gradients(step), strict=True):
             p.grad = None if g is None else g.cuda()
-        set_learning_rate(optimiser, rate(step))
+        set_learning_rate(optimizer, rate(step))
         torch.cuda.set_sync_debug_mode("error")
         try:
-            optimiser.step()
+            optimizer.step()
             grads = [p.grad for p in params if p.grad is not None]
             clip_gradients(grads, torch.nn.utils.get_total_norm(grads), 0.1)
         finally:
@@ -305,9 +305,9 @@ def test_on_cuda_no_step_waits_and_the_weights_are_those_of_the_cpu(name):
         torch.testing.assert_close(a.detach().cpu(), b.detach(), rtol=1e-10, atol=1e-12)
 
 
-def test_an_unknown_optimiser_is_named_with_the_known_ones():
-    with pytest.raises(ConfigError, match="unknown optimiser 'lasr'; did you mean 'lars'"):
-        build_optimiser(parameters(), name="lasr", lr=0.1)
+def test_an_unknown_optimizer_is_named_with_the_known_ones():
+    with pytest.raises(ConfigError, match="unknown optimizer 'lasr'; did you mean 'lars'"):
+        build_optimizer(parameters(), name="lasr", lr=0.1)
 
 
 # --- clipping

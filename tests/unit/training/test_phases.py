@@ -83,18 +83,18 @@ def test_every_part_of_a_step_is_charged_to_its_phase(monkeypatch):
     found = measured(*timed_state(time, []))
     assert found.seconds == {
         "views": 1.5, "encoder": 3.0, "projection": 2.0, "loss": 11.0, "loss backward": 13.0,
-        "projection backward": 5.0, "encoder backward": 7.0, "optimiser": 17.0, "guard": 0.0, "rest": 0.0,
+        "projection backward": 5.0, "encoder backward": 7.0, "optimizer": 17.0, "guard": 0.0, "rest": 0.0,
     }  # fmt: skip
     assert found.total == time.now / 5
     assert found.share("encoder") == 10 / 59.5
-    assert found.names() == ["views", "encoder", "projection", "loss", "optimiser", "guard", "rest"]
+    assert found.names() == ["views", "encoder", "projection", "loss", "optimizer", "guard", "rest"]
 
 
 def test_the_two_passes_of_a_step_are_charged_to_the_same_phases(monkeypatch):
     found = measured(*timed_state(Time(monkeypatch), ["train.micro_batch_size=8"]))  # three pieces, each twice
     assert found.seconds == {
         "views": 6.5, "encoder": 18.0, "projection": 12.0, "loss": 11.0, "loss backward": 13.0,
-        "projection backward": 15.0, "encoder backward": 21.0, "optimiser": 17.0, "guard": 0.0, "rest": 0.0,
+        "projection backward": 15.0, "encoder backward": 21.0, "optimizer": 17.0, "guard": 0.0, "rest": 0.0,
     }  # fmt: skip
 
 
@@ -151,7 +151,7 @@ def test_measuring_and_tracing_change_no_bit(overrides, tmp_path):
     events = json.loads(gzip.decompress((tmp_path / "trace.json.gz").read_bytes()))["traceEvents"]
     counts = [
         sum(e.get("name") == f"step/{name}" and e.get("cat") == "user_annotation" for e in events)
-        for name in ("views", "loss", "optimiser")
+        for name in ("views", "loss", "optimizer")
     ]
     assert counts[1:] == [TRACED, TRACED]
     assert counts[0] >= 2 * TRACED

@@ -23,11 +23,11 @@ def ours(steps, warmup, **settings):
 
 def torchs(steps, make):
     """Rates of `steps` steps of a scheduler made for an SGD at the peak."""
-    optimiser = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=PEAK)
-    scheduler, rates = make(optimiser), []
+    optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=PEAK)
+    scheduler, rates = make(optimizer), []
     for _ in range(steps):
-        rates.append(optimiser.param_groups[0]["lr"])
-        optimiser.step()
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
         scheduler.step()
     return rates
 

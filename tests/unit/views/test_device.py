@@ -73,7 +73,7 @@ def test_a_value_that_is_waited_for_would_be_noticed():
 
 
 def test_boxes_of_all_tries_at_once_are_those_of_one_try_after_the_other():
-    """Given the sizes of every try, the first that fits is taken, and the centre where none does."""
+    """Given the sizes of every try, the first that fits is taken, and the center where none does."""
     n, tries = 500, 10
     sizes = torch.randint(1, 60, (tries, n, 2), generator=torch.Generator().manual_seed(0)).double()
     fits = (sizes <= 20).all(dim=2)

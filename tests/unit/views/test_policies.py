@@ -51,7 +51,7 @@ EVERY_POLICY = [
 
 
 def pictures(n: int, channels: int = 3, height: int = 32, width: int | None = None) -> torch.Tensor:
-    """Noise, and among it images of few levels, of one level, grey ones and smooth ones."""
+    """Noise, and among it images of few levels, of one level, gray ones and smooth ones."""
     generator = torch.Generator().manual_seed(n + channels)
     x = torch.randint(0, 256, (n, channels, height, width or height), dtype=torch.uint8, generator=generator)
     if n >= 5:
@@ -79,7 +79,7 @@ def operate(images: torch.Tensor, names: list[str], strengths: list[float]) -> t
 
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize(("channels", "height", "width"), [(3, 32, 32), (1, 24, 24), (3, 24, 48)])
-def test_every_operation_equals_torchvisions_to_the_grey_level(name, channels, height, width):
+def test_every_operation_equals_torchvisions_to_the_gray_level(name, channels, height, width):
     images = pictures(8, channels, height, width)
     for strength in MAGNITUDES.get(name, [0.0]):
         expected = torch.stack([torchvisions(image, name, strength) for image in images])
@@ -89,7 +89,7 @@ def test_every_operation_equals_torchvisions_to_the_grey_level(name, channels, h
 
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize(("height", "width"), [(13, 17), (2, 5), (1, 1)])
-def test_at_odd_sizes_operations_stay_within_one_grey_level(name, height, width):
+def test_at_odd_sizes_operations_stay_within_one_gray_level(name, height, width):
     # torchvision's own sums are rounded twice in the last pixels of a row that fills no vector register
     images = pictures(4, 3, height, width)
     for strength in MAGNITUDES.get(name, [0.0]):
@@ -311,7 +311,7 @@ def test_the_memory_layout_of_cropped_images_changes_no_value(policy, channels_l
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("size", [16, 200])  # of 200 px, several pieces
-def test_cropped_images_are_flipped_and_normalised_as_torchvision_does(dtype, size):
+def test_cropped_images_are_flipped_and_normalized_as_torchvision_does(dtype, size):
     images = pictures(24, height=size).view(12, 2, 3, size, size)
     views = Views(2, size, **RGB, policy="flip_crop", channels_last=True, dtype=dtype)
     drawn = views.draw(12, size, size)

@@ -34,19 +34,19 @@ def pixels(views, images, dtype=torch.float32):
     return got.view_as(expected), expected
 
 
-# (channels, height, width, size): same size, upscaled, shrunk (wide filter), grey, a block that is not filled.
+# (channels, height, width, size): same size, upscaled, shrunk (wide filter), gray, a block that is not filled.
 SIZES = ((3, 32, 32, 32), (3, 9, 20, 24), (3, 40, 37, 16), (1, 28, 28, 28), (1, 30, 9, 13))
 for channels, height, width, size in SIZES:
     images = torch.randint(0, 256, (5, channels, height, width), dtype=torch.uint8)
     images[0] = images[0, :1]  # no hue, no spread
-    normalisation = dict(mean=[0.4, 0.5, 0.6][:channels], std=[0.2, 0.3, 0.25][:channels])
+    normalization = dict(mean=[0.4, 0.5, 0.6][:channels], std=[0.2, 0.3, 0.25][:channels])
     for changes in (
         dict(crop_scale=(0.05, 1.0)),
         dict(policy="flip_crop"),
         dict(hue=0.5, brightness=1.0, contrast=2.0, saturation=2.0, jitter_probability=1.0, channels_last=True),
-        dict(hue=0.0, contrast=0.0, grey=0.6),
+        dict(hue=0.0, contrast=0.0, grayscale=0.6),
     ):
-        got, expected = pixels(Views(2, size, **normalisation, **changes), images)
+        got, expected = pixels(Views(2, size, **normalization, **changes), images)
         torch.testing.assert_close(got, expected, atol=5e-5, rtol=0)
 images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
 views = Views(3, 32, mean=[0.4] * 3, std=[0.3] * 3, channels_last=True)

@@ -11,11 +11,11 @@ from torchvision.transforms import v2 as T
 from torchvision.transforms.v2 import functional as TF
 
 from hpc_supcon.data import EvalTransform, Views
-from hpc_supcon.data.views.color import BRIGHTNESS, CONTRAST, SATURATION, adjust_hue, blend, grey
+from hpc_supcon.data.views.color import BRIGHTNESS, CONTRAST, SATURATION, adjust_hue, blend, grayscale
 from hpc_supcon.data.views.resample import draw_boxes, resample
 from hpc_supcon.errors import ConfigError
 
-NO_COLOUR = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0, "grey": 0.0}
+NO_COLOR = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0, "grayscale": 0.0}
 RGB = {"mean": [0.0] * 3, "std": [1.0] * 3}
 
 
@@ -25,7 +25,7 @@ def pictures(n: int, channels: int = 3, height: int = 32, width: int | None = No
 
 
 def planes(n: int, size: int = 13) -> torch.Tensor:
-    """[C, N, H, W] in 0..1, with grey pixels and ties between channels among them."""
+    """[C, N, H, W] in 0..1, with gray pixels and ties between channels among them."""
     x = torch.rand(3, n, size, size, generator=torch.Generator().manual_seed(n))
     x[:, :, 0] = x[:1, :, 0]
     x[1, :, 1] = x[0, :, 1]
@@ -95,7 +95,7 @@ def test_boxes_are_distributed_as_torchvisions(height, width, scale, ratio):
     assert (ours[:, 1] + ours[:, 3] <= width).all()
 
 
-def test_a_box_that_never_fits_falls_back_to_torchvisions_centre():
+def test_a_box_that_never_fits_falls_back_to_torchvisions_center():
     for height, width in ((8, 64), (64, 8), (10, 10)):
         # area above 1 fits nothing, so that both sides fall back
         ours = draw_boxes(2, height, width, scale=(4, 5), ratio=(3 / 4, 4 / 3), generator=torch.Generator())
@@ -108,7 +108,7 @@ def test_flip_rate_is_the_probability():
     assert float(views.draw(5000, 32, 32).flip.float().mean()) == pytest.approx(0.3, abs=0.02)
 
 
-# ---- colour
+# ---- color
 
 
 @pytest.mark.parametrize(
@@ -143,9 +143,9 @@ def test_hue_equals_torchvisions():
     torch.testing.assert_close(adjust_hue(x.clone(), factors), expected, atol=1e-5, rtol=0)
 
 
-def test_grey_equals_torchvisions():
+def test_gray_equals_torchvisions():
     x = planes(4)
-    torch.testing.assert_close(grey(x)[0], TF.rgb_to_grayscale(x.transpose(0, 1))[:, 0], atol=1e-6, rtol=0)
+    torch.testing.assert_close(grayscale(x)[0], TF.rgb_to_grayscale(x.transpose(0, 1))[:, 0], atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize(
@@ -155,7 +155,7 @@ def test_grey_equals_torchvisions():
         {"hue": 0.0},
         {"saturation": 0.0, "contrast": 0.0},
         {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0},
-        NO_COLOUR,
+        NO_COLOR,
     ],
 )
 def test_views_are_what_torchvision_makes_of_the_same_parameters(strengths):
@@ -168,7 +168,7 @@ def test_views_are_what_torchvision_makes_of_the_same_parameters(strengths):
         x = x.flip(-1) if drawn.flip[i] else x
         for k in views.orders[drawn.order[i]] if drawn.order[i] >= 0 else ():
             x = operations[k](x, float(drawn.factors[i, k]))
-        x = TF.rgb_to_grayscale(x, 3) if drawn.grey[i] and views.grey else x
+        x = TF.rgb_to_grayscale(x, 3) if drawn.grayscale[i] and views.grayscale else x
         x = TF.normalize(x, [0.4, 0.5, 0.6], [0.2, 0.3, 0.25])
         torch.testing.assert_close(ours[i], x, atol=1e-4, rtol=0)
 
@@ -182,7 +182,7 @@ def test_parameters_have_color_jitters_ranges_and_rates():
         assert float(factor.mean()) == pytest.approx((low + high) / 2, abs=0.02 * (high - low))
         assert float(factor.std()) == pytest.approx((high - low) / math.sqrt(12), rel=0.03)
     assert float((drawn.order >= 0).float().mean()) == pytest.approx(0.8, abs=0.015)
-    assert float(drawn.grey.float().mean()) == pytest.approx(0.2, abs=0.015)
+    assert float(drawn.grayscale.float().mean()) == pytest.approx(0.2, abs=0.015)
     orders = torch.bincount(drawn.order[drawn.order >= 0], minlength=24)
     assert len(orders) == 24  # every order of four operations, about 667 times each
     assert float((orders - orders.float().mean()).abs().max()) < 5 * math.sqrt(667)
@@ -190,7 +190,7 @@ def test_parameters_have_color_jitters_ranges_and_rates():
 
 def test_pixels_are_distributed_as_torchvisions_whole_pipeline():
     image, n, size = pictures(1, height=16)[0], 700, 16
-    image[0] //= 2  # colourful on average, so that hue and grey show in the means
+    image[0] //= 2  # colorful on average, so that hue and gray show in the means
     strength = {"brightness": 0.6, "contrast": 0.5, "saturation": 0.8, "hue": 0.3}
     theirs = T.Compose(
         [
@@ -261,10 +261,10 @@ def test_one_channel_images_get_brightness_and_contrast_only():
     assert out.isfinite().all()
 
 
-def test_nothing_switched_on_is_normalisation_alone():
+def test_nothing_switched_on_is_normalization_alone():
     images = pictures(5)
     mean, std = [0.4, 0.5, 0.6], [0.2, 0.3, 0.25]
-    views = Views(1, 32, mean=mean, std=std, crop_scale=(1, 1), crop_ratio=(1, 1), flip=0, **NO_COLOUR)
+    views = Views(1, 32, mean=mean, std=std, crop_scale=(1, 1), crop_ratio=(1, 1), flip=0, **NO_COLOR)
     expected = TF.normalize(images.float() / 255, mean, std)
     torch.testing.assert_close(views(images)[:, 0], expected, atol=1e-5, rtol=0)
     torch.testing.assert_close(EvalTransform(mean, std)(images), expected, atol=1e-5, rtol=0)
