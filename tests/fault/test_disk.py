@@ -129,7 +129,7 @@ def test_a_really_full_disk_keeps_the_earlier_checkpoint(small_disk, monkeypatch
         save(folder, 2, numbers=300_000)
     check_only(folder, 1)
     # the same where the check beforehand knows nothing, so that the kernel says no in the middle of a file
-    monkeypatch.setattr(checkpoint, "check_space", lambda folder, needed: None)
+    monkeypatch.setattr("hpc_supcon.checkpoint.save.check_space", lambda folder, needed: None)
     with pytest.raises(RunFolderError, match=r"step-2: checkpoint not written: No space left on device"):
         save(folder, 2, numbers=300_000)
     check_only(folder, 1)
