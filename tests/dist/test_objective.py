@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from hpc_supcon.config import load_config
 from hpc_supcon.errors import ConfigError
 from hpc_supcon.losses import SupConLoss, TripletLoss
-from hpc_supcon.models import PretrainingModel, build_encoder
+from hpc_supcon.models import PretrainingModel, build_encoder, build_head
 from hpc_supcon.distributed.launch import Launch, Runtime
 from hpc_supcon.training import assemble
 from hpc_supcon.training.engine import distribute
-from hpc_supcon.training.objective import Objective, build_head
+from hpc_supcon.training.objective import Objective
 from tests.dist.ranks import run_ranks
 
 TERMS = {"supcon_out": 0.5, "cross_entropy": 2.0, "reconstruction": 0.25, "triplet": 1.5}

@@ -166,20 +166,3 @@ def test_impossible_input_is_a_named_error():
                 loss(torch.randn(3, 4), bad)
     with pytest.raises(LossInputError, match="differ in shape"):
         losses.ReconstructionLoss()(torch.zeros(2, 3), torch.zeros(2, 4))
-
-
-def test_every_loss_is_selectable_by_its_name():
-    assert sorted(losses.LOSSES) == [
-        "cross_entropy",
-        "cross_entropy_mae",
-        "reconstruction",
-        "simclr",
-        "supcon_in",
-        "supcon_out",
-        "tcl",
-        "triplet",
-    ]
-    assert losses.LOSSES["supcon_in"](temperature=0.2).form == "in"
-    assert losses.LOSSES["supcon_out"]().form == "out"
-    for make in losses.LOSSES.values():
-        assert isinstance(make(), torch.nn.Module)

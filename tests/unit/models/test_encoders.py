@@ -19,7 +19,7 @@ from hpc_supcon.data import Batch, load_splits
 from hpc_supcon.distributed.collectives import world_size
 from hpc_supcon.distributed.launch import Launch, Runtime
 from hpc_supcon.errors import ConfigError
-from hpc_supcon.models import build_encoder, synchronize_batchnorm
+from hpc_supcon.models import build_encoder, build_model, synchronize_batchnorm
 from hpc_supcon.training import assemble
 from hpc_supcon.training.step import train_step
 
@@ -63,7 +63,7 @@ def test_every_encoder_takes_a_training_step_and_an_evaluation_on_real_digits(na
     )  # fmt: skip
     splits, runtime = digits(), Runtime(Launch(rank=0, world_size=1), torch.device("cpu"))
     description = assemble.describe_model(config, splits)
-    model, views = assemble.build_model(description), assemble.build_views(config, description, runtime)
+    model, views = build_model(description), assemble.build_views(config, description, runtime)
     state = assemble.build_state(config, model, assemble.build_objective(config, views), views, runtime)
     before = {k: v.clone() for k, v in model.encoder.named_parameters()}
     index = torch.arange(4)
@@ -217,10 +217,10 @@ def test_the_checkpoint_description_rebuilds_the_resized_encoder():
     config = cfg.load_config("default", ["model.encoder=resnet18", "model.input_size=80"])
     description = assemble.describe_model(config, digits())
     assert description["encoder"]["input_size"] == 80
-    encoder = assemble.build_model(description).encoder
+    encoder = build_model(description).encoder
     assert encoder.stem_kind == "standard"
     del description["encoder"]["input_size"]  # a checkpoint from before there was such a setting
-    assert assemble.build_model(description).encoder.stem_kind == "small"
+    assert build_model(description).encoder.stem_kind == "small"
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
