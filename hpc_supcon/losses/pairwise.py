@@ -36,7 +36,7 @@ _SMALL_ON_CPU, _SMALL_ON_CUDA = 128, 1023
 
 @dataclass(frozen=True)
 class PairwiseStats:
-    """Per local anchor, each [n] in the order of the features (an image's views adjacent), differentiable.
+    """For each anchor of this rank, [N] in the order of the features (an image's views adjacent), differentiable.
 
     n_pos     |P(i)|
     mean_pos  sum over P(i) of s_ij / max(n_pos, 1)

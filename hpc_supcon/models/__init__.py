@@ -1,6 +1,6 @@
-"""Encoders, heads and the model that pre-training wraps."""
+"""Encoders, heads, and the model that pre-training optimizes."""
 
-from .activation_checkpointing import recompute_activations, untouched_statistics
+from .activation_checkpointing import apply_activation_checkpointing, frozen_running_statistics
 from .build import PretrainingModel, build_head, build_model
 from .encoders import ENCODERS, build_encoder
 from .heads import ConvDecoder, Heads, LinearHeads, Logistic, Mlp, Projection, SingleHead, build_decoder
@@ -18,12 +18,12 @@ __all__ = [
     "PretrainingModel",
     "Projection",
     "SingleHead",
+    "apply_activation_checkpointing",
     "build_decoder",
     "build_encoder",
     "build_head",
     "build_model",
+    "frozen_running_statistics",
     "load_weights",
-    "recompute_activations",
     "synchronize_batchnorm",
-    "untouched_statistics",
 ]

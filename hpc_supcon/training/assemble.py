@@ -27,7 +27,7 @@ from ..distributed.collectives import gather_objects, together
 from ..distributed.launch import Runtime
 from ..errors import ConfigError, DataError
 from ..losses import loss_spec
-from ..models import PretrainingModel, recompute_activations
+from ..models import PretrainingModel, apply_activation_checkpointing
 from .ema import WeightAverage
 from .engine import ENGINES, LossScale, Parts, autocast, compiler, engine_options, place
 from .finite_check import Guard
@@ -198,7 +198,7 @@ def build_state(
         )
     ema = None if train.ema is None else WeightAverage(placed, train.ema)
     if train.activation_checkpointing:
-        recompute_activations(placed.encoder)
+        apply_activation_checkpointing(placed.encoder)
     optimizer = partial(build_optimizer, lr=peak_lr(config), **optim.model_dump(include=OPTIMIZER_SETTINGS))
     parts = Parts(
         model=placed,
