@@ -1,6 +1,6 @@
-"""The losses written straight from the papers' sums, one anchor and one pair at a time, in float64.
+"""The losses written as in the papers' formulas, one anchor and one pair at a time, in float64.
 
-The oracle of the loss tests: no vectorised algebra, nothing shared with hpc_supcon.
+The loss tests compare with these: they have no vectorized algebra and share nothing with hpc_supcon.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def _rows(features: Tensor, labels: Tensor | None) -> tuple[list[Tensor], list[int]]:
-    """Unit rows, one per view, and the label of each; image index where there are no labels."""
+    """Unit rows, one per view, and the label of each: the index of its image where there are no labels."""
     if features.ndim == 2:
         features = features[:, None, :]
     rows, row_labels = [], []

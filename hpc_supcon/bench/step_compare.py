@@ -19,6 +19,7 @@ import torch
 from ..config import Config
 from ..distributed.launch import Launch, Runtime
 from ..errors import ConfigError
+from ..models import build_model
 from ..phases import ENCODER
 from ..training import assemble
 from .plain_loop import POLICIES, PilImages, PlainLoop, TwoCrops, sample_transform
@@ -134,7 +135,7 @@ def build_plain_loop(config: Config, steps: int, device: torch.device) -> PlainL
     description = assemble.describe_model(config, splits)
     norm, size = description["normalization"], description["encoder"]["image_size"]
     assemble.seed_models(config)
-    model = assemble.build_model(description).to(device)
+    model = build_model(description).to(device)
     transform = TwoCrops(sample_transform(size, norm["mean"], norm["std"], config.augment.policy))
     return PlainLoop(
         model.encoder, model.heads["projection"], PilImages(splits.train.stack(), splits.train.labels, transform),

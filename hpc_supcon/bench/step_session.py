@@ -12,6 +12,7 @@ from ..allocator import keep_freed_memory
 from ..config import Config, load_config
 from ..data import Batch, Loader, build_loader
 from ..distributed.launch import Launch, Runtime, seed_everything
+from ..models import build_model
 from ..phases import Clock, measured_by, phase
 from ..training import assemble
 from ..training.profile import Breakdown, breakdown
@@ -69,7 +70,7 @@ def check(config: Config, kind: str) -> None:
     """Raise ConfigError or DataError where no step could be taken."""
     assemble.check_objective(config)
     data = assemble.load_data(config, Runtime(Launch(), torch.device(kind)))
-    assemble.build_model(assemble.describe_model(config, data.splits))
+    build_model(assemble.describe_model(config, data.splits))
 
 
 class Session:
@@ -89,7 +90,7 @@ class Session:
         )  # fmt: skip
         self.description = assemble.describe_model(config, splits)
         assemble.seed_models(config)
-        model, views = assemble.build_model(self.description), assemble.build_views(config, self.description, runtime)
+        model, views = build_model(self.description), assemble.build_views(config, self.description, runtime)
         seed_everything(config.seed, 0)
         self.state: TrainState = assemble.build_state(
             config, model, assemble.build_objective(config, views), views, runtime

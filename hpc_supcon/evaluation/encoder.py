@@ -8,8 +8,7 @@ from .. import checkpoint, run_folder
 from ..data import EvalTransform, Splits
 from ..distributed.collectives import gather_objects, rank, together
 from ..errors import CheckpointCorrupt, DataError, RunFolderError
-from ..models import PretrainingModel
-from ..training import assemble
+from ..models import PretrainingModel, build_model
 from ..training.metrics import console
 
 
@@ -45,7 +44,7 @@ def load_model(folder: Path) -> tuple[PretrainingModel, checkpoint.Checkpoint]:
     with together():
         found = found or checkpoint.load_checkpoint(path)
         with checkpoint.understood(found.path):
-            model = assemble.build_model(found.state)
+            model = build_model(found.state)
             model.load_state_dict(found.tensors.get("ema", found.tensors["model"]))
             EvalTransform(**found.state["normalization"])  # read later: wrong ones are found here
             tuple(found.state["classes"])

@@ -1,9 +1,8 @@
-"""Supervised contrastive, tuned contrastive and SimCLR losses: formulas over the engine's numbers."""
+"""Supervised contrastive, tuned contrastive and SimCLR losses: formulas on the result of `pairwise_stats`."""
 
 from __future__ import annotations
 
 import math
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,10 +14,10 @@ from .validation import Queue
 FORMS = ("out", "in")
 
 
-class _Contrastive(nn.Module):
-    """What the contrastive losses share: the temperature, the call of the engine, the mean, the statistics.
+class _ContrastiveLoss(nn.Module):
+    """Base of the contrastive losses: the temperature, the call of `pairwise_stats`, the mean over anchors.
 
-    `stats` holds, after a call, over all ranks and without a read from the device (0-dim tensors):
+    After a call, `stats` holds two 0-dim tensors over all ranks, computed without waiting for the device:
     `anchors_without_positives` (a count) and `mean_positives` (per anchor).
     """
 
@@ -26,12 +25,16 @@ class _Contrastive(nn.Module):
         self,
         temperature: float,
         *,
-        backend: str = "auto",
-        precision: str = "auto",
-        gather: bool = True,
-        validate: bool = True,
-        learnable_temperature: bool = False,
+        backend: str,
+        precision: str,
+        gather: bool,
+        validate: bool,
+        learnable_temperature: bool,
     ) -> None:
+        """`backend`, `precision`, `gather`, `validate`: see `pairwise_stats`.
+
+        `learnable_temperature`: train the temperature, starting from `temperature`.
+        """
         super().__init__()
         check_choices(backend, precision)
         check_temperature(temperature)
@@ -41,14 +44,14 @@ class _Contrastive(nn.Module):
         self._temperature = temperature
         self.log_temperature: nn.Parameter | None = None
         if learnable_temperature:
-            # The logarithm is what is learned: no optimizer step makes the temperature negative.
+            # The logarithm is the parameter, so no optimizer step can make the temperature negative.
             self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
 
     @property
     def temperature(self) -> float | Tensor:
         return self._temperature if self.log_temperature is None else self.log_temperature.exp()
 
-    def _statistics(
+    def _pairwise_stats(
         self,
         features: Tensor,
         labels: Tensor | None,
@@ -82,13 +85,14 @@ class _Contrastive(nn.Module):
         return mean if features.dtype == torch.float64 else mean.float()
 
 
-class SupConLoss(_Contrastive):
-    """Supervised contrastive loss (Khosla et al., 2020): "out" is equation 2, "in" is equation 3.
+class SupConLoss(_ContrastiveLoss):
+    """Supervised contrastive loss (Khosla et al. 2020, arXiv 2004.11362): "out" is equation 2, "in" equation 3.
 
-        out  log sum_{A(i)} exp(s) - mean_{P(i)} s
-        in   log sum_{A(i)} exp(s) - log( mean_{P(i)} exp(s) )          s_ij = z_i . z_j / temperature
+        out  log sum_{A(i)} exp(s_ij) - mean_{P(i)} s_ij
+        in   log sum_{A(i)} exp(s_ij) - log mean_{P(i)} exp(s_ij)        s_ij = z_i . z_j / temperature
 
-    meaned over the anchors of all ranks that have a positive. `base_temperature` multiplies the loss by
+    with z the normalized features, P(i) the other rows of anchor i's class and A(i) all rows but i, averaged over
+    the anchors of all ranks that have a positive. `base_temperature` multiplies the loss by
     temperature / base_temperature, as the authors' code does with 0.07; None is the paper's formula.
     """
 
@@ -98,10 +102,21 @@ class SupConLoss(_Contrastive):
         form: str = "out",
         base_temperature: float | None = None,
         backend: str = "auto",
-        **engine: Any,
+        *,
+        precision: str = "auto",
+        gather: bool = True,
+        validate: bool = True,
+        learnable_temperature: bool = False,
     ) -> None:
-        """`engine`: precision, gather, validate, learnable_temperature, as in `pairwise_stats`."""
-        super().__init__(temperature, backend=backend, **engine)
+        """`backend`, `precision`, `gather`, `validate`: see `pairwise_stats`. Raises ConfigError."""
+        super().__init__(
+            temperature,
+            backend=backend,
+            precision=precision,
+            gather=gather,
+            validate=validate,
+            learnable_temperature=learnable_temperature,
+        )
         if form not in FORMS:
             raise ConfigError(unknown_name("form of the SupCon loss", form, FORMS))
         if base_temperature is not None and not base_temperature > 0:
@@ -115,12 +130,12 @@ class SupConLoss(_Contrastive):
         queue: Queue | None = None,
         rows_per_rank: list[int] | None = None,
     ) -> Tensor:
-        """features [B, V, D] or [N, D], labels [B] or [N] or None (an image's views) -> 0-dim loss.
+        """features [B, V, D] or [N, D], labels [B] or [N] -> 0-dim loss. Raises LossInputError.
 
-        `queue`: (past embeddings [Q, D], labels [Q]), more columns without gradient. `rows_per_rank`: see
-        `pairwise_stats`. Raises LossInputError.
+        Without labels, the positives of a row are the other views of its image. `queue`: past embeddings [Q, D] and
+        their labels [Q], compared with every anchor but without gradient. `rows_per_rank`: see `pairwise_stats`.
         """
-        stats = self._statistics(features, labels, queue, rows_per_rank)
+        stats = self._pairwise_stats(features, labels, queue, rows_per_rank)
         per_anchor = torch.logaddexp(stats.log_pos, stats.log_neg)
         if self.form == "out":
             per_anchor = per_anchor - stats.mean_pos
@@ -129,21 +144,40 @@ class SupConLoss(_Contrastive):
         loss = self._mean(per_anchor, stats, features)
         if self.base_temperature is None:
             return loss
-        tau = self.temperature.detach() if isinstance(self.temperature, Tensor) else self.temperature
-        return loss * (tau / self.base_temperature)
+        temperature = self.temperature.detach() if isinstance(self.temperature, Tensor) else self.temperature
+        return loss * (temperature / self.base_temperature)
 
 
-class TCLLoss(_Contrastive):
-    """Tuned contrastive loss (Animesh and Chandraker, 2023, arXiv 2305.10675).
+class TCLLoss(_ContrastiveLoss):
+    """Tuned contrastive loss (Animesh and Chandraker 2023, arXiv 2305.10675, equation 8).
 
-    -mean_{P(i)} s + log( sum_{P} exp(s) + k1 sum_{P} exp(-z_i . z_p) + k2 sum_{N} exp(s) ); the k1 term has
-    no temperature. k1 pushes hard positives, k2 hard negatives; k1 = 0, k2 = 1 is SupCon "out".
+        log( sum_P exp(s_ij) + k1 sum_P exp(-z_i . z_j) + k2 sum_N exp(s_ij) ) - mean_P s_ij
+
+    The k1 term has no temperature. k1 strengthens the gradient of hard positives, k2 that of hard negatives;
+    k1 = 0, k2 = 1 is SupCon "out".
     """
 
     def __init__(
-        self, temperature: float = 0.1, k1: float = 5000.0, k2: float = 1.0, backend: str = "auto", **engine: Any
+        self,
+        temperature: float = 0.1,
+        k1: float = 5000.0,
+        k2: float = 1.0,
+        backend: str = "auto",
+        *,
+        precision: str = "auto",
+        gather: bool = True,
+        validate: bool = True,
+        learnable_temperature: bool = False,
     ) -> None:
-        super().__init__(temperature, backend=backend, **engine)
+        """`backend`, `precision`, `gather`, `validate`: see `pairwise_stats`. Raises ConfigError."""
+        super().__init__(
+            temperature,
+            backend=backend,
+            precision=precision,
+            gather=gather,
+            validate=validate,
+            learnable_temperature=learnable_temperature,
+        )
         for name, value in (("k1", k1), ("k2", k2)):
             if not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"{name} must be a finite number >= 0; got {value}")
@@ -157,12 +191,12 @@ class TCLLoss(_Contrastive):
         rows_per_rank: list[int] | None = None,
     ) -> Tensor:
         """As SupConLoss.forward."""
-        stats = self._statistics(features, labels, queue, rows_per_rank, inverse=self.k1 > 0)
-        return self._mean(log_denominator(stats, self.k1, self.k2) - stats.mean_pos, stats, features)
+        stats = self._pairwise_stats(features, labels, queue, rows_per_rank, inverse=self.k1 > 0)
+        return self._mean(_log_denominator(stats, self.k1, self.k2) - stats.mean_pos, stats, features)
 
 
-def log_denominator(stats: PairwiseStats, k1: float, k2: float) -> Tensor:
-    """log D(z_i) of Tuned Contrastive Learning, [n]; a term with weight zero is absent."""
+def _log_denominator(stats: PairwiseStats, k1: float, k2: float) -> Tensor:
+    """The logarithm of TCL's denominator, [n]. Terms with weight zero are left out."""
     terms = [stats.log_pos]
     if k2 > 0:
         terms.append(stats.log_neg + math.log(k2))
@@ -171,15 +205,32 @@ def log_denominator(stats: PairwiseStats, k1: float, k2: float) -> Tensor:
     return torch.logsumexp(torch.stack(terms), dim=0)
 
 
-class SimCLRLoss(_Contrastive):
-    """NT-Xent (Chen et al., 2020, equation 1): the positives of a view are the other views of its image.
+class SimCLRLoss(_ContrastiveLoss):
+    """NT-Xent loss of SimCLR (Chen et al. 2020, equation 1): the positives of a view are its image's other views.
 
-    Labels are accepted and not used, so that every contrastive loss is called alike. Queue columns are
-    negatives, whatever their labels.
+    Labels are accepted but not used, so that all contrastive losses are called the same way. Past embeddings
+    of the queue are negatives, whatever their labels.
     """
 
-    def __init__(self, temperature: float = 0.5, backend: str = "auto", **engine: Any) -> None:
-        super().__init__(temperature, backend=backend, **engine)
+    def __init__(
+        self,
+        temperature: float = 0.5,
+        backend: str = "auto",
+        *,
+        precision: str = "auto",
+        gather: bool = True,
+        validate: bool = True,
+        learnable_temperature: bool = False,
+    ) -> None:
+        """`backend`, `precision`, `gather`, `validate`: see `pairwise_stats`. Raises ConfigError."""
+        super().__init__(
+            temperature,
+            backend=backend,
+            precision=precision,
+            gather=gather,
+            validate=validate,
+            learnable_temperature=learnable_temperature,
+        )
 
     def forward(
         self,
@@ -189,5 +240,5 @@ class SimCLRLoss(_Contrastive):
         rows_per_rank: list[int] | None = None,
     ) -> Tensor:
         """features [B, V, D], V >= 2 -> 0-dim loss."""
-        stats = self._statistics(features, None, None if queue is None else (queue[0], None), rows_per_rank)
+        stats = self._pairwise_stats(features, None, None if queue is None else (queue[0], None), rows_per_rank)
         return self._mean(torch.logaddexp(stats.log_pos, stats.log_neg) - stats.mean_pos, stats, features)

@@ -1,6 +1,6 @@
-"""The dense backend: the definition itself on full matrices, differentiated by autograd.
+"""The dense backend (loss.backend=reference): the definition on full N x M matrices, differentiated by autograd.
 
-It shares no algebra with the streamed backends, so it can judge them. Memory O(n x M).
+It shares no algebra with the tiled backends, so tests compare them with it. It is also the fastest for small batches.
 """
 
 from __future__ import annotations
@@ -11,58 +11,62 @@ import torch
 from torch import Tensor
 
 from ..distributed import collectives
-from .gathered import queue_columns
+from .gathered import normalize_queue
 from .validation import Anchors, Queue
 
 
-def row_statistics(
-    u: Tensor,
-    labels: Tensor,
+def dense_statistics(
+    u_ND: Tensor,
+    labels_N: Tensor,
     anchors: Anchors,
     queue: Queue | None,
     scale: Tensor,
-    kappa: Tensor | None,
-    empty: float,
+    temperature: Tensor | None,
+    log_zero: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """n_pos, mean_pos, log_pos, log_neg, log_inv of the rows u [n, D]; `empty` stands for log 0."""
+    """n_pos, mean_pos, log_pos, log_neg, log_inv of PairwiseStats for the rows u.
+
+    `temperature`: None where log_inv is not needed. `log_zero` stands for log 0.
+    """
     rows = anchors.rows_per_rank
-    columns, column_labels = u, labels
+    u_MD, labels_M = u_ND, labels_N
     if len(rows) > 1:
-        columns = collectives.gather_rows_with_grad(u, rows)
-        column_labels = collectives.gather_rows(labels, rows)
+        u_MD = collectives.gather_rows_with_grad(u_ND, rows)
+        labels_M = collectives.gather_rows(labels_N, rows)
     if queue is not None:
-        past, past_labels = queue_columns(queue, scale, u.dtype)
-        columns = torch.cat([columns, past])
-        column_labels = torch.cat([column_labels, past_labels])
-    s = _Dots.apply(u, columns)
-    this = torch.arange(u.shape[0], device=u.device)
-    other = torch.ones_like(s, dtype=torch.bool)
-    other[this, anchors.offset + this] = False
-    same = labels[:, None] == column_labels[None, :]
-    positive, negative = same & other, ~same
-    n_pos = positive.sum(1).to(s.dtype)
-    mean_pos = torch.where(positive, s, 0.0).sum(1) / n_pos.clamp(min=1)
-    log_inv = None if kappa is None else _log_sum_exp(-kappa * s, positive, empty)
-    return n_pos, mean_pos, _log_sum_exp(s, positive, empty), _log_sum_exp(s, negative, empty), log_inv
+        past, past_labels = normalize_queue(queue, scale, u_ND.dtype)
+        u_MD = torch.cat([u_MD, past])
+        labels_M = torch.cat([labels_M, past_labels])
+    sim_NM = _SimilarityMatrix.apply(u_ND, u_MD)
+    index = torch.arange(u_ND.shape[0], device=u_ND.device)
+    other_NM = torch.ones_like(sim_NM, dtype=torch.bool)
+    other_NM[index, anchors.offset + index] = False
+    same_NM = labels_N[:, None] == labels_M[None, :]
+    positive_NM, negative_NM = same_NM & other_NM, ~same_NM
+    n_pos = positive_NM.sum(1).to(sim_NM.dtype)
+    mean_pos = torch.where(positive_NM, sim_NM, 0.0).sum(1) / n_pos.clamp(min=1)
+    log_inv = None if temperature is None else _log_sum_exp(-temperature * sim_NM, positive_NM, log_zero)
+    log_pos = _log_sum_exp(sim_NM, positive_NM, log_zero)
+    return n_pos, mean_pos, log_pos, _log_sum_exp(sim_NM, negative_NM, log_zero), log_inv
 
 
-class _Dots(torch.autograd.Function):
-    """a @ b.T whose backward stays in the dtype of a, also when it runs inside an autocast block."""
+class _SimilarityMatrix(torch.autograd.Function):
+    """a @ b.T whose backward pass stays in the dtype of a, also when it runs inside an autocast block."""
 
     @staticmethod
-    def forward(ctx: Any, a: Tensor, b: Tensor) -> Tensor:
-        ctx.save_for_backward(a, b)
-        return a @ b.T
+    def forward(ctx: Any, a_ND: Tensor, b_MD: Tensor) -> Tensor:
+        ctx.save_for_backward(a_ND, b_MD)
+        return a_ND @ b_MD.T
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
-        a, b = ctx.saved_tensors
-        with torch.autocast(a.device.type, enabled=False):
-            return grads[0] @ b, grads[0].T @ a
+        a_ND, b_MD = ctx.saved_tensors
+        with torch.autocast(a_ND.device.type, enabled=False):
+            return grads[0] @ b_MD, grads[0].T @ a_ND
 
 
-def _log_sum_exp(s: Tensor, members: Tensor, empty: float) -> Tensor:
-    # `empty` in place of -inf: a row without members is then a finite number with a zero gradient.
-    logs = torch.logsumexp(s.masked_fill(~members, empty), dim=1)
-    return torch.where(members.any(1), logs, empty)
+def _log_sum_exp(sim_NM: Tensor, members_NM: Tensor, log_zero: float) -> Tensor:
+    # A finite number in place of -inf: the result and the gradient of a row without members stay finite.
+    logs = torch.logsumexp(sim_NM.masked_fill(~members_NM, log_zero), dim=1)
+    return torch.where(members_NM.any(1), logs, log_zero)

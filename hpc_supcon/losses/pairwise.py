@@ -1,9 +1,9 @@
-"""The engine: a few numbers per anchor, from which every contrastive loss here is a formula.
+"""A few statistics per anchor, from which every contrastive loss of this package is computed.
 
-With s_ij = z_i . z_j / tau over unit rows of all ranks and views, P(i) the other rows of i's class and
-N(i) the rows of other classes, `pairwise_stats` gives the mean of s over P(i) and the logarithms of the
-sums of exp(s) over P(i) and over N(i). They are streamed over tiles: the N x N matrix is never stored.
-The result is differentiable, and exact over ranks: a loss needs no gradient code of its own.
+With z the normalized rows of all ranks and views, s_ij = z_i . z_j / temperature, P(i) the other rows of anchor i's
+class and N(i) the rows of other classes, `pairwise_stats` gives the mean of s over P(i) and the logarithms of the
+sums of exp(s) over P(i) and over N(i). The tiled backends sum over tiles and never store the similarity matrix. The
+result is differentiable and exact over ranks: a loss needs no gradient code of its own.
 """
 
 from __future__ import annotations
@@ -17,32 +17,35 @@ from torch import Tensor
 
 from ..distributed import collectives
 from ..errors import ConfigError, MissingExtra, unknown_name
-from . import dense, gathered, torch_tiled
-from .autograd import Kernels, streamed_statistics
-from .validation import Anchors, Queue, prepare
+from . import torch_tiled
+from .autograd import TiledBackend, tiled_statistics
+from .dense import dense_statistics
+from .gathered import normalize_rows
+from .validation import Anchors, Queue, prepare_anchors
 
 BACKENDS = ("auto", "reference", "tiled", "triton")
 PRECISIONS = ("auto", "bf16", "tf32", "ieee")
-# exp(1 / tau) summed over millions of columns stays inside fp32 down to the first, inside fp64 to the second.
+# Sums of exp(1 / temperature) over millions of columns stay in the range of fp32 down to the first, in that of fp64
+# down to the second.
 FP32_TEMPERATURE = 0.025
 MIN_TEMPERATURE = 0.002
-# Columns up to which the dense backend is the fastest; on CUDA the kernels need many rows to fill the device,
-# and `tiled` would wait for it.
+# Numbers of columns up to which the dense backend is the fastest. On CUDA the Triton kernels need many rows to fill
+# the device, and the tiled backend waits for it.
 _SMALL_ON_CPU, _SMALL_ON_CUDA = 128, 1023
 
 
 @dataclass(frozen=True)
 class PairwiseStats:
-    """Per local anchor, each [n] in the order of the features (an image's views adjacent), differentiable.
+    """For each anchor of this rank, [N] in the order of the features (an image's views adjacent), differentiable.
 
     n_pos     |P(i)|
     mean_pos  sum over P(i) of s_ij / max(n_pos, 1)
     log_pos   log sum over P(i) of exp(s_ij)
     log_neg   log sum over N(i) of exp(s_ij)
     log_inv   log sum over P(i) of exp(-z_i . z_j), no temperature; None unless asked for
-    valid     n_pos > 0: the anchors that count
+    valid     n_pos > 0: the anchors over which a loss is averaged
 
-    The log of an empty sum is a large finite negative number (finfo.min / 4), so that no formula meets
+    The logarithm of an empty sum is a large finite negative number (finfo.min / 4), so that no formula computes
     inf - inf. Computed in fp32; in fp64 for fp64 features and for temperatures below 0.025.
     """
 
@@ -54,8 +57,8 @@ class PairwiseStats:
     valid: Tensor
 
 
-def empty_log(dtype: torch.dtype) -> float:
-    """What stands for log 0."""
+def log_zero(dtype: torch.dtype) -> float:
+    """The finite number that stands for log 0."""
     return torch.finfo(dtype).min / 4
 
 
@@ -70,22 +73,30 @@ def pairwise_stats(
     queue: Queue | None = None,
     validate: bool = True,
     precision: str = "auto",
-    tile: int = torch_tiled.TILE,
+    tile_size: int = torch_tiled.TILE_SIZE,
     rows_per_rank: list[int] | None = None,
 ) -> PairwiseStats:
-    """The streamed numbers of every local anchor: all a contrastive loss is made of.
+    """The statistics of every anchor of this rank that contrastive losses are computed from.
 
-    features [B, V, D] or [N, D] of any float dtype, normalized inside; labels [B] or [N], integers, None
-    for "an image's views are its positives". `temperature` may be a tensor and then gets a gradient.
-    With `gather`, under an initialized process group, the columns are the rows of all ranks (their
-    numbers may differ) and every rank must call this. `queue` = (past embeddings [Q, D], labels [Q] or
-    None for negatives only): more columns, without gradient. `precision` is that of the Triton tiles
-    (auto: bf16 for half-precision features, else tf32); `tile` the edge of the torch tiles. `rows_per_rank`:
-    rows (images times views) of every rank where all ranks know them, which saves a message and a wait for the
-    device in every call (see `inputs.prepare`).
+    Args:
+        features: [B, V, D] or [N, D] of any float dtype; they are normalized here.
+        labels: integers [B] or [N]. None: the positives of a row are the other views of its image.
+        temperature: a number, or a 0-dim tensor, which then receives a gradient.
+        inverse: compute `log_inv` too, which TCL needs.
+        backend: "reference" (dense), "tiled" (PyTorch), "triton" (CUDA), or "auto".
+        gather: under an initialized process group, compare with the rows of all ranks. Their numbers may differ;
+            every rank must call this.
+        queue: (past embeddings [Q, D], their labels [Q]), compared with every anchor but without gradient. With
+            labels None they are negatives of every anchor.
+        validate: raise for NaN and Inf in the features, which waits for the device once.
+        precision: of the Triton backend's products: "bf16", "tf32", "ieee" (fp32), or "auto", which is bf16 for
+            half-precision features and else tf32.
+        tile_size: rows and columns of the PyTorch backend's tiles.
+        rows_per_rank: the rows (images times views) of every rank, where all ranks know them. This saves a message
+            and a wait for the device in every call (see `prepare_anchors`).
 
-    A new loss in five lines; here decoupled contrastive learning (Yeh et al., ECCV 2022): no positives in
-    the denominator:
+    A new loss takes five lines. Here is decoupled contrastive learning (Yeh et al., ECCV 2022), which has no
+    positives in the denominator:
 
         def decoupled(features, labels, temperature=0.1):
             stats = pairwise_stats(features, labels, temperature)
@@ -93,35 +104,38 @@ def pairwise_stats(
             return global_mean(per_anchor, stats.valid)
 
     Raises LossInputError for input that no loss is defined on, the same on every rank; ConfigError for an
-    unknown backend or precision; MissingExtra when Triton is asked for and absent.
+    unknown backend or precision; MissingExtra where Triton is asked for and not installed.
     """
     check_choices(backend, precision)
     tau = _number(temperature)
     check_temperature(tau)
-    anchors = prepare(features, labels, gather=gather, validate=validate, queue=queue, rows_per_rank=rows_per_rank)
+    anchors = prepare_anchors(
+        features, labels, gather=gather, validate=validate, queue=queue, rows_per_rank=rows_per_rank
+    )
     with torch.autocast(features.device.type, enabled=False):
         dtype = compute_dtype(features, tau)
-        exact_tau = torch.as_tensor(temperature, dtype=torch.float64)
-        scale, kappa = exact_tau.rsqrt(), exact_tau if inverse else None
+        exact = torch.as_tensor(temperature, dtype=torch.float64)
+        scale = exact.rsqrt()  # the products of rows of this length are s_ij
+        for_inverse = exact if inverse else None
         backend = choose_backend(backend, anchors, features, tau)
         if backend == "reference":
-            u = gathered.unit_rows(anchors.rows, scale, dtype)
-            found = dense.row_statistics(u, anchors.labels, anchors, queue, scale, kappa, empty_log(dtype))
+            u_ND = normalize_rows(anchors.rows, scale, dtype)
+            found = dense_statistics(u_ND, anchors.labels, anchors, queue, scale, for_inverse, log_zero(dtype))
             return PairwiseStats(*found, valid=found[0] > 0)
-        kernels: Kernels = torch_tiled.Tiles(tile)
+        tiled: TiledBackend = torch_tiled.TorchTiledBackend(tile_size)
         if backend == "triton":
             from . import triton_kernels
 
-            kernels = triton_kernels.Triton(_tile_precision(precision, features))
-        return PairwiseStats(*streamed_statistics(anchors, queue, scale, kappa, dtype, kernels, empty_log(dtype)))
+            tiled = triton_kernels.TritonBackend(_tile_precision(precision, features))
+        return PairwiseStats(*tiled_statistics(anchors, queue, scale, for_inverse, dtype, tiled, log_zero(dtype)))
 
 
 def global_mean(per_anchor: Tensor, valid: Tensor, *, gather: bool = True) -> Tensor:
     """Mean of per_anchor [n] over the valid anchors of all ranks: the same value on every rank.
 
-    The gradient is world_size / (valid anchors of all ranks) per valid anchor, so that the AVERAGE over
-    ranks which DistributedDataParallel takes is the gradient of one process with all the rows. No valid
-    anchor anywhere gives a differentiable zero. Every rank must call this, also one without valid anchors.
+    The gradient is world_size / (valid anchors of all ranks) per valid anchor: DistributedDataParallel averages
+    gradients over ranks, and the average is then the gradient of one process that has all rows. Without a valid
+    anchor on any rank the result is a differentiable zero. Every rank must call this, even without valid anchors.
     """
     value, _ = mean_and_sums(per_anchor, valid, [], gather=gather)
     return value
@@ -137,7 +151,7 @@ def mean_and_sums(
     total, *sums = (collectives.all_sum(parts) if gather else parts).unbind()
     count = sums[0].clamp(min=1)
     scaled = local * (ranks / count)
-    # The value is that of all ranks, the gradient that of the own anchors.
+    # The value is that of all ranks, the gradient that of this rank's anchors.
     return (total / count).to(local.dtype) + (scaled - scaled.detach()), sums
 
 
@@ -155,9 +169,12 @@ def check_temperature(tau: float) -> None:
 
 
 def choose_backend(backend: str, anchors: Anchors, features: Tensor, tau: float) -> str:
-    """`auto` resolved: the same on every rank, since the backends' collectives differ."""
-    # The sizes of all ranks decide, never the own: a rank with fewer rows must not choose differently.
-    columns = sum(anchors.rows_per_rank) + anchors.queue_columns
+    """The backend to use, with "auto" replaced by a choice. Raises ConfigError, MissingExtra.
+
+    The choice must be the same on every rank, because the backends use different collectives: it depends on the
+    sizes of all ranks, not on this rank's.
+    """
+    columns = sum(anchors.rows_per_rank) + anchors.queue_rows
     fits_triton = features.dtype != torch.float64 and tau >= FP32_TEMPERATURE and features.shape[-1] <= 2048
     if backend == "triton" and not fits_triton:
         raise ConfigError(

@@ -1,4 +1,7 @@
-"""Losses of one image at a time, on logits or pixels. Over ranks: plain means, exact for equal numbers of rows."""
+"""Losses of single images, on logits or pixels: means over the images of this rank.
+
+The mean over ranks of these means is the mean over all images where all ranks have equally many.
+"""
 
 from __future__ import annotations
 
@@ -13,21 +16,25 @@ class CrossEntropyLoss(nn.Module):
     """Mean cross-entropy of softmax(logits) [N, C] against labels [N] (class indices), in fp32 or wider."""
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        logits, labels = _checked(logits, labels)
+        logits, labels = _check(logits, labels)
         return F.cross_entropy(logits, labels)
 
 
 class CrossEntropyMAELoss(nn.Module):
-    """Cross-entropy plus the mean of |softmax(logits) - one_hot(labels)| over all N x C entries."""
+    """Cross-entropy plus the mean absolute error of softmax(logits) [N, C] against one_hot(labels), in fp32 or wider.
+
+    The absolute error is averaged over all N x C entries.
+    """
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
-        logits, labels = _checked(logits, labels)
+        logits, labels = _check(logits, labels)
         with torch.autocast(logits.device.type, enabled=False):
             one_hot = F.one_hot(labels, logits.shape[1]).to(logits.dtype)
             return F.cross_entropy(logits, labels) + F.l1_loss(logits.softmax(1), one_hot)
 
 
-def _checked(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+def _check(logits: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits in fp32 or fp64 and labels in int64. Raises LossInputError."""
     if logits.ndim != 2 or labels.shape != logits.shape[:1]:
         raise LossInputError(
             f"logits must be [N, C] and labels [N]; got {list(logits.shape)} and {list(labels.shape)}"
@@ -47,7 +54,7 @@ class ReconstructionLoss(nn.Module):
         self.alpha = alpha
 
     def forward(self, reconstruction: Tensor, target: Tensor) -> Tensor:
-        """Both of one shape, any [B, ...] -> 0-dim loss, in fp32 or wider."""
+        """Two tensors of the same shape [B, ...] -> 0-dim loss, in fp32 or wider."""
         if reconstruction.shape != target.shape:
             raise LossInputError(
                 f"reconstruction and target differ in shape: {list(reconstruction.shape)}, {list(target.shape)}"

@@ -1,8 +1,8 @@
-"""The torch backend: tiles of the similarity matrix that stay in cache, each computed once for both its sides.
+"""The PyTorch tiled backend (loss.backend=tiled): tiles of the similarity matrix that stay in cache.
 
-Rows arrive sorted by class, so most tiles hold negatives only and a few hold positives only. In the
-square of own rows against own columns only tiles on and above the diagonal are computed; each also
-serves its mirror image, which halves the work.
+Rows are sorted by class, so most tiles hold only negative pairs and a few only positive ones. The similarities of
+the own rows with each other are symmetric: of that square, only the tiles on and above the diagonal are computed,
+and each serves its mirror image below the diagonal too, which halves the work.
 """
 
 from __future__ import annotations
@@ -14,36 +14,41 @@ import torch
 from torch import Tensor
 
 from .autograd import RowSums
-from .gathered import Columns
+from .gathered import GatheredRows
 
 # 512 x 512 fp32 is 1 MiB: the tile stays in the L2 cache between the matmul, the exp and the sums.
-TILE = 512
+TILE_SIZE = 512
+# Order of the sums in TorchTiledBackend.row_sums.
+_SIM_POS, _EXP_POS, _EXP_NEG, _INV_POS, _SIM_INV_POS = range(5)
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One tile: `rows` of the own rows (0-based), `columns` of all columns, and what it holds.
+    """One tile of the similarity matrix: `rows` of the own rows (0-based), `columns` of all gathered rows.
 
-    `mirror` is the slice of own rows that the columns are when the tile also serves its mirror image.
-    `positive` is True or False where all its pairs are, None where it holds both or the diagonal.
+    `mirrored_rows` are the tile's columns as own rows (0-based), where the tile also serves its mirror image.
+    `positive` is True where all its pairs are positive, False where all are negative, None where it holds both or
+    the diagonal.
     """
 
     rows: slice
     columns: slice
-    mirror: slice | None
+    mirrored_rows: slice | None
     positive: bool | None
     diagonal: bool
 
 
-def tiles(columns: Columns, edge: int) -> Iterator[Tile]:
-    """The tiles that cover own rows x all columns, mirrored ones once; one read from the device."""
-    own = columns.own
-    cuts = [slice(a, min(a + edge, stop)) for start, stop in columns.blocks for a in range(start, stop, edge)]
+def iterate_tiles(gathered: GatheredRows, tile_size: int) -> Iterator[Tile]:
+    """The tiles that cover own rows x all rows, without mirror images. Waits for the device once."""
+    own = gathered.own
+    cuts = [
+        slice(a, min(a + tile_size, stop)) for start, stop in gathered.blocks for a in range(start, stop, tile_size)
+    ]
     if not cuts or own.stop == own.start:
         return
-    # Sorted blocks: the first and last row of a slice hold its smallest and largest class.
-    ends = torch.tensor([[cut.start, cut.stop - 1] for cut in cuts], device=columns.ids.device)
-    classes = columns.ids[ends].tolist()
+    # Blocks are sorted: the first and last row of a slice have its smallest and largest class.
+    ends = torch.tensor([[cut.start, cut.stop - 1] for cut in cuts], device=gathered.class_ids.device)
+    classes = gathered.class_ids[ends].tolist()
     for i, row_cut in enumerate(cuts):
         if not own.start <= row_cut.start < own.stop:
             continue
@@ -57,114 +62,115 @@ def tiles(columns: Columns, edge: int) -> Iterator[Tile]:
                 positive = False
             elif i != j and low_i == high_i == low_j == high_j:
                 positive = True
-            mirror = _shift(column_cut, own.start) if is_own and i != j else None
-            yield Tile(_shift(row_cut, own.start), column_cut, mirror, positive, i == j)
+            mirrored = _shift(column_cut, own.start) if is_own and i != j else None
+            yield Tile(_shift(row_cut, own.start), column_cut, mirrored, positive, i == j)
 
 
 def _shift(cut: slice, start: int) -> slice:
     return slice(cut.start - start, cut.stop - start)
 
 
-class Workspace:
-    """Tile-sized buffers that are allocated once and reused: fresh pages cost more than the arithmetic."""
+class TileBuffers:
+    """Computes tiles in buffers that are allocated once: fresh memory pages cost more than the arithmetic."""
 
-    def __init__(self, columns: Columns, edge: int) -> None:
-        self.columns = columns
-        self.own_u = columns.u[columns.own]
-        self.own_ids = columns.ids[columns.own]
-        self._buffers = columns.u.new_empty(3, edge * edge)
+    def __init__(self, gathered: GatheredRows, tile_size: int) -> None:
+        self.gathered = gathered
+        self.own_u = gathered.u[gathered.own]
+        self.own_class_ids = gathered.class_ids[gathered.own]
+        self._buffers = gathered.u.new_empty(3, tile_size * tile_size)
 
     def buffer(self, index: int, tile: Tile) -> Tensor:
-        rows, cols = tile.rows.stop - tile.rows.start, tile.columns.stop - tile.columns.start
-        return self._buffers[index, : rows * cols].view(rows, cols)
+        """Buffer 0, 1 or 2, in the shape of the tile."""
+        rows, columns = tile.rows.stop - tile.rows.start, tile.columns.stop - tile.columns.start
+        return self._buffers[index, : rows * columns].view(rows, columns)
 
     def similarity(self, tile: Tile) -> Tensor:
-        """s [rows, columns] of the tile, in buffer 0."""
+        """s of the tile, [R, C], in buffer 0."""
         out = self.buffer(0, tile)
-        return torch.mm(self.own_u[tile.rows], self.columns.u[tile.columns].T, out=out)
+        return torch.mm(self.own_u[tile.rows], self.gathered.u[tile.columns].T, out=out)
 
     def positives(self, tile: Tile) -> Tensor:
-        """Mask [rows, columns] of the positive pairs, without the diagonal."""
-        mask = self.own_ids[tile.rows, None] == self.columns.ids[None, tile.columns]
+        """Mask [R, C] of the positive pairs, without the diagonal."""
+        mask = self.own_class_ids[tile.rows, None] == self.gathered.class_ids[None, tile.columns]
         if tile.diagonal:
             mask.fill_diagonal_(False)
         return mask
 
 
-class Tiles:
-    """The tiled backend with tiles of `edge` x `edge`."""
+class TorchTiledBackend:
+    """The TiledBackend of PyTorch operations, on any device, with tiles of `tile_size` x `tile_size`."""
 
-    def __init__(self, edge: int = TILE) -> None:
-        self.edge = edge
+    def __init__(self, tile_size: int = TILE_SIZE) -> None:
+        self.tile_size = tile_size
 
-    def row_sums(self, columns: Columns, kappa: float | None) -> RowSums:
-        work = Workspace(columns, self.edge)
-        n = work.own_u.shape[0]
-        # s_pos, exp_pos, exp_neg, inv, s_inv
-        sums = torch.zeros(5, n, dtype=torch.float64, device=columns.u.device)
+    def row_sums(self, gathered: GatheredRows, temperature: float | None) -> RowSums:
+        buffers = TileBuffers(gathered, self.tile_size)
+        n = buffers.own_u.shape[0]
+        sums = torch.zeros(5, n, dtype=torch.float64, device=gathered.u.device)
 
-        def add(which: int, values: Tensor, tile: Tile) -> None:
-            sums[which, tile.rows] += values.sum(1)
-            if tile.mirror is not None:
-                sums[which, tile.mirror] += values.sum(0)
+        def add(which: int, values_RC: Tensor, tile: Tile) -> None:
+            sums[which, tile.rows] += values_RC.sum(1)
+            if tile.mirrored_rows is not None:
+                sums[which, tile.mirrored_rows] += values_RC.sum(0)
 
-        for tile in tiles(columns, self.edge):
-            s = work.similarity(tile)
+        for tile in iterate_tiles(gathered, self.tile_size):
+            sim_RC = buffers.similarity(tile)
             if tile.positive is False:
-                add(2, s.exp_(), tile)
+                add(_EXP_NEG, sim_RC.exp_(), tile)
                 continue
-            mask = None if tile.positive else work.positives(tile)
-            part = work.buffer(1, tile)
+            mask = None if tile.positive else buffers.positives(tile)
+            part = buffers.buffer(1, tile)
 
             def of_positives(values: Tensor, mask: Tensor | None = mask, out: Tensor = part) -> Tensor:
                 return values if mask is None else torch.mul(values, mask, out=out)
 
-            add(0, of_positives(s), tile)
-            if kappa is not None:
-                inv = torch.mul(s, -kappa, out=work.buffer(2, tile)).exp_()
-                add(3, of_positives(inv), tile)
-                add(4, of_positives(inv.mul_(s)), tile)
-            s.exp_()
-            add(1, of_positives(s), tile)
+            add(_SIM_POS, of_positives(sim_RC), tile)
+            if temperature is not None:
+                inv_RC = torch.mul(sim_RC, -temperature, out=buffers.buffer(2, tile)).exp_()
+                add(_INV_POS, of_positives(inv_RC), tile)
+                add(_SIM_INV_POS, of_positives(inv_RC.mul_(sim_RC)), tile)
+            exp_RC = sim_RC.exp_()
+            add(_EXP_POS, of_positives(exp_RC), tile)
             if mask is not None:
                 if tile.diagonal:
-                    s.fill_diagonal_(0.0)
-                add(2, s.masked_fill_(mask, 0.0), tile)
-        s_pos, exp_pos, exp_neg, inv_sum, s_inv = sums
-        return RowSums(
-            s_pos, exp_pos, exp_neg, inv_sum if kappa is not None else None, s_inv if kappa is not None else None
-        )
+                    exp_RC.fill_diagonal_(0.0)
+                add(_EXP_NEG, exp_RC.masked_fill_(mask, 0.0), tile)
+        sim_pos, exp_pos, exp_neg, inv_pos, sim_inv_pos = sums
+        if temperature is None:
+            return RowSums(sim_pos, exp_pos, exp_neg, None, None)
+        return RowSums(sim_pos, exp_pos, exp_neg, inv_pos, sim_inv_pos)
 
-    def row_gradients(self, columns: Columns, coefficients: Tensor, kappa: float | None) -> Tensor:
-        work = Workspace(columns, self.edge)
-        du = torch.zeros_like(work.own_u)
-        c, p, n, f = coefficients.T.contiguous().unbind()
-        start = columns.own.start
+    def row_gradients(self, gathered: GatheredRows, weights_M4: Tensor, temperature: float | None) -> Tensor:
+        buffers = TileBuffers(gathered, self.tile_size)
+        grad_ND = torch.zeros_like(buffers.own_u)
+        sim_weight, pos_weight, neg_weight, inv_weight = weights_M4.T.contiguous().unbind()
+        start = gathered.own.start
 
-        def both(values: Tensor, tile: Tile, index: int) -> Tensor:
-            """values_i + values_j over the tile."""
-            of_rows = values[start + tile.rows.start : start + tile.rows.stop, None]
-            return torch.add(of_rows, values[None, tile.columns], out=work.buffer(index, tile))
+        def both(weight_M: Tensor, tile: Tile, index: int) -> Tensor:
+            """weight_i + weight_j over the tile, [R, C]: the weights in G_ij + G_ji."""
+            of_rows = weight_M[start + tile.rows.start : start + tile.rows.stop, None]
+            return torch.add(of_rows, weight_M[None, tile.columns], out=buffers.buffer(index, tile))
 
-        for tile in tiles(columns, self.edge):
-            s = work.similarity(tile)
+        for tile in iterate_tiles(gathered, self.tile_size):
+            sim_RC = buffers.similarity(tile)
             if tile.positive is False:
-                g = s.exp_().mul_(both(n, tile, 1))
+                grad_RC = sim_RC.exp_().mul_(both(neg_weight, tile, 1))
             else:
-                mask = None if tile.positive else work.positives(tile)
-                inv = None
-                if kappa is not None:
-                    inv = torch.mul(s, -kappa, out=work.buffer(2, tile)).exp_().mul_(both(f, tile, 1))
-                s.exp_()
-                negative = None if mask is None else s * both(n, tile, 1)
-                g = s.mul_(both(p, tile, 1)).add_(both(c, tile, 1))
-                if inv is not None and kappa is not None:
-                    g.sub_(inv, alpha=kappa)
-                if mask is not None and negative is not None:
-                    g = torch.where(mask, g, negative)
+                mask = None if tile.positive else buffers.positives(tile)
+                inv_RC = None
+                if temperature is not None:
+                    inv_RC = torch.mul(sim_RC, -temperature, out=buffers.buffer(2, tile)).exp_()
+                    inv_RC.mul_(both(inv_weight, tile, 1))
+                exp_RC = sim_RC.exp_()
+                of_negatives = None if mask is None else exp_RC * both(neg_weight, tile, 1)
+                grad_RC = exp_RC.mul_(both(pos_weight, tile, 1)).add_(both(sim_weight, tile, 1))
+                if inv_RC is not None and temperature is not None:
+                    grad_RC.sub_(inv_RC, alpha=temperature)
+                if mask is not None and of_negatives is not None:
+                    grad_RC = torch.where(mask, grad_RC, of_negatives)
                 if tile.diagonal:
-                    g.fill_diagonal_(0.0)
-            du[tile.rows].addmm_(g, columns.u[tile.columns])
-            if tile.mirror is not None:
-                du[tile.mirror].addmm_(g.T, work.own_u[tile.rows])
-        return du
+                    grad_RC.fill_diagonal_(0.0)
+            grad_ND[tile.rows].addmm_(grad_RC, gathered.u[tile.columns])
+            if tile.mirrored_rows is not None:
+                grad_ND[tile.mirrored_rows].addmm_(grad_RC.T, buffers.own_u[tile.rows])
+        return grad_ND

@@ -1,4 +1,4 @@
-"""What a loss may be given: checked once, here, and agreed between the ranks before anything is gathered."""
+"""The input of the losses that compare images: checked, and the same errors raised on all ranks before gathering."""
 
 from __future__ import annotations
 
@@ -13,20 +13,21 @@ from ..errors import LossInputError
 _INTEGERS = (torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8)
 _FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 Queue = tuple[Tensor, Tensor | None]
+"""(Past embeddings [Q, D], their labels [Q]; labels None: negatives of every anchor)."""
 
 
 @dataclass(frozen=True)
 class Anchors:
-    """One rank's rows, ready for a loss, and what it knows of the other ranks.
+    """The rows of this rank, one per image and view, and the numbers of rows of the other ranks.
 
-    rows [n, D] as given (any length, any float dtype), labels [n] int64, `rows_per_rank` in rank order
-    ([n] without a process group), `queue_columns` the largest number of queue columns of any rank.
+    rows [N, D] as given (any length, any float dtype), labels [N] int64, `rows_per_rank` in rank order ([N] without
+    a process group), `queue_rows` the largest number of queue rows of any rank.
     """
 
     rows: Tensor
     labels: Tensor
     rows_per_rank: list[int]
-    queue_columns: int
+    queue_rows: int
 
     @property
     def offset(self) -> int:
@@ -34,7 +35,7 @@ class Anchors:
         return sum(self.rows_per_rank[: collectives.rank()]) if len(self.rows_per_rank) > 1 else 0
 
 
-def prepare(
+def prepare_anchors(
     features: Tensor,
     labels: Tensor | None,
     *,
@@ -43,20 +44,20 @@ def prepare(
     queue: Queue | None = None,
     rows_per_rank: list[int] | None = None,
 ) -> Anchors:
-    """Flatten views, number the images where labels are missing, and check everything on every rank.
+    """Check the input, flatten the views, and number the images of all ranks where there are no labels.
 
-    features [B, V, D] or [N, D]; labels [B] or [N] of an integer dtype. Without labels the views of an
-    image are its positives, which needs [B, V, D] with V >= 2. `validate` looks for NaN and Inf (one read
-    from the device); shapes and dtypes are always checked. Raises LossInputError, the same on all ranks.
+    features [B, V, D] or [N, D]; labels [B] or [N] of an integer dtype. Without labels the positives of a row are the
+    other views of its image, which needs [B, V, D] with V >= 2. `validate` checks for NaN and Inf, which waits for
+    the device once; shapes and dtypes are always checked. Raises LossInputError, the same on all ranks.
 
-    `rows_per_rank`: rows (images times views) of every rank, where the caller knows that all ranks know the
-    same, that dtype and feature dimension are equal and queues equally long. Then nothing is exchanged here and
-    no number comes back from the device; an error is this rank's alone.
+    `rows_per_rank`: rows (images times views) of every rank, where the caller knows that all ranks give the same
+    list, dtypes and feature dimensions are equal and queues equally long. Then ranks exchange no message here and
+    wait for no device; an error is raised on this rank alone.
     """
     spans_ranks = gather and collectives.world_size() > 1
     error = _find_error(features, labels, queue, validate)
     if spans_ranks and rows_per_rank is None:
-        counts = _agree(features, queue, error)
+        counts = _exchange_counts(features, queue, error)
     else:
         if error is not None:
             raise error
@@ -72,26 +73,26 @@ def prepare(
         rows=features.flatten(0, 1) if features.ndim == 3 else features,
         labels=labels.repeat_interleave(views) if views > 1 else labels,
         rows_per_rank=[row[1] for row in counts],
-        queue_columns=max(row[2] for row in counts),
+        queue_rows=max(row[2] for row in counts),
     )
 
 
 def _counts(features: Tensor, queue: Queue | None) -> list[int]:
-    """[images, rows, queue columns] of this rank."""
+    """[images, rows, queue rows] of this rank."""
     rows = features.numel() // features.shape[-1]
     return [features.shape[0], rows, 0 if queue is None else queue[0].shape[0]]
 
 
 def _counts_of_ranks(own: list[int], rows_per_rank: list[int]) -> list[list[int]]:
-    """`_counts` of every rank, from the rows that the caller says they have."""
-    images, rows, columns = own
+    """`_counts` of every rank, from the numbers of rows that the caller gave."""
+    images, rows, queue_rows = own
     if len(rows_per_rank) != collectives.world_size() or rows_per_rank[collectives.rank()] != rows:
         raise LossInputError(
-            f"rows_per_rank={rows_per_rank} is not true: rank {collectives.rank()} of {collectives.world_size()} "
+            f"rows_per_rank={rows_per_rank} is wrong: rank {collectives.rank()} of {collectives.world_size()} "
             f"has {rows} rows; leave it out where the ranks' batches differ"
         )
     views = rows // images if images else 1
-    return [[n // views, n, columns] for n in rows_per_rank]
+    return [[n // views, n, queue_rows] for n in rows_per_rank]
 
 
 def _find_error(
@@ -153,11 +154,11 @@ def _find_non_finite(what: str, values: Tensor) -> LossInputError | None:
     return LossInputError(f"{what} hold NaN or Inf in {len(where)} of {rows.shape[0]} rows, first in row {where[0]}")
 
 
-def _agree(features: Tensor, queue: Queue | None, error: LossInputError | None) -> list[list[int]]:
-    """[images, rows, queue columns] of every rank; or the same error on every rank.
+def _exchange_counts(features: Tensor, queue: Queue | None, error: LossInputError | None) -> list[list[int]]:
+    """`_counts` of every rank. Raises the same error on every rank where any rank has one.
 
-    One small all_gather before anything of which the size depends on the input: a rank with bad input
-    must not leave the others waiting in a larger collective.
+    One small all_gather of fixed size comes first: a rank with wrong input must not let the others wait in a
+    collective whose size depends on the input.
     """
     mine = [1, 0, 0, 0, 0, 0]
     if error is None:

@@ -1,9 +1,9 @@
-"""Encoders, heads and the model that pre-training wraps."""
+"""Encoders, heads, and the model that pre-training optimizes."""
 
-from .activation_checkpointing import recompute_activations, untouched_statistics
+from .activation_checkpointing import apply_activation_checkpointing, frozen_running_statistics
+from .build import PretrainingModel, build_head, build_model
 from .encoders import ENCODERS, build_encoder
 from .heads import ConvDecoder, Heads, LinearHeads, Logistic, Mlp, Projection, SingleHead, build_decoder
-from .pretraining import PretrainingModel
 from .sync_batchnorm import synchronize_batchnorm
 from .weights import LoadedWeights, load_weights
 
@@ -18,10 +18,12 @@ __all__ = [
     "PretrainingModel",
     "Projection",
     "SingleHead",
+    "apply_activation_checkpointing",
     "build_decoder",
     "build_encoder",
+    "build_head",
+    "build_model",
+    "frozen_running_statistics",
     "load_weights",
-    "recompute_activations",
     "synchronize_batchnorm",
-    "untouched_statistics",
 ]

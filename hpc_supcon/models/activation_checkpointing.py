@@ -1,9 +1,9 @@
-"""Activation checkpointing (Chen et al. 2016): keep the inputs of an encoder's blocks, compute the rest again."""
+"""Activation checkpointing (Chen et al. 2016, arXiv 1604.06174): less memory for one more forward pass."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -16,32 +16,34 @@ from ..errors import ConfigError
 
 
 @contextmanager
-def untouched_statistics(*modules: nn.Module) -> Iterator[None]:
-    """Inside, BatchNorm normalizes by its batch as in training, but its running statistics stay as they are.
+def frozen_running_statistics(*modules: nn.Module) -> Iterator[None]:
+    """Inside, BatchNorm normalizes by the statistics of its batch, but its running statistics do not change.
 
-    They move in copies: without them BatchNorm would save fewer tensors for its backward pass than before.
+    It updates copies instead. (Without running statistics, BatchNorm would save fewer tensors for its backward pass
+    than in the first forward pass, and torch.utils.checkpoint requires the same ones.)
     """
     norms = {id(m): m for module in modules for m in module.modules() if _is_batch_norm(m)}
-    own = [(norm, dict(norm._buffers)) for norm in norms.values()]
-    for norm, buffers in own:
+    originals = [(norm, dict(norm._buffers)) for norm in norms.values()]
+    for norm, buffers in originals:
         norm._buffers.update({name: None if b is None else b.clone() for name, b in buffers.items()})
     try:
         yield
     finally:
-        for norm, buffers in own:
+        for norm, buffers in originals:
             norm._buffers.update(buffers)
 
 
-def recompute_activations(encoder: nn.Module) -> int:
-    """Let `encoder` keep only the inputs of its blocks for the backward pass; returns the number of blocks.
+def apply_activation_checkpointing(encoder: nn.Module) -> int:
+    """Change `encoder` so that it saves only the inputs of its blocks and recomputes the rest in the backward pass.
 
-    Outputs, gradients, buffers, names and random draws are those of the plain form. The blocks are the repeated
-    ones of the architecture; a plain chain of layers is cut into about the square root of its length.
-    Raises ConfigError for an encoder without either.
+    Outputs, gradients, buffers, names and random draws stay the same. Blocks are the repeated modules of the
+    architecture, such as those of a ResNet's stages. A plain sequence of layers, such as VGG's, has none: it is cut
+    into segments, about as many as the square root of its number of layers. Returns the number of blocks and
+    segments; raises ConfigError for an encoder without either.
     """
     number = 0
-    for block in _blocks(encoder):
-        number += _cut(block) if _is_chain(block) else _wrap(block)
+    for module in _find_blocks(encoder):
+        number += _checkpoint_segments(module) if _is_layer_sequence(module) else _checkpoint_block(module)
     if not number:
         raise ConfigError(
             f"train.activation_checkpointing: {type(encoder).__name__} has no repeated blocks; use false"
@@ -49,81 +51,84 @@ def recompute_activations(encoder: nn.Module) -> int:
     return number
 
 
-def _blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """The innermost repeated blocks below `module`, and chains of layers."""
+def _find_blocks(module: nn.Module) -> Iterator[nn.Module]:
+    """The innermost repeated blocks inside `module`, and its sequences of layers."""
     for child in module.children():
-        if _is_chain(child):
+        if _is_layer_sequence(child):
             yield child
-        elif isinstance(child, nn.Sequential | nn.ModuleList) and _repeats(child):
-            for part in _composite(child):
-                inner = list(_blocks(part))
-                if inner and not _is_chain(inner[0]):
+        elif isinstance(child, nn.Sequential | nn.ModuleList) and _is_stage(child):
+            for block in _non_leaf_children(child):
+                inner = list(_find_blocks(block))
+                if inner and not _is_layer_sequence(inner[0]):
                     yield from inner
                 else:
-                    yield part
+                    yield block
         else:
-            yield from (b for b in _blocks(child) if not _is_chain(b) or isinstance(child, nn.Sequential))
+            found = _find_blocks(child)
+            yield from (b for b in found if not _is_layer_sequence(b) or isinstance(child, nn.Sequential))
 
 
-def _repeats(container: nn.Sequential | nn.ModuleList) -> bool:
-    """Blocks one after the other; also the stage of one block that a small model of a family has."""
-    return len(_composite(container)) > 1 or (len(container) == 1 and len(_composite(container)) == 1)
+def _is_stage(container: nn.Sequential | nn.ModuleList) -> bool:
+    """Whether it holds blocks, one after the other; in small models of a family a stage may be a single block."""
+    blocks = len(_non_leaf_children(container))
+    return blocks > 1 or (len(container) == 1 and blocks == 1)
 
 
-def _composite(container: nn.Module) -> list[nn.Module]:
-    return [c for c in container.children() if any(True for _ in c.children())]
+def _non_leaf_children(module: nn.Module) -> list[nn.Module]:
+    return [child for child in module.children() if not _is_leaf(child)]
 
 
-def _is_chain(module: nn.Module) -> bool:
-    """A Sequential of layers with three or more that hold weights, not of blocks."""
-    if not isinstance(module, nn.Sequential):
-        return False
-    return sum(_holds_weights(layer) for layer in module) > 2
+def _is_leaf(module: nn.Module) -> bool:
+    return not any(True for _ in module.children())
 
 
-def _holds_weights(layer: nn.Module) -> bool:
-    """A convolution or a linear layer by itself."""
-    return not any(True for _ in layer.children()) and any(p.ndim > 1 for p in layer.parameters())
+def _is_layer_sequence(module: nn.Module) -> bool:
+    """Whether it is a Sequential with at least three convolutions or linear layers as its direct children."""
+    return isinstance(module, nn.Sequential) and sum(_is_weight_layer(layer) for layer in module) > 2
 
 
-def _wrap(block: nn.Module) -> int:
-    block.forward = partial(_recomputed, block.forward, (block,))
+def _is_weight_layer(layer: nn.Module) -> bool:
+    """Whether it is a convolution or a linear layer."""
+    return _is_leaf(layer) and any(p.ndim > 1 for p in layer.parameters())
+
+
+def _checkpoint_block(block: nn.Module) -> int:
+    block.forward = partial(_checkpointed, block.forward, (block,))
     return 1
 
 
-def _cut(chain: nn.Module) -> int:
-    """Run a chain in pieces, each from one layer with weights to another."""
-    layers = list(chain.children())
-    # no piece begins with a layer that may work in place: its input must outlive it
-    starts = [i for i, layer in enumerate(layers) if i == 0 or _holds_weights(layer) or _composite_block(layer)]
+def _checkpoint_segments(sequence: nn.Module) -> int:
+    """Run a sequence of layers in segments. Returns their number."""
+    layers = list(sequence.children())
+    # A segment never begins with a layer that may work in place (ReLU), because its input is needed again.
+    starts = [i for i, layer in enumerate(layers) if i == 0 or _is_weight_layer(layer) or not _is_leaf(layer)]
     starts = starts[:: math.isqrt(len(starts))]
-    pieces = [tuple(layers[a:b]) for a, b in zip(starts, [*starts[1:], len(layers)], strict=True)]
-    chain.forward = partial(_in_pieces, [partial(_recomputed, partial(_through, piece), piece) for piece in pieces])
-    return len(pieces)
+    segments = [tuple(layers[a:b]) for a, b in zip(starts, [*starts[1:], len(layers)], strict=True)]
+    forwards = [partial(_checkpointed, partial(_run_layers, segment), segment) for segment in segments]
+    sequence.forward = partial(_run_segments, forwards)
+    return len(segments)
 
 
-def _composite_block(layer: nn.Module) -> bool:
-    return any(True for _ in layer.children())
-
-
-def _in_pieces(pieces: list[Callable[[Any], Any]], x: Any) -> Any:
-    for piece in pieces:
-        x = piece(x)
+def _run_segments(segments: Sequence[Callable[[Any], Any]], x: Any) -> Any:
+    for segment in segments:
+        x = segment(x)
     return x
 
 
-def _through(layers: tuple[nn.Module, ...], x: Any) -> Any:
+def _run_layers(layers: tuple[nn.Module, ...], x: Any) -> Any:
     for layer in layers:
         x = layer(x)
     return x
 
 
-def _recomputed(forward: Callable[..., Any], modules: tuple[nn.Module, ...], *args: Any, **kwargs: Any) -> Any:
+def _checkpointed(forward: Callable[..., Any], modules: tuple[nn.Module, ...], *args: Any, **kwargs: Any) -> Any:
+    """`forward(...)`, of which the backward pass recomputes what `modules` would save."""
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
 
     def contexts() -> tuple[AbstractContextManager[Any], AbstractContextManager[Any]]:
-        return nullcontext(), untouched_statistics(*modules)  # which the first pass has moved already
+        # Of the forward pass and of the recomputation: only the first may update running statistics.
+        return nullcontext(), frozen_running_statistics(*modules)
 
     return checkpoint(forward, *args, use_reentrant=False, context_fn=contexts, **kwargs)
 

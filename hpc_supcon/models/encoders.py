@@ -15,7 +15,7 @@ from .timm_encoders import STEMS, build_timm_encoder, only_its_own_stem, resize_
 
 def _conv_bn_relu(c_in: int, c_out: int, *, stride: int = 1, pool: bool = False) -> list[nn.Module]:
     layers: list[nn.Module] = [nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)]
-    if pool:  # before the norm: four times fewer values to normalize, the same maximum
+    if pool:  # before BatchNorm, which then normalizes a quarter of the values
         layers.append(nn.MaxPool2d(2))
     return [*layers, nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)]
 
@@ -41,6 +41,8 @@ class ConvEncoder(nn.Module):
 
 
 class _Residual(nn.Module):
+    """x + two 3x3 convolutions of x (BatchNorm, ReLU)."""
+
     def __init__(self, channels: int) -> None:
         super().__init__()
         self.body = nn.Sequential(*_conv_bn_relu(channels, channels), *_conv_bn_relu(channels, channels))
@@ -52,7 +54,7 @@ class _Residual(nn.Module):
 class ResNet9(nn.Module):
     """Nine-layer residual network for images of 32 px (after David Page's DAWNBench entry, 2018).
 
-    `width` is the first layer's channels: 64 is the original; 16 trains on two CPU cores in minutes.
+    `width` is the number of channels of the first layer: 64 in the original; 16 trains on two CPU cores in minutes.
     """
 
     def __init__(self, in_channels: int, image_size: int, out_dim: int | None, *, width: int) -> None:
@@ -80,11 +82,13 @@ class ResNet9(nn.Module):
 class Vgg16BnEmbed(nn.Module):
     """VGG-16 with BatchNorm, average-pooled to 7x7, and one linear layer 25,088 -> `out_dim` (64 by default).
 
-    Simonyan & Zisserman 2015, configuration D. 16,328,832 parameters for 3 channels at 64. `features.N` are
-    torchvision's and timm's names. It halves the image five times: 32 px or more.
+    Simonyan & Zisserman 2015, configuration D. 16,328,832 parameters for 3 channels and an `out_dim` of 64. The
+    convolutions have the names of torchvision and timm, `features.N`. It halves the image five times, so images need
+    at least 32 px.
     """
 
-    PLAN = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M")
+    # Output channels of the convolutions; M is a max-pooling layer.
+    LAYERS = (64, 64, "M", 128, 128, "M", 256, 256, 256, "M", 512, 512, 512, "M", 512, 512, 512, "M")
 
     def __init__(self, in_channels: int, image_size: int, out_dim: int | None) -> None:
         super().__init__()
@@ -93,13 +97,13 @@ class Vgg16BnEmbed(nn.Module):
         self.feature_dim = out_dim or 64
         layers: list[nn.Module] = []
         channels = in_channels
-        for step in self.PLAN:
-            if isinstance(step, int):
-                conv = nn.Conv2d(channels, step, 3, padding=1)
+        for width in self.LAYERS:
+            if isinstance(width, int):
+                conv = nn.Conv2d(channels, width, 3, padding=1)
                 nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
                 nn.init.zeros_(cast(Tensor, conv.bias))
-                layers += [conv, nn.BatchNorm2d(step), nn.ReLU(inplace=True)]
-                channels = step
+                layers += [conv, nn.BatchNorm2d(width), nn.ReLU(inplace=True)]
+                channels = width
             else:
                 layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
@@ -116,7 +120,7 @@ ENCODERS: dict[str, Callable[[int, int, int | None], nn.Module]] = {
     "resnet9_small": partial(ResNet9, width=16),
     "vgg16_bn_embed": Vgg16BnEmbed,
 }
-"""This package's own: name -> factory(in_channels, image_size, out_dim). Every other name is timm's."""
+"""The encoders of this package: name -> factory(in_channels, image_size, out_dim). All other names are timm's."""
 
 
 def build_encoder(
@@ -128,24 +132,27 @@ def build_encoder(
     out_dim: int | None = None,
     input_size: int | None = None,
 ) -> nn.Module:
-    """A freshly initialized encoder, images [N, C, H, W] -> features [N, feature_dim].
+    """An encoder with random weights: images [N, C, H, W] -> features [N, feature_dim].
 
-    It has `feature_dim` (int), `stem_kind` ("small", "standard", or "own" where there is but one) and
-    `output_layers` (names of the layers that map to `out_dim`; none without it). A timm encoder is timm's own
-    module: its state dict loads into `timm.create_model(name, num_classes=out_dim or 0, in_chans=in_channels)`
-    once the stem is the standard one.
+    The stem is the part before the first block, which downsamples the image. Attributes of the encoder: `feature_dim`
+    (int); `stem_kind`, "small" or "standard", or "own" for encoders with only one stem; `output_layers`, the names of
+    the layers that map to `out_dim` (none where `out_dim` is None). A timm encoder is timm's module. With the
+    standard stem, its state dict fits `timm.create_model(name, num_classes=out_dim or 0, in_chans=in_channels)`.
 
     Args:
         name: a key of ENCODERS, or any name in `timm.list_models()`.
         in_channels: 1 or 3, the images' channels.
         image_size: side of the square images in px.
-        stem: "small" (3x3, stride 1, no max-pool), "standard" (the 224 px one) or "auto": small up to 64 px.
-            timm's ResNets and DenseNets have both (see `has_both_stems`).
-        out_dim: size of the features: of timm's classifier layer, or of `latent`. None keeps the encoder's own.
-        input_size: px; images are resized to it inside the encoder, and what is said of `image_size` holds for it.
+        stem: "small" (a 3x3 convolution of stride 1, no max-pool), "standard" (the architecture's, made for 224 px)
+            or "auto", which is small for images up to 64 px. timm's ResNets and DenseNets have both (see
+            `has_both_stems`); other encoders accept only "auto".
+        out_dim: size of the features, which is the width of timm's classifier layer or of `latent`. None: the
+            architecture's own.
+        input_size: px. The encoder resizes the images to it, and its stem and smallest size depend on it in place
+            of `image_size`.
 
     Raises:
-        ConfigError: unknown name or stem, images it cannot take, a stem asked of an encoder that has only its own.
+        ConfigError: unknown name or stem, images that the encoder cannot take, or a stem that it does not have.
     """
     size = input_size or image_size
     if stem not in STEMS:

@@ -1,4 +1,4 @@
-"""Heads on an encoder's features: projection, decoder, and the classifiers of evaluation."""
+"""Heads, which take an encoder's features: projection, decoder, and the classifiers of evaluation."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..errors import ConfigError
 
 
 class Projection(nn.Module):
-    """One hidden layer (ReLU), then rows of unit length in fp32: [N, in_dim] -> [N, out_dim].
+    """Two linear layers with a ReLU between them; the output rows have unit length: [N, in_dim] -> [N, out_dim] fp32.
 
     SimCLR (Chen et al. 2020, section 2.1) and SupCon (Khosla et al. 2020, section 3.1).
     """
@@ -32,7 +32,7 @@ class Projection(nn.Module):
 class Mlp(nn.Sequential):
     """A classifier with hidden layers: [N, in_dim] -> logits [N, classes].
 
-    Each hidden layer is linear, BatchNorm (if wanted), ReLU, dropout (if not 0); the last layer is linear.
+    Each hidden layer is linear, BatchNorm (with `batch_norm`), ReLU, dropout (if not 0); the last layer is linear.
     """
 
     def __init__(self, in_dim: int, hidden: Sequence[int], classes: int, *, batch_norm: bool, dropout: float) -> None:
@@ -49,47 +49,42 @@ class Mlp(nn.Sequential):
 class Logistic(nn.Module):
     """Binary logistic regression: [N, in_dim] -> logits [N, 2], of which the first is 0.
 
-    Cross-entropy of (0, z) is the binary cross-entropy of sigmoid(z), so that one loss serves all classifiers.
+    The cross-entropy of logits (0, z) is the binary cross-entropy of sigmoid(z), so that cross-entropy is the loss of
+    all classifiers. The weights are initialized with zeros: the loss is convex.
     """
 
     def __init__(self, in_dim: int) -> None:
         super().__init__()
-        self.linear = zero_linear(in_dim, 1)
+        self.linear = nn.Linear(in_dim, 1)
+        nn.init.zeros_(self.linear.weight)
+        nn.init.zeros_(self.linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         return F.pad(self.linear(x), (1, 0))
 
 
-def zero_linear(in_dim: int, classes: int) -> nn.Linear:
-    """A linear layer that starts at zero: the losses put on it are convex, and no start is nearer."""
-    layer = nn.Linear(in_dim, classes)
-    nn.init.zeros_(layer.weight)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
 class Heads(Protocol):
-    """K classifiers trained side by side: inputs [N, D] -> logits [K, N, classes]; head k never sees the others."""
+    """K independent classifiers that are trained at the same time: inputs [N, D] -> logits [K, N, classes]."""
 
     def __call__(self, x: Tensor) -> Tensor: ...
 
     def head_parameters(self, k: int) -> list[nn.Parameter]:
-        """Those of head k, so that each can have its own optimizer settings."""
+        """The parameters of head k: each head may have its own optimizer settings."""
         ...
 
     def one(self, k: int) -> nn.Module:
-        """A copy of head k by itself, for evaluation: [N, D] -> [N, classes]."""
+        """A copy of head k as a module of its own, for evaluation: [N, D] -> [N, classes]."""
         ...
 
     def train(self, mode: bool = True) -> nn.Module: ...
 
 
 class LinearHeads(nn.Module):
-    """Linear `Heads`: one product instead of K small ones."""
+    """`Heads` of one linear layer each, computed in one matrix product instead of K small ones."""
 
     def __init__(self, heads: int, in_dim: int, classes: int) -> None:
         super().__init__()
-        # zeros: the loss is convex, and a fixed start makes the heads differ by learning rate alone
+        # Zeros, because the loss is convex, and so that heads differ only by their optimizer settings.
         self.weights = nn.ParameterList(torch.zeros(in_dim, classes) for _ in range(heads))
         self.biases = nn.ParameterList(torch.zeros(classes) for _ in range(heads))
 
@@ -108,7 +103,7 @@ class LinearHeads(nn.Module):
 
 
 class SingleHead(nn.Module):
-    """Any one classifier [N, D] -> [N, classes] as `Heads` with K = 1."""
+    """`Heads` with K = 1: any classifier [N, D] -> [N, classes]."""
 
     def __init__(self, head: nn.Module) -> None:
         super().__init__()
@@ -139,14 +134,14 @@ class ConvDecoder(nn.Module):
         self.latent = nn.Linear(feature_dim, 128 * self.side**2)
         layers: list[nn.Module] = []
         for c_in, c_out, side in ((128, 64, sides[2]), (64, 32, sides[1]), (32, channels, sides[0])):
-            # a stride-2 convolution maps 2s - 1 and 2s to s: the padding says which of them to go back to
+            # a stride-2 convolution maps both 2s - 1 and 2s to s: the output padding selects the right one
             layers.append(nn.ConvTranspose2d(c_in, c_out, 3, 2, 1, output_padding=1 - side % 2))
             layers += [nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)] if c_out != channels else [nn.Tanh()]
         self.convs = nn.Sequential(*layers)
         for layer in layers:
             if isinstance(layer, nn.ConvTranspose2d):
-                # PyTorch takes the outputs of a transposed convolution for its inputs: with one gray channel the last
-                # layer starts so large that pixels saturate behind the tanh and stay white
+                # PyTorch's default counts the output channels of a transposed convolution as its inputs: with one
+                # gray channel the last layer's weights become so large that the tanh saturates and pixels stay white
                 nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
                 nn.init.zeros_(layer.bias)  # type: ignore[arg-type]
 
@@ -155,7 +150,7 @@ class ConvDecoder(nn.Module):
 
 
 def build_decoder(encoder_name: str, feature_dim: int, channels: int, image_size: int) -> nn.Module:
-    """The decoder of an encoder. Raises ConfigError where there is none."""
+    """The decoder for an encoder. Raises ConfigError for an encoder that has none."""
     if encoder_name != "conv":
         raise ConfigError(
             f"model.encoder={encoder_name} has no decoder, which the reconstruction loss needs; use conv"

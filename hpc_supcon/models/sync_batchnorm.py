@@ -1,7 +1,7 @@
-"""BatchNorm over the batches of all ranks, on CUDA (PyTorch's own) and on CPU (here).
+"""BatchNorm with statistics over all ranks: PyTorch's on CUDA, and an implementation for the CPU.
 
-Small per-rank batches let BatchNorm leak which images belong together (simclr#114); PyTorch's
-SyncBatchNorm exists for CUDA only.
+With small batches per rank, per-rank statistics reveal which images share a rank (google-research/simclr issue 114).
+PyTorch's SyncBatchNorm supports CUDA only.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 class _GlobalBatchNorm(torch.autograd.Function):
     """Batch normalization (Ioffe & Szegedy 2015) with statistics over all ranks, exact for unequal batches.
 
-    Two small all-reduces: 2 C + 1 numbers forward, 2 C backward. The passes over the activations are the
-    native fused kernels.
+    Two small all-reduces: of 2 C + 1 numbers in the forward pass and of 2 C in the backward pass. The activations
+    are processed by PyTorch's fused kernels.
     """
 
     @staticmethod
@@ -27,7 +27,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
         var, mean = torch.var_mean(x.to(wide), dim=axes, correction=0)
         n = torch.full((1,), x.numel() // x.shape[1], dtype=torch.float64, device=x.device)
-        # combined in float64: the subtraction of squares below then costs fp32 nothing
+        # in float64, so that the difference of squares below loses no precision of fp32
         mean, var = mean.double(), var.double()
         message = torch.cat([n, mean * n, (var + mean * mean) * n])
         dist.all_reduce(message)
@@ -46,7 +46,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
         x, weight, mean, var, count = ctx.saved_tensors
         dy = grads[0]
         invstd = torch.rsqrt(var + ctx.eps)
-        # with fixed statistics: dweight = sum dy xhat, dbias = sum dy over this rank's values
+        # With fixed statistics, d_weight = sum dy xhat and d_bias = sum dy over this rank's values.
         _, d_weight, d_bias = torch.ops.aten.native_batch_norm_backward(
             dy, x, weight, mean, var, None, None, False, ctx.eps, [False, True, True]
         )
@@ -63,9 +63,9 @@ class _GlobalBatchNorm(torch.autograd.Function):
 
 
 class CpuSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
-    """SyncBatchNorm for CPU tensors and gloo; evaluation is plain batch normalization.
+    """SyncBatchNorm for CPU tensors and gloo. In evaluation mode it is BatchNorm.
 
-    Raises nothing of its own; every rank must hold at least one row in training.
+    In training, every rank must have at least one row.
     """
 
     def _check_input_dim(self, input: Tensor) -> None:
@@ -77,7 +77,7 @@ class CpuSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             return super().forward(input)
         self._check_input_dim(input)
         y, mean, var, count = _GlobalBatchNorm.apply(input, self.weight, self.bias, self.eps)
-        if not self.track_running_stats:  # the two-pass step looks at every batch twice
+        if not self.track_running_stats:
             return y
         if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:
             with torch.no_grad():
@@ -90,7 +90,7 @@ class CpuSyncBatchNorm(nn.modules.batchnorm._BatchNorm):
 
 
 class CpuSyncBatchNormAct(CpuSyncBatchNorm):
-    """The same for timm's BatchNormAct2d, which holds its activation (DenseNet, Inception)."""
+    """The same for timm's BatchNormAct2d, which includes its activation function (DenseNet, Inception)."""
 
     drop: nn.Module
     act: nn.Module
@@ -100,11 +100,11 @@ class CpuSyncBatchNormAct(CpuSyncBatchNorm):
 
 
 def synchronize_batchnorm(module: nn.Module, device: torch.device) -> nn.Module:
-    """`module` with every BatchNorm replaced by one over all ranks; parameters, buffers and names are kept."""
+    """`module` with every BatchNorm replaced by one over all ranks. Parameters, buffers and names stay the same."""
     if device.type == "cuda":
         return convert_sync_batchnorm(module)  # timm's: PyTorch's drops the activation inside BatchNormAct2d
     if isinstance(module, nn.modules.batchnorm._BatchNorm):
-        # the same object with another class: names and values stay
+        # Changing the class of the object keeps its parameters, buffers and hooks.
         if type(module) in (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d):
             module.__class__ = CpuSyncBatchNorm
         elif type(module) is BatchNormAct2d:

@@ -1,4 +1,4 @@
-"""Encoders of timm, with a stem for small images and sizes that are checked before anything is trained."""
+"""Encoders of timm: with a stem for small images, and a check that they accept images of the given size."""
 
 from __future__ import annotations
 
@@ -15,24 +15,25 @@ from torch.func import functional_call
 from ..errors import ConfigError
 
 STEMS = ("auto", "small", "standard")
-SMALL_STEM_UP_TO = 64  # px; the 7x7 stride-2 stem and max-pool leave too little of smaller images
+SMALL_STEM_UP_TO = 64  # px; the standard stem reduces smaller images to too few positions
 
 
 def build_timm_encoder(name: str, in_channels: int, size: int, stem: str, out_dim: int | None) -> nn.Module:
-    """timm's model `name` for square images of `size` px, as `build_encoder` describes it. Raises ConfigError."""
+    """timm's model `name` for square images of `size` px: see `build_encoder`. Raises ConfigError."""
     try:
         model = _create(name, in_channels, size, stem, out_dim)
         model.feature_dim = _feature_dim(model, in_channels, size)
     except ConfigError:
         raise
-    except Exception as error:  # whatever a foreign model says of a size it cannot take
+    except Exception as error:  # timm's models raise anything for sizes that they do not accept
         raise _cannot_take(name, in_channels, size, error) from error
     model.output_layers = _classifiers(model) if out_dim else ()
     return model
 
 
 def has_both_stems(model: nn.Module) -> bool:
-    """ResNets (also ResNeXt, SE-, Res2-, ResNeSt, wide) and DenseNets; VGG's own stem fits small images."""
+    """Whether the small stem can replace the standard one: in ResNets (also ResNeXt, SE-, Res2Net, ResNeSt, wide
+    ones) and DenseNets. VGG's only stem suits small images too."""
     return isinstance(model, (ResNet, DenseNet))
 
 
@@ -41,7 +42,7 @@ def only_its_own_stem(name: str, stem: str) -> ConfigError:
 
 
 def _create(name: str, in_channels: int, size: int, stem: str, out_dim: int | None) -> Any:
-    # models with position embeddings or windows are made for one size
+    # models with position embeddings or windows are built for one image size
     cfg = timm.get_pretrained_cfg(name)
     fixed = cfg is not None and cfg.fixed_input_size and cfg.input_size[-1] != size
     sized: dict[str, Any] = {"img_size": size} if fixed else {}
@@ -52,18 +53,19 @@ def _create(name: str, in_channels: int, size: int, stem: str, out_dim: int | No
         model.stem_kind = "own"  # not `stem`: some of timm's models have a layer of that name
         return model
     small = stem == "small" or (stem == "auto" and size <= SMALL_STEM_UP_TO)
-    if small:  # SimCLR, appendix B.9: 3x3 stride 1 in place of 7x7 stride 2, no max-pool
+    if small:
         _make_stem_small(model)
     model.stem_kind = "small" if small else "standard"
     return model
 
 
 def _make_stem_small(model: Any) -> None:
+    """A 3x3 convolution of stride 1 in place of 7x7 of stride 2, and no max-pool (SimCLR, appendix B.9)."""
     dense = isinstance(model, DenseNet)
     parent: Any = model.features if dense else model
     conv, pool = ("conv0", "pool0") if dense else ("conv1", "maxpool")
     first, pooling = getattr(parent, conv), getattr(parent, pool)
-    if isinstance(first, nn.Sequential):  # a deep stem has 3x3 convolutions already
+    if isinstance(first, nn.Sequential):  # a deep stem consists of 3x3 convolutions already
         first = first[0]
     if first.kernel_size == (3, 3):
         first.stride = (1, 1)
@@ -71,14 +73,14 @@ def _make_stem_small(model: Any) -> None:
         small = nn.Conv2d(first.in_channels, first.out_channels, 3, 1, 1, bias=False)
         nn.init.kaiming_normal_(small.weight, mode="fan_out", nonlinearity="relu")
         setattr(parent, conv, small)
-    if any(True for _ in pooling.parameters()):  # ResNet-RS pools by a convolution: kept, unstrided
+    if any(True for _ in pooling.parameters()):  # ResNet-RS has a strided convolution here: it stays, with stride 1
         pooling[0].stride = (1, 1)
     else:
         setattr(parent, pool, nn.Identity())
 
 
 def _feature_dim(model: nn.Module, in_channels: int, size: int) -> int:
-    """Width of what the model returns, from a pass without arithmetic: it costs milliseconds for any model."""
+    """Width of the model's output, found by a forward pass on the meta device, which takes milliseconds."""
     with torch.no_grad():
         state = {name: t.to("meta") for name, t in [*model.named_parameters(), *model.named_buffers()]}
         images = torch.empty(2, in_channels, size, size, device="meta")
@@ -90,20 +92,21 @@ def _feature_dim(model: nn.Module, in_channels: int, size: int) -> int:
 
 
 def _classifiers(model: Any) -> tuple[str, ...]:
+    """Names of the model's classifier layers."""
     names = model.pretrained_cfg["classifier"]
     return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _cannot_take(name: str, in_channels: int, size: int, error: Exception) -> ConfigError:
-    """Names the least larger size that works, or what timm said where none does."""
+    """An error that names the smallest size that works, or else holds timm's message."""
     cfg = timm.get_pretrained_cfg(name)
     usual = cfg.input_size[-1] if cfg is not None else 224
-    one_for_all = None if cfg is None or cfg.fixed_input_size else _on_meta(name, in_channels, size)
+    for_any_size = None if cfg is None or cfg.fixed_input_size else _on_meta(name, in_channels, size)
 
     def takes(side: int) -> bool:
         try:
-            _feature_dim(one_for_all or _on_meta(name, in_channels, side), in_channels, side)
-        except Exception:  # any refusal is an answer
+            _feature_dim(for_any_size or _on_meta(name, in_channels, side), in_channels, side)
+        except Exception:  # of any type: the model does not accept this size
             return False
         return True
 
@@ -113,9 +116,9 @@ def _cannot_take(name: str, in_channels: int, size: int, error: Exception) -> Co
             middle = (low + high) // 2
             low, high = (low, middle) if takes(middle) else (middle, high)
         return too_small(name, size, high)
-    said = (str(error).splitlines() or [""])[0] or type(error).__name__
+    message = (str(error).splitlines() or [""])[0] or type(error).__name__
     return ConfigError(
-        f"model.encoder={name} cannot take images of {size} px with {in_channels} channel(s): {said} (it was made "
+        f"model.encoder={name} cannot take images of {size} px with {in_channels} channel(s): {message} (it was made "
         f"for {usual} px; see model.input_size, data.channels)"
     )
 
@@ -126,9 +129,9 @@ def _on_meta(name: str, in_channels: int, size: int) -> nn.Module:
 
 
 def resize_inputs(encoder: nn.Module, size: int) -> None:
-    """Let `encoder` resize its input [N, C, H, W] to `size` x `size` px on the device, before anything else.
+    """Make `encoder` first resize its input [N, C, H, W] to `size` x `size` px, on the device.
 
-    A pre-hook adds nothing to the state dict and goes along with copies of the module.
+    This is a forward pre-hook: it adds nothing to the state dict, and copies of the module have it too.
     """
     encoder.register_forward_pre_hook(partial(_resize, size))
 
@@ -137,7 +140,7 @@ def _resize(size: int, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, .
     x: Tensor = args[0]
     if x.shape[-2:] == (size, size):
         return args
-    # Antialiasing changes nothing where images grow, and there is no bf16 kernel for it on the CPU.
+    # Antialiasing has no effect where images become larger, and PyTorch has no bf16 kernel for it on the CPU.
     shrinks = size < min(x.shape[-2:])
     return (F.interpolate(x, size=(size, size), mode="bilinear", antialias=shrinks), *args[1:])
 

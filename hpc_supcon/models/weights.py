@@ -1,4 +1,4 @@
-"""Initial encoder weights from a file of another project: timm, torchvision, SupContrast, solo-learn, MoCo."""
+"""Initial encoder weights from files of other projects: timm, torchvision, SupContrast, solo-learn, MoCo."""
 
 from __future__ import annotations
 
@@ -21,35 +21,36 @@ from torch import Tensor, nn
 from ..errors import ConfigError, UnsafeWeights
 
 CONTAINERS = ("state_dict", "model", "model_state_dict")
+"""Keys under which training scripts save the state dict."""
 WRAPPERS = {"module", "encoder", "backbone", "encoder_q", "base_encoder", "model", "_orig_mod"}
-"""Names under which other projects keep the encoder, in any nesting; `_orig_mod` is torch.compile's."""
+"""Names of the encoder inside the models of other projects, in any nesting; `_orig_mod` is torch.compile's."""
 MOMENTUM = re.compile(r"(^|\.)(encoder_k|queue\w*|momentum_\w+)(\.|$)")
-"""The slow copy of the encoder and the queue, of MoCo and solo-learn."""
+"""The momentum encoder and the queue of MoCo and solo-learn."""
 RENAMES = (
     (r"(^|\.)shortcut\.", r"\1downsample."),  # SupContrast
     (r"(denselayer\d+\.(?:norm|conv))\.(?=[12]\.)", r"\1"),  # torchvision's published DenseNet files
-    (r"^classifier\.0\.", "pre_logits.fc1."),  # torchvision's VGG against timm's
+    (r"^classifier\.0\.", "pre_logits.fc1."),  # torchvision's VGG
     (r"^classifier\.3\.", "pre_logits.fc2."),
 )
 
 
 @dataclass(frozen=True)
 class LoadedWeights:
-    """What became of a file's tensors. `loaded` and `missing` are the encoder's names, the others the file's."""
+    """Which tensors were loaded. `loaded` and `missing` are names in the encoder, the others names in the file."""
 
     path: str
     sha256: str
     loaded: list[str]
     missing: list[str]
-    """Of the encoder, not in the file: only the output layer and batch counters may be."""
+    """In the encoder, not in the file: these may be the output layer and BatchNorm's batch counters."""
     unexpected: list[str]
-    """In the file, not of the encoder: classifiers and projections."""
+    """In the file, not in the encoder: classifiers and projections."""
     ignored: list[str]
-    """Momentum copies and queues."""
+    """Momentum encoders and queues in the file."""
 
     def summary(self) -> str:
         parts = [f"weights: {len(self.loaded)} tensors from {self.path} (sha256 {self.sha256[:12]})"]
-        for what, names in (("left as they were", self.missing), ("not used", self.unexpected + self.ignored)):
+        for what, names in (("not in the file", self.missing), ("not used", self.unexpected + self.ignored)):
             if names:
                 more = f" and {len(names) - 5} more" if len(names) > 5 else ""
                 parts.append(f"{what}: {', '.join(names[:5])}{more}")
@@ -57,27 +58,27 @@ class LoadedWeights:
 
 
 def load_weights(encoder: nn.Module, path: Path | str) -> LoadedWeights:
-    """Copy the weights in `path` into an encoder of `build_encoder`, or change nothing and raise.
+    """Load the weights in `path` into an encoder of `build_encoder`. Where it raises, the encoder is unchanged.
 
-    Takes .safetensors, and what `torch.save` wrote (.pt, .pth, .ckpt, .pth.tar), read with `weights_only=True`:
-    nothing in the file is executed. Every tensor of the encoder must be there in its shape, but for the output
-    layer and BatchNorm's batch counters.
+    Reads .safetensors files and files of `torch.save` (.pt, .pth, .ckpt, .pth.tar), the latter with
+    `weights_only=True`: nothing in the file is executed. Every tensor of the encoder must be in the file in the same
+    shape, except the output layer and BatchNorm's batch counters.
 
     Raises:
-        UnsafeWeights: the file would have to execute code to be loaded.
-        ConfigError: it cannot be read, or holds weights of another architecture; the message names tensors.
+        UnsafeWeights: the file cannot be loaded without executing code.
+        ConfigError: it cannot be read, or has weights of another architecture; the message names tensors.
     """
     path = Path(path)
     payload = _read(path)
     stored = _state_dict(_unpack(path, payload), path)
     own = encoder.state_dict()
-    names, beyond = _match(stored, own)
+    names, surplus = _match(stored, own)
     optional = _optional(encoder, own)
     fitted = {name: _fit(stored[key], own[name]) for name, key in names.items()}
     wrong = {name for name, value in fitted.items() if value.shape != own[name].shape}
     required = [name for name in own if name not in names and name not in optional]
-    if len(fitted) <= len(own) // 2 or beyond:
-        raise _another_architecture(path, stored, own, beyond)
+    if len(fitted) <= len(own) // 2 or surplus:
+        raise _another_architecture(path, stored, own, surplus)
     if wrong - optional:
         raise _wrong_shapes(path, fitted, own, [name for name in own if name in wrong - optional])
     if required:
@@ -106,33 +107,32 @@ def _read(path: Path) -> bytes:
 def _unpack(path: Path, payload: bytes) -> Any:
     if path.suffix == ".safetensors":
         try:
-            return dict(sorted(safetensors.torch.load(payload).items()))  # its own order is another one each time
+            return dict(
+                sorted(safetensors.torch.load(payload).items())
+            )  # sorted: its order changes from call to call
         except safetensors.SafetensorError as error:
-            raise ConfigError(f"model.weights={path}: not a whole safetensors file: {error}") from None
+            raise ConfigError(f"model.weights={path}: not a complete safetensors file: {error}") from None
     try:
-        # SupContrast and timm store their options beside the weights: a Namespace only holds attributes
+        # SupContrast and timm save their options in a Namespace, which only has attributes
         with torch.serialization.safe_globals([argparse.Namespace]), warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about pickles that are then refused, and old formats that load
+            warnings.simplefilter("ignore")  # about pickles, which are refused below, and about old formats
             return torch.load(io.BytesIO(payload), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         found = re.search(r"GLOBAL ([\w.]+)", str(error))
-        what = f"it holds {found[1]}" if found else "it is damaged, or no file of tensors"
+        what = f"it contains {found[1]}" if found else "it is damaged, or not a file of tensors"
         raise UnsafeWeights(
-            f"model.weights={path}: refused: {what}; a pickle of anything but tensors executes code when it is "
-            "loaded. Have its state dict alone saved by somebody who trusts it"
+            f"model.weights={path}: refused: {what}; loading a pickle of anything but tensors executes code. "
+            "Somebody who trusts the file can load it and save its state dict alone"
         ) from None
     except (RuntimeError, EOFError, ValueError, KeyError, IndexError, AttributeError, TypeError):
-        raise _unreadable(path) from None  # a damaged file fails anywhere
-
-
-def _unreadable(path: Path) -> ConfigError:
-    return ConfigError(
-        f"model.weights={path}: not a file of weights: give .safetensors, or what torch.save wrote, undamaged"
-    )
+        # what torch.load raises for damaged files
+        raise ConfigError(
+            f"model.weights={path}: damaged, or no file of weights: give a .safetensors file or one of torch.save"
+        ) from None
 
 
 def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
-    """The tensors, out of the containers that training scripts put around them."""
+    """The tensors, taken out of the dictionaries that training scripts save them in. Raises ConfigError."""
     while isinstance(content, Mapping):
         inner = next((content[key] for key in CONTAINERS if isinstance(content.get(key), Mapping)), None)
         if inner is None:
@@ -141,20 +141,20 @@ def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
     tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)} if isinstance(content, Mapping) else {}
     if not tensors:
         raise ConfigError(
-            f"model.weights={path}: no state dict in it, neither at the top nor under {', '.join(CONTAINERS)}"
+            f"model.weights={path}: no state dict in it, neither at the top level nor under {', '.join(CONTAINERS)}"
         )
     return tensors
 
 
 def _match(stored: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dict[str, str], list[str]]:
-    """Encoder's name -> file's name, under the one prefix and naming that explain most of the encoder.
+    """(encoder's name -> file's name, with the prefix that matches most tensors of the encoder; surplus names).
 
-    Also the file's names that stand in parts of the encoder but are not in it: a larger network's (the tensors of
-    a ResNet-18 are all in a ResNet-34).
+    Surplus names are those in the file that begin with a child module of the encoder but do not exist in it: the file
+    is of a larger network (all tensors of a ResNet-18 exist in a ResNet-34).
     """
     best: dict[str, str] = {}
-    beyond: list[str] = []
-    parts_of_own = {name.partition(".")[0] for name in own}
+    surplus: list[str] = []
+    children = {name.partition(".")[0] for name in own}
     for prefix in _prefixes(stored):
         found, more = dict[str, str](), list[str]()
         for key in stored:
@@ -163,15 +163,15 @@ def _match(stored: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> tuple[dic
                 name = name if name in own else _renamed(name)
                 if name in own:
                     found[name] = key
-                elif name.partition(".")[0] in parts_of_own:
+                elif name.partition(".")[0] in children:
                     more.append(key)
         if len(found) > len(best):
-            best, beyond = found, more
-    return best, beyond
+            best, surplus = found, more
+    return best, surplus
 
 
 def _prefixes(stored: Mapping[str, Tensor]) -> list[str]:
-    """Every nesting of WRAPPERS that keys begin with, none included, shortest first."""
+    """Every sequence of WRAPPERS that keys begin with, including the empty one, shortest first."""
     prefixes = {""}
     for key in stored:
         parts = key.split(".")
@@ -189,26 +189,28 @@ def _renamed(name: str) -> str:
 
 
 def _fit(value: Tensor, own: Tensor) -> Tensor:
-    """A linear layer on a flattened map is a convolution over the whole map (VGG: torchvision against timm)."""
+    """`value`, reshaped where the file has a linear layer and the encoder the equivalent convolution over the whole
+    feature map (VGG of torchvision and of timm)."""
     same = value.ndim == 2 and own.ndim == 4 and value.shape[0] == own.shape[0] and value.numel() == own.numel()
     return value.reshape(own.shape) if same else value
 
 
 def _optional(encoder: nn.Module, own: Mapping[str, Tensor]) -> set[str]:
+    """Names of the encoder's tensors that a file may lack."""
     layers = tuple(f"{layer}." for layer in getattr(encoder, "output_layers", ()))
     return {name for name in own if name.startswith(layers) or name.endswith("num_batches_tracked")}
 
 
 def _another_architecture(
-    path: Path, stored: Mapping[str, Tensor], own: Mapping[str, Tensor], beyond: list[str]
+    path: Path, stored: Mapping[str, Tensor], own: Mapping[str, Tensor], surplus: list[str]
 ) -> ConfigError:
     def first(tensors: Mapping[str, Tensor]) -> str:
         return ", ".join(f"{name} {list(t.shape)}" for name, t in list(tensors.items())[:3])
 
     what = f"model.weights={path}: weights of another architecture: "
-    if beyond:
-        larger = first({key: stored[key] for key in beyond})
-        return ConfigError(f"{what}{len(beyond)} of the file's tensors have no place in the encoder: {larger} ...")
+    if surplus:
+        larger = first({key: stored[key] for key in surplus})
+        return ConfigError(f"{what}{len(surplus)} of the file's tensors do not exist in the encoder: {larger} ...")
     return ConfigError(f"{what}the file has {first(stored)} ...; the encoder has {first(own)} ...")
 
 

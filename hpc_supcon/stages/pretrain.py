@@ -22,7 +22,7 @@ from ..distributed.launch import Runtime, seed_everything
 from ..distributed.preemption import requested
 from ..distributed.watch import current
 from ..errors import Preempted
-from ..models import LoadedWeights, PretrainingModel, load_weights
+from ..models import LoadedWeights, PretrainingModel, build_model, load_weights
 from ..pruning import WeightMasks
 from ..training import assemble
 from ..training.engine import check_engine
@@ -129,7 +129,7 @@ def _make(config: Config, runtime: Runtime, data: assemble.Data, start: Start | 
     assemble.check_batches(config, order, splits)
     description = assemble.describe_model(config, splits)
     assemble.seed_models(config)
-    model, views = assemble.build_model(description), assemble.build_views(config, description, runtime)
+    model, views = build_model(description), assemble.build_views(config, description, runtime)
     weights = _load_weights(config, model, config.folder, resume=resume)
     objective = assemble.build_objective(config, views)
     _begin(start, model, objective)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,13 +26,14 @@ from ..data import (
 from ..distributed.collectives import gather_objects, together
 from ..distributed.launch import Runtime
 from ..errors import ConfigError, DataError
-from ..models import PretrainingModel, build_encoder, recompute_activations
+from ..losses import loss_spec
+from ..models import PretrainingModel, apply_activation_checkpointing
 from .ema import WeightAverage
 from .engine import ENGINES, LossScale, Parts, autocast, compiler, engine_options, place
 from .finite_check import Guard
 from .fit import Plan
 from .momentum import MomentumQueue
-from .objective import PAIRED, RESPONSE, Objective, build_head, heads_of, kind_of, response_term
+from .objective import GRADIENT_RESPONSE_LOSSES, Objective, gradient_response_loss, heads_of
 from .optim import OPTIMIZER_SETTINGS, build_optimizer, learning_rate
 from .state import TrainState
 from .stopping import EarlyStopping
@@ -100,21 +101,21 @@ def _decoded(source: Source) -> ArraySource:
 def check_objective(config: Config) -> None:
     """Raise ConfigError where loss, views, queue and the two-pass step contradict each other."""
     terms, name = config.loss.weights, config.loss.label
-    kinds = [kind_of(term) for term in terms]
+    specs = [loss_spec(term) for term in terms]
     if "simclr" in terms and config.data.views < 2:
         raise ConfigError("loss.name=simclr pulls an image's views together: it needs data.views of 2 or more")
-    paired = [term for term, kind in zip(terms, kinds, strict=True) if kind.head in PAIRED]
-    if not config.loss.supervised and not paired:
+    if not config.loss.supervised and not any(spec.pairwise for spec in specs):
         raise ConfigError(f"loss.supervised=false: {name} compares no images; it needs their labels")
     if not config.loss.supervised and config.data.views < 2:
         raise ConfigError("loss.supervised=false pulls an image's views together: it needs data.views of 2 or more")
-    if config.loss.queue_size and not any(kind.contrastive for kind in kinds):
+    if config.loss.queue_size and not any(spec.contrastive for spec in specs):
         raise ConfigError(f"loss.queue_size={config.loss.queue_size}: {name} takes no queue; use 0")
     if config.model.momentum_encoder is not None and not config.loss.queue_size:
         raise ConfigError("model.momentum_encoder makes the keys of a queue: set loss.queue_size as well")
-    if config.log.gradient_response and response_term(terms) is None:
-        raise ConfigError(f"log.gradient_response is defined for one of {' and '.join(RESPONSE)}, not for {name}")
-    if config.train.micro_batch_size is not None and any(kind.head == "decoder" for kind in kinds):
+    if config.log.gradient_response and gradient_response_loss(terms) is None:
+        known = " and ".join(GRADIENT_RESPONSE_LOSSES)
+        raise ConfigError(f"log.gradient_response is defined for one of {known}, not for {name}")
+    if config.train.micro_batch_size is not None and any(spec.head == "decoder" for spec in specs):
         raise ConfigError(f"train.micro_batch_size: {name} needs no large batch; lower data.batch_size instead")
 
 
@@ -134,7 +135,7 @@ def build_training_order(config: Config, splits: Splits) -> Order:
 
 def check_batches(config: Config, order: Order, splits: Splits) -> None:
     """Raise DataError when a batch of the first epoch has no two images to pull together."""
-    if config.data.views > 1 or not any(kind_of(term).needs_pairs for term in config.loss.weights):
+    if config.data.views > 1 or not any(loss_spec(term).needs_pairs for term in config.loss.weights):
         return
     labels = splits.train.labels[order.epoch(config.seed, 0, 0, 1)].sort(dim=1).values
     alone = (labels[:, 1:] != labels[:, :-1]).all(dim=1)
@@ -147,7 +148,7 @@ def check_batches(config: Config, order: Order, splits: Splits) -> None:
 
 
 def describe_model(config: Config, splits: Splits) -> dict[str, Any]:
-    """What a checkpoint must say for its model to be built again without the data set."""
+    """What a checkpoint must say for `models.build_model` to build its model again without the data set."""
     model = config.model
     return {
         "encoder": {
@@ -163,13 +164,6 @@ def describe_model(config: Config, splits: Splits) -> dict[str, Any]:
         "classes": list(splits.classes),
         "normalization": normalization_of(splits.train),
     }
-
-
-def build_model(description: dict[str, Any]) -> PretrainingModel:
-    """The model of `describe_model`, freshly initialized from the global generator. Raises ConfigError."""
-    encoder = build_encoder(**description["encoder"])
-    width = cast(int, encoder.feature_dim)
-    return PretrainingModel(encoder, {head: build_head(head, description, width) for head in description["heads"]})
 
 
 def build_objective(config: Config, views: Views) -> Objective:
@@ -204,7 +198,7 @@ def build_state(
         )
     ema = None if train.ema is None else WeightAverage(placed, train.ema)
     if train.activation_checkpointing:
-        recompute_activations(placed.encoder)
+        apply_activation_checkpointing(placed.encoder)
     optimizer = partial(build_optimizer, lr=peak_lr(config), **optim.model_dump(include=OPTIMIZER_SETTINGS))
     parts = Parts(
         model=placed,

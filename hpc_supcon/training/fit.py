@@ -211,9 +211,9 @@ def _details(state: TrainState, loader: Loader, batch: Batch, result: StepResult
     replaced = replaced_everywhere(loader, state.device)
     numbers: dict[str, Tensor | float] = {"replaced_images": replaced} if replaced else {}
     numbers |= {**state.engine.statistics(), **state.objective.statistics()}
-    numbers |= state.objective.similarity(result.outputs)
+    numbers |= state.objective.mean_similarity(result.outputs)
     if torch.isfinite(result.gradient_norm):  # not so in a step that fp16's loss scaling skipped
         numbers["grad_norm"] = result.gradient_norm
     if plan.gradient_response:
-        numbers |= state.objective.response(result.outputs, batch.labels)
+        numbers |= state.objective.gradient_response(result.outputs, batch.labels)
     return {name: float(value) for name, value in numbers.items()}

@@ -1,76 +1,26 @@
-"""What is minimized: losses by name with their weights, the heads whose outputs they read, how they are called."""
+"""What training minimizes: a weighted sum of losses, each computed from one head of the model."""
 
 from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
 from functools import reduce
 from typing import Any, cast
 
 from torch import Tensor, nn
 
 from ..distributed.collectives import all_sum, world_size
-from ..errors import ConfigError, unknown_name
-from ..losses import LOSSES, gradient_response, mean_similarity
-from ..models import Projection, build_decoder
+from ..losses import gradient_response, loss_spec, mean_similarity
 
-
-@dataclass(frozen=True)
-class Kind:
-    """`head` of the model that the loss reads; `settings` of the configuration's loss section that it takes.
-
-    `contrastive`: spans all ranks and takes queue columns; `needs_pairs`: an image needs a partner of its
-    class in the batch, or a second view.
-    """
-
-    head: str
-    settings: tuple[str, ...]
-    contrastive: bool = False
-    needs_pairs: bool = False
-
-
-_ENGINE = ("temperature", "learnable_temperature", "backend")
-KINDS = {
-    "supcon_out": Kind("projection", (*_ENGINE, "base_temperature"), contrastive=True, needs_pairs=True),
-    "supcon_in": Kind("projection", (*_ENGINE, "base_temperature"), contrastive=True, needs_pairs=True),
-    "tcl": Kind("projection", (*_ENGINE, "k1", "k2"), contrastive=True, needs_pairs=True),
-    "simclr": Kind("projection", _ENGINE, contrastive=True),
-    "triplet": Kind("features", ("margin", "mining", "squared"), needs_pairs=True),
-    "cross_entropy": Kind("classifier", ()),
-    "cross_entropy_mae": Kind("classifier", ()),
-    "reconstruction": Kind("decoder", ("alpha",)),
-}
-# Heads whose losses compare images; the others look at one at a time.
-PAIRED = ("projection", "features")
-# Queries and keys with labels; these losses weigh positives and negatives as gradient_response does.
-RESPONSE = ("supcon_out", "tcl")
-
-
-def kind_of(name: str) -> Kind:
-    """Raises ConfigError, with the list, for a loss that does not exist."""
-    if name not in KINDS:
-        raise ConfigError("loss.name: " + unknown_name("loss", name, KINDS))
-    return KINDS[name]
-
-
-def build_head(kind: str, description: Mapping[str, Any], feature_dim: int) -> nn.Module:
-    """The head called `kind` for the model that `assemble.describe_model` describes."""
-    if kind == "projection":
-        return Projection(feature_dim, **description["projection"])
-    if kind == "features":
-        return nn.Identity()
-    if kind == "classifier":
-        return nn.Linear(feature_dim, len(description["classes"]))
-    assert kind == "decoder"
-    encoder = description["encoder"]
-    return build_decoder(encoder["name"], feature_dim, encoder["in_channels"], encoder["image_size"])
+# Losses that weigh positives and negatives as losses.gradient_response does.
+GRADIENT_RESPONSE_LOSSES = ("supcon_out", "tcl")
 
 
 class Objective(nn.Module):
-    """A weighted sum of losses: (head outputs, views, labels) -> the mean over all ranks, a scalar.
+    """A weighted sum of losses: (outputs of the heads, views, labels) -> the mean over all ranks, 0-dim.
 
-    The value is the same on every rank; the average over ranks of the gradients is that of one process.
+    The value is the same on every rank; the average over ranks of the gradients is the gradient of one process
+    that has the whole batch.
     """
 
     def __init__(
@@ -80,19 +30,22 @@ class Objective(nn.Module):
         *,
         denormalize: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
-        """`terms`: loss -> its weight. `settings`: at least those of the losses' Kinds, and `supervised`.
+        """Raises ConfigError for a loss that does not exist, or for settings that it refuses.
 
-        `denormalize`: views -> images in 0..1, for a decoder.
+        `terms`: loss -> its weight. `settings`: the configuration's loss section as a dict. Each loss is given
+        those settings that are parameters of it; `supervised` is for all of them. `denormalize`: views -> images
+        in 0..1, needed for a decoder.
         """
         super().__init__()
         self.weights = dict(terms)
         self.supervised = bool(settings["supervised"])
-        self.kinds = {name: kind_of(name) for name in terms}
+        self.specs = {name: loss_spec(name) for name in terms}
         self.losses = nn.ModuleDict()
-        for name, kind in self.kinds.items():
-            # the training loop stops on a non-finite loss itself
-            unchecked = {"validate": False} if kind.head in PAIRED else {}
-            self.losses[name] = LOSSES[name](**{key: settings[key] for key in kind.settings}, **unchecked)
+        for name, spec in self.specs.items():
+            arguments = {key: settings[key] for key in spec.parameters if key in settings}
+            if "validate" in spec.parameters:
+                arguments["validate"] = False  # the training step checks its numbers itself
+            self.losses[name] = spec.factory(**arguments)
         self._denormalize = denormalize
         self._last: dict[str, Tensor] = {}
 
@@ -108,9 +61,9 @@ class Objective(nn.Module):
         queue: Any = None,
         images_per_rank: list[int] | None = None,
     ) -> Tensor:
-        """outputs[head] [B, V, ...], views [B, V, C, H, W] (for a decoder only), labels [B].
+        """outputs[head] [B, V, ...], views [B, V, C, H, W] (needed for a decoder only), labels [B].
 
-        images_per_rank: B of every rank, where all of them know it: the ranks then need not agree on it.
+        `images_per_rank`: B of every rank, where all ranks know it; the ranks then exchange no message about it.
         """
         values = {name: self._term(name, outputs, views, labels, queue, images_per_rank) for name in self.weights}
         self._last = {name: value.detach() for name, value in values.items()}
@@ -126,13 +79,12 @@ class Objective(nn.Module):
         queue: Any,
         images_per_rank: list[int] | None,
     ) -> Tensor:
-        kind = self.kinds[name]
-        output = outputs[kind.head]
-        if kind.head in PAIRED:
-            return self.paired(name, output, labels, queue, images_per_rank)
-        return _mean_of_ranks(self.plain(name, output, views, labels))
+        spec = self.specs[name]
+        if spec.pairwise:
+            return self.pairwise(name, outputs[spec.head], labels, queue, images_per_rank)
+        return _mean_over_ranks(self.pointwise(name, outputs[spec.head], views, labels))
 
-    def paired(
+    def pairwise(
         self,
         name: str,
         output: Tensor,
@@ -140,29 +92,30 @@ class Objective(nn.Module):
         queue: Any = None,
         images_per_rank: list[int] | None = None,
     ) -> Tensor:
-        """The global value of a loss that compares images (contrastive or triplet). Collective."""
-        compared = labels if self.supervised else None
+        """A contrastive or triplet loss over the images of all ranks. Every rank must call this."""
+        pair_labels = labels if self.supervised else None
         rows = None if images_per_rank is None else [n * output.shape[1] for n in images_per_rank]
-        if not self.kinds[name].contrastive:
-            return self.losses[name](output, compared, rows_per_rank=rows)
+        if not self.specs[name].contrastive:
+            return self.losses[name](output, pair_labels, rows_per_rank=rows)
         if queue is not None and not self.supervised:
             queue = (queue[0], None)
-        return self.losses[name](output, compared, queue=queue, rows_per_rank=rows)
+        return self.losses[name](output, pair_labels, queue=queue, rows_per_rank=rows)
 
-    def plain(self, name: str, output: Tensor, views: Tensor | None, labels: Tensor) -> Tensor:
-        """This rank's mean of a loss that looks at one image at a time (classifier or decoder)."""
-        if self.kinds[name].head == "classifier":
+    def pointwise(self, name: str, output: Tensor, views: Tensor | None, labels: Tensor) -> Tensor:
+        """The mean over this rank's images of a loss of single images (of a classifier or decoder)."""
+        if self.specs[name].head == "classifier":
             return self.losses[name](output.flatten(0, 1), labels.repeat_interleave(output.shape[1]))
         assert views is not None
         return self.losses[name](output, self.targets(views))
 
     def targets(self, views: Tensor) -> Tensor:
-        """What a decoder is to give back: the views' pixels in -1..1."""
+        """What a decoder must reconstruct: the views' pixels, scaled to -1..1."""
         assert self._denormalize is not None
         return self._denormalize(views) * 2 - 1
 
     def statistics(self) -> dict[str, Tensor]:
-        """What the last call saw (0-dim tensors): every term of a sum, and a learned temperature."""
+        """Numbers of the last call for the log (0-dim): each loss's own statistics, a learned temperature, and
+        the value of each loss of a sum."""
         numbers: dict[str, Tensor] = {}
         for name, loss in self.losses.items():
             own = dict(getattr(loss, "stats", {}))
@@ -173,21 +126,25 @@ class Objective(nn.Module):
             numbers |= {f"{name}_{key}" if len(self.losses) > 1 else key: value for key, value in own.items()}
         return numbers
 
-    def similarity(self, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """How alike the embeddings of a contrastive loss are, on the average. Collective."""
-        compared = any(kind.contrastive for kind in self.kinds.values())
-        return {"mean_similarity": mean_similarity(outputs["projection"])} if compared else {}
+    def mean_similarity(self, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The mean cosine similarity of the embeddings; empty without a contrastive loss.
 
-    def response(self, outputs: Mapping[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
-        """How strongly the batch's positives pull and negatives push (lemmas 1 and 2 of Tuned Contrastive Learning).
-
-        Collective.
+        Every rank must call this.
         """
-        name = response_term(self.weights)
+        if not any(spec.contrastive for spec in self.specs.values()):
+            return {}
+        return {"mean_similarity": mean_similarity(outputs["projection"])}
+
+    def gradient_response(self, outputs: Mapping[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
+        """How strongly the loss attracts positives and repels negatives: see `losses.gradient_response`.
+
+        Every rank must call this. Only for an objective of which `gradient_response_loss` is not None.
+        """
+        name = gradient_response_loss(self.weights)
         assert name is not None
         loss: Any = self.losses[name]
         found = gradient_response(
-            outputs[self.kinds[name].head].detach(),
+            outputs[self.specs[name].head].detach(),
             labels,
             float(loss.temperature),
             getattr(loss, "k1", 0.0),
@@ -197,17 +154,17 @@ class Objective(nn.Module):
 
 
 def heads_of(terms: Iterable[str]) -> list[str]:
-    """The heads that the losses read, each once, in their order."""
-    return list(dict.fromkeys(kind_of(name).head for name in terms))
+    """The heads that the losses read, each once, in the order of `terms`."""
+    return list(dict.fromkeys(loss_spec(name).head for name in terms))
 
 
-def response_term(terms: Iterable[str]) -> str | None:
+def gradient_response_loss(terms: Iterable[str]) -> str | None:
     """The one loss among `terms` that gradient responses are defined for; None unless there is exactly one."""
-    found = [name for name in terms if name in RESPONSE]
+    found = [name for name in terms if name in GRADIENT_RESPONSE_LOSSES]
     return found[0] if len(found) == 1 else None
 
 
-def _mean_of_ranks(loss: Tensor) -> Tensor:
-    """The mean over ranks as value, the own part as gradient: data-parallel training averages gradients."""
+def _mean_over_ranks(loss: Tensor) -> Tensor:
+    """The mean over ranks as value, this rank's loss for the gradient: data-parallel training averages gradients."""
     ranks = world_size()
     return loss if ranks == 1 else loss + (all_sum(loss) / ranks - loss.detach())

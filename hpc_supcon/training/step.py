@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from ..data import Batch
 from ..distributed.collectives import all_sum, world_size
-from ..models import untouched_statistics
+from ..models import frozen_running_statistics
 from ..phases import BACKWARD, ENCODER, LOSS, PROJECTION, on_gradient, phase
 from .state import TrainState
 
@@ -93,7 +93,7 @@ def _one_pass(state: TrainState, batch: Batch, views: Callable[[slice], Tensor],
 
 def _two_passes(state: TrainState, batch: Batch, views: Callable[[slice], Tensor], pieces: list[slice]) -> Passed:
     parts, keys, generators = [], [], []
-    with torch.no_grad(), untouched_statistics(state.model), state.autocast():
+    with torch.no_grad(), frozen_running_statistics(state.model), state.autocast():
         for piece in pieces:
             generators.append(_generator_states(state.device))
             x = views(piece)

@@ -14,8 +14,8 @@ from ..data import EvalOrder, EvalTransform, Order, Splits, TrainOrder, Views, b
 from ..distributed.collectives import all_sum
 from ..distributed.launch import Runtime
 from ..errors import ConfigError
+from ..losses import LOSSES, loss_spec
 from .assemble import Data
-from .objective import PAIRED, kind_of
 from .state import TrainState
 
 VIEWS_STREAM = 2
@@ -43,7 +43,7 @@ def check_validation(config: Config, splits: Splits) -> None:
     known = min(look.probe.images, len(splits.train))
     if look.probe.kind == "knn" and look.probe.k > known:
         raise ConfigError(f"validation.probe.k={look.probe.k} neighbors, but there are {known} training images")
-    has_accuracy = look.probe.kind != "none" or "classifier" in {kind_of(term).head for term in config.loss.weights}
+    has_accuracy = look.probe.kind != "none" or "classifier" in {loss_spec(term).head for term in config.loss.weights}
     if stops and stop.monitor == "accuracy" and not has_accuracy:
         raise ConfigError(
             f"train.stopping.monitor=accuracy: {config.loss.label} has no classifier; set validation.probe.kind=knn "
@@ -61,9 +61,8 @@ def build_validate(
     look, source = config.validation, data.splits.validation
     if source is None or (look.every_epochs is None and look.every_steps is None):
         return None
-    kinds = {name: kind_of(name) for name in config.loss.weights}
-    paired = [name for name, kind in kinds.items() if kind.head in PAIRED]
-    plain = [name for name in kinds if name not in paired]
+    pairwise = [name for name in config.loss.weights if LOSSES[name].pairwise]
+    pointwise = [name for name in config.loss.weights if not LOSSES[name].pairwise]
     serve = partial(
         build_loader,
         data.loader,
@@ -90,14 +89,14 @@ def build_validate(
             if probe is not None:
                 numbers["accuracy"] = numbers[f"{look.probe.kind}_accuracy"] = probe(state.model.encoder, transform)
             values: dict[str, float] = {}
-            if plain:
+            if pointwise:
                 order = EvalOrder(len(source), max(1, batch_size // runtime.world_size))
-                values, more = _plain_terms(state, plain, batches(order, 0), transform)
+                values, more = _pointwise_terms(state, pointwise, batches(order, 0), transform)
                 numbers |= more
-            if paired:
+            if pairwise:
                 # shuffled, for files are sorted by class; the same global batches on any number of ranks
-                values |= _paired_terms(
-                    state, paired, batches(TrainOrder(len(source), batch_size), config.seed), views
+                values |= _pairwise_terms(
+                    state, pairwise, batches(TrainOrder(len(source), batch_size), config.seed), views
                 )
         loss = sum(weight * values[name] for name, weight in config.loss.weights.items())
         return {"loss": loss, **numbers}
@@ -105,7 +104,7 @@ def build_validate(
     return validate
 
 
-def _plain_terms(
+def _pointwise_terms(
     state: TrainState, names: list[str], batches: Iterator[tuple[Tensor, Tensor]], transform: EvalTransform
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Losses of one image at a time, on every image as it is: (means by loss, accuracy or MAE and MSE)."""
@@ -121,8 +120,8 @@ def _plain_terms(
             outputs = state.model(x)
         count += len(labels)
         for name in names:
-            head = state.objective.kinds[name].head
-            add(name, state.objective.plain(name, outputs[head], x, labels), len(labels))
+            head = state.objective.specs[name].head
+            add(name, state.objective.pointwise(name, outputs[head], x, labels), len(labels))
         if "classifier" in outputs:
             right = outputs["classifier"].squeeze(1).argmax(1) == labels
             add("accuracy", right.double().mean(), len(labels))
@@ -139,7 +138,7 @@ def _plain_terms(
     return {key: means.pop(key) for key in names}, means
 
 
-def _paired_terms(
+def _pairwise_terms(
     state: TrainState, names: list[str], batches: Iterator[tuple[Tensor, Tensor]], views: Views
 ) -> dict[str, float]:
     """Losses that compare images: means over global batches of random views; the incomplete last one is left out."""
@@ -149,8 +148,8 @@ def _paired_terms(
         with state.autocast():
             outputs = state.model(x)
         for name in names:
-            output = outputs[state.objective.kinds[name].head]
-            sums[name] += float(state.objective.paired(name, output, labels))
+            output = outputs[state.objective.specs[name].head]
+            sums[name] += float(state.objective.pairwise(name, output, labels))
         steps += 1
     return {name: total / steps for name, total in sums.items()}
 

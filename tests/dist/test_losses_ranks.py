@@ -1,4 +1,4 @@
-"""The losses over real ranks: value and gradient are those of one process, and bad input fails together."""
+"""The losses over real ranks: values and gradients are those of one process, and invalid input fails on all ranks."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from hpc_supcon.errors import LossInputError
 from tests.dist.ranks import run_ranks
 
 D, V = 6, 2
-# Unequal rows, a different class mix on each rank, anchors without positives (class 7), a rank whose
-# images have no positives at all (classes 8 and 9, one view), and an empty one.
+# Unequal numbers of rows, different classes on each rank, anchors without positives (class 7), a rank whose images
+# have no positives at all (classes 8 and 9, one view), and a rank without rows.
 CLASSES = [[0, 0, 1, 7, 2], [1, 2, 2, 2, 2, 2, 0], [8], [0, 1, 1]]
 SINGLE_VIEW = [[0, 0, 1, 7], [1, 2, 2, 2, 2, 0], [8, 9], []]
 
@@ -21,7 +21,7 @@ def _shards(world_size, classes, views):
     generator = torch.Generator().manual_seed(3)
     shards = []
     for labels in classes[:world_size]:
-        # Each rank's rows lie around another mean: no symmetry between ranks hides a wrong gradient.
+        # Each rank's rows have another mean, so that no symmetry between ranks hides a wrong gradient.
         center = torch.randn(D, generator=generator, dtype=torch.float64)
         x = torch.randn(len(labels), views, D, generator=generator, dtype=torch.float64) + center
         shards.append((x, torch.tensor(labels, dtype=torch.int64)))
@@ -118,7 +118,7 @@ def _bytes_in_backward(rank, world_size):
     return sent
 
 
-def _no_positive_anywhere(rank, world_size):
+def _no_positive_on_any_rank(rank, world_size):
     results = []
     for backend in ("reference", "tiled"):
         x = torch.randn(3, D, requires_grad=True)
@@ -137,7 +137,7 @@ def _not_gathered(rank, world_size):
 
 
 def _hard_triplets(rank, world_size):
-    """Deterministic mining over the rows of all ranks: (value, gradient) and the gradient responses."""
+    """Of deterministic mining over the rows of all ranks: value, gradient, gradient responses, mean similarity."""
     x, labels = _shards(world_size, CLASSES, V)[rank]
     return _triplets_and_responses(x, labels)
 
@@ -146,7 +146,7 @@ def _triplets_and_responses(x, labels):
     x = x.clone().requires_grad_()
     value = losses.TripletLoss(2.0, mining="hard")(x, labels)
     value.backward()
-    response = losses.gradient_response(x, labels, 0.1, 50.0, 1.5, tile=4)
+    response = losses.gradient_response(x, labels, 0.1, 50.0, 1.5, tile_size=4)
     similarity = float(losses.mean_similarity(x.detach()))
     return float(value.detach()), x.grad, float(response.positives), float(response.negatives), similarity
 
@@ -181,34 +181,34 @@ def _bad_inputs(rank, world_size):
     }
 
 
-def _one_group_many_checks(rank, world_size):
+def _all_checks_in_one_process_group(rank, world_size):
     return {
         "bytes": _bytes_in_backward(rank, world_size),
-        "zero": _no_positive_anywhere(rank, world_size),
+        "zero": _no_positive_on_any_rank(rank, world_size),
         "local": _not_gathered(rank, world_size),
         "triplets": _hard_triplets(rank, world_size),
         "errors": _bad_inputs(rank, world_size),
-        # Last: the group must still be in step after all those errors.
+        # Last, because the process group must still work after all those errors.
         "after": float(losses.SupConLoss(0.1)(torch.ones(2, 3), torch.zeros(2, dtype=torch.int64))),
     }
 
 
 @pytest.fixture(scope="module")
 def two_ranks():
-    return run_ranks(_one_group_many_checks, 2)
+    return run_ranks(_all_checks_in_one_process_group, 2)
 
 
-def test_backward_moves_four_numbers_per_row(two_ranks):
+def test_the_backward_pass_gathers_four_numbers_per_row(two_ranks):
     for result in two_ranks:
         assert result["bytes"] == [40 * 4 * 4]
 
 
-def test_no_positive_on_any_rank_gives_a_differentiable_zero(two_ranks):
+def test_without_a_positive_on_any_rank_the_loss_is_a_differentiable_zero(two_ranks):
     for result in two_ranks:
         assert result["zero"] == [(0.0, 0.0), (0.0, 0.0)]
 
 
-def test_without_gather_a_rank_sees_only_its_own_rows(two_ranks):
+def test_without_gather_a_rank_compares_only_its_own_rows(two_ranks):
     for result in two_ranks:
         own, x, labels = result["local"]
         assert own == pytest.approx(float(losses.SupConLoss(0.1)(x, labels)), rel=1e-6)
@@ -224,7 +224,7 @@ def test_triplets_and_responses_of_ranks_equal_one_process(two_ranks):
     torch.testing.assert_close(got, grad, rtol=1e-10, atol=1e-12)
 
 
-def test_bad_input_on_one_rank_raises_the_same_named_error_on_all(two_ranks):
+def test_invalid_input_on_one_rank_raises_the_same_error_on_all(two_ranks):
     first, second = (result["errors"] for result in two_ranks)
     assert first == second
     for (name, bad), message in first.items():

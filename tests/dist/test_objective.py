@@ -1,4 +1,4 @@
-"""A weighted sum of losses: its value and, over ranks, its gradient are those of the parts on the whole batch."""
+"""A weighted sum of losses: its value is the sum of its parts, its gradient over ranks that of one process."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import torch.nn.functional as F
 from hpc_supcon.config import load_config
 from hpc_supcon.errors import ConfigError
 from hpc_supcon.losses import SupConLoss, TripletLoss
-from hpc_supcon.models import PretrainingModel, build_encoder
+from hpc_supcon.models import PretrainingModel, build_encoder, build_head
 from hpc_supcon.distributed.launch import Launch, Runtime
 from hpc_supcon.training import assemble
 from hpc_supcon.training.engine import distribute
-from hpc_supcon.training.objective import Objective, build_head
+from hpc_supcon.training.objective import Objective
 from tests.dist.ranks import run_ranks
 
 TERMS = {"supcon_out": 0.5, "cross_entropy": 2.0, "reconstruction": 0.25, "triplet": 1.5}
-LABELS = torch.tensor([0, 0, 0, 0, 0, 1, 0, 2, 3, 1, 2, 2])  # the ranks hold other classes
+LABELS = torch.tensor([0, 0, 0, 0, 0, 1, 0, 2, 3, 1, 2, 2])  # each rank has other classes
 SETTINGS = load_config().loss.model_dump() | {"mining": "hard", "temperature": 0.2}
 
 
@@ -77,8 +77,8 @@ def test_unsupervised_an_images_views_are_its_positives(name):
     queue = None if name == "triplet" else (F.normalize(torch.randn(5, 8), dim=1), torch.arange(5))
     settings = SETTINGS | {"supervised": False}
     got = Objective({name: 1.0}, settings)(outputs, None, LABELS, queue)
-    apart = None if queue is None else (queue[0], torch.arange(100, 105))  # nobody's class
-    want = Objective({name: 1.0}, SETTINGS)(outputs, None, torch.arange(12), apart)
+    as_negatives = None if queue is None else (queue[0], torch.arange(100, 105))  # classes of no image
+    want = Objective({name: 1.0}, SETTINGS)(outputs, None, torch.arange(12), as_negatives)
     assert float(got) == pytest.approx(float(want), rel=1e-6)
     assert float(got) != pytest.approx(float(Objective({name: 1.0}, SETTINGS)(outputs, None, LABELS, queue)))
 
@@ -95,6 +95,6 @@ def test_unsupervised_an_images_views_are_its_positives(name):
         ("{supcon_out: 1.0, reconstruction: 1.0}", ["train.micro_batch_size=4"], "micro_batch_size"),
     ],
 )
-def test_sums_that_cannot_be_are_named(terms, more, message):
+def test_sums_that_contradict_other_settings_are_refused(terms, more, message):
     with pytest.raises(ConfigError, match=message):
         assemble.check_objective(load_config("default", [f"loss.terms={terms}", *more]))

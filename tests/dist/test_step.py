@@ -14,7 +14,7 @@ from hpc_supcon.bench.common import resident
 from hpc_supcon.config import load_config
 from hpc_supcon.data import ArraySource, Batch, Splits
 from hpc_supcon.errors import NonFinite
-from hpc_supcon.models import PretrainingModel, Projection
+from hpc_supcon.models import PretrainingModel, Projection, build_model
 from hpc_supcon.distributed.launch import Launch, Runtime, seed_everything
 from hpc_supcon.training import assemble
 from hpc_supcon.training.momentum import MomentumQueue
@@ -56,7 +56,7 @@ def build(rank, world_size, overrides, *, encoder=None, runtime=None):
     assemble.check_objective(config)
     description = assemble.describe_model(config, splits)
     assemble.seed_models(config)
-    model = assemble.build_model(description)
+    model = build_model(description)
     if encoder is not None:
         heads = {"projection": Projection(encoder.feature_dim, 16, 8).to(next(encoder.parameters()).dtype)}
         model = PretrainingModel(encoder, heads)
@@ -186,7 +186,7 @@ def big_step(images, piece):
     description = assemble.describe_model(config, splits)
     views = assemble.build_views(config, description, runtime)
     objective = assemble.build_objective(config, views)
-    state = assemble.build_state(config, assemble.build_model(description), objective, views, runtime)
+    state = assemble.build_state(config, build_model(description), objective, views, runtime)
     before = resident("VmHWM")  # unlike ru_maxrss not inherited from whoever started this process
     train_step(state, Batch(pixels, source.labels, source.labels))
     return (resident("VmHWM") - before) / 2**20

@@ -12,6 +12,7 @@ from hpc_supcon.config import load_config
 from hpc_supcon.data import ArraySource, EvalTransform, Splits, TrainOrder
 from hpc_supcon.errors import ConfigError
 from hpc_supcon.distributed.launch import Launch, Runtime
+from hpc_supcon.models import build_model
 from hpc_supcon.training import assemble
 from hpc_supcon import checkpoint
 from hpc_supcon.stages.pretrain import pretrain
@@ -51,7 +52,7 @@ def validated(rank, world_size, overrides):
     data = assemble.Data(splits, "resident", "", options, options)
     description = assemble.describe_model(config, splits)
     assemble.seed_models(config)
-    model = assemble.build_model(description)
+    model = build_model(description)
     views = assemble.build_views(config, description, runtime, stream=VIEWS_STREAM)
     state = assemble.build_state(config, model, assemble.build_objective(config, views), views, runtime)
     transform = EvalTransform(**description["normalization"])
@@ -68,7 +69,7 @@ def test_losses_of_single_images_equal_a_plain_loop_on_any_number_of_ranks(world
     got = run_ranks(validated, world_size, overrides)
     numbers, weights, (images, labels, description) = got[0]
     assert all(other[0] == numbers for other in got)
-    model = assemble.build_model(description)
+    model = build_model(description)
     model.load_state_dict(weights)
     model.eval()
     x = EvalTransform(**description["normalization"])(images)
@@ -93,7 +94,7 @@ def test_a_contrastive_loss_sees_mixed_global_batches(world_size):
     overrides = ["augment.policy=none"]
     numbers, weights, (images, labels, description) = run_ranks(validated, world_size, overrides)[0]
     rows = TrainOrder(23, 12).epoch(0, 0, 0, 1)[0]
-    model = assemble.build_model(description)
+    model = build_model(description)
     model.load_state_dict(weights)
     model.eval()
     x = EvalTransform(**description["normalization"])(images[rows])

@@ -59,7 +59,7 @@ def untrained(folder, *overrides):
     config = load_config("default", ["data.source=synthetic", synthetic, f"run_dir={folder}", *overrides])
     data = assemble.load_data(config, Runtime(Launch(), torch.device("cpu")))
     description = assemble.describe_model(config, data.splits)
-    model = assemble.build_model(description)
+    model = hpc_supcon.models.build_model(description)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):
             module.running_mean.normal_(std=0.1)

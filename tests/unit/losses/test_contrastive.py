@@ -1,4 +1,4 @@
-"""The contrastive losses against the papers' sums: every form, backend, dtype and shape of batch."""
+"""The contrastive losses against the papers' formulas: every loss, backend, dtype and shape of batch."""
 
 from __future__ import annotations
 
@@ -26,10 +26,17 @@ def per_anchor(form, stats):
     return stats.log_neg - stats.mean_pos
 
 
-def value_and_gradient(form, x, labels, tau, backend, tile=16, queue=None):
+def value_and_gradient(form, x, labels, tau, backend, tile_size=16, queue=None):
     x = x.detach().clone().requires_grad_()
     stats = losses.pairwise_stats(
-        x, labels, tau, inverse=form == "tcl", backend=backend, tile=tile, queue=queue, precision="ieee"
+        x,
+        labels,
+        tau,
+        inverse=form == "tcl",
+        backend=backend,
+        tile_size=tile_size,
+        queue=queue,
+        precision="ieee",
     )
     loss = losses.global_mean(per_anchor(form, stats), stats.valid)
     loss.backward()
@@ -70,7 +77,7 @@ CASES = [
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_value_and_gradient_are_those_of_the_papers_sums(case):
+def test_values_and_gradients_are_those_of_the_papers_formulas(case):
     x, labels = batch(case)
     single = x.float()
     for form in ("out", "in", "tcl") + (("decoupled",) if case not in ("one class only",) else ()):
@@ -92,15 +99,15 @@ def assert_close(got, expected, tolerance, what=""):
     scale = max(1.0, abs(float(expected[0])))
     assert abs(float(value - expected[0])) <= tolerance * scale, what
     size = float(expected[1].abs().max())
-    # A gradient that is zero by symmetry is rounding noise of terms of size 1 / tau.
+    # A gradient that is zero by symmetry is the rounding error of terms of size 1 / tau.
     assert float((grad - expected[1]).abs().max()) <= tolerance * max(size, 0.1), what
 
 
-@pytest.mark.parametrize("tile", [1, 3, 7, 16, 64])
-def test_no_tile_size_changes_the_result(tile):
+@pytest.mark.parametrize("tile_size", [1, 3, 7, 16, 64])
+def test_the_result_does_not_depend_on_the_tile_size(tile_size):
     x, labels = batch("singletons among classes")
     expected = value_and_gradient("tcl", x, labels, 0.1, "reference")
-    assert_close(value_and_gradient("tcl", x, labels, 0.1, "tiled", tile), expected, 1e-12)
+    assert_close(value_and_gradient("tcl", x, labels, 0.1, "tiled", tile_size), expected, 1e-12)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -119,7 +126,7 @@ def test_half_precision_features_are_computed_in_fp32(dtype, tau):
 
 
 @pytest.mark.parametrize("backend", ["reference", "tiled"])
-def test_autocast_outside_changes_nothing(backend):
+def test_autocast_around_a_loss_changes_nothing(backend):
     x, labels = batch("two classes, three views", torch.float32)
     expected = value_and_gradient("out", x, labels, 0.05, backend)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -128,7 +135,7 @@ def test_autocast_outside_changes_nothing(backend):
     assert torch.equal(got[1], expected[1])
 
 
-def test_modules_are_the_papers_formulas():
+def test_loss_modules_compute_the_papers_formulas():
     x, labels = batch("duplicate rows")
     image = torch.arange(len(labels))
     pairs = [
@@ -164,7 +171,7 @@ def test_flat_rows_and_views_are_the_same_batch():
     assert float(flat) == pytest.approx(float(losses.SupConLoss(0.1)(x, labels)), rel=1e-12)
 
 
-def test_length_of_the_rows_does_not_matter_from_1e_minus_20_to_1e30():
+def test_the_loss_is_invariant_to_scaling_from_1e_minus_20_to_1e30():
     x, labels = batch("two classes, three views", torch.float32)
     expected = value_and_gradient("out", x, labels, 0.1, "tiled")
     for factor in (1e-20, 1e-3, 1e30):
@@ -172,7 +179,7 @@ def test_length_of_the_rows_does_not_matter_from_1e_minus_20_to_1e30():
         assert_close((value, grad * factor), expected, 1e-5)
 
 
-def test_zero_rows_stay_finite():
+def test_zero_rows_give_finite_values_and_gradients():
     x, labels = batch("two classes, three views", torch.float32)
     x[3], x[0, 1] = 0.0, 0.0
     for backend in ("reference", "tiled"):
@@ -183,7 +190,7 @@ def test_zero_rows_stay_finite():
             assert float(grad.abs().max()) < 1e3
 
 
-def test_no_anchor_with_a_positive_gives_a_differentiable_zero():
+def test_without_any_positive_the_loss_is_a_differentiable_zero():
     for backend in ("reference", "tiled"):
         for n in (0, 1, 6):
             value, grad = value_and_gradient("out", torch.randn(n, 4), torch.arange(n), 0.1, backend)
@@ -191,7 +198,7 @@ def test_no_anchor_with_a_positive_gives_a_differentiable_zero():
             assert torch.equal(grad, torch.zeros(n, 4))
 
 
-def test_a_formula_that_is_infinite_for_invalid_anchors_leaves_no_nan():
+def test_a_formula_that_is_infinite_for_invalid_anchors_gives_no_nan():
     x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([0, 0, 1, 2, 2, 3])
     for backend in ("reference", "tiled"):
@@ -201,21 +208,21 @@ def test_a_formula_that_is_infinite_for_invalid_anchors_leaves_no_nan():
         assert torch.isfinite(grad).all()
 
 
-def test_the_gradient_of_anchors_without_positives_is_not_dropped():
-    """A loss over negatives of ALL rows (uniformity) is legitimate: only non-finite numbers are cleared."""
+def test_anchors_without_positives_have_gradients_where_a_loss_uses_them():
+    """A loss over the negatives of all rows (uniformity) is valid: only non-finite gradients are set to zero."""
     x = torch.randn(6, 4, dtype=torch.float64, requires_grad=True)
     labels = torch.tensor([0, 0, 1, 2, 2, 3])
-    everyone = torch.ones(6, dtype=torch.bool)
+    all_rows = torch.ones(6, dtype=torch.bool)
     grads = [
         torch.autograd.grad(
-            losses.global_mean(losses.pairwise_stats(x, labels, 0.1, backend=b).log_neg, everyone), x
+            losses.global_mean(losses.pairwise_stats(x, labels, 0.1, backend=b).log_neg, all_rows), x
         )[0]
         for b in ("reference", "tiled")
     ]
     torch.testing.assert_close(grads[1], grads[0], rtol=1e-10, atol=1e-12)
 
 
-def test_queue_columns_are_compared_with_but_receive_no_gradient():
+def test_queue_rows_are_compared_with_but_receive_no_gradient():
     x, labels = batch("two classes, three views")
     past = torch.randn(17, 5, dtype=torch.float64, requires_grad=True)
     past_labels = torch.arange(17) % 3
@@ -227,7 +234,7 @@ def test_queue_columns_are_compared_with_but_receive_no_gradient():
     assert past.grad is None
 
 
-def test_a_queue_without_labels_holds_negatives_only():
+def test_rows_of_a_queue_without_labels_are_negatives():
     x, labels = batch("two classes, three views")
     past = torch.randn(17, 5, dtype=torch.float64)
     expected = brute_force.contrastive(x, labels, 0.1, queue=(past, torch.full((17,), 99)))
@@ -237,18 +244,18 @@ def test_a_queue_without_labels_holds_negatives_only():
 
 
 @pytest.mark.parametrize("backend", ["reference", "tiled"])
-def test_temperature_receives_its_gradient(backend):
+def test_the_temperature_receives_its_gradient(backend):
     x, labels = batch("singletons among classes")
     for form in ("out", "in", "tcl"):
         tau = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
         expected = torch.autograd.grad(brute_force.contrastive(x, labels, tau, form, K1, K2), tau)[0]
-        stats = losses.pairwise_stats(x, labels, tau, inverse=form == "tcl", backend=backend, tile=8)
+        stats = losses.pairwise_stats(x, labels, tau, inverse=form == "tcl", backend=backend, tile_size=8)
         loss = losses.global_mean(per_anchor(form, stats), stats.valid)
         (got,) = torch.autograd.grad(loss, tau)
         assert float(got) == pytest.approx(float(expected), rel=1e-10)
 
 
-def test_learnable_temperature_is_a_positive_parameter_that_trains():
+def test_a_learnable_temperature_is_a_positive_parameter_and_is_trained():
     x, labels = batch("two classes, three views", torch.float32)
     module = losses.SupConLoss(0.2, learnable_temperature=True)
     assert [name for name, _ in module.named_parameters()] == ["log_temperature"]
@@ -262,7 +269,7 @@ def test_learnable_temperature_is_a_positive_parameter_that_trains():
     assert not list(losses.SupConLoss(0.2).parameters())
 
 
-def test_base_temperature_is_a_plain_factor_and_off_by_default():
+def test_base_temperature_is_a_factor_and_off_by_default():
     x, labels = batch("two classes, three views")
     plain = float(losses.SupConLoss(0.1)(x, labels))
     assert float(losses.SupConLoss(0.1, base_temperature=0.07)(x, labels)) == pytest.approx(plain * 0.1 / 0.07)
@@ -275,56 +282,9 @@ def test_statistics_count_anchors_without_positives():
     assert float(module.stats["mean_positives"]) == pytest.approx((3 * 2 + 2 * 1) / 7)
 
 
-def test_mean_similarity_is_the_mean_cosine_of_all_pairs_of_different_rows():
-    x = torch.randn(5, 3, 7, dtype=torch.float64) * torch.rand(5, 3, 1, dtype=torch.float64)
-    rows = x.flatten(0, 1)
-    pairs = [torch.cosine_similarity(rows[i], rows[j], dim=0) for i in range(15) for j in range(15) if i != j]
-    assert float(losses.mean_similarity(x)) == pytest.approx(float(torch.stack(pairs).mean()), rel=1e-12)
-    assert float(losses.mean_similarity(torch.ones(4, 2, 7) * torch.rand(4, 2, 1))) == pytest.approx(1, abs=1e-6)
-    assert float(losses.mean_similarity(torch.ones(1, 7))) == pytest.approx(0, abs=1e-12)
-
-
-def test_gradient_responses_are_lemmas_one_and_two_of_tcl():
-    x, labels = batch("singletons among classes")
-    for k1, k2 in ((0.0, 1.0), (K1, K2)):
-        expected = brute_force.responses(x, labels, 0.1, k1, k2)
-        got = losses.gradient_response(x, labels, 0.1, k1, k2, tile=4)
-        positives = sum(abs(pull) for pulls, _ in expected for pull in pulls) / len(expected)
-        negatives = sum(push for _, pushes in expected for push in pushes) / len(expected)
-        assert float(got.positives) == pytest.approx(positives, rel=1e-10)
-        assert float(got.negatives) == pytest.approx(negatives, rel=1e-10)
-
-
-@pytest.mark.parametrize("tau", [0.1, 1.0])
-def test_theorem_1_hard_positives_respond_more_to_tcl_than_to_supcon(tau):
-    """A positive is hard where it still has to come closer: X_ip > P_ip."""
-    x, labels = torch.randn(24, 8, dtype=torch.float64), torch.arange(24) % 6
-    supcon = brute_force.responses(x, labels, tau, 0.0, 1.0)
-    hard = sum(pull > 0 for pulls, _ in supcon for pull in pulls)
-    assert hard > 40
-    for k1, k2 in ((1.0, 1.0), (100.0, 1.0), (5000.0, 1.0), (1.0, 3.0), (50.0, 2.0)):
-        tuned = brute_force.responses(x, labels, tau, k1, k2)
-        for (before, _), (after, _) in zip(supcon, tuned, strict=True):
-            assert all(b > a for a, b in zip(before, after, strict=True) if a > 0)
-        if hard == sum(len(pulls) for pulls, _ in supcon):
-            plain, tcl = (losses.gradient_response(x, labels, tau, *k) for k in ((0.0, 1.0), (k1, k2)))
-            assert float(tcl.positives) > float(plain.positives)
-        else:
-            assert tau == 0.1, "at temperature 1 every positive of this batch is hard"
-
-
-def test_theorem_2_the_response_of_negatives_grows_strictly_with_k2():
-    x, labels = batch("singletons among classes")
-    for k1 in (0.0, 1.0, 5000.0):
-        responses = [
-            float(losses.gradient_response(x, labels, 0.1, k1, k2).negatives) for k2 in (1.0, 1.2, 1.5, 3, 9)
-        ]
-        assert responses == sorted(set(responses))
-
-
-def test_auto_takes_the_dense_backend_when_small_and_streams_when_large():
+def test_auto_is_the_dense_backend_for_small_batches_and_the_tiled_one_for_large_ones():
     def chosen(n, queue=0, tau=0.1):
-        anchors = pairwise.prepare(torch.randn(n, 2), torch.zeros(n, dtype=torch.int64))
+        anchors = pairwise.prepare_anchors(torch.randn(n, 2), torch.zeros(n, dtype=torch.int64))
         anchors = pairwise.Anchors(anchors.rows, anchors.labels, anchors.rows_per_rank, queue)
         return pairwise.choose_backend("auto", anchors, anchors.rows, tau)
 
@@ -348,12 +308,12 @@ def test_auto_takes_the_dense_backend_when_small_and_streams_when_large():
         (lambda: losses.TCLLoss(k2=float("inf")), "k2 must be"),
     ],
 )
-def test_impossible_settings_are_named_errors(make, fragment):
+def test_invalid_settings_are_refused(make, fragment):
     with pytest.raises(ConfigError, match=fragment):
         make()
 
 
-def test_triton_is_refused_by_name_where_fp32_does_not_reach():
+def test_triton_is_refused_where_fp32_is_not_precise_enough():
     x, labels = batch("one class only", torch.float32)
     with pytest.raises(ConfigError, match="use 'tiled'"):
         losses.SupConLoss(0.01, backend="triton")(x, labels)
@@ -380,20 +340,20 @@ def test_triton_is_refused_by_name_where_fp32_does_not_reach():
         (torch.tensor([[float("inf"), 2.0], [3.0, 1.0]]), torch.tensor([0, 0]), "first in row 0"),
     ],
 )
-def test_impossible_input_is_a_named_error(features, labels, fragment):
+def test_invalid_input_is_refused(features, labels, fragment):
     for loss in (losses.SupConLoss(), losses.TripletLoss()):
         with pytest.raises(LossInputError, match=fragment):
             loss(features, labels)
 
 
-def test_a_queue_of_another_width_is_a_named_error():
+def test_a_queue_of_another_feature_dimension_is_refused():
     with pytest.raises(LossInputError, match=r"queue features must be \[Q, 4\]"):
         losses.SupConLoss()(torch.randn(2, 4), torch.tensor([0, 0]), queue=(torch.randn(3, 5), torch.zeros(3).long()))
     with pytest.raises(LossInputError, match="queue labels"):
         losses.SupConLoss()(torch.randn(2, 4), torch.tensor([0, 0]), queue=(torch.randn(3, 4), torch.zeros(3)))
 
 
-def test_nothing_is_read_from_the_values_when_validation_is_off():
+def test_without_validation_values_are_not_checked():
     x = torch.full((2, 3), float("nan"))
     assert torch.isnan(losses.SupConLoss(validate=False)(x, torch.tensor([0, 0])))
 

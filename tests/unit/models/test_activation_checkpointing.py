@@ -1,4 +1,4 @@
-"""Activation checkpointing: the plain form's outputs, gradients, statistics and draws, on less memory."""
+"""Activation checkpointing: the same outputs, gradients, statistics and random draws with less memory."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from hpc_supcon.errors import ConfigError
-from hpc_supcon.models import build_encoder, recompute_activations, untouched_statistics
+from hpc_supcon.models import apply_activation_checkpointing, build_encoder, frozen_running_statistics
 from hpc_supcon.training.memory import _LiveBytes
 
 ENCODERS = {
@@ -36,7 +36,7 @@ def trained_once(encoder, x):
 
 
 @pytest.mark.parametrize("name", ENCODERS)
-def test_recomputing_changes_no_bit_and_takes_less_memory(name):
+def test_checkpointing_changes_no_bit_and_takes_less_memory(name):
     size, blocks = ENCODERS[name]
     torch.manual_seed(0)
     plain = build_encoder(name, image_size=size)
@@ -44,7 +44,7 @@ def test_recomputing_changes_no_bit_and_takes_less_memory(name):
         dropout.p = 0.3
     other = copy.deepcopy(plain)
     names = list(other.state_dict())
-    assert recompute_activations(other) >= blocks
+    assert apply_activation_checkpointing(other) >= blocks
     assert list(other.state_dict()) == names
     x = torch.randn(4, 3, size, size)
     out, gradients, buffers, kept = trained_once(plain, x)
@@ -57,11 +57,11 @@ def test_recomputing_changes_no_bit_and_takes_less_memory(name):
     assert kept_2 < kept
 
 
-def test_evaluation_and_copies_are_as_before():
+def test_evaluation_and_copies_give_the_same_outputs():
     torch.manual_seed(0)
     plain = build_encoder("resnet10t", image_size=32)
     other = copy.deepcopy(plain)
-    recompute_activations(other)
+    apply_activation_checkpointing(other)
     copied = copy.deepcopy(other)
     with torch.no_grad():
         for p in other.parameters():
@@ -74,13 +74,13 @@ def test_evaluation_and_copies_are_as_before():
 
 def test_an_encoder_without_blocks_is_refused():
     with pytest.raises(ConfigError, match=r"train\.activation_checkpointing: Linear has no repeated blocks"):
-        recompute_activations(nn.Linear(3, 2))
+        apply_activation_checkpointing(nn.Linear(3, 2))
 
 
-def test_statistics_are_left_alone_inside_and_move_outside():
+def test_running_statistics_change_only_outside_of_frozen_running_statistics():
     norm = nn.BatchNorm1d(3)
     x = torch.randn(8, 3) + 4
-    with untouched_statistics(norm):
+    with frozen_running_statistics(norm):
         inside = norm(x)
     assert int(norm.num_batches_tracked) == 0
     assert torch.equal(norm(x), inside)

@@ -1,4 +1,4 @@
-"""Every encoder by name: published sizes, one training step on real images, and sizes it cannot take."""
+"""Every encoder by name: published sizes, a training step on real images, and image sizes that it refuses."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from hpc_supcon.data import Batch, load_splits
 from hpc_supcon.distributed.collectives import world_size
 from hpc_supcon.distributed.launch import Launch, Runtime
 from hpc_supcon.errors import ConfigError
-from hpc_supcon.models import build_encoder, synchronize_batchnorm
+from hpc_supcon.models import build_encoder, build_model, synchronize_batchnorm
 from hpc_supcon.training import assemble
 from hpc_supcon.training.step import train_step
 
@@ -35,7 +35,7 @@ PUBLISHED = {
     "inception_resnet_v2": (55_843_464, 1536),
     "vgg16_bn": (138_365_992, 4096),
 }
-LEAST = {"inception_v3": 75, "inception_resnet_v2": 75, "vgg16_bn": 32, "vgg16_bn_embed": 32}
+SMALLEST = {"inception_v3": 75, "inception_resnet_v2": 75, "vgg16_bn": 32, "vgg16_bn_embed": 32}
 EVERY = [*PUBLISHED, "conv", "resnet9", "resnet9_small", "vgg16_bn_embed", "vit_tiny_patch16_224", "efficientnet_b0"]
 
 
@@ -53,8 +53,8 @@ def shapes(module):
 
 
 @pytest.mark.parametrize("name", EVERY)
-def test_every_encoder_takes_a_training_step_and_an_evaluation_on_real_digits(name):
-    size = LEAST.get(name, 16)
+def test_every_encoder_does_a_training_step_and_an_evaluation_on_real_digits(name):
+    size = SMALLEST.get(name, 16)
     config = cfg.load_config(
         "default",
         [f"model.encoder={name}", f"model.input_size={size}", "data.batch_size=4", "model.projection_hidden=16",
@@ -63,7 +63,7 @@ def test_every_encoder_takes_a_training_step_and_an_evaluation_on_real_digits(na
     )  # fmt: skip
     splits, runtime = digits(), Runtime(Launch(rank=0, world_size=1), torch.device("cpu"))
     description = assemble.describe_model(config, splits)
-    model, views = assemble.build_model(description), assemble.build_views(config, description, runtime)
+    model, views = build_model(description), assemble.build_views(config, description, runtime)
     state = assemble.build_state(config, model, assemble.build_objective(config, views), views, runtime)
     before = {k: v.clone() for k, v in model.encoder.named_parameters()}
     index = torch.arange(4)
@@ -81,7 +81,7 @@ def test_every_encoder_takes_a_training_step_and_an_evaluation_on_real_digits(na
 
 
 @pytest.mark.parametrize("name", PUBLISHED)
-def test_parameters_are_the_published_ones_and_names_are_timms(name):
+def test_numbers_of_parameters_are_the_published_ones_and_names_are_timms(name):
     published, width = PUBLISHED[name]
     size = 299 if "inception" in name else 224
     with torch.device("meta"):
@@ -109,7 +109,7 @@ def test_with_out_dim_names_and_shapes_are_those_of_timms_classifier(name):
     assert all(any(key.startswith(f"{layer}.") for key in shapes(ours)) for layer in ours.output_layers)
 
 
-def test_the_vgg_embedding_has_the_stated_parameters():
+def test_vgg16_bn_embed_has_the_documented_number_of_parameters():
     assert count(build_encoder("vgg16_bn_embed")) == 16_328_832
     assert build_encoder("vgg16_bn_embed").feature_dim == 64
     # 25,088 x 32 weights and 32 biases fewer
@@ -127,7 +127,7 @@ def test_the_vgg_embedding_has_the_stated_parameters():
     ],
 )
 @pytest.mark.parametrize("stem", ["small", "standard"])
-def test_the_small_stem_keeps_the_resolution_and_the_standard_one_quarters_it(name, first, stem):
+def test_the_small_stem_keeps_the_resolution_and_the_standard_one_divides_it_by_4(name, first, stem):
     sides = []
     with torch.device("meta"):
         encoder = build_encoder(name, image_size=64, stem=stem).eval()
@@ -138,7 +138,7 @@ def test_the_small_stem_keeps_the_resolution_and_the_standard_one_quarters_it(na
     assert (encoder.stem_kind, sides) == (stem, [64 if stem == "small" else 16])
 
 
-def test_the_automatic_stem_goes_by_the_size_the_encoder_sees():
+def test_the_automatic_stem_depends_on_the_input_size_of_the_encoder():
     with torch.device("meta"):
         assert build_encoder("densenet121", image_size=32).stem_kind == "small"
         assert build_encoder("densenet121", image_size=32, input_size=128).stem_kind == "standard"
@@ -146,17 +146,17 @@ def test_the_automatic_stem_goes_by_the_size_the_encoder_sees():
 
 
 @pytest.mark.parametrize("name", ["vgg16_bn", "inception_v3", "convnext_atto", "vit_tiny_patch16_224"])
-def test_a_stem_asked_of_an_encoder_with_only_its_own_is_an_error(name):
+def test_an_encoder_with_only_one_stem_refuses_another(name):
     with torch.device("meta"), pytest.raises(ConfigError, match=f"{name} has only its own stem"):
         build_encoder(name, image_size=224, stem="small")
 
 
-@pytest.mark.parametrize(("name", "least"), [(k, v) for k, v in LEAST.items() if k != "inception_resnet_v2"])
-def test_the_least_size_is_named_where_one_less_does_not_work(name, least):
-    # that it works is shown by the training step above
-    message = rf"{name} cannot take images of {least - 1} px, it needs {least}: set model\.input_size={least}"
+@pytest.mark.parametrize(("name", "size"), [(k, v) for k, v in SMALLEST.items() if k != "inception_resnet_v2"])
+def test_the_error_for_small_images_names_the_smallest_size(name, size):
+    # the training step above shows that this size works
+    message = rf"{name} cannot take images of {size - 1} px, it needs {size}: set model\.input_size={size}"
     with torch.device("meta"), pytest.raises(ConfigError, match=message):
-        build_encoder(name, image_size=least - 1)
+        build_encoder(name, image_size=size - 1)
 
 
 def test_an_input_size_too_small_is_the_same_error():
@@ -164,7 +164,7 @@ def test_an_input_size_too_small_is_the_same_error():
         build_encoder("vgg16_bn", image_size=64, input_size=16)
 
 
-def test_models_made_for_one_size_are_made_for_that_of_the_images():
+def test_models_with_a_fixed_input_size_are_built_for_the_size_of_the_images():
     encoder = build_encoder("vit_tiny_patch16_224", image_size=32)
     assert encoder.pos_embed.shape[1] == 2 * 2 + 1
     assert encoder(torch.randn(2, 3, 32, 32)).shape == (2, 192)
@@ -172,7 +172,7 @@ def test_models_made_for_one_size_are_made_for_that_of_the_images():
         build_encoder("vit_tiny_patch16_224", image_size=12)
 
 
-def test_what_a_model_says_of_channels_it_cannot_take_is_a_named_error():
+def test_the_error_for_wrong_channels_has_timms_message():
     with (
         torch.device("meta"),
         pytest.warns(UserWarning, match="3-channel"),
@@ -182,7 +182,7 @@ def test_what_a_model_says_of_channels_it_cannot_take_is_a_named_error():
 
 
 @pytest.mark.parametrize("wrong", ["densenet200", "resnet18.a1_in1k", "hf-hub:a/b", "local-dir:/tmp/x", ""])
-def test_unknown_names_and_addresses_are_errors(wrong):
+def test_unknown_names_and_addresses_are_refused(wrong):
     with pytest.raises(ConfigError, match="unknown encoder"):
         build_encoder(wrong)
     if wrong == "densenet200":
@@ -191,7 +191,7 @@ def test_unknown_names_and_addresses_are_errors(wrong):
 
 
 @pytest.mark.parametrize(("image_size", "input_size"), [(28, 40), (33, 32), (40, 17), (32, 32)])
-def test_the_resized_encoder_is_the_encoder_of_resized_images(image_size, input_size):
+def test_an_encoder_with_an_input_size_gives_the_features_of_resized_images(image_size, input_size):
     resized = build_encoder("resnet9_small", image_size=image_size, input_size=input_size).eval()
     plain = build_encoder("resnet9_small", image_size=input_size).eval()
     plain.load_state_dict(resized.state_dict())
@@ -213,14 +213,14 @@ def test_resizing_works_in_bf16_and_keeps_the_memory_layout():
     assert all(t.shape[-1] == 20 and t.is_contiguous(memory_format=torch.channels_last) for t in seen)
 
 
-def test_the_checkpoint_description_rebuilds_the_resized_encoder():
+def test_an_encoder_with_an_input_size_is_rebuilt_from_the_description_in_a_checkpoint():
     config = cfg.load_config("default", ["model.encoder=resnet18", "model.input_size=80"])
     description = assemble.describe_model(config, digits())
     assert description["encoder"]["input_size"] == 80
-    encoder = assemble.build_model(description).encoder
+    encoder = build_model(description).encoder
     assert encoder.stem_kind == "standard"
     del description["encoder"]["input_size"]  # a checkpoint from before there was such a setting
-    assert assemble.build_model(description).encoder.stem_kind == "small"
+    assert build_model(description).encoder.stem_kind == "small"
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -35,13 +35,13 @@ def test_out_dim_sets_the_size_of_the_features(name):
     [("conv", 864 + 18_432 + 73_728 + 448 + 262_272), ("resnet18", 11_176_512), ("resnet50", 23_508_032)],
 )
 def test_parameter_counts_are_the_published_ones(name, parameters):
-    # torchvision's 11,689,512 and 25,557,032 less their classifiers (513,000 and 2,049,000)
+    # torchvision's 11,689,512 and 25,557,032, minus their classifiers (513,000 and 2,049,000)
     size = 32 if name == "conv" else 224
     assert sum(p.numel() for p in build_encoder(name, image_size=size).parameters()) == parameters
 
 
 @pytest.mark.parametrize(("size", "stem"), [(32, "small"), (64, "small"), (65, "standard"), (224, "standard")])
-def test_the_automatic_stem_goes_by_image_size(size, stem):
+def test_the_automatic_stem_depends_on_the_image_size(size, stem):
     encoder = build_encoder("resnet18", image_size=size)
     assert encoder.stem_kind == stem
     assert encoder.conv1.kernel_size == ((3, 3) if stem == "small" else (7, 7))
@@ -56,12 +56,12 @@ def test_the_small_stem_keeps_the_resolution():
     assert maps == [32]
 
 
-def test_the_standard_resnet_is_timms():
+def test_the_standard_resnet_has_timms_state_dict():
     ours, theirs = build_encoder("resnet18", image_size=224), timm.create_model("resnet18", num_classes=0)
     assert list(ours.state_dict()) == list(theirs.state_dict())
 
 
-def test_wrong_names_are_errors_that_list_the_right_ones():
+def test_errors_for_wrong_names_list_the_right_ones():
     with pytest.raises(ConfigError, match=r"'resnet81'; did you mean 'resnet18' or .*\? known: conv, .* timm"):
         build_encoder("resnet81")
     with pytest.raises(ConfigError, match="unknown stem 'big'"):
@@ -103,8 +103,8 @@ def test_no_pixel_of_an_autoencoder_stays_white_on_a_black_background():
     images = -torch.ones(32, 1, 28, 28)
     images[:, :, 10:18, 10:18] = torch.rand(32, 1, 8, 8) * 2 - 1
     for _ in range(50):
-        given_back = model(images)
+        output = model(images)
         optimizer.zero_grad()
-        (given_back - images).square().mean().backward()
+        (output - images).square().mean().backward()
         optimizer.step()
-    assert given_back[:, :, :8].max() < 0.0
+    assert output[:, :, :8].max() < 0.0

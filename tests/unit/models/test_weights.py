@@ -1,4 +1,4 @@
-"""Weights of other projects: their names and containers, what is refused, and what nothing may execute."""
+"""Weight files of other projects: their names and containers, what is refused, and that no code is executed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hpc_supcon.models import build_encoder, load_weights
 
 
 def randomized(module):
-    """BatchNorm's statistics and every parameter moved at random: a swap of two tensors then shows."""
+    """Change BatchNorm's statistics and all parameters at random, so that swapped tensors give another output."""
     with torch.no_grad():
         for name, value in module.state_dict().items():
             if value.is_floating_point():
@@ -87,7 +87,7 @@ FORMATS = {
 @pytest.mark.parametrize(
     ("name", "suffix"), [*((name, ".pt") for name in FORMATS), ("moco", ".pth.tar"), ("timm", ".ckpt")]
 )
-def test_resnet18_of_every_project_gives_its_own_features(tmp_path, resnet18, name, suffix):
+def test_a_resnet18_of_every_project_gives_the_same_features(tmp_path, resnet18, name, suffix):
     state, want, x = resnet18
     content = FORMATS[name](state)
     torch.save(content, tmp_path / f"w{suffix}", _use_new_zipfile_serialization=suffix != ".pth.tar")
@@ -130,7 +130,7 @@ def test_safetensors_of_timm_with_another_classifier(tmp_path, resnet18):
 
 
 @pytest.mark.parametrize("published", [False, True])
-def test_torchvisions_densenet_under_both_of_its_namings(tmp_path, published):
+def test_a_densenet_of_torchvision_with_both_of_its_namings(tmp_path, published):
     theirs = randomized(torchvision.models.densenet121())
     state = theirs.state_dict()
     if published:  # the files of its model zoo say norm.1 where the module says norm1
@@ -144,7 +144,7 @@ def test_torchvisions_densenet_under_both_of_its_namings(tmp_path, published):
         torch.testing.assert_close(encoder.eval()(x), headless(theirs, "classifier")(x), rtol=1e-4, atol=1e-4)
 
 
-def torchvisions_vgg(plan, side, width):
+def torchvision_vgg(plan, side, width):
     """torchvision's VGG with narrow linear layers: its own have 100 million parameters."""
     vgg = torchvision.models.vgg
     with torch.device("meta"):
@@ -156,8 +156,8 @@ def torchvisions_vgg(plan, side, width):
     return randomized(network), torch.randn(2, 3, side, side)
 
 
-def test_torchvisions_vgg_in_the_embedding(tmp_path):
-    theirs, x = torchvisions_vgg(torchvision.models.vgg.cfgs["D"], 32, 16)
+def test_a_vgg_of_torchvision_loads_into_vgg16_bn_embed(tmp_path):
+    theirs, x = torchvision_vgg(torchvision.models.vgg.cfgs["D"], 32, 16)
     torch.save(theirs.state_dict(), tmp_path / "w.pth")
     embed = build_encoder("vgg16_bn_embed").eval()
     result = load_weights(embed, tmp_path / "w.pth")
@@ -170,9 +170,9 @@ def test_torchvisions_vgg_in_the_embedding(tmp_path):
         torch.testing.assert_close(embed(x), want, rtol=1e-4, atol=1e-4)
 
 
-def test_torchvisions_linear_layers_are_timms_convolutions(tmp_path):
+def test_linear_layers_of_torchvisions_vgg_load_into_timms_convolutions(tmp_path):
     plan = [8, "M", 16, "M"]
-    theirs, x = torchvisions_vgg(plan, 28, 4096)  # timm's width is fixed
+    theirs, x = torchvision_vgg(plan, 28, 4096)  # timm's width is fixed
     torch.save(theirs.state_dict(), tmp_path / "w.pth")
     ours = timm.models.VGG(plan, num_classes=0, norm_layer=nn.BatchNorm2d).eval()
     assert load_weights(ours, tmp_path / "w.pth").unexpected == ["classifier.6.weight", "classifier.6.bias"]
@@ -213,7 +213,7 @@ def refused(encoder, content, path, *parts, error=ConfigError):
     assert all(torch.equal(v, before[k]) for k, v in encoder.state_dict().items())
 
 
-def test_the_other_stem_is_named_with_the_setting_to_change(tmp_path, resnet18):
+def test_the_error_for_the_other_stem_names_the_setting_to_change(tmp_path, resnet18):
     refused(
         build_encoder("resnet18"), resnet18[0], tmp_path / "w.pt",
         "conv1.weight is [64, 3, 7, 7], not [64, 3, 3, 3]", "model.stem=standard",
@@ -222,7 +222,7 @@ def test_the_other_stem_is_named_with_the_setting_to_change(tmp_path, resnet18):
     refused(build_encoder("resnet18", stem="standard"), small, tmp_path / "w.pt", "model.stem=small")
 
 
-def test_weights_for_other_channels_are_named_with_the_setting_to_change(tmp_path, resnet18):
+def test_the_error_for_other_channels_names_the_setting_to_change(tmp_path, resnet18):
     encoder = build_encoder("resnet18", stem="standard", in_channels=1)
     refused(encoder, resnet18[0], tmp_path / "w.pt", "[64, 3, 7, 7], not [64, 1, 7, 7]", "data.channels=3")
 
@@ -230,7 +230,7 @@ def test_weights_for_other_channels_are_named_with_the_setting_to_change(tmp_pat
 @pytest.mark.parametrize(
     ("other", "ours", "part"),
     [
-        ("resnet34", "resnet18", "96 of the file's tensors have no place in the encoder: layer1.2.conv1.weight [64,"),
+        ("resnet34", "resnet18", "96 of the file's tensors do not exist in the encoder: layer1.2.conv1.weight [64,"),
         ("resnet18", "resnet34", "80 tensors are missing: layer1.2.conv1.weight, "),
         ("resnet50", "resnet18", "weights of another architecture"),
         ("vit_tiny_patch16_224", "resnet18", "the file has cls_token [1, 1, 192]"),
@@ -243,7 +243,7 @@ def test_another_architecture_is_refused(tmp_path, other, ours, part):
     refused(build_encoder(ours, image_size=224), state, tmp_path / "w.pt", part)
 
 
-def test_all_that_is_missing_is_listed(tmp_path, resnet18):
+def test_all_missing_tensors_are_listed(tmp_path, resnet18):
     gone = ["layer2.0.bn1.running_mean", "layer3.1.conv2.weight", "layer4.0.downsample.0.weight"]
     state = {k: v for k, v in resnet18[0].items() if k not in gone}
     refused(
@@ -255,7 +255,7 @@ def test_all_that_is_missing_is_listed(tmp_path, resnet18):
 
 
 class Payload:
-    """Unpickled, it makes a file."""
+    """Makes a folder when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -277,12 +277,12 @@ def test_a_file_that_needs_code_execution_is_refused_and_executes_nothing(tmp_pa
         load_weights(build_encoder("resnet18", stem="standard"), path)
     assert writer == "pickle" or "posix.mkdir" in str(caught.value)
     assert not trap.exists()
-    # the trap would have worked
+    # the payload works when it is unpickled
     pickle.loads(pickle.dumps(Payload(trap)))
     assert trap.exists()
 
 
-def test_a_whole_pickled_module_is_refused_by_name(tmp_path):
+def test_a_pickled_module_is_refused_with_its_class_named(tmp_path):
     refused(
         build_encoder("resnet9_small"), nn.Linear(2, 2), tmp_path / "w.pt", "torch.nn.modules.linear.Linear",
         error=UnsafeWeights,
@@ -291,7 +291,7 @@ def test_a_whole_pickled_module_is_refused_by_name(tmp_path):
 
 @pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
 @pytest.mark.parametrize("damage", ["empty", "garbage", "cut", "folder", "gone"])
-def test_damaged_files_are_named_errors(tmp_path, suffix, damage):
+def test_damaged_files_are_refused(tmp_path, suffix, damage):
     encoder, path = build_encoder("resnet9_small"), tmp_path / f"w{suffix}"
     if damage == "cut":
         save = torch.save if suffix == ".pt" else safetensors.torch.save_file
@@ -324,7 +324,7 @@ def command(*arguments):
     return stopped.value.code or 0
 
 
-def test_a_run_begins_with_the_weights_logs_them_and_resumes_without_the_file(tmp_path, capsys):
+def test_a_run_starts_from_the_weights_logs_them_and_resumes_without_the_file(tmp_path, capsys):
     source = randomized(build_encoder("conv", in_channels=1, image_size=8))
     path, run_dir = tmp_path / "w.safetensors", tmp_path / "r"
     safetensors.torch.save_file({**source.state_dict(), "fc.weight": torch.ones(2)}, path)
@@ -338,19 +338,23 @@ def test_a_run_begins_with_the_weights_logs_them_and_resumes_without_the_file(tm
     ]
     assert command(*arguments) == 0
     events = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    (said,) = [e for e in events if e["event"] == "weights"]
-    assert said["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert (said["missing"], said["unexpected"], len(said["loaded"])) == ([], ["fc.weight"], len(source.state_dict()))
+    (event,) = [e for e in events if e["event"] == "weights"]
+    assert event["sha256"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert (event["missing"], event["unexpected"], len(event["loaded"])) == (
+        [],
+        ["fc.weight"],
+        len(source.state_dict()),
+    )
     assert f"weights: {len(source.state_dict())} tensors from {path}" in capsys.readouterr().err
     saved = safetensors.torch.load_file(sorted(run_dir.glob("checkpoints/step-*"))[-1] / "model.safetensors")
-    for name, p in source.named_parameters():  # the learning rate moves nothing that shows
+    for name, p in source.named_parameters():  # the learning rate is too small to change them
         torch.testing.assert_close(saved[f"encoder.{name}"], p.detach(), rtol=0, atol=1e-6)
     path.unlink()
     assert command(*arguments, "--resume") == 0
     assert command(*arguments, f"run_dir={tmp_path}/other") == 2
 
 
-def test_wrong_weights_end_with_exit_code_2_before_the_run_folder_is_made(tmp_path, capsys):
+def test_weights_of_another_architecture_exit_with_2_before_the_run_folder_is_made(tmp_path, capsys):
     torch.save({"a": torch.ones(2)}, tmp_path / "w.pt")
     assert command("pretrain", "default", *FAST, f"model.weights={tmp_path}/w.pt", f"run_dir={tmp_path}/r") == 2
     assert "another architecture" in capsys.readouterr().err

@@ -235,20 +235,20 @@ def refuse(monkeypatch, names):
         monkeypatch.setattr(torch.Tensor, name, wait)
 
 
-class FakeTiles:
+class FakeTiledBackend:
     """A backend without arithmetic, for a device without data; the real ones are CUDA kernels there."""
 
-    def __init__(self, edge):
+    def __init__(self, tile_size):
         pass
 
-    def row_sums(self, columns, kappa):
+    def row_sums(self, gathered, temperature):
         from hpc_supcon.losses.autograd import RowSums
 
-        n = columns.u.new_empty(5, columns.own.stop - columns.own.start)
-        return RowSums(n[0], n[1], n[2], *([None, None] if kappa is None else [n[3], n[4]]))
+        n = gathered.u.new_empty(5, gathered.own.stop - gathered.own.start)
+        return RowSums(n[0], n[1], n[2], *([None, None] if temperature is None else [n[3], n[4]]))
 
-    def row_gradients(self, columns, coefficients, kappa):
-        return torch.empty_like(columns.u[columns.own])
+    def row_gradients(self, gathered, weights_M4, temperature):
+        return torch.empty_like(gathered.u[gathered.own])
 
 
 @pytest.mark.parametrize("backend", ["reference", "tiled"])
@@ -268,7 +268,7 @@ def test_a_step_never_waits_for_its_device_but_in_the_guard(monkeypatch, overrid
     """On a device whose tensors have no values: whatever reads one fails, as does every copy to the host."""
     from hpc_supcon.losses import torch_tiled
 
-    monkeypatch.setattr(torch_tiled, "Tiles", FakeTiles)
+    monkeypatch.setattr(torch_tiled, "TorchTiledBackend", FakeTiledBackend)
     monkeypatch.setattr(torch, "autocast", lambda *a, **k: nullcontext())  # it does not know such a device
     meta = torch.device("meta")
     state, batches = build(0, 1, [*overrides, f"loss.backend={backend}"], runtime=Runtime(Launch(), meta))

@@ -1,0 +1,66 @@
+"""The losses by name: how each is built, which output of the model it reads, and what it needs of a batch."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Literal
+
+from torch import nn
+
+from ..errors import ConfigError, unknown_name
+from .contrastive import SimCLRLoss, SupConLoss, TCLLoss
+from .pointwise import CrossEntropyLoss, CrossEntropyMAELoss, ReconstructionLoss
+from .triplet import TripletLoss
+
+Head = Literal["projection", "features", "classifier", "decoder"]
+"""Outputs of a pre-training model: embeddings of unit length, the encoder's features, logits, images in -1..1."""
+
+
+@dataclass(frozen=True)
+class LossSpec:
+    """One entry of LOSSES."""
+
+    factory: Callable[..., nn.Module]
+    """The loss's class, or a partial of it. Its keyword arguments are the settings that the loss takes."""
+    head: Head
+    """The output of the model that the loss reads."""
+    contrastive: bool = False
+    """Made of `pairwise_stats`: compares the embeddings of all ranks and accepts a queue of past embeddings."""
+    needs_pairs: bool = False
+    """An image needs a second view, or another image of its class in the batch."""
+
+    @property
+    def pairwise(self) -> bool:
+        """Whether the loss compares images with each other; the others (pointwise) average over single images."""
+        return self.head in ("projection", "features")
+
+    @property
+    def parameters(self) -> tuple[str, ...]:
+        """The names of the factory's keyword arguments, without those that a partial already sets."""
+        preset = self.factory.keywords if isinstance(self.factory, partial) else {}
+        found = inspect.signature(self.factory).parameters.values()
+        named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
+        return tuple(p.name for p in found if p.kind in named and p.name not in preset)
+
+
+# `loss.name` -> spec. A new loss is one entry here, one name in the schema of `loss.name` and its own module.
+LOSSES: dict[str, LossSpec] = {
+    "supcon_out": LossSpec(partial[Any](SupConLoss, form="out"), "projection", contrastive=True, needs_pairs=True),
+    "supcon_in": LossSpec(partial[Any](SupConLoss, form="in"), "projection", contrastive=True, needs_pairs=True),
+    "tcl": LossSpec(TCLLoss, "projection", contrastive=True, needs_pairs=True),
+    "simclr": LossSpec(SimCLRLoss, "projection", contrastive=True),
+    "triplet": LossSpec(TripletLoss, "features", needs_pairs=True),
+    "cross_entropy": LossSpec(CrossEntropyLoss, "classifier"),
+    "cross_entropy_mae": LossSpec(CrossEntropyMAELoss, "classifier"),
+    "reconstruction": LossSpec(ReconstructionLoss, "decoder"),
+}
+
+
+def loss_spec(name: str) -> LossSpec:
+    """The entry of LOSSES. Raises ConfigError, with the list of names, for a loss that does not exist."""
+    if name not in LOSSES:
+        raise ConfigError("loss.name: " + unknown_name("loss", name, LOSSES))
+    return LOSSES[name]

@@ -1,0 +1,51 @@
+"""The model that pre-training optimizes (an encoder with named heads), and how it is built from a description."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, cast
+
+from torch import Tensor, nn
+
+from .encoders import build_encoder
+from .heads import Projection, build_decoder
+
+
+class PretrainingModel(nn.Module):
+    """An encoder with named heads: views [B, V, C, H, W] -> {head: its output [B, V, ...]}."""
+
+    encoder: nn.Module
+
+    def __init__(self, encoder: nn.Module, heads: Mapping[str, nn.Module]) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.heads = nn.ModuleDict(heads)
+
+    def forward(self, views: Tensor) -> dict[str, Tensor]:
+        # All views in one forward pass, so that BatchNorm computes one set of statistics over all of them.
+        features = self.encoder(views.flatten(0, 1))
+        return {name: head(features).unflatten(0, views.shape[:2]) for name, head in self.heads.items()}
+
+
+def build_model(description: Mapping[str, Any]) -> PretrainingModel:
+    """A model whose weights are initialized from the global random generator. Raises ConfigError.
+
+    `description` is what a checkpoint stores about its model: `encoder` (arguments of `build_encoder`), `heads`
+    (their names), `projection` (`hidden` and `out_dim`) and `classes` (their names).
+    """
+    encoder = build_encoder(**description["encoder"])
+    width = cast(int, encoder.feature_dim)
+    return PretrainingModel(encoder, {head: build_head(head, description, width) for head in description["heads"]})
+
+
+def build_head(name: str, description: Mapping[str, Any], feature_dim: int) -> nn.Module:
+    """One head of `build_model`: "projection", "features" (the identity), "classifier" or "decoder"."""
+    if name == "projection":
+        return Projection(feature_dim, **description["projection"])
+    if name == "features":
+        return nn.Identity()
+    if name == "classifier":
+        return nn.Linear(feature_dim, len(description["classes"]))
+    assert name == "decoder"
+    encoder = description["encoder"]
+    return build_decoder(encoder["name"], feature_dim, encoder["in_channels"], encoder["image_size"])
