@@ -1,8 +1,9 @@
-"""Files that are complete or absent, and folders that are their owner's alone."""
+"""Atomic writing of files, and folders that only their owner can access."""
 
 from __future__ import annotations
 
 import os
+import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,10 +13,10 @@ from .errors import OutputError, RunFolderError
 
 
 def write_atomically(path: Path, content: str | bytes, *, durable: bool = True) -> None:
-    """Replace `path` by a file with this content (text as UTF-8). Raises OSError; `path` is then as it was.
+    """Replace `path` by a file with this content (text as UTF-8). Raises OSError; `path` is then unchanged.
 
-    durable: survives a power cut once this returns, for some milliseconds of waiting; False for files that can be
-    made again.
+    durable: the file survives a power failure once this returns, which takes some milliseconds; False for files that
+    can be written again.
     """
     payload = content.encode() if isinstance(content, str) else content
     with atomic_path(path, durable=durable) as partial:
@@ -24,11 +25,13 @@ def write_atomically(path: Path, content: str | bytes, *, durable: bool = True) 
 
 @contextmanager
 def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
-    """A path beside `path` to write to: renamed to it when the block ends normally, otherwise removed.
+    """A temporary path beside `path` to write to: renamed to `path` after the block, or removed where that raises.
 
-    durable: as for `write_atomically`. Raises OSError.
+    `path` is the old file or the new one at every moment, also for other threads, processes and machines that read
+    or write it. durable: as for `write_atomically`. Raises OSError.
     """
-    partial = path.with_name(f".{path.name}.partial-{os.getpid()}")
+    # random, not the process id: on a shared file system, writers on two machines may have the same one
+    partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
     try:
         yield partial
         if durable:
@@ -41,7 +44,7 @@ def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
 
 def sync_folder(path: Path) -> None:
-    """Flush a folder's own entries: a rename survives a power cut only after this. Raises OSError."""
+    """Flush the entries of a folder: a rename survives a power failure only after this. Raises OSError."""
     _sync(path)
 
 
@@ -54,7 +57,7 @@ def _sync(path: Path) -> None:
 
 
 def check_output(path: Path, *, force: bool) -> None:
-    """Raise OutputError unless `path` may be written: before the work, not after it."""
+    """Raise OutputError unless the file `path` can be created, or replaced with `force`; call it before the work."""
     if path.is_dir():
         raise OutputError(f"{path} is a folder; give a file name with -o")
     if path.exists() and not force:
@@ -65,7 +68,7 @@ def check_output(path: Path, *, force: bool) -> None:
 
 @contextmanager
 def output_file(path: Path, *, force: bool) -> Iterator[Path]:
-    """`atomic_path` for a file that the user named. Raises OutputError, also for an OSError of the block."""
+    """`atomic_path` for a file that the user named. Raises OutputError, also for an OSError in the block."""
     check_output(path, force=force)
     try:
         with atomic_path(path) as partial:
@@ -75,23 +78,23 @@ def output_file(path: Path, *, force: bool) -> Iterator[Path]:
 
 
 def private_folder(path: Path) -> Path:
-    """`path`, a folder that only its owner may read or write (0700), made where it is missing.
+    """Create the folder `path` for its owner alone (mode 0700) unless it exists; returns `path`.
 
-    For what is executed when it is read back, such as the pickles of a job launcher. Raises RunFolderError when it
-    belongs to somebody else, is a link, or others may write in it: what lies there could be theirs.
+    For files that are executed when they are read back, such as the pickles of a job launcher. Raises
+    RunFolderError when it is a link, belongs to another user, or others can write there: the files could be theirs.
     """
     try:
         path.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = path.lstat()
     except OSError as error:
-        raise RunFolderError(f"{path}: cannot be made: {error.strerror}") from None
+        raise RunFolderError(f"{path}: cannot be created: {error.strerror}") from None
     if not stat.S_ISDIR(found.st_mode):
-        raise RunFolderError(f"{path}: is not a folder, or a link to one; remove it, or choose another folder")
+        raise RunFolderError(f"{path}: is a link or not a folder; remove it, or choose another folder")
     if found.st_uid != os.geteuid():
         raise RunFolderError(f"{path}: belongs to user {found.st_uid}, who could put code there; choose another")
     if found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
         raise RunFolderError(
-            f"{path}: others may write there (mode {stat.S_IMODE(found.st_mode):o}), and what is there is executed; "
-            "look through it, then chmod 700, or choose another folder"
+            f"{path}: others can write there (mode {stat.S_IMODE(found.st_mode):o}), and its files are executed; "
+            "check them, then chmod 700, or choose another folder"
         )
     return path

@@ -29,9 +29,18 @@ from torchvision import datasets
 from torchvision.transforms import v2
 
 from ..allocator import keep_freed_memory
-from ..data import ArraySource, CropOptions, LoaderOptions, Source, TrainOrder, Views, build_loader, convert_splits
-from ..data.sources.beton import open_beton
-from ..data.sources.folder import open_folder
+from ..data import (
+    ArraySource,
+    CropOptions,
+    LoaderOptions,
+    Source,
+    TrainOrder,
+    Views,
+    build_loader,
+    convert_splits,
+    open_beton,
+    open_source,
+)
 from ..errors import ConfigError, MissingExtra
 from .common import machine
 
@@ -203,9 +212,9 @@ def measure(
 
 def _sources(folder: Path, beton: Path, size: int) -> dict[str, Source]:
     """What each loader reads: files, the same as a .beton, the same in memory (small images only)."""
-    opened = open_folder(folder, image_size=size or None, channels=None)
-    train = opened[0]
-    convert_splits("image_folder", opened, beton)
+    splits = open_source("image_folder", folder, image_size=size or None)
+    train = splits.train
+    convert_splits("image_folder", splits, beton)
     in_beton = open_beton(beton.with_name(f"{beton.stem}.train.beton"), image_size=size or None)
     sources: dict[str, Source] = {"torch": train, "dali": train, "ffcv": in_beton, "ffcv-decode-twice": in_beton}
     if not size:

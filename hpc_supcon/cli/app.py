@@ -159,10 +159,10 @@ def convert_command(
     is_folder = "/" in data or Path(data).is_dir()
     name = "image_folder" if is_folder else data
     # a .beton takes mixed sizes: image_size=1 keeps them from being checked, and nothing is resized to it
-    opened = open_source(name, data if is_folder else root, download=download, image_size=1 if is_folder else None)
+    splits = open_source(name, data if is_folder else root, download=download, image_size=1 if is_folder else None)
     with progress_bars() as tell:
         manifests = convert_splits(
-            name, opened, out, progress=tell, max_size=max_size, jpeg_quality=jpeg_quality, raw_fraction=raw_fraction
+            name, splits, out, progress=tell, max_size=max_size, jpeg_quality=jpeg_quality, raw_fraction=raw_fraction
         )
     for split, manifest in manifests.items():
         sys.stdout.write(f"{split}: {manifest['samples']} images, {manifest['bytes']:,} bytes\n")

@@ -1,6 +1,6 @@
 """Data: sources (name -> images and labels), order (pure permutation), loaders and views (augmentation)."""
 
-from .loaders import LOADERS, CropOptions, LoaderOptions, build_loader, choose, replaced_everywhere
+from .loaders import LOADERS, CropOptions, LoaderOptions, build_loader, choose_loader, replaced_on_all_ranks
 from .loaders.base import Batch, Loader
 from .order import EvalOrder, Order, TrainOrder
 from .samplers import SAMPLERS, ClassBalanced, LongTailAware, build_order
@@ -36,12 +36,12 @@ __all__ = [
     "build_loader",
     "build_order",
     "channel_statistics",
-    "choose",
+    "choose_loader",
     "convert_splits",
     "load_splits",
     "normalization_of",
     "open_beton",
     "open_source",
-    "replaced_everywhere",
+    "replaced_on_all_ranks",
     "stratified_split",
 ]

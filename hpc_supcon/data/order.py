@@ -1,7 +1,7 @@
 """Which images each rank sees at each step: pure functions of (seed, epoch, rank, world_size).
 
-No state and no communication, so that a resumed run, another loader or another number of ranks serves the
-same global batches.
+No state and no communication, so that a resumed run, another loader or another number of ranks gets the same
+global batches.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from ..errors import ConfigError, DataError
 
 
 class Order(Protocol):
-    """The order of a loader. `n` images; steps are indexed with [], counted with len()."""
+    """The order in which a loader goes through a source."""
 
     @property
     def n(self) -> int:
-        """Images of the source."""
+        """Number of images in the source."""
         ...
 
     def epoch(self, seed: int, epoch: int, rank: int, world_size: int) -> Tensor | list[Tensor]:
@@ -29,7 +29,7 @@ class Order(Protocol):
         ...
 
     def steps(self, rank: int, world_size: int) -> int:
-        """How many steps `epoch` has for this rank."""
+        """The number of steps of this rank in one epoch."""
         ...
 
 
@@ -44,19 +44,25 @@ def check_batch_size(batch_size: int, n: int) -> None:
         )
 
 
-def check_shares(batch_size: int, rank: int, world_size: int) -> None:
-    """Raise ConfigError when the global batch cannot be shared equally."""
+def check_ranks_divide(batch_size: int, rank: int, world_size: int) -> None:
+    """Raise ConfigError when the global batch cannot be divided equally among the ranks."""
     assert 0 <= rank < world_size
     if batch_size % world_size:
         below = batch_size // world_size * world_size
         valid = f"{below} or {below + world_size}" if below else f"{world_size}"
         raise ConfigError(
-            f"data.batch_size={batch_size} is the global batch and cannot be shared equally by "
+            f"data.batch_size={batch_size} is the global batch and cannot be divided equally among "
             f"{world_size} ranks: use {valid}"
         )
 
 
-def share_of(batches: Tensor, rank: int, world_size: int) -> Tensor:
+def training_steps(n: int, batch_size: int, rank: int, world_size: int) -> int:
+    """Steps per epoch, the same on every rank; an incomplete last batch is dropped. Raises ConfigError."""
+    check_ranks_divide(batch_size, rank, world_size)
+    return n // batch_size
+
+
+def rank_part(batches: Tensor, rank: int, world_size: int) -> Tensor:
     """This rank's part [steps, batch_size // world_size] of global batches [steps, batch_size]."""
     return batches.unflatten(1, (world_size, -1))[:, rank].contiguous()
 
@@ -66,7 +72,7 @@ class TrainOrder:
     """A new permutation of all `n` images every epoch, cut into GLOBAL batches of `batch_size` images.
 
     The incomplete last batch is dropped: padding it would duplicate images, and a duplicate is a trivial
-    positive. Over epochs every image is served, since each epoch drops others.
+    positive. Each epoch drops other images, so none is left out of training.
 
     Raises DataError when there are fewer images than one batch, ConfigError when batch_size < 1.
     """
@@ -79,30 +85,28 @@ class TrainOrder:
 
     def steps(self, rank: int, world_size: int) -> int:
         """Steps per epoch: the same on every rank. Raises ConfigError as `epoch` does."""
-        check_shares(self.batch_size, rank, world_size)
-        return self.n // self.batch_size
+        return training_steps(self.n, self.batch_size, rank, world_size)
 
     def epoch(self, seed: int, epoch: int, rank: int, world_size: int) -> Tensor:
         """int64 [steps, batch_size // world_size]: row k is this rank's part of global batch k.
 
-        Ranks in rank order, side by side, are the global batch whatever their number. `seed`, `epoch` >= 0.
-        Raises ConfigError when the global batch cannot be shared equally.
+        The parts of all ranks, concatenated in rank order, are the global batch, the same for any number of ranks.
+        `seed`, `epoch` >= 0. Raises ConfigError when the global batch cannot be divided equally.
         """
-        check_shares(self.batch_size, rank, world_size)
+        steps = self.steps(rank, world_size)
         # PCG64 seeded through SeedSequence, and Generator.permutation, are specified by NumPy;
         # torch.randperm is not promised to stay the same between releases.
         permutation = np.random.default_rng([seed, epoch]).permutation(self.n)
-        steps = self.n // self.batch_size
         batches = torch.from_numpy(permutation[: steps * self.batch_size]).view(steps, self.batch_size)
-        return share_of(batches, rank, world_size)
+        return rank_part(batches, rank, world_size)
 
 
 @dataclass(frozen=True)
 class EvalOrder:
     """Every one of `n` images exactly once over all ranks, in the source's order.
 
-    A rank gets a contiguous share, at most `batch_size` images at a time; the last batch may be shorter, and
-    with fewer images than ranks some ranks get none. All ranks in rank order concatenate to 0..n-1.
+    A rank gets a contiguous range, in batches of `batch_size` images; the last batch may be shorter, and with
+    fewer images than ranks some ranks get none. The ranges of all ranks, in rank order, concatenate to 0..n-1.
     """
 
     n: int
@@ -112,17 +116,17 @@ class EvalOrder:
         if self.batch_size < 1:
             raise ConfigError(f"the evaluation batch size must be at least 1, not {self.batch_size}")
 
-    def share(self, rank: int, world_size: int) -> tuple[int, int]:
+    def rank_range(self, rank: int, world_size: int) -> tuple[int, int]:
         """First index of this rank, and one past its last."""
         assert 0 <= rank < world_size
         return self.n * rank // world_size, self.n * (rank + 1) // world_size
 
     def steps(self, rank: int, world_size: int) -> int:
-        """Batches of this rank; ranks may differ by one, so nothing collective belongs between them."""
-        first, last = self.share(rank, world_size)
+        """Batches of this rank; ranks may differ by one, so no collective may be called for each batch."""
+        first, last = self.rank_range(rank, world_size)
         return -(-(last - first) // self.batch_size)
 
     def epoch(self, seed: int, epoch: int, rank: int, world_size: int) -> list[Tensor]:
-        """int64 [<= batch_size] per step. `seed` and `epoch` change nothing: evaluation is not shuffled."""
-        first, last = self.share(rank, world_size)
+        """int64 [<= batch_size] per step. `seed` and `epoch` have no effect: evaluation is not shuffled."""
+        first, last = self.rank_range(rank, world_size)
         return [torch.arange(i, min(i + self.batch_size, last)) for i in range(first, last, self.batch_size)]

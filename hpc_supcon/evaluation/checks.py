@@ -6,7 +6,7 @@ from typing import Any
 
 from ..config import Config
 from ..data import Splits
-from ..data.order import check_shares
+from ..data.order import check_ranks_divide
 from ..distributed.collectives import world_size
 from ..errors import ConfigError, unknown_name
 from .probes import PROBES
@@ -78,7 +78,7 @@ def _check_length(kind: str, settings: Any, splits: Splits) -> None:
                 f"probe.finetune.batch_size={settings.batch_size} but the training split has {n} images: lower it"
             )
         try:
-            check_shares(settings.batch_size, 0, world_size())
+            check_ranks_divide(settings.batch_size, 0, world_size())
         except ConfigError as error:
             raise ConfigError(str(error).replace("data.batch_size", "probe.finetune.batch_size")) from None
     if kind == "mlp" and settings.batch_norm and min(settings.batch_size, n) < 2:

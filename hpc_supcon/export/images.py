@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..data import BetonSource, Source, open_beton
-from ..data.sources.folder import IGNORED, SUFFIXES, FolderSource, Form
+from ..data.sources.folder import IGNORED, SUFFIXES, FolderSource, ImageFormat
 from ..errors import DataError
 
 AHEAD = 2
@@ -74,8 +74,8 @@ def open_pictures(paths: Sequence[Path], shape: tuple[int, int, int], classes: S
     images = sorted(files)
     if not images:
         raise DataError("no images given: name image files, folders or a .beton file")
-    form = Form(shape[0], shape[1], convert=True, resize=True, reference=images[0])
-    source = FolderSource(images, torch.zeros(len(images), dtype=torch.int64), (), form)
+    image_format = ImageFormat(shape[0], shape[1], convert=True, resize=True, reference=images[0])
+    source = FolderSource(images, torch.zeros(len(images), dtype=torch.int64), (), image_format)
     names = [path.parent.name for path in images]
     return Pictures(source, tuple(map(str, images)), _labels(names, classes), ignored)
 

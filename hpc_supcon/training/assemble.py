@@ -19,7 +19,7 @@ from ..data import (
     Splits,
     Views,
     build_order,
-    choose,
+    choose_loader,
     load_splits,
     normalization_of,
 )
@@ -73,7 +73,7 @@ def load_data(config: Config, runtime: Runtime) -> Data:
         )
     name, reason = data.loader, "as configured"
     if name == "auto":  # by free memory, which differs between nodes: rank 0's choice is everybody's
-        name, reason = gather_objects(choose(splits.train, runtime.device, training))[0]
+        name, reason = gather_objects(choose_loader(splits.train, runtime.device, training))[0]
     if name == "resident" and data.on_corrupt == "fail":
         with together():
             validation = None if splits.validation is None else _decoded(splits.validation)

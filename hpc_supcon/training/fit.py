@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..data import Batch, Loader, replaced_everywhere
+from ..data import Batch, Loader, replaced_on_all_ranks
 from ..distributed.collectives import gather_objects
 from ..distributed.watch import current
 from ..phases import phase
@@ -208,7 +208,7 @@ def _look(
 
 def _details(state: TrainState, loader: Loader, batch: Batch, result: StepResult, plan: Plan) -> dict[str, float]:
     """What only a logged step pays for. Collective."""
-    replaced = replaced_everywhere(loader, state.device)
+    replaced = replaced_on_all_ranks(loader, state.device)
     numbers: dict[str, Tensor | float] = {"replaced_images": replaced} if replaced else {}
     numbers |= {**state.engine.statistics(), **state.objective.statistics()}
     numbers |= state.objective.mean_similarity(result.outputs)

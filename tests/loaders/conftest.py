@@ -5,7 +5,7 @@ import torch
 from PIL import Image
 from torchvision.transforms import functional as TF
 
-from hpc_supcon.data.loaders.crops import crop_boxes
+from hpc_supcon.data.crop_boxes import crop_boxes
 
 from .contract import CROP, N, open_train, write_folder
 
@@ -18,17 +18,18 @@ def folder(tmp_path_factory):
 
 @pytest.fixture
 def reference_crops():
-    """Crops by torchvision, from the whole picture: uint8 [N, V, 3, S, S]."""
+    """Crops by torchvision from the whole image: uint8 [N, V, 3, S, S]."""
 
     def crops(source, epoch):
-        pictures = [source.picture(i) for i in range(len(source))]
-        sizes = torch.tensor([(p.height, p.width) for p in pictures]).numpy()
-        boxes = crop_boxes(0, epoch, torch.arange(N).numpy(), sizes[:, 0], sizes[:, 1], CROP).tolist()
+        images = [source.pil_image(i) for i in range(len(source))]
+        heights, widths = torch.tensor([(image.height, image.width) for image in images]).T.numpy()
+        ranges = {"views": CROP.views, "scale": CROP.scale, "ratio": CROP.ratio}
+        boxes = crop_boxes(0, epoch, torch.arange(N).numpy(), heights, widths, **ranges).tolist()
         size = [CROP.image_size] * 2
         return torch.stack(
             [
-                torch.stack([TF.resized_crop(TF.pil_to_tensor(p), *box, size, antialias=True) for box in image])
-                for p, image in zip(pictures, boxes, strict=True)
+                torch.stack([TF.resized_crop(TF.pil_to_tensor(image), *box, size, antialias=True) for box in own])
+                for image, own in zip(images, boxes, strict=True)
             ]
         )
 

@@ -1,4 +1,4 @@
-"""What is true of every loader: one class of claims, which each loader's test module inherits."""
+"""Claims about every loader: a class of tests that the test module of each loader inherits."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CROP = CropOptions(views=2, image_size=8)
 
 
 def save(path: Path, seed: int = 0, size: tuple[int, int] = (80, 64), mode: str = "RGB", **options: object) -> Path:
-    """A smooth random picture: what resampling filters agree on."""
+    """Save a smooth random image, for which resampling filters agree."""
     path.parent.mkdir(parents=True, exist_ok=True)
     coarse = np.random.default_rng(seed).integers(0, 256, (4, 4, 3), dtype=np.uint8)
     Image.fromarray(coarse).resize(size, Image.Resampling.BICUBIC).convert(mode).save(path, **options)
@@ -47,24 +47,24 @@ def listing(folder: str) -> list[str]:
     return sorted(path.name for path in Path(folder).iterdir())
 
 
-class Things:
-    """What this process holds that a loader could leave behind."""
+class ProcessResources:
+    """Threads, children, shared memory and open files of this process: what a loader could leave behind."""
 
     def __init__(self) -> None:
         gc.collect()
         self.threads = {t.ident for t in threading.enumerate()} | set(listing("/proc/self/task"))
         self.children = {p.pid for p in multiprocessing.active_children()}
-        # other processes have theirs too: torch's files are named after who made them
+        # other processes have some too: the names of torch's files contain the process id
         self.shared = [name for name in listing("/dev/shm") if name.startswith(f"torch_{os.getpid()}_")]
         self.mapped = Path("/proc/self/maps").read_text().count("/dev/shm")
         self.files = len(listing("/proc/self/fd"))
 
 
-def nothing_left(before: Things) -> None:
-    """Threads, processes, shared memory and open files are those of before, at once or in a moment."""
+def assert_nothing_left(before: ProcessResources) -> None:
+    """Threads, processes, shared memory and open files are those of before, now or within 5 seconds."""
     deadline = time.monotonic() + 5
     while True:
-        now = Things()
+        now = ProcessResources()
         extra = len(now.threads - before.threads)
         fewer = now.children <= before.children and now.files <= before.files and now.mapped <= before.mapped
         if extra <= 0 and fewer and now.shared == before.shared:
@@ -75,7 +75,7 @@ def nothing_left(before: Things) -> None:
 
 
 class LoaderContract:
-    """Subclasses give `name` and a fixture `source` of N images."""
+    """Subclasses define `name` and a fixture `source` of N images."""
 
     name: str
     workers = 2
@@ -88,7 +88,7 @@ class LoaderContract:
         )
 
     @pytest.mark.parametrize("world_size", [1, 2, 3])
-    def test_ranks_serve_the_orders_own_batches_and_together_the_epochs_index_list(self, source, world_size):
+    def test_ranks_load_the_batches_of_the_order_and_together_the_whole_epoch(self, source, world_size):
         order = TrainOrder(len(source), BATCH)
         per_rank = []
         for rank in range(world_size):
@@ -107,21 +107,21 @@ class LoaderContract:
                     assert (batch.images.dtype, batch.labels.dtype) == (torch.uint8, torch.int64)
             per_rank.append(epochs)
         for epoch in (0, 1):
-            served = torch.cat([b.index for epochs in per_rank for b in epochs[epoch]])
-            assert sorted(served.tolist()) == sorted(order.epoch(0, epoch, 0, 1).flatten().tolist())
+            loaded = torch.cat([b.index for epochs in per_rank for b in epochs[epoch]])
+            assert sorted(loaded.tolist()) == sorted(order.epoch(0, epoch, 0, 1).flatten().tolist())
         first, second = ([b.index.tolist() for b in epochs] for epochs in per_rank[0])
         assert first != second
 
     @pytest.mark.parametrize("world_size", [1, 2, 3])
-    def test_evaluation_serves_every_image_once(self, source, world_size):
-        served = []
+    def test_evaluation_loads_every_image_once(self, source, world_size):
+        loaded = []
         for rank in range(world_size):
             loader = self.open(source, EvalOrder(len(source), 5), rank, world_size)
-            served += [i for batch in loader.epoch(0) for i in batch.index.tolist()]
+            loaded += [i for batch in loader.epoch(0) for i in batch.index.tolist()]
             loader.close()
-        assert served == list(range(N))
+        assert loaded == list(range(N))
 
-    def test_an_image_is_the_one_its_index_names(self, source):
+    def test_images_are_those_of_the_index(self, source):
         loader = self.open(source, EvalOrder(len(source), 10))
         images = torch.cat([batch.images for batch in loader.epoch(0)])
         loader.close()
@@ -131,7 +131,7 @@ class LoaderContract:
         assert torch.equal(images, source.stack())
 
     @pytest.mark.parametrize("crop", [None, CROP])
-    def test_a_resume_at_step_k_serves_the_tail_of_the_epoch_with_the_same_pixels(self, source, crop):
+    def test_an_epoch_resumed_at_step_k_has_the_same_pixels(self, source, crop):
         loader = self.open(source, crop=crop)
         whole = list(loader.epoch(3))
         loader.close()
@@ -144,7 +144,7 @@ class LoaderContract:
             assert torch.equal(a.index, b.index)
             assert torch.equal(a.images, b.images)
 
-    def test_crops_are_two_views_of_the_image_and_differ_between_views_and_epochs(self, source):
+    def test_crops_differ_between_views_and_epochs(self, source):
         loader = self.open(source, crop=CROP)
         first, again, second = (list(loader.epoch(epoch)) for epoch in (0, 0, 1))
         loader.close()
@@ -156,8 +156,8 @@ class LoaderContract:
         assert (a[order[0]][:common] != b[order[1]][:common]).float().mean() > 0.2
         assert (a[:, 0] != a[:, 1]).float().mean() > 0.2
 
-    def test_crops_are_those_of_the_reference(self, source, reference_crops):
-        """Boxes are the same for every loader; the filters differ, by little on smooth pictures."""
+    def test_crops_are_those_of_torchvision(self, source, reference_crops):
+        """Boxes are the same for every loader; the filters differ, but little for smooth images."""
         loader = self.open(source, EvalOrder(len(source), 10), crop=CROP)
         images = torch.cat([batch.images for batch in loader.epoch(5)])
         loader.close()
@@ -165,12 +165,12 @@ class LoaderContract:
         assert difference.mean() < 6
         assert difference.flatten(1).mean(dim=1).max() < 16
 
-    def test_nothing_is_left_of_an_epoch_abandoned_half_way(self, source):
-        self.open_and_abandon(source)  # what libraries start once for all
-        before = Things()
+    def test_an_epoch_abandoned_halfway_leaves_nothing_behind(self, source):
+        self.open_and_abandon(source)  # libraries start some threads once and keep them
+        before = ProcessResources()
         for _ in range(3):
             self.open_and_abandon(source)
-        nothing_left(before)
+        assert_nothing_left(before)
 
     def open_and_abandon(self, source):
         loader = self.open(source)
@@ -185,8 +185,8 @@ class LoaderContract:
             loader.epoch(0)
 
     @pytest.mark.parametrize("crop", [None, CROP])
-    def test_memory_is_flat_over_20_epochs(self, source, crop):
-        """Of this process and its workers, with an epoch abandoned half-way now and then."""
+    def test_memory_does_not_grow_over_20_epochs(self, source, crop):
+        """Of this process and its workers; some epochs are abandoned halfway."""
         loader = self.open(source, crop=crop)
         sizes = []
         for epoch in range(24):
@@ -198,16 +198,16 @@ class LoaderContract:
         loader.close()
         assert min(sizes[2:]) - min(sizes[:2]) < 4096, sizes
 
-    def test_close_gives_everything_back_after_20_epochs(self, source):
+    def test_close_frees_everything_after_20_epochs(self, source):
         self.open_and_abandon(source)
-        before = Things()
+        before = ProcessResources()
         loader = self.open(source)
         for epoch in range(20):
             for step, _ in enumerate(loader.epoch(epoch)):
                 if epoch == 19 and step == 1:
                     break
         loader.close()
-        nothing_left(before)
+        assert_nothing_left(before)
 
     def test_a_step_that_does_not_exist_is_refused(self, source):
         loader = self.open(source)
@@ -217,7 +217,7 @@ class LoaderContract:
 
 
 def resident_kib() -> int:
-    """Memory in use by this process and all below it that is not a file's, in KiB."""
+    """Memory of this process and its descendants that belongs to no file, in KiB."""
     parents, sizes = {}, {}
     for path in Path("/proc").glob("[0-9]*/status"):
         with suppress(OSError):  # processes come and go

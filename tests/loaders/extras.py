@@ -1,4 +1,4 @@
-"""Optional packages: missing ones skip their tests loudly, or fail them where the environment demands them."""
+"""Optional packages: a missing one skips its tests with a reason, or fails them where the environment requires it."""
 
 from __future__ import annotations
 
@@ -21,4 +21,4 @@ def require(module: str, install: str, what: str = "its loader") -> None:
             pytest.fail(reason, pytrace=False)
         pytest.skip(reason, allow_module_level=True)
     finally:
-        torch.set_num_threads(threads)  # ffcv sets it when it is imported
+        torch.set_num_threads(threads)  # importing ffcv sets it

@@ -1,4 +1,4 @@
-"""The benchmark of the loaders runs and writes what it says."""
+"""The benchmark of the loaders runs and writes its table and plot."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def bench(tmp_path, *arguments):
     return stopped.value.code or 0
 
 
-def test_every_contender_is_measured_and_drawn(tmp_path, monkeypatch):
+def test_every_contender_is_measured_and_plotted(tmp_path, monkeypatch):
     from hpc_supcon.bench import loader
 
     monkeypatch.setattr(loader, "make_large_set", lambda folder: write_folder(folder, suffix="jpg", size=(64, 64)))
@@ -33,6 +33,6 @@ def test_every_contender_is_measured_and_drawn(tmp_path, monkeypatch):
         assert picture.size[0] > 300
 
 
-def test_an_unknown_contender_is_named(tmp_path, capsys):
+def test_an_unknown_contender_is_refused(tmp_path, capsys):
     assert bench(tmp_path, "--only", "webdataset") == 2
     assert "unknown contenders webdataset; known: torchvision" in capsys.readouterr().err

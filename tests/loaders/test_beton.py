@@ -1,4 +1,4 @@
-"""Claims about .beton files: what is written, and that nothing but what was written is ever read."""
+"""Claims about .beton files: what is written, and that a file which differs from it is never read."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def beton(arrays, tmp_path):
     return path
 
 
-def test_pixels_labels_and_classes_come_back(arrays, tmp_path):
+def test_pixels_labels_and_classes_are_read_back(arrays, tmp_path):
     calls = []
     manifest = convert(arrays, tmp_path / "a.beton", raw_fraction=1.0, progress=lambda *done: calls.append(done))
     source = open_beton(tmp_path / "a.beton")
@@ -48,7 +48,7 @@ def test_pixels_labels_and_classes_come_back(arrays, tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.beton", "a.beton.json"]
 
 
-def test_gray_images_come_back_gray(tmp_path):
+def test_gray_images_are_read_back_gray(tmp_path):
     digits = load_splits("digits", validation_fraction=0).test
     for fraction in (0.0, 1.0):
         convert(digits, tmp_path / "a.beton", raw_fraction=fraction)
@@ -57,14 +57,14 @@ def test_gray_images_come_back_gray(tmp_path):
         assert (source.stack().float() - digits.stack().float()).abs().mean() < (8 if fraction == 0 else 1e-9)
 
 
-def test_raw_fraction_is_the_share_of_images_kept_exactly(arrays, beton):
+def test_raw_fraction_is_the_share_of_images_stored_exactly(arrays, beton):
     source = open_beton(beton)
     exact = (source.stack() == arrays.stack()).flatten(1).all(dim=1)
     assert exact.tolist() == (source.columns["mode"] == 1).tolist()
     assert 20 < exact.sum() < 50
 
 
-def test_jpeg_files_are_copied_unless_a_quality_or_a_smaller_size_is_asked_for(tmp_path):
+def test_jpeg_files_are_copied_unless_quality_or_size_is_changed(tmp_path):
     train = open_train(write_folder(tmp_path, suffix="jpg", quality=60))
     original = train.paths[3].read_bytes()
 
@@ -72,7 +72,7 @@ def test_jpeg_files_are_copied_unless_a_quality_or_a_smaller_size_is_asked_for(t
         convert(train, tmp_path / "a.beton", **options)
         source = open_beton(tmp_path / "a.beton", image_size=12)
         ptr, size = source.columns["ptr"][3], source.columns["size"][3]
-        return source.bytes[ptr : ptr + size].tobytes(), source.picture(3).size
+        return source.bytes[ptr : ptr + size].tobytes(), source.pil_image(3).size
 
     assert stored() == (original, (80, 64))
     assert stored(max_size=80) == (original, (80, 64))
@@ -89,7 +89,7 @@ def test_images_of_mixed_sizes_need_a_size_to_be_opened(tmp_path):
     assert open_beton(tmp_path / "a.beton", image_size=7).stack().shape == (N, 3, 7, 7)
 
 
-# ---- what is not read
+# ---- files that are not read
 
 
 def refused(path, *parts, **options):
@@ -100,17 +100,17 @@ def refused(path, *parts, **options):
         assert part in str(caught.value)
 
 
-def test_a_file_that_does_not_exist_is_named(tmp_path):
+def test_a_missing_file_is_refused(tmp_path):
     refused(tmp_path / "no.beton", "does not exist")
 
 
-def test_a_file_cut_short_is_refused(beton):
+def test_a_truncated_file_is_refused(beton):
     os.truncate(beton, beton.stat().st_size - 1)
     refused(beton, "bytes", "were written")
 
 
 @pytest.mark.parametrize("where", [3, 2200, 8 << 20, -20])
-def test_a_flipped_bit_is_found_wherever_it_is(beton, where):
+def test_a_flipped_bit_is_found_anywhere_in_the_file(beton, where):
     data = np.fromfile(beton, dtype=np.uint8)
     data[where] ^= 4
     data.tofile(beton)
@@ -123,7 +123,7 @@ def test_a_file_without_its_manifest_is_refused(beton):
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", '{"format": "another"}', '{"format": "hpc-supcon beton 1"}'])
-def test_a_damaged_manifest_is_named(beton, text):
+def test_a_damaged_manifest_is_refused(beton, text):
     manifest_path(beton).write_text(text)
     refused(beton, "manifest")
 
@@ -135,12 +135,12 @@ def test_a_manifest_of_another_file_is_refused(arrays, beton, tmp_path):
     refused(beton)
 
 
-def test_another_data_set_than_the_one_named_is_refused(beton):
+def test_a_file_of_another_data_set_is_refused(beton):
     assert len(open_beton(beton, name="synthetic/train")) == 70
-    refused(beton, "'synthetic/train', not 'cifar10/train'", name="cifar10/train")
+    refused(beton, "contains 'synthetic/train', not 'cifar10/train'", name="cifar10/train")
 
 
-def test_a_sample_damaged_after_the_file_was_checked_is_named(beton):
+def test_a_sample_damaged_after_the_check_of_the_file_is_named(beton):
     row = int(np.flatnonzero(open_beton(beton).columns["mode"] == 0)[0])
     source = open_beton(beton)
     data = np.fromfile(beton, dtype=np.uint8)
@@ -152,7 +152,7 @@ def test_a_sample_damaged_after_the_file_was_checked_is_named(beton):
         source.read(row)
 
 
-# ---- what is not written
+# ---- files that are not written
 
 
 @pytest.mark.parametrize("kind", ["truncated", "zero bytes", "text"])
@@ -167,7 +167,7 @@ def test_a_corrupt_image_is_named_and_leaves_no_file(damaged, tmp_path, kind):
     "options",
     [{"raw_fraction": 1.5}, {"jpeg_quality": 0}, {"jpeg_quality": 100}, {"max_size": 0}],
 )
-def test_options_that_make_no_sense_are_refused(arrays, tmp_path, options):
+def test_options_out_of_range_are_refused(arrays, tmp_path, options):
     with pytest.raises(ConfigError, match=next(iter(options))):
         convert(arrays, tmp_path / "a.beton", **options)
 
@@ -184,11 +184,11 @@ def test_an_image_larger_than_a_page_is_named(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_full_disk_is_named_and_leaves_what_was_there_before(arrays, tmp_path):
+def test_a_full_disk_is_named_and_leaves_the_old_files(arrays, tmp_path):
     disk = tmp_path / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=9m", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("MOUNTING A SMALL FILE SYSTEM NEEDS ROOT; the test with a simulated full disk remains")
+        pytest.skip("MOUNTING A SMALL FILE SYSTEM NEEDS ROOT; the test that simulates a full disk does not")
     try:
         convert(arrays.subset(range(20)), disk / "a.beton")  # 8 MiB of it are holes
         (disk / "filler").write_bytes(bytes((9 << 20) - 200_000))
@@ -204,7 +204,7 @@ def big() -> ArraySource:
     return ArraySource(torch.ones(9, 3, 600, 600, dtype=torch.uint8), torch.zeros(9, dtype=torch.int64), ["a"])
 
 
-def test_a_disk_that_fills_up_at_the_last_moment_leaves_no_file(arrays, tmp_path, monkeypatch):
+def test_a_disk_that_is_full_only_at_fsync_leaves_no_file(arrays, tmp_path, monkeypatch):
     def full(handle):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
@@ -214,8 +214,8 @@ def test_a_disk_that_fills_up_at_the_last_moment_leaves_no_file(arrays, tmp_path
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_killed_conversion_leaves_nothing_that_opens(tmp_path, python):
-    """SIGKILL when half is written: no clean-up can run."""
+def test_a_killed_conversion_leaves_no_file_that_can_be_opened(tmp_path, python):
+    """SIGKILL when half is written, so that nothing is cleaned up."""
     code = """
 import os, signal, sys
 from hpc_supcon.data import load_splits

@@ -15,7 +15,17 @@ from hpc_supcon.data import ArraySource, EvalOrder, TrainOrder, build_loader
 from hpc_supcon.data.loaders import LoaderOptions
 from hpc_supcon.errors import ConfigError, CorruptSample, DataError, LoaderDied
 
-from .contract import BATCH, CROP, LoaderContract, N, Things, nothing_left, open_train, save, write_folder
+from .contract import (
+    BATCH,
+    CROP,
+    LoaderContract,
+    N,
+    ProcessResources,
+    assert_nothing_left,
+    open_train,
+    save,
+    write_folder,
+)
 from .extras import require
 
 require("nvidia.dali", "pip install nvidia-dali-cuda130")
@@ -44,7 +54,7 @@ class TestDaliOnJpeg(TestDali):
         return open_train(jpegs)
 
 
-def serve(source, device="cpu", **options):
+def load_all(source, device="cpu", **options):
     options = LoaderOptions(**{"timeout_s": 60, **options})
     order = EvalOrder(len(source), 8)
     loader = build_loader("dali", source, order, seed=0, rank=0, world_size=1, device=device, options=options)
@@ -56,19 +66,19 @@ def serve(source, device="cpu", **options):
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])
-def test_images_of_the_right_size_are_those_of_pillow(tmp_path, suffix):
+def test_images_that_need_no_resizing_are_those_of_pillow(tmp_path, suffix):
     source = open_train(write_folder(tmp_path, suffix=suffix, size=(20, 20)), image_size=20)
-    assert (serve(source)[0].int() - source.stack().int()).abs().max() <= 1
+    assert (load_all(source)[0].int() - source.stack().int()).abs().max() <= 1
 
 
 @pytest.mark.parametrize(("mode", "name"), [("CMYK", "00.jpg"), ("P", "00.png"), ("RGBA", "00.png"), ("L", "00.png")])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_every_mode_is_converted_as_everywhere_else(tmp_path, mode, name, channels):
+def test_every_mode_is_converted_as_by_the_other_loaders(tmp_path, mode, name, channels):
     root = write_folder(tmp_path, size=(20, 20))
     (root / "train" / "a" / "00.png").unlink()
     save(root / "train" / "a" / name, mode=mode, size=(20, 20))
     source = open_train(root, image_size=20, channels=channels)
-    assert (serve(source)[0].int() - source.stack().int()).abs().max() <= 2
+    assert (load_all(source)[0].int() - source.stack().int()).abs().max() <= 2
 
 
 @pytest.mark.parametrize("crop", [None, CROP])
@@ -76,7 +86,7 @@ def test_every_mode_is_converted_as_everywhere_else(tmp_path, mode, name, channe
 def test_an_image_that_does_not_decode_is_named(damaged, kind, crop):
     source, index, path = damaged(kind)
     with pytest.raises(CorruptSample) as caught:
-        serve(source, crop=crop)
+        load_all(source, crop=crop)
     assert str(path) in str(caught.value)
     assert f"image {index} of the set" in str(caught.value)
 
@@ -84,17 +94,17 @@ def test_an_image_that_does_not_decode_is_named(damaged, kind, crop):
 @pytest.mark.parametrize(
     ("kind", "message"), [("cmyk", "mode CMYK"), ("16 bit", "more than 8 bits"), ("gray", "mode L")]
 )
-def test_an_image_of_another_form_is_named(damaged, kind, message):
+def test_an_image_of_another_format_is_an_error(damaged, kind, message):
     source, _, path = damaged(kind)
     with pytest.raises(DataError, match=message) as caught:
-        serve(source, on_corrupt="replace")
+        load_all(source, on_corrupt="replace")
     assert str(path) in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["truncated", "zero bytes", "text"])
-def test_a_corrupt_image_is_replaced_by_the_one_every_loader_takes_and_serving_goes_on(damaged, kind):
+def test_a_corrupt_image_is_replaced_as_by_every_loader_and_loading_continues(damaged, kind):
     source, index, _ = damaged(kind)
-    images, chosen, loader = serve(source, on_corrupt="replace")
+    images, chosen, loader = load_all(source, on_corrupt="replace")
     assert loader.replaced == 1
     options = LoaderOptions(on_corrupt="replace")
     order = EvalOrder(N, 8)
@@ -106,41 +116,41 @@ def test_a_corrupt_image_is_replaced_by_the_one_every_loader_takes_and_serving_g
     assert (images.float() - expected.float()).abs().mean() < 1
 
 
-def test_damage_that_only_the_last_rows_show_is_met(tmp_path):
+def test_damage_in_the_last_rows_is_found(tmp_path):
     """A JPEG that ends early decodes to gray rows in many libraries."""
     root = write_folder(tmp_path, suffix="jpg", size=(200, 200), quality=95)
     path = root / "train" / "a" / "05.jpg"
     path.write_bytes(path.read_bytes()[:-300])
     with pytest.raises(CorruptSample, match=str(path)):
-        serve(open_train(root))
+        load_all(open_train(root))
 
 
-def test_a_pipeline_that_hangs_is_reported_after_the_time_out(folder):
+def test_a_pipeline_that_hangs_is_reported_after_the_timeout(folder):
     options = LoaderOptions(timeout_s=0.5)
     source, order = open_train(folder), TrainOrder(N, BATCH)
     loader = build_loader("dali", source, order, seed=0, rank=0, world_size=1, device="cpu", options=options)
-    release, began, before = threading.Event(), time.monotonic(), Things()
+    release, began, before = threading.Event(), time.monotonic(), ProcessResources()
     loader._batch = lambda *arguments: release.wait()
     with pytest.raises(LoaderDied, match=r"data\.loader=dali: no batch within data\.timeout_s=0\.5 s"):
         next(loader.epoch(0))
     assert time.monotonic() - began < 3
     release.set()
-    nothing_left(before)
+    assert_nothing_left(before)
 
 
-def test_it_reads_no_other_sources(folder):
+def test_other_sources_are_refused(folder):
     train = open_train(folder)
     arrays = ArraySource(train.stack(), train.labels, train.classes)
     with pytest.raises(ConfigError, match="decodes image files"):
         build_loader("dali", arrays, TrainOrder(N, BATCH), seed=0, rank=0, world_size=1, device="cpu")
 
 
-def test_what_dali_refuses_and_pillow_does_not_is_reported(folder, monkeypatch):
+def test_a_file_that_dali_refuses_but_pillow_decodes_is_reported(folder, monkeypatch):
     source = open_train(folder)
     whole, text = source.encoded, np.frombuffer(b"not an image" * 40, dtype=np.uint8).tobytes()
     monkeypatch.setattr(source, "encoded", lambda i: (text, whole(i)[1]) if i == 7 else whole(i))
     with pytest.raises(LoaderDied, match=r"data\.loader=dali: a batch that Pillow decodes failed: .*decoders\.image"):
-        serve(source)
+        load_all(source)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
@@ -148,15 +158,15 @@ def test_the_gpu_agrees_with_the_cpu(tmp_path: Path):
     root = write_folder(tmp_path, suffix="jpg", size=(80, 64))
     source = open_train(root)
     for crop in (None, CROP):
-        images = serve(source, device="cuda", crop=crop)[0]
+        images = load_all(source, device="cuda", crop=crop)[0]
         assert images.is_cuda
-        assert (images.cpu().float() - serve(source, crop=crop)[0].float()).abs().mean() < 3
+        assert (images.cpu().float() - load_all(source, crop=crop)[0].float()).abs().mean() < 3
 
 
-def test_the_picture_of_a_wide_image_is_its_center(tmp_path):
+def test_of_a_wide_image_the_central_square_is_loaded(tmp_path):
     root = write_folder(tmp_path)
     pixels = np.zeros((64, 192, 3), dtype=np.uint8)
     pixels[:, 64:128] = 200
     Image.fromarray(pixels).save(root / "train" / "a" / "00.png")
-    images = serve(open_train(root))[0]
+    images = load_all(open_train(root))[0]
     assert (images[0][:, :, 1:-1] == 200).all()

@@ -15,13 +15,13 @@ from .contract import BATCH, N, open_train
 from .extras import require
 
 
-def test_without_ffcv_the_install_line_is_given(monkeypatch):
+def test_without_ffcv_the_error_says_how_to_install_it(monkeypatch):
     monkeypatch.setattr("hpc_supcon.data.loaders.ffcv.find_spec", lambda name: None)
     with pytest.raises(MissingExtra, match=r"libturbojpeg0-dev.*pip install 'hpc-supcon\[ffcv\]'"):
         _libffcv()
 
 
-def test_without_dali_the_install_line_is_given(monkeypatch, folder):
+def test_without_dali_the_error_says_how_to_install_it(monkeypatch, folder):
     monkeypatch.setitem(sys.modules, "nvidia.dali", None)
     monkeypatch.setitem(sys.modules, "nvidia", None)
     with pytest.raises(MissingExtra, match=r"pip install 'hpc-supcon\[dali\]'"):
@@ -38,7 +38,7 @@ def test_beton_files_are_written_and_read_without_ffcv(monkeypatch, folder, tmp_
     loader.close()
 
 
-def test_a_missing_package_skips_loudly_and_fails_where_it_is_demanded(monkeypatch):
+def test_a_missing_package_skips_its_tests_or_fails_them_where_required(monkeypatch):
     monkeypatch.delenv("HPC_SUPCON_REQUIRE_EXTRAS", raising=False)
     with pytest.raises(pytest.skip.Exception, match=r"NOT TESTED\. To install: pip install it"):
         require("no_such_package", "pip install it")

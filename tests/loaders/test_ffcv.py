@@ -10,12 +10,12 @@ import pytest
 import torch
 
 from hpc_supcon.data import EvalOrder, TrainOrder, build_loader, load_splits
-from hpc_supcon.data.loaders import LoaderOptions, choose
+from hpc_supcon.data.loaders import LoaderOptions, choose_loader
 from hpc_supcon.data.sources.beton import open_beton
 from hpc_supcon.data.sources.convert import convert
 from hpc_supcon.errors import ConfigError, CorruptSample, LoaderDied
 
-from .contract import BATCH, CROP, LoaderContract, N, Things, nothing_left, open_train, write_folder
+from .contract import BATCH, CROP, LoaderContract, N, ProcessResources, assert_nothing_left, open_train, write_folder
 from .extras import require
 
 require("ffcv", "apt-get install pkg-config libopencv-dev libturbojpeg0-dev g++; pip install ffcv")
@@ -55,7 +55,7 @@ class TestFfcvOnJpeg(TestFfcv):
         return open_beton(jpegs, image_size=16)
 
 
-def serve(source, order=None, **options):
+def load_all(source, order=None, **options):
     options = LoaderOptions(**{"timeout_s": 60, **options})
     order = order or EvalOrder(len(source), 8)
     loader = build_loader("ffcv", source, order, seed=0, rank=0, world_size=1, device="cpu", options=options)
@@ -66,37 +66,37 @@ def serve(source, order=None, **options):
     return torch.cat([b.images for b in batches]), torch.cat([b.index for b in batches]), loader
 
 
-def test_raw_images_of_the_right_size_are_served_as_they_are(tmp_path):
+def test_raw_images_that_need_no_resizing_are_unchanged(tmp_path):
     train = load_splits("synthetic", synthetic={"images": 70, "classes": 5}, validation_fraction=0).train
     convert(train, tmp_path / "a.beton", raw_fraction=1.0)
-    assert torch.equal(serve(open_beton(tmp_path / "a.beton"))[0], train.stack())
+    assert torch.equal(load_all(open_beton(tmp_path / "a.beton"))[0], train.stack())
 
 
-def test_jpegs_decode_to_what_pillow_makes_of_them(jpegs):
+def test_jpegs_decode_nearly_as_with_pillow(jpegs):
     source = open_beton(jpegs)
-    difference = (serve(source)[0].float() - source.stack().float()).abs()
+    difference = (load_all(source)[0].float() - source.stack().float()).abs()
     assert difference.max() <= 16  # FFCV asks for the fast, less exact transform
     assert difference.mean() < 2
 
 
-def test_gray_images_are_served_gray(tmp_path):
+def test_gray_images_have_one_channel(tmp_path):
     digits = load_splits("digits", validation_fraction=0).test
     for fraction in (0.0, 1.0):
         convert(digits, tmp_path / "a.beton", raw_fraction=fraction)
         source = open_beton(tmp_path / "a.beton")
-        images = serve(source)[0]
+        images = load_all(source)[0]
         assert images.shape == (len(digits), 1, 8, 8)
         assert (images.float() - source.stack().float()).abs().max() <= (16 if fraction == 0 else 0)
 
 
-def test_a_subset_serves_its_own_images(beton):
+def test_a_subset_loads_its_own_images(beton):
     whole = open_beton(beton, image_size=16)
-    images, index, _ = serve(whole.subset([20, 3, 7]))
+    images, index, _ = load_all(whole.subset([20, 3, 7]))
     assert index.tolist() == [0, 1, 2]
-    assert torch.equal(images, serve(whole)[0][[20, 3, 7]])
+    assert torch.equal(images, load_all(whole)[0][[20, 3, 7]])
 
 
-def test_ffcvs_own_loader_reads_our_files_and_agrees(jpegs):
+def test_ffcvs_own_loader_reads_our_files_to_the_same_pixels(jpegs):
     from ffcv.fields.rgb_image import SimpleRGBImageDecoder
     from ffcv.loader import Loader, OrderOption
 
@@ -111,7 +111,7 @@ def test_ffcvs_own_loader_reads_our_files_and_agrees(jpegs):
     images, labels = next(iter(theirs))
     torch.set_num_threads(threads)
     source = open_beton(jpegs)
-    assert torch.equal(torch.as_tensor(images).permute(0, 3, 1, 2), serve(source)[0])
+    assert torch.equal(torch.as_tensor(images).permute(0, 3, 1, 2), load_all(source)[0])
     assert torch.equal(torch.as_tensor(labels).flatten(), source.labels)
 
 
@@ -120,7 +120,7 @@ def test_ffcvs_own_loader_reads_our_files_and_agrees(jpegs):
 
 @pytest.fixture
 def corrupt(jpegs, tmp_path):
-    """The file with sample 9 overwritten after its first bytes, past the check of its hash."""
+    """The file with sample 9 overwritten after its first `keep` bytes, opened without a check of its hash."""
 
     def make(keep: int):
         path = tmp_path / jpegs.name
@@ -139,17 +139,17 @@ def corrupt(jpegs, tmp_path):
 @pytest.mark.parametrize("keep", [0, 30, 100_000])
 def test_a_sample_that_does_not_decode_is_named(corrupt, keep, crop):
     with pytest.raises(CorruptSample, match=r"jpg\.beton: sample 9 does not decode \(image 9 of the set\)"):
-        serve(corrupt(keep), crop=crop)
+        load_all(corrupt(keep), crop=crop)
 
 
 @pytest.mark.parametrize("keep", [0, 30, 100_000])
-def test_a_sample_that_does_not_decode_is_replaced_by_the_one_every_loader_takes(corrupt, keep):
+def test_a_sample_that_does_not_decode_is_replaced_as_by_every_loader(corrupt, keep):
     source = corrupt(keep)
-    images, index, loader = serve(source, on_corrupt="replace")
+    images, index, loader = load_all(source, on_corrupt="replace")
     assert loader.replaced == 1
     assert (index != torch.arange(N)).nonzero().flatten().tolist() == [9]
     assert torch.equal(images[9], source.read(int(index[9])))
-    if keep != 100_000:  # Pillow reads the image that ends in zeros without complaint
+    if keep != 100_000:  # Pillow decodes the image that ends in zeros without an error
         options = LoaderOptions(on_corrupt="replace")
         order = EvalOrder(N, 8)
         other = build_loader("resident", source, order, seed=0, rank=0, world_size=1, device="cpu", options=options)
@@ -158,40 +158,40 @@ def test_a_sample_that_does_not_decode_is_replaced_by_the_one_every_loader_takes
 
 def test_an_exception_in_a_thread_reaches_the_caller(jpegs):
     source = open_beton(jpegs)
-    assert len(source.bytes) > 0  # stays mapped as long as the source lives
+    assert len(source.bytes) > 0  # mapped as long as the source exists
     loader = build_loader("ffcv", source, EvalOrder(N, 5), seed=0, rank=0, world_size=1, device="cpu")
 
     def broken(*arguments):
         raise ZeroDivisionError("in a thread")
 
-    before = Things()
+    before = ProcessResources()
     loader._kernel = broken
     with pytest.raises(LoaderDied, match=r"data\.loader=ffcv: ZeroDivisionError: in a thread"):
         list(loader.epoch(0))
-    nothing_left(before)
+    assert_nothing_left(before)
 
 
-def test_a_thread_that_hangs_is_reported_after_the_time_out(jpegs):
+def test_a_thread_that_hangs_is_reported_after_the_timeout(jpegs):
     options, source = LoaderOptions(timeout_s=0.5), open_beton(jpegs)
-    assert len(source.bytes) > 0  # stays mapped as long as the source lives
+    assert len(source.bytes) > 0  # mapped as long as the source exists
     loader = build_loader(
         "ffcv", source, EvalOrder(N, 5), seed=0, rank=0, world_size=1, device="cpu", options=options
     )
-    release, began, before = threading.Event(), time.monotonic(), Things()
+    release, began, before = threading.Event(), time.monotonic(), ProcessResources()
     loader._kernel = lambda *arguments: release.wait()
     with pytest.raises(LoaderDied, match=r"no batch within data\.timeout_s=0\.5 s"):
         list(loader.epoch(0))
     assert time.monotonic() - began < 3
     release.set()
-    nothing_left(before)
+    assert_nothing_left(before)
 
 
-def test_it_reads_no_other_sources(folder):
+def test_other_sources_are_refused(folder):
     with pytest.raises(ConfigError, match=r"reads \.beton files.*hpc-supcon convert"):
         build_loader("ffcv", open_train(folder), TrainOrder(N, BATCH), seed=0, rank=0, world_size=1, device="cpu")
 
 
-def test_auto_takes_it_for_crops_from_a_beton_file(jpegs):
+def test_auto_takes_ffcv_for_crops_from_a_beton_file(jpegs):
     source = open_beton(jpegs)
-    assert choose(source, "cpu", LoaderOptions(crop=CROP))[0] == "ffcv"
-    assert choose(source, "cpu", LoaderOptions())[0] == "resident"
+    assert choose_loader(source, "cpu", LoaderOptions(crop=CROP))[0] == "ffcv"
+    assert choose_loader(source, "cpu", LoaderOptions())[0] == "resident"

@@ -24,19 +24,19 @@ def test_the_device_gets_every_batch_in_order_and_errors_come_through():
         yield from batches(2)
         raise ZeroDivisionError
 
-    served = to_device(failing(), "cpu")
-    assert [int(next(served).labels[0]) for _ in range(2)] == [0, 1]
+    loaded = to_device(failing(), "cpu")
+    assert [int(next(loaded).labels[0]) for _ in range(2)] == [0, 1]
     with pytest.raises(ZeroDivisionError):
-        next(served)
+        next(loaded)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("n", [0, 1, 50])
-def test_on_a_gpu_batches_arrive_whole_while_it_computes(n):
+def test_on_a_gpu_batches_are_complete_while_it_computes(n):
     weights = torch.randn(2048, 2048, device="cuda")
     seen = []
     for batch in to_device(batches(n), "cuda"):
-        weights = weights @ weights / weights.norm()  # keeps the stream busy while the next copy runs
+        weights = weights @ weights / weights.norm()  # keeps the stream busy during the next copy
         seen.append((batch.images.float().mean(), batch.labels, batch.index))
     assert [(int(m), v.tolist(), i.tolist()) for m, v, i in seen] == [
         (k, [k] * 4, list(range(k, k + 4))) for k in range(n)
@@ -44,7 +44,7 @@ def test_on_a_gpu_batches_arrive_whole_while_it_computes(n):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_worker_processes_feed_a_gpu():
+def test_batches_of_worker_processes_reach_a_gpu():
     images = torch.randint(0, 256, (64, 3, 8, 8), dtype=torch.uint8)
     source = ArraySource(images, torch.arange(64) % 2, ["a", "b"])
     loader = build_loader("torch", source, TrainOrder(64, 16), seed=0, rank=0, world_size=1, device="cuda")

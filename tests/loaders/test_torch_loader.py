@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from hpc_supcon.data import ArraySource, EvalOrder, TrainOrder, build_loader
-from hpc_supcon.data.loaders import LoaderOptions, choose, replaced_everywhere
+from hpc_supcon.data.loaders import LoaderOptions, choose_loader, replaced_on_all_ranks
 from hpc_supcon.errors import CorruptSample, DataError, LoaderDied
 
 from ..dist.ranks import run_ranks
-from .contract import BATCH, LoaderContract, N, Things, nothing_left, open_train
+from .contract import BATCH, LoaderContract, N, ProcessResources, assert_nothing_left, open_train
 
 
 class TestTorch(LoaderContract):
@@ -43,7 +43,7 @@ class TestTorchOnArrays(TestResident):
 LOADERS = ["resident", "torch"]
 
 
-def serve(name, source, **options):
+def load_all(name, source, **options):
     order = EvalOrder(len(source), 8)
     options = LoaderOptions(**{"timeout_s": 60, **options})
     loader = build_loader(name, source, order, seed=0, rank=0, world_size=1, device="cpu", options=options)
@@ -58,7 +58,7 @@ def serve(name, source, **options):
 def test_an_image_that_does_not_decode_is_named(damaged, name, kind):
     source, index, path = damaged(kind)
     with pytest.raises(CorruptSample) as caught:
-        serve(name, source)
+        load_all(name, source)
     assert str(path) in str(caught.value)
     assert name == "resident" or f"image {index} of the set" in str(caught.value)
     assert "\n" not in str(caught.value)
@@ -74,21 +74,21 @@ def test_an_image_that_does_not_decode_is_named(damaged, name, kind):
         ("gray", {}, "mode L"),
     ],
 )
-def test_an_image_of_another_form_is_named_even_where_corrupt_ones_are_replaced(
+def test_an_image_of_another_format_is_an_error_even_where_corrupt_ones_are_replaced(
     damaged, name, kind, options, message
 ):
     source, _, path = damaged(kind, **options)
     with pytest.raises(DataError, match=message) as caught:
-        serve(name, source, on_corrupt="replace")
+        load_all(name, source, on_corrupt="replace")
     assert str(path) in str(caught.value)
 
 
 @pytest.mark.parametrize("kind", ["truncated", "zero bytes", "text"])
-def test_a_corrupt_image_is_replaced_by_the_same_sound_one_whatever_the_loader(damaged, kind):
+def test_every_loader_replaces_a_corrupt_image_by_the_same_valid_one(damaged, kind):
     source, index, _ = damaged(kind)
-    served = {}
+    replacements = {}
     for name, workers in (("resident", 1), ("torch", 1), ("torch", 3)):
-        batches, loader = serve(name, source, on_corrupt="replace", workers=workers)
+        batches, loader = load_all(name, source, on_corrupt="replace", workers=workers)
         assert loader.replaced == 1
         chosen = torch.cat([b.index for b in batches])
         assert (chosen != torch.arange(N)).nonzero().flatten().tolist() == [index]
@@ -96,19 +96,19 @@ def test_a_corrupt_image_is_replaced_by_the_same_sound_one_whatever_the_loader(d
         images = torch.cat([b.images for b in batches])
         assert torch.equal(images[index], source.read(other))
         assert torch.equal(torch.cat([b.labels for b in batches]), source.labels[chosen])
-        served[name, workers] = other
-    assert len(set(served.values())) == 1
+        replacements[name, workers] = other
+    assert len(set(replacements.values())) == 1
 
 
 def test_a_set_of_corrupt_images_only_is_an_error(damaged):
     source, index, _ = damaged("text")
     for name in LOADERS:
         with pytest.raises(CorruptSample, match="neither do 100 others"):
-            serve(name, source.subset([index] * 4), on_corrupt="replace")
+            load_all(name, source.subset([index] * 4), on_corrupt="replace")
 
 
 def replaced_on_a_rank(rank, world_size, root):
-    """Of what its own loader replaced, and of what all did."""
+    """(images replaced by the loader of this rank, by those of all ranks)."""
     source = open_train(Path(root))
     options = LoaderOptions(on_corrupt="replace")
     order = EvalOrder(len(source), 8)
@@ -117,7 +117,7 @@ def replaced_on_a_rank(rank, world_size, root):
     )
     list(loader.epoch(0))
     loader.close()
-    return loader.replaced, replaced_everywhere(loader)
+    return loader.replaced, replaced_on_all_ranks(loader)
 
 
 def test_the_number_of_replaced_images_is_the_same_on_all_ranks(damaged):
@@ -128,8 +128,8 @@ def test_the_number_of_replaced_images_is_the_same_on_all_ranks(damaged):
 # ---- worker processes that die or hang
 
 
-class Slow(ArraySource):
-    """Reading the image of that index takes for ever."""
+class SleepingSource(ArraySource):
+    """Reading the image of that index never ends."""
 
     def __init__(self, source, index, folder: Path) -> None:
         super().__init__(source.stack(), source.labels, source.classes)
@@ -142,8 +142,8 @@ class Slow(ArraySource):
         return super().read(i)
 
 
-class Murderous(ArraySource):
-    """Reading that image kills the process that does it."""
+class KilledSource(ArraySource):
+    """Reading image 20 kills the process that reads it."""
 
     index = 20
 
@@ -153,8 +153,8 @@ class Murderous(ArraySource):
         return super().read(i)
 
 
-class Deaf(ArraySource):
-    """Reading that image first sends its own process the signals that a scheduler sends to a group."""
+class SignalledSource(ArraySource):
+    """Reading an image first sends this process the signals that a scheduler sends to a process group."""
 
     def read(self, i):
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
@@ -168,11 +168,11 @@ def arrays(kind=ArraySource, *args):
 
 
 def test_a_worker_killed_while_it_reads_is_reported_at_once():
-    before, began = Things(), time.monotonic()
+    before, began = ProcessResources(), time.monotonic()
     with pytest.raises(LoaderDied, match=r"worker process \d \(pid \d+\) was killed by SIGKILL"):
-        serve("torch", arrays(Murderous))
-    assert time.monotonic() - began < 30  # not data.timeout_s: starting the workers is what takes time
-    nothing_left(before)
+        load_all("torch", arrays(KilledSource))
+    assert time.monotonic() - began < 30  # less than data.timeout_s: starting the workers takes most of it
+    assert_nothing_left(before)
 
 
 def test_a_worker_killed_between_two_batches_is_reported():
@@ -191,31 +191,31 @@ def test_a_worker_killed_between_two_batches_is_reported():
     assert {p.pid for p in multiprocessing.active_children()} <= before
 
 
-def test_a_worker_that_sleeps_for_ever_is_reported_after_the_time_out_and_killed(tmp_path):
-    before = Things()
+def test_a_worker_that_sleeps_forever_is_reported_after_the_timeout_and_killed(tmp_path):
+    before = ProcessResources()
     with pytest.raises(LoaderDied, match=r"no batch within data\.timeout_s=8 s"):
-        serve("torch", Slow(arrays(), 9, tmp_path), timeout_s=8)
-    nothing_left(before)
+        load_all("torch", SleepingSource(arrays(), 9, tmp_path), timeout_s=8)
+    assert_nothing_left(before)
     pids = [int(path.name) for path in tmp_path.iterdir()]
     assert pids
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
 
 def test_workers_that_cannot_start_are_reported(monkeypatch):
-    """What a script gets whose own work is not under `if __name__ == "__main__"`."""
+    """As in a script whose work is not under `if __name__ == "__main__"`."""
 
     def broken(process):
         raise BrokenPipeError("Broken pipe")
 
-    before = Things()
+    before = ProcessResources()
     monkeypatch.setattr("multiprocessing.process.BaseProcess.start", broken)
     with pytest.raises(LoaderDied, match=r"cannot be started.*if __name__ == '__main__'"):
-        serve("torch", arrays())
-    nothing_left(before)
+        load_all("torch", arrays())
+    assert_nothing_left(before)
 
 
-def test_workers_outlive_the_signals_of_a_scheduler():
-    batches, _ = serve("torch", arrays(Deaf))
+def test_workers_survive_the_signals_of_a_scheduler():
+    batches, _ = load_all("torch", arrays(SignalledSource))
     assert torch.equal(torch.cat([b.images for b in batches]), arrays().stack())
 
 
@@ -232,38 +232,33 @@ def test_a_batch_may_be_kept_and_changed():
         assert torch.equal(images, source.stack()[index])
 
 
-def test_a_loader_that_is_dropped_without_close_ends_its_workers():
-    before = Things()
+def test_deleting_a_loader_that_was_not_closed_ends_its_workers():
+    before = ProcessResources()
     loader = build_loader("torch", arrays(), TrainOrder(N, BATCH), seed=0, rank=0, world_size=1, device="cpu")
     batches = loader.epoch(0)
     next(batches)
     del batches, loader
-    nothing_left(before)
+    assert_nothing_left(before)
 
 
-def test_the_runs_random_numbers_are_left_alone():
+def test_the_global_random_generator_is_not_used():
     torch.manual_seed(5)
     expected = torch.rand(3)
     torch.manual_seed(5)
-    serve("torch", arrays())
+    load_all("torch", arrays())
     assert torch.equal(torch.rand(3), expected)
 
 
 # ---- auto
 
 
-def test_auto_keeps_a_set_that_fits_and_says_why(folder, caplog):
-    source = open_train(folder)
-    name, reason = choose(source, "cpu", LoaderOptions())
+def test_auto_keeps_a_set_that_fits_in_memory_and_says_why(folder):
+    name, reason = choose_loader(open_train(folder), "cpu", LoaderOptions())
     assert name == "resident"
-    assert "fits into memory" in reason
-    with caplog.at_level("INFO"):
-        loader = build_loader("auto", source, TrainOrder(N, BATCH), seed=0, rank=0, world_size=1, device="cpu")
-    loader.close()
-    assert "data.loader=auto takes resident: the set fits" in caplog.text
+    assert "the set fits into memory" in reason
 
 
-def test_auto_streams_a_set_that_does_not_fit(folder, monkeypatch):
+def test_auto_takes_workers_for_a_set_that_does_not_fit(folder, monkeypatch):
     monkeypatch.setattr("hpc_supcon.data.loaders._free_memory", lambda device: 1000)
-    name, reason = choose(open_train(folder), "cpu", LoaderOptions())
+    name, reason = choose_loader(open_train(folder), "cpu", LoaderOptions())
     assert (name, "does not fit" in reason) == ("torch", True)

@@ -30,7 +30,7 @@ def run(*arguments):
 
 @pytest.mark.parametrize("crop", ["false", "true"])
 @pytest.mark.parametrize("loader", ["resident", "torch", "ffcv", "dali"])
-def test_a_run_ends_with_results_whatever_the_loader(tmp_path, loader, crop):
+def test_a_run_has_results_with_every_loader(tmp_path, loader, crop):
     root = write_folder(tmp_path / "images", suffix="jpg")
     where = [f"data.root={root}"]
     if loader == "ffcv":

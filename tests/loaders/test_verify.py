@@ -1,4 +1,4 @@
-"""Claims about looking at every image of a set."""
+"""Claims about decoding every image of a data set to find those that cannot be used."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from hpc_supcon.errors import DataError
 from .contract import N, open_train, save, write_folder
 
 
-def test_a_sound_folder_is_described(tmp_path):
+def test_a_valid_folder_is_described(tmp_path):
     root = write_folder(tmp_path)
     save(root / "train" / "a" / "00.png", size=(30, 50))
     calls = []
@@ -58,6 +58,6 @@ def test_a_beton_is_checked_against_its_manifest(tmp_path, folder):
         verify(path)
 
 
-def test_a_layout_that_is_wrong_is_named(tmp_path):
+def test_a_wrong_layout_is_an_error(tmp_path):
     with pytest.raises(DataError, match="does not exist"):
         verify(tmp_path / "nowhere")

@@ -1,8 +1,7 @@
-"""Loaders by name. All serve the same `Batch` in the same order; they differ in where the images wait."""
+"""Loaders by name. All yield the same `Batch`es in the same order; they differ in where the images are kept."""
 
 from __future__ import annotations
 
-import logging
 import os
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -15,26 +14,32 @@ from ..order import Order
 from ..sources.beton import BetonSource
 from ..sources.folder import FolderSource
 from ..sources.source import ArraySource, Source
-from .base import CropOptions, Loader, LoaderOptions, OnCorrupt, Steps
+from .base import CropOptions, EpochSteps, Loader, LoaderOptions, OnCorrupt
 from .dali import DaliLoader
 from .ffcv import FfcvLoader
 from .resident import ResidentLoader
 from .torch_workers import TorchLoader
 
-__all__ = ["LOADERS", "CropOptions", "LoaderOptions", "OnCorrupt", "build_loader", "choose", "replaced_everywhere"]
+__all__ = [
+    "LOADERS",
+    "CropOptions",
+    "LoaderOptions",
+    "OnCorrupt",
+    "build_loader",
+    "choose_loader",
+    "replaced_on_all_ranks",
+]
 
-LOADERS: dict[str, Callable[[Source, Steps, torch.device | str, LoaderOptions], Loader]] = {
+LOADERS: dict[str, Callable[[Source, EpochSteps, torch.device | str, LoaderOptions], Loader]] = {
     "resident": ResidentLoader,
     "torch": TorchLoader,
     "ffcv": FfcvLoader,
     "dali": DaliLoader,
 }
-"""`data.loader` -> a loader over a source that serves these steps on this device."""
+"""`data.loader` -> a loader that loads these steps from a source onto this device."""
 
 RESIDENT_SHARE = 0.5
-"""A set that takes less than this share of the free memory is kept there; the rest is for training."""
-
-_log = logging.getLogger(__name__)
+"""A set is kept on the device when it takes less than this share of the free memory; training needs the rest."""
 
 
 def build_loader(
@@ -48,23 +53,18 @@ def build_loader(
     device: torch.device | str,
     options: LoaderOptions | None = None,
 ) -> Loader:
-    """The loader called `name` for this rank; `auto` takes what `choose` says, and logs why on rank 0.
+    """The loader called `name` for this rank; for `data.loader=auto` see `choose_loader`.
 
     Raises ConfigError for an unknown name and for an order that does not fit the ranks, MissingExtra, and what
     the loader itself raises (DataError, CorruptSample).
     """
-    options = options or LoaderOptions()
-    if name == "auto":
-        name, reason = choose(source, device, options)
-        if rank == 0:
-            _log.info("data.loader=auto takes %s: %s", name, reason)
     if name not in LOADERS:
-        raise ConfigError(unknown_name("data.loader", name, ["auto", *LOADERS]))
+        raise ConfigError(unknown_name("data.loader", name, LOADERS))
     assert order.n == len(source)
-    return LOADERS[name](source, Steps(order, seed, rank, world_size), device, options)
+    return LOADERS[name](source, EpochSteps(order, seed, rank, world_size), device, options or LoaderOptions())
 
 
-def replaced_everywhere(loader: Loader, device: torch.device | str = "cpu") -> int:
+def replaced_on_all_ranks(loader: Loader, device: torch.device | str = "cpu") -> int:
     """Images replaced so far on all ranks together, the same number on every rank. Collective.
 
     device: one that the process group can send from (NCCL: the rank's GPU).
@@ -72,8 +72,8 @@ def replaced_everywhere(loader: Loader, device: torch.device | str = "cpu") -> i
     return int(all_sum(torch.tensor(loader.replaced, device=device)))
 
 
-def choose(source: Source, device: torch.device | str, options: LoaderOptions) -> tuple[str, str]:
-    """(name, reason) of the loader that `auto` takes: the fastest one that fits."""
+def choose_loader(source: Source, device: torch.device | str, options: LoaderOptions) -> tuple[str, str]:
+    """(name, reason) of the loader that `data.loader=auto` stands for: the fastest one that fits."""
     device = torch.device(device)
     size, free = len(source) * source.channels * source.image_size**2, _free_memory(device)
     needs = f"{size / 2**30:.2f} GiB as uint8, {free / 2**30:.1f} GiB free on {device}"

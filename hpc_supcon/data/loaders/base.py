@@ -1,4 +1,4 @@
-"""What every loader takes and serves: batches, the steps of an epoch, options."""
+"""What all loaders have in common: batches, the steps of an epoch, options."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from typing import Literal, Protocol
 from torch import Tensor
 
 from ...errors import ConfigError
+from ..crop_boxes import check_crops
 from ..order import Order
 
 
 @dataclass(frozen=True)
 class Batch:
-    """One rank's share of one step, on the rank's device."""
+    """One rank's part of the global batch of one step, on the rank's device."""
 
     images: Tensor
     """uint8 [B, C, H, W], 0..255; [B, V, C, S, S], of either memory layout, where the loader crops while decoding."""
@@ -25,42 +26,42 @@ class Batch:
 
 
 class Loader(Protocol):
-    """Serves one source in one order to one rank."""
+    """Loads the batches of one rank from one source in one order."""
 
     @property
     def steps_per_epoch(self) -> int:
-        """Batches this rank gets in one epoch."""
+        """Batches of this rank in one epoch."""
         ...
 
     @property
     def replaced(self) -> int:
-        """Images that did not decode and were served as others so far, on this rank."""
+        """Images that did not decode and were replaced by others so far, on this rank."""
         ...
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """This rank's batches of that epoch, from step `start` on (where a resumed run goes on).
+        """This rank's batches of that epoch, from step `start` on (where a resumed run continues).
 
         One epoch at a time: asking for another one ends the one before. The tensors of a batch are new ones,
-        which a caller may keep and change. Raises CorruptSample, and LoaderDied after the time-out.
+        which a caller may keep and change. Raises CorruptSample, and LoaderDied after the timeout.
         """
         ...
 
     def close(self) -> None:
-        """Give back memory, threads and processes; the loader serves nothing afterwards."""
+        """Free memory and end threads and processes; the loader yields nothing afterwards."""
         ...
 
 
-Task = tuple[int, Tensor]
-"""(epoch, int64 [B] on the CPU): one batch."""
+BatchRequest = tuple[int, Tensor]
+"""(epoch, index int64 [B] on the CPU): the images of one batch."""
 
 
-class Steps:
-    """One rank's batches of every epoch of an order. Raises ConfigError where the order does not fit the ranks."""
+class EpochSteps:
+    """One rank's steps in every epoch of an order. Raises ConfigError where the order does not fit the ranks."""
 
     def __init__(self, order: Order, seed: int, rank: int, world_size: int) -> None:
         self._order, self.seed, self._rank, self._world_size = order, seed, rank, world_size
         self._steps = order.steps(rank, world_size)
-        self._begun = 0
+        self._epochs_started = 0
 
     def __len__(self) -> int:
         return self._steps
@@ -68,24 +69,23 @@ class Steps:
     @property
     def largest_batch(self) -> int:
         """Images; the same in every epoch."""
-        return max((len(index) for _, index in self.of(0, 0)), default=0)
+        return max((len(index) for _, index in self.requests(0, 0)), default=0)
 
-    def of(self, epoch: int, start: int) -> list[Task]:
+    def requests(self, epoch: int, start: int) -> list[BatchRequest]:
         """The batches from step `start` on. Raises ValueError for a step that does not exist."""
         if not 0 <= start <= self._steps:
             raise ValueError(f"step {start} is not in an epoch of {self._steps} steps")
-        return [
-            (epoch, index)
-            for index in list(self._order.epoch(self.seed, epoch, self._rank, self._world_size))[start:]
-        ]
+        batches = list(self._order.epoch(self.seed, epoch, self._rank, self._world_size))
+        return [(epoch, index) for index in batches[start:]]
 
-    def begin(self) -> int:
-        """A ticket for the epoch that begins; all earlier ones are over."""
-        self._begun += 1
-        return self._begun
+    def start_epoch(self) -> int:
+        """End the epoch in progress; returns the number of the new one for `is_current`."""
+        self._epochs_started += 1
+        return self._epochs_started
 
-    def is_current(self, ticket: int) -> bool:
-        return ticket == self._begun
+    def is_current(self, number: int) -> bool:
+        """Whether no other epoch was started since."""
+        return number == self._epochs_started
 
 
 OnCorrupt = Literal["fail", "replace"]
@@ -95,8 +95,8 @@ OnCorrupt = Literal["fail", "replace"]
 class CropOptions:
     """Random resized crops, taken from the image as it is stored, while it is decoded.
 
-    A loader that is given these serves uint8 [B, views, C, image_size, image_size]. scale: range of the crop's
-    share of the area; ratio: range of its width / height. Raises ConfigError for values that make no sense.
+    A loader with these options yields uint8 [B, views, C, image_size, image_size]. scale: range of the crop's
+    share of the area; ratio: range of its width / height. Raises ConfigError for values outside their ranges.
     """
 
     views: int
@@ -105,20 +105,15 @@ class CropOptions:
     ratio: tuple[float, float] = (3 / 4, 4 / 3)
 
     def __post_init__(self) -> None:
-        if self.views < 1 or self.image_size < 1:
-            raise ConfigError(f"crops need views >= 1 and image_size >= 1, not {self.views} and {self.image_size}")
-        if not 0 < self.scale[0] <= self.scale[1] <= 1:
-            raise ConfigError(f"crop scale must be [low, high] within (0, 1], not {list(self.scale)}")
-        if not 0 < self.ratio[0] <= self.ratio[1]:
-            raise ConfigError(f"crop ratio must be [low, high] above 0, not {list(self.ratio)}")
+        check_crops(self.views, self.image_size, self.scale, self.ratio)
 
 
 @dataclass(frozen=True)
 class LoaderOptions:
-    """workers: processes or threads that decode, per rank; the resident loader needs none while it serves.
+    """workers: processes or threads that decode, per rank; the resident loader uses none after it has started.
 
-    timeout_s: longest wait for one batch, in seconds, before LoaderDied. on_corrupt: what becomes of an image
-    that does not decode: `fail` raises CorruptSample, `replace` serves another one in its place.
+    timeout_s: longest wait for one batch, in seconds, before LoaderDied. on_corrupt: what happens to an image
+    that does not decode: `fail` raises CorruptSample, `replace` loads another one in its place.
     """
 
     workers: int = 2

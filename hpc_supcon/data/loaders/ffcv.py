@@ -1,7 +1,7 @@
-"""The `ffcv` loader: .beton files, decoded by FFCV's C library in threads that hold no lock of Python's.
+"""The `ffcv` loader: .beton files, decoded by FFCV's C library in threads that do not hold Python's GIL.
 
-FFCV's format, its JPEG decoder and its resizer are used, under a loop of our own. Its Loader drops the decoder's
-return code (a corrupt image shows the pixels of an earlier one), waits for ever when its thread fails, serves
+FFCV's format, its JPEG decoder and its resizer are used, in a loop of our own. FFCV's Loader drops the decoder's
+return code (a corrupt image shows the pixels of an earlier one), waits forever when its thread fails, yields
 one view per decode, and sets torch's number of threads.
 """
 
@@ -18,39 +18,39 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ...errors import ConfigError, CorruptSample, LoaderDied, MissingExtra
+from ...errors import ConfigError, CorruptSample, MissingExtra
 from ..sources.beton import JPEG, BetonSource
 from ..sources.source import Source
-from .base import Batch, LoaderOptions, Steps, Task
-from .crops import Ints, central_boxes, crop_boxes
-from .prefetch import Begun, Team, in_order, to_device
-from .reading import SampleReader
+from .base import Batch, EpochSteps, LoaderOptions
+from .prefetch import DaemonThreadPool, PendingBatch, ThreadedEpochs, to_device
+from .sample_reader import SampleReader
 
 INSTALL = "apt-get install pkg-config libopencv-dev libturbojpeg0-dev g++ && pip install 'hpc-supcon[ffcv]'"
-_PARTS = 2  # pieces of a batch per thread: images differ in size, and threads in luck
-_JOIN_S = 5.0  # a piece of a batch takes milliseconds
+_JOBS_PER_THREAD = 2  # images differ in size: with one job per thread, all would wait for the slowest
+_JOIN_S = 5.0  # a job takes milliseconds
 
 
 class FfcvLoader:
-    """Loader over a BetonSource; `options.workers` threads live as long as an epoch.
+    """Loader over a BetonSource; `options.workers` threads, started with every epoch.
 
-    Crops have the boxes of every other loader; OpenCV's area filter makes other pixels of them than Pillow's
-    triangle does, by a few levels.
+    Crops have the boxes of every other loader; OpenCV's area filter gives pixels that differ by a few levels from
+    those of Pillow's triangle filter.
 
     Raises ConfigError for any other source, MissingExtra without FFCV.
     """
 
-    def __init__(self, source: Source, steps: Steps, device: torch.device | str, options: LoaderOptions) -> None:
+    def __init__(self, source: Source, steps: EpochSteps, device: torch.device | str, options: LoaderOptions) -> None:
         if not isinstance(source, BetonSource):
             raise ConfigError(
                 "data.loader=ffcv reads .beton files: make one with `hpc-supcon convert DATA OUT.beton`"
             )
         self._kernel = _decoder()
-        self._source, self._steps, self._device, self._options = source, steps, device, options
+        self._source, self._device, self._options = source, device, options
         self._reader = SampleReader(source, steps.seed, options.crop, options.on_corrupt)
         self.steps_per_epoch = len(steps)
-        self._team: Team | None = None
-        self._closed = False
+        self._epochs = ThreadedEpochs(
+            "ffcv", steps, self._start, threads=options.workers, timeout_s=options.timeout_s, join_s=_JOIN_S
+        )
 
     @property
     def replaced(self) -> int:
@@ -58,82 +58,51 @@ class FfcvLoader:
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """See Loader.epoch."""
-        if self._closed:
-            raise RuntimeError("this loader is closed")
-        return to_device(self._serve(self._steps.of(epoch, start)), self._device)
+        return to_device(self._epochs.epoch(epoch, start), self._device)
 
-    def _serve(self, tasks: list[Task]) -> Iterator[Batch]:
-        self._end_team()
-        if self._closed:
-            return
-        mine, team = self._steps.begin(), Team(self._options.workers)
-        self._team = team
-        try:
-            begun = (self._begin(team, *task) for task in tasks)
-            for finish in in_order(begun, timeout_s=self._options.timeout_s, loader="ffcv"):
-                yield finish()
-                if self._closed or not self._steps.is_current(mine):
-                    return
-        except LoaderDied:
-            team.close(0)  # the thread that hangs has been waited for
-            raise
-        finally:
-            team.close(_JOIN_S)
+    def close(self) -> None:
+        """End the threads of an epoch in progress."""
+        self._epochs.close()
 
-    def _begin(self, team: Team, epoch: int, index: torch.Tensor) -> Begun[Callable[[], Batch]]:
+    def _start(self, pool: DaemonThreadPool, epoch: int, index: torch.Tensor) -> PendingBatch:
         source, columns = self._source, self._source.columns
         rows = source.rows[index.numpy()]
-        boxes = self._boxes(epoch, index.numpy(), columns["height"][rows], columns["width"][rows])
+        heights, widths = (columns[name][rows].astype(np.int64) for name in ("height", "width"))
+        boxes = self._reader.boxes(epoch, index.numpy(), heights, widths)
         images, out = self._empty(*boxes.shape[:2])
         failed = np.zeros(len(index), dtype=np.uint8)
         arrays = (columns["mode"], columns["height"], columns["width"], columns["ptr"], columns["size"])
-        edges = np.linspace(0, len(index), min(_PARTS * self._options.workers, len(index)) + 1).astype(np.int64)
+        jobs = min(_JOBS_PER_THREAD * self._options.workers, len(index))
+        edges = np.linspace(0, len(index), jobs + 1).astype(np.int64)
         futures = [
-            team.submit(partial(self._kernel, source.bytes.view(np.ndarray), *arrays, *piece))
-            for piece in ((rows[a:b], boxes[a:b], out[a:b], failed[a:b]) for a, b in pairwise(edges.tolist()))
+            pool.submit(partial(self._kernel, source.bytes.view(np.ndarray), *arrays, *part))
+            for part in ((rows[a:b], boxes[a:b], out[a:b], failed[a:b]) for a, b in pairwise(edges.tolist()))
         ]
         return partial(self._finish, epoch, index, images, failed), futures
 
     def _empty(self, batch: int, views: int) -> tuple[torch.Tensor, np.ndarray]:
-        """What a batch serves, and the same memory as the decoder writes it, [B, V, S, S, C]."""
+        """The images of a batch, and the same memory as the decoder writes it, [B, V, S, S, C]."""
         C, S, _ = self._reader.shape[-3:]
         if self._options.crop is None:
             images = torch.empty(batch, C, S, S, dtype=torch.uint8)
             return images, images.unsqueeze(1).movedim(2, -1).numpy()
-        # large: left as the resizer makes them, which is what channels-last models want
+        # large: left in the layout of the resizer, which is what channels-last models take
         pixels = torch.empty(batch, views, S, S, C, dtype=torch.uint8)
         return pixels.movedim(-1, 2), pixels.numpy()
 
-    def _boxes(self, epoch: int, index: Ints, heights: np.ndarray, widths: np.ndarray) -> Ints:
-        """int64 [B, V, 4]; without crops the one central square that `fitted` takes."""
-        H, W = heights.astype(np.int64), widths.astype(np.int64)
-        if self._options.crop is None:
-            return central_boxes(H, W)
-        return crop_boxes(self._steps.seed, epoch, index, H, W, self._options.crop)
-
     def _finish(self, epoch: int, index: torch.Tensor, images: torch.Tensor, failed: np.ndarray) -> Batch:
-        served = index.clone()
+        loaded = index.clone()
         for k in np.flatnonzero(failed).tolist():
             i = int(index[k])
             if self._options.on_corrupt == "fail":
                 row = int(self._source.rows[i])
                 raise CorruptSample(f"{self._source.path}: sample {row} does not decode (image {i} of the set)")
-            served[k] = self._reader.replace(images[k].numpy(), epoch, i)
-        return Batch(images, self._source.labels[served], served)
-
-    def close(self) -> None:
-        """End the threads of an epoch under way."""
-        self._closed = True
-        self._end_team()
-
-    def _end_team(self) -> None:
-        if self._team is not None:
-            self._team.close(_JOIN_S)
-            self._team = None
+            loaded[k] = self._reader.replace(images[k].numpy(), epoch, i)
+        return Batch(images, self._source.labels[loaded], loaded)
 
 
 def _libffcv() -> ctypes.CDLL:
-    """FFCV's C library, without the package around it: importing that takes seconds, and sets torch's threads."""
+    """FFCV's C library, without the Python package: importing that takes seconds, and sets torch's threads."""
     package = find_spec("ffcv")
     folders = package.submodule_search_locations or [] if package is not None else []
     files = [file for folder in folders for file in Path(folder).glob("_libffcv*.so")]
@@ -145,7 +114,7 @@ def _libffcv() -> ctypes.CDLL:
     library.imdecode.argtypes = [c_void_p, c_uint64, c_uint32, c_uint32, c_void_p, *[c_uint32] * 6, c_bool, c_bool]
     library.resize.argtypes = [c_int64] * 11
     library.resize.restype = None
-    # Crops are resized side by side in our threads; OpenCV would start more of its own and keep them.
+    # Our threads resize crops in parallel; OpenCV would start more threads of its own and keep them.
     set_threads = library._ZN2cv13setNumThreadsEi  # cv::setNumThreads(int)
     set_threads.argtypes = [ctypes.c_int]
     set_threads(0)
@@ -154,7 +123,7 @@ def _libffcv() -> ctypes.CDLL:
 
 @lru_cache(maxsize=1)
 def _decoder() -> Callable[..., None]:
-    """The compiled decoder: each image once, cropped as often as it has boxes. Compiling takes seconds."""
+    """The compiled decoder: decodes each image once and crops it to each of its boxes. Compiling takes seconds."""
     library = _libffcv()
     import numba  # comes with FFCV
 
@@ -164,7 +133,7 @@ def _decoder() -> Callable[..., None]:
         file, modes, heights, widths, ptrs, sizes, rows, boxes, out, failed
     ) -> None:
         """file uint8 [bytes]; modes .. sizes: [images of the file]; rows [B]; boxes [B, V, 4];
-        out uint8 [B, V, S, S, C], of any strides; failed uint8 [B] becomes 1 where the decoder met an error."""
+        out uint8 [B, V, S, S, C], of any strides; failed uint8 [B] becomes 1 where the decoder reports an error."""
         size, largest = out.shape[2], 0
         in_place = out.strides[4] == 1 and out.strides[3] == 3 and out.shape[4] == 3
         for row in rows:
@@ -177,7 +146,7 @@ def _decoder() -> Callable[..., None]:
             data = file[ptrs[row] : ptrs[row] + sizes[row]]
             pixels = buffer[: 3 * H * W].reshape((H, W, 3))
             if modes[row] == jpeg:
-                # -1 too for a file that ends early, whose missing rows the library fills with gray
+                # nonzero also for a file that ends early, whose missing rows the library fills with gray
                 if imdecode(data.ctypes.data, len(data), H, W, pixels.ctypes.data, H, W, 0, 0, 1, 1, False, False):
                     failed[k] = 1
                     continue

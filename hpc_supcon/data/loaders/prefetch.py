@@ -9,24 +9,21 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
 from queue import Empty, SimpleQueue
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...errors import HpcSupconError, LoaderDied
-from .base import Batch
-
-T = TypeVar("T")
-Begun = tuple[T, Sequence["Future[Any]"]]
-"""What a batch will be, and the work that is left on it."""
+from ..transfer import copy_async
+from .base import Batch, BatchRequest, EpochSteps
 
 DEPTH = 2
-"""Batches that are worked on beyond the one in use."""
+"""Batches that are prepared beyond the one in use."""
 
 
-class Team:
-    """A pool of daemon threads: unlike concurrent.futures' they do not keep the process when one of them hangs."""
+class DaemonThreadPool:
+    """A pool of daemon threads: unlike concurrent.futures', a thread that hangs does not keep the process alive."""
 
     def __init__(self, threads: int) -> None:
         self._closed = False
@@ -47,12 +44,12 @@ class Team:
                 continue
             try:
                 future.set_result(job())
-            except BaseException as error:  # raised where the batch is waited for
+            except BaseException as error:  # raised by future.result()
                 future.set_exception(error)
-            del work, future, job  # or the last batch would live until the next one comes
+            del work, future, job  # or the last batch would stay in memory until the next one comes
 
     def close(self, timeout_s: float) -> None:
-        """Drop what has not begun and end the threads; one that hangs is left behind after timeout_s.
+        """Cancel the jobs that are queued and end the threads; one that hangs is abandoned after timeout_s.
 
         Only the first call does anything.
         """
@@ -71,42 +68,83 @@ class Team:
             thread.join(max(0.0, deadline - time.monotonic()))
 
 
-def in_order(begun: Iterator[Begun[T]], *, timeout_s: float, loader: str) -> Iterator[T]:
-    """What was begun, in order and finished; DEPTH more are begun before each is waited for.
-
-    Raises LoaderDied when one takes longer than timeout_s, or when the work on it fails; named errors as they are.
-    """
-    ahead: deque[Begun[T]] = deque()
-    for item in begun:
-        ahead.append(item)
-        if len(ahead) > DEPTH:
-            yield _finished(*ahead.popleft(), timeout_s, loader)
-    while ahead:
-        yield _finished(*ahead.popleft(), timeout_s, loader)
+PendingBatch = tuple[Callable[[], Batch], Sequence["Future[Any]"]]
+"""What returns the batch, once all of these jobs are done."""
+StartBatch = Callable[[DaemonThreadPool, int, Tensor], PendingBatch]
+"""(pool, epoch, index int64 [B]): submits the jobs of one batch."""
 
 
-def _finished(result: T, futures: Sequence[Future[Any]], timeout_s: float, loader: str) -> T:
-    deadline = time.monotonic() + timeout_s
-    for future in futures:
+class ThreadedEpochs:
+    """Batches prepared by threads, DEPTH ahead and in order; one epoch at a time, with threads of its own."""
+
+    def __init__(
+        self, loader: str, steps: EpochSteps, start: StartBatch, *, threads: int, timeout_s: float, join_s: float
+    ) -> None:
+        """loader: its name, for messages. timeout_s: longest wait for one batch; join_s: for the end of a thread."""
+        self._loader, self._steps, self._start, self._threads = loader, steps, start, threads
+        self._timeout_s, self._join_s = timeout_s, join_s
+        self._pool: DaemonThreadPool | None = None
+        self._closed = False
+
+    def epoch(self, epoch: int, start: int) -> Iterator[Batch]:
+        """See Loader.epoch. Raises LoaderDied also when a job raises what is not a named error."""
+        if self._closed:
+            raise RuntimeError("this loader is closed")
+        return self._batches(self._steps.requests(epoch, start))
+
+    def _batches(self, requests: list[BatchRequest]) -> Iterator[Batch]:
+        self._end_threads()
+        if self._closed:
+            return
+        number, pool = self._steps.start_epoch(), DaemonThreadPool(self._threads)
+        self._pool = pool
         try:
-            future.result(max(0.0, deadline - time.monotonic()))
-        except FutureTimeout as error:
-            if future.done():  # the work itself raised it
-                raise LoaderDied(f"data.loader={loader}: {error!r}") from error
-            raise LoaderDied(f"data.loader={loader}: no batch within data.timeout_s={timeout_s:g} s") from error
-        except HpcSupconError:
+            for batch in self._in_order(self._start(pool, *request) for request in requests):
+                yield batch
+                if self._closed or not self._steps.is_current(number):
+                    return
+        except LoaderDied:
+            pool.close(0)  # a thread that hangs was given timeout_s already
             raise
-        except Exception as error:
-            raise LoaderDied(f"data.loader={loader}: {type(error).__name__}: {error}") from error
-    return result
+        finally:
+            pool.close(self._join_s)
 
+    def _in_order(self, pending: Iterator[PendingBatch]) -> Iterator[Batch]:
+        """DEPTH more are started before each is waited for."""
+        ahead: deque[PendingBatch] = deque()
+        for item in pending:
+            ahead.append(item)
+            if len(ahead) > DEPTH:
+                yield self._finished(*ahead.popleft())
+        while ahead:
+            yield self._finished(*ahead.popleft())
 
-def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """The tensor on `device`; what runs there already is not waited for."""
-    if device.type != "cuda" or tensor.is_cuda:
-        return tensor.to(device, non_blocking=True)
-    # The caching host allocator keeps pinned memory until the copy out of it is done.
-    return tensor.pin_memory().to(device, non_blocking=True)
+    def _finished(self, batch: Callable[[], Batch], jobs: Sequence[Future[Any]]) -> Batch:
+        deadline = time.monotonic() + self._timeout_s
+        for job in jobs:
+            try:
+                job.result(max(0.0, deadline - time.monotonic()))
+            except FutureTimeout as error:
+                if job.done():  # the job itself raised it
+                    raise LoaderDied(f"data.loader={self._loader}: {error!r}") from error
+                raise LoaderDied(
+                    f"data.loader={self._loader}: no batch within data.timeout_s={self._timeout_s:g} s"
+                ) from error
+            except HpcSupconError:
+                raise
+            except Exception as error:
+                raise LoaderDied(f"data.loader={self._loader}: {type(error).__name__}: {error}") from error
+        return batch()
+
+    def close(self) -> None:
+        """End the threads of an epoch in progress."""
+        self._closed = True
+        self._end_threads()
+
+    def _end_threads(self) -> None:
+        if self._pool is not None:
+            self._pool.close(self._join_s)
+            self._pool = None
 
 
 def to_device(batches: Iterator[Batch], device: torch.device | str) -> Iterator[Batch]:
@@ -120,15 +158,15 @@ def to_device(batches: Iterator[Batch], device: torch.device | str) -> Iterator[
 
 def _overlapped(batches: Iterator[Batch], device: torch.device) -> Iterator[Batch]:
     side = torch.cuda.Stream(device)
-    waiting = _copy(next(batches, None), device, side)
-    while waiting is not None:
-        ready, waiting = waiting, None
+    copied = _copy(next(batches, None), device, side)
+    while copied is not None:
+        ready, copied = copied, None
         # The order matters: `ready` is waited for before the next copy is queued on the same stream.
         current = torch.cuda.current_stream(device)
         current.wait_stream(side)
         for tensor in (ready.images, ready.labels, ready.index):
             tensor.record_stream(current)  # its memory belongs to the side stream's pool
-        waiting = _copy(next(batches, None), device, side)
+        copied = _copy(next(batches, None), device, side)
         yield ready
 
 
@@ -136,5 +174,5 @@ def _copy(batch: Batch | None, device: torch.device, side: torch.cuda.Stream) ->
     if batch is None:
         return None
     with torch.cuda.stream(side):
-        images, labels, index = (sent(tensor, device) for tensor in (batch.images, batch.labels, batch.index))
+        images, labels, index = (copy_async(tensor, device) for tensor in (batch.images, batch.labels, batch.index))
     return Batch(images, labels, index)

@@ -15,22 +15,22 @@ import torch
 from torch import Tensor
 
 from ...errors import CorruptSample, DataError
+from ..crop_boxes import crop_boxes
 from ..sources.source import Source
+from ..transfer import copy_async
 from ..views.resample import resample
-from .base import Batch, LoaderOptions, Steps
-from .crops import crop_boxes, replacement
-from .prefetch import sent
-from .reading import ATTEMPTS
+from .base import Batch, BatchRequest, CropOptions, EpochSteps, LoaderOptions
+from .sample_reader import find_replacement
 
 
 class ResidentLoader:
-    """Loader over a source held on `device` as uint8 [N, C, H, W] until `close()`.
+    """Loader over a source that is kept on `device` as uint8 [N, C, H, W] until `close()`.
 
-    Raises DataError when the device has no room. Crops are taken from the images as they are held, at the
-    source's image_size.
+    Raises DataError when it does not fit into the device's memory. Crops are taken from these images, which have
+    the source's image_size.
     """
 
-    def __init__(self, source: Source, steps: Steps, device: torch.device | str, options: LoaderOptions) -> None:
+    def __init__(self, source: Source, steps: EpochSteps, device: torch.device | str, options: LoaderOptions) -> None:
         self._options, self._steps = options, steps
         self.steps_per_epoch = len(steps)
         self.replaced = 0
@@ -39,34 +39,35 @@ class ResidentLoader:
         self._labels = source.labels.to(device)
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
-        """See Loader.epoch. The tensors of a batch are new ones: a caller may change them."""
+        """See Loader.epoch."""
         if self._images is None:
             raise RuntimeError("this loader is closed")
-        return self._serve(self._steps.of(epoch, start))
+        return self._batches(self._steps.requests(epoch, start))
 
-    def _serve(self, tasks: list[tuple[int, Tensor]]) -> Iterator[Batch]:
-        mine = self._steps.begin()
-        if not tasks or self._images is None:
+    def _batches(self, requests: list[BatchRequest]) -> Iterator[Batch]:
+        number = self._steps.start_epoch()
+        if not requests or self._images is None:
             return
-        epoch = tasks[0][0]
         # one copy to the device per epoch, none per step
-        served = torch.cat([index for _, index in tasks]).to(self._images.device)
-        for index, (_, asked) in zip(served.split([len(index) for _, index in tasks]), tasks, strict=True):
-            if self._images is None or not self._steps.is_current(mine):
+        on_device = torch.cat([index for _, index in requests]).to(self._images.device)
+        sizes = [len(index) for _, index in requests]
+        for device_index, (epoch, index) in zip(on_device.split(sizes), requests, strict=True):
+            if self._images is None or not self._steps.is_current(number):
                 return
             if self._corrupt:
-                asked = self._without_corrupt(epoch, asked)
-                index = asked.to(index.device)
-            images = self._images.index_select(0, index)
+                index = self._without_corrupt(epoch, index)
+                device_index = index.to(device_index.device)
+            images = self._images.index_select(0, device_index)
             if self._options.crop is not None:
-                images = self._cropped(images, epoch, asked)
-            yield Batch(images, self._labels.index_select(0, index), index)
+                images = self._cropped(images, epoch, index, self._options.crop)
+            yield Batch(images, self._labels.index_select(0, device_index), device_index)
 
-    def _cropped(self, images: Tensor, epoch: int, index: Tensor) -> Tensor:
-        crop, side = self._options.crop, np.full(len(index), images.shape[-1])
-        assert crop is not None
-        drawn = crop_boxes(self._steps.seed, epoch, index.numpy(), side, side, crop)
-        boxes = sent(torch.from_numpy(drawn), images.device)
+    def _cropped(self, images: Tensor, epoch: int, index: Tensor, crop: CropOptions) -> Tensor:
+        side = np.full(len(index), images.shape[-1])
+        drawn = crop_boxes(
+            self._steps.seed, epoch, index.numpy(), side, side, views=crop.views, scale=crop.scale, ratio=crop.ratio
+        )
+        boxes = copy_async(torch.from_numpy(drawn), images.device)
         views = resample(images, boxes, boxes.new_zeros(boxes.shape[:2], dtype=torch.bool), crop.image_size)
         return views.permute(1, 2, 0, 3, 4).mul(255).round_().clamp_(0, 255).to(torch.uint8)
 
@@ -74,25 +75,18 @@ class ResidentLoader:
         index = index.clone()
         for k, i in enumerate(index.tolist()):
             if i in self._corrupt:
-                index[k] = self._replacement(epoch, i)
+                n, seed = len(self._labels), self._steps.seed
+                index[k] = find_replacement(seed, epoch, i, n, lambda j: j not in self._corrupt)
                 self.replaced += 1
         return index
 
-    def _replacement(self, epoch: int, i: int) -> int:
-        n = len(self._labels)
-        for attempt in range(ATTEMPTS):
-            j = replacement(self._steps.seed, epoch, i, attempt, n)
-            if j not in self._corrupt:
-                return j
-        raise CorruptSample(f"image {i} does not decode, and neither do {ATTEMPTS} others tried in its place")
-
     def close(self) -> None:
-        """Free the images; an epoch under way ends before its next batch."""
+        """Free the images; an epoch in progress ends before its next batch."""
         self._images = None
 
 
 def _stack(source: Source, options: LoaderOptions) -> tuple[Tensor, frozenset[int]]:
-    """All images, and which of them are none: those that do not decode, where they are to be replaced."""
+    """All images, and the indices of the corrupt ones where these are to be replaced."""
     try:
         return source.stack(), frozenset()
     except CorruptSample:
@@ -108,8 +102,8 @@ def _stack(source: Source, options: LoaderOptions) -> tuple[Tensor, frozenset[in
         return True
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        sound = list(pool.map(decodes, range(len(source))))
-    return images, frozenset(i for i, ok in enumerate(sound) if not ok)
+        valid = list(pool.map(decodes, range(len(source))))
+    return images, frozenset(i for i, ok in enumerate(valid) if not ok)
 
 
 def _to_device(images: Tensor, device: torch.device | str) -> Tensor:
@@ -118,5 +112,5 @@ def _to_device(images: Tensor, device: torch.device | str) -> Tensor:
     except torch.OutOfMemoryError as error:
         raise DataError(
             f"data.loader=resident needs {images.numel() / 2**30:.1f} GiB on {device} for {len(images)} images, "
-            f"and there is no room: choose another data.loader or a smaller data.image_size"
+            f"which do not fit: choose another data.loader or a smaller data.image_size"
         ) from error

@@ -1,8 +1,8 @@
 """The `torch` loader: worker processes decode whole batches ahead into memory shared through torch.
 
-PyTorch's own DataLoader does the same and cannot keep this project's promises: all its workers answer through
-one queue, which one that is killed while it holds the lock closes for ever; a death is raised by a signal
-handler, wherever the main thread happens to be; and every batch is a new shared-memory file.
+PyTorch's own DataLoader does the same and cannot give this project's guarantees: all its workers send results
+through one queue, which a worker that is killed while it holds the lock blocks for good; a death is raised by a
+signal handler, wherever the main thread happens to be; and every batch is a new shared-memory file.
 """
 
 from __future__ import annotations
@@ -22,78 +22,78 @@ import torch.multiprocessing as mp
 from torch import Tensor
 
 from ...errors import HpcSupconError, LoaderDied
+from ..philox import IntArray
 from ..sources.source import Source
-from .base import Batch, LoaderOptions, Steps, Task
+from .base import Batch, BatchRequest, EpochSteps, LoaderOptions
 from .prefetch import to_device
-from .reading import Indices, SampleReader
+from .sample_reader import SampleReader
 
-AHEAD = 2
-"""Batches in the works per worker: the one it decodes, and the one it goes on with at once."""
+PREFETCH_FACTOR = 2
+"""Batches requested from each worker at once: the one it decodes, and the one it continues with."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
 class TorchLoader:
     """Loader whose `options.workers` processes start with the first batch and live until `close()`."""
 
-    def __init__(self, source: Source, steps: Steps, device: torch.device | str, options: LoaderOptions) -> None:
+    def __init__(self, source: Source, steps: EpochSteps, device: torch.device | str, options: LoaderOptions) -> None:
         self._steps, self._options, self._device = steps, options, device
         self._labels = source.labels
         self._reader = SampleReader(source, steps.seed, options.crop, options.on_corrupt)
         self.steps_per_epoch = len(steps)
         self.replaced = 0
-        self._team: _Team | None = None
+        self._pool: _WorkerPool | None = None
         self._closed = False
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """See Loader.epoch."""
         if self._closed:
             raise RuntimeError("this loader is closed")
-        return to_device(self._serve(self._steps.of(epoch, start)), self._device)
+        return to_device(self._batches(self._steps.requests(epoch, start)), self._device)
 
-    def _serve(self, tasks: list[Task]) -> Iterator[Batch]:
-        mine = self._steps.begin()
-        if not tasks or self._closed:
+    def _batches(self, requests: list[BatchRequest]) -> Iterator[Batch]:
+        number = self._steps.start_epoch()
+        if not requests or self._closed:
             return
-        if self._team is None:
-            slots = torch.empty(
-                AHEAD * self._options.workers, self._steps.largest_batch, *self._reader.shape, dtype=torch.uint8
-            )
-            self._team = _Team(self._reader, slots, self._options.workers, self._options.timeout_s)
-        self._team.forget()
-        waiting = deque(tasks)
-        for _ in tasks:
-            while waiting and self._team.has_room:
-                self._team.send(waiting.popleft())
-            images, served, replaced = self._team.receive()
+        if self._pool is None:
+            workers, largest = self._options.workers, self._steps.largest_batch
+            slots = torch.empty(PREFETCH_FACTOR * workers, largest, *self._reader.shape, dtype=torch.uint8)
+            self._pool = _WorkerPool(self._reader, slots, workers, self._options.timeout_s)
+        self._pool.drain()
+        queued = deque(requests)
+        for _ in requests:
+            while queued and self._pool.has_room:
+                self._pool.submit(queued.popleft())
+            images, index, replaced = self._pool.receive()
             self.replaced += replaced
-            yield Batch(images, self._labels[served], served)
-            if self._closed or not self._steps.is_current(mine):
+            yield Batch(images, self._labels[index], index)
+            if self._closed or not self._steps.is_current(number):
                 return
 
     def close(self) -> None:
         """End the worker processes."""
         self._closed = True
-        if self._team is not None:
-            self._team.close()
-            self._team = None
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
 
 
-class _Team:
-    """Worker processes with a pipe each, given batches in turn; answers come in the order of the batches."""
+class _WorkerPool:
+    """Worker processes with a pipe each, which take batches in turn; results come in the order of the batches."""
 
     def __init__(self, reader: SampleReader, slots: Tensor, workers: int, timeout_s: float) -> None:
-        """slots: uint8 [AHEAD * workers, B, ...], where the workers write."""
-        self._slots = slots.share_memory_()  # the file has no name: nothing is left of it, however this ends
+        """slots: uint8 [PREFETCH_FACTOR * workers, B, ...], where the workers write."""
+        self._slots = slots.share_memory_()  # its file has no name, so nothing is left behind however this ends
         self._timeout_s = timeout_s
-        self._sent = 0
-        self._under_way: deque[tuple[int, int]] = deque()  # (number of the task, its images), oldest first
-        # A fork of this process would copy locks that its other threads (OpenMP, CUDA, NCCL) may hold; a spawn
+        self._submitted = 0
+        self._pending: deque[tuple[int, int]] = deque()  # (number of the request, its images), oldest first
+        # A fork of this process would copy locks that its other threads (OpenMP, CUDA, NCCL) may hold; spawn
         # would import torch once per worker, which the fork server does once for all.
         context = mp.get_context("forkserver")
         context.set_forkserver_preload(["__main__", __name__])
         self._pipes: list[Connection] = []
         self._workers: list[BaseProcess] = []
-        # Runs when this object is dropped, and before multiprocessing waits for its children at exit.
+        # Runs when this object is deleted, and before multiprocessing joins its children at exit.
         self.close = util.Finalize(self, _end, (self._workers, self._pipes), exitpriority=10)
         try:
             with _signals_blocked():
@@ -102,7 +102,7 @@ class _Team:
         except OSError as error:
             self._fail(
                 f"worker processes cannot be started ({error}); a script must do its work under "
-                "if __name__ == '__main__', for they import it",
+                "if __name__ == '__main__', because they import it",
                 error,
             )
 
@@ -116,44 +116,44 @@ class _Team:
 
     @property
     def has_room(self) -> bool:
-        return len(self._under_way) < len(self._slots)
+        return len(self._pending) < len(self._slots)
 
-    def send(self, task: Task) -> None:
-        epoch, index = task
-        worker, slot = self._sent % len(self._workers), self._sent % len(self._slots)
+    def submit(self, request: BatchRequest) -> None:
+        epoch, index = request
+        worker, slot = self._submitted % len(self._workers), self._submitted % len(self._slots)
         try:
             self._pipes[worker].send((slot, epoch, index.numpy()))
         except OSError as error:
-            self._give_up(worker, error)
-        self._under_way.append((self._sent, len(index)))
-        self._sent += 1
+            self._report_death(worker, error)
+        self._pending.append((self._submitted, len(index)))
+        self._submitted += 1
 
     def receive(self) -> tuple[Tensor, Tensor, int]:
-        """(images, indices served, number replaced) of the oldest task."""
-        number, size = self._under_way.popleft()
+        """(images, their indices, number replaced) of the oldest request."""
+        number, size = self._pending.popleft()
         reply = self._reply(number % len(self._workers))
         if isinstance(reply, HpcSupconError):
             raise reply
-        served, replaced = reply
-        return self._slots[number % len(self._slots), :size].clone(), torch.from_numpy(served), replaced
+        index, replaced = reply
+        return self._slots[number % len(self._slots), :size].clone(), torch.from_numpy(index), replaced
 
-    def forget(self) -> None:
-        """Wait for the tasks of an epoch that nobody wants any more."""
-        while self._under_way:
-            self._reply(self._under_way.popleft()[0] % len(self._workers))
+    def drain(self) -> None:
+        """Wait for the pending requests of an earlier epoch, and drop their results."""
+        while self._pending:
+            self._reply(self._pending.popleft()[0] % len(self._workers))
 
-    def _reply(self, worker: int) -> tuple[Indices, int] | HpcSupconError:
+    def _reply(self, worker: int) -> tuple[IntArray, int] | HpcSupconError:
         pipe, sentinel = self._pipes[worker], self._workers[worker].sentinel
         if pipe not in (ready := wait([pipe, sentinel], self._timeout_s)):
             if not ready:
                 self._fail(f"no batch within data.timeout_s={self._timeout_s:g} s from worker process {worker}")
-            self._give_up(worker, None)
+            self._report_death(worker, None)
         try:
             return pipe.recv()
         except (EOFError, OSError) as error:
-            self._give_up(worker, error)
+            self._report_death(worker, error)
 
-    def _give_up(self, worker: int, cause: Exception | None) -> NoReturn:
+    def _report_death(self, worker: int, cause: Exception | None) -> NoReturn:
         process = self._workers[worker]
         process.join(self._timeout_s)
         code = process.exitcode
@@ -166,7 +166,7 @@ class _Team:
 
 
 def _end(workers: list[BaseProcess], pipes: list[Connection]) -> None:
-    """Workers only read, so they are not asked. They would not hear a SIGTERM."""
+    """SIGKILL: workers ignore SIGTERM, and have nothing to finish, because they only read."""
     for worker in workers:
         worker.kill()
     for worker in workers:
@@ -177,7 +177,7 @@ def _end(workers: list[BaseProcess], pipes: list[Connection]) -> None:
 
 
 def _work(pipe: Connection, reader: SampleReader, slots: Tensor) -> None:
-    """A worker process: until the other end of the pipe is closed, by whatever."""
+    """A worker process: runs until the other end of the pipe is closed, also by the death of its parent."""
     for number in _SIGNALS:  # they reach the whole process group; workers end when their run does, not before
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
@@ -189,16 +189,16 @@ def _work(pipe: Connection, reader: SampleReader, slots: Tensor) -> None:
             return
         before = reader.replaced
         try:
-            served = reader.fill(images[slot], epoch, index)
+            loaded = reader.fill(images[slot], epoch, index)
         except HpcSupconError as error:
             pipe.send(error)
         else:
-            pipe.send((served, reader.replaced - before))
+            pipe.send((loaded, reader.replaced - before))
 
 
 @contextmanager
 def _signals_blocked() -> Iterator[None]:
-    """New processes inherit the mask, and so survive a signal that comes before they are deaf to it."""
+    """New processes inherit the mask, and so survive a signal that comes before they ignore it."""
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1, signal.SIGUSR2})
     try:
         yield

@@ -1,7 +1,7 @@
-"""FFCV's .beton files: one file per split, read through memory maps; a manifest beside it proves it whole.
+"""FFCV's .beton files: one per split, memory-mapped, each with a manifest that shows whether it is complete.
 
-A .beton that was cut short, or damaged later, opens without a word in FFCV itself. So a file is only read when
-its manifest OUT.beton.json says that every byte is the one that was written.
+FFCV itself opens a .beton that is truncated or damaged without an error. Here a file is only read when its size
+and sha256 are those in its manifest OUT.beton.json.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from PIL import Image
 from torch import Tensor
 
 from ...errors import CorruptSample, DataError
-from .folder import DECODE_ERRORS, MODE_OF_CHANNELS, fitted
-from .source import stack_images
+from .folder import DECODE_ERRORS, MODE_OF_CHANNELS
+from .source import Pixels, channels_first, resize_and_crop, stack_images
 
 FORMAT = "hpc-supcon beton 1"
 JPEG, RAW = 0, 1
@@ -38,22 +38,22 @@ IMAGE = np.dtype([("mode", "<u1"), ("width", "<u2"), ("height", "<u2"), ("data_p
 SAMPLE = np.dtype([("image", IMAGE), ("label", "<i8")], align=True)
 ALLOCATION = np.dtype([("sample_id", "<u8"), ("ptr", "<u8"), ("size", "<u8")])
 SAMPLES_AT = HEADER.itemsize + 2 * FIELD.itemsize
-"""Where the table of samples begins: behind the header and the descriptions of `image` and `label`."""
+"""Offset of the table of samples: after the header and the descriptions of `image` and `label`."""
 
-Columns = dict[str, npt.NDArray[Any]]
+SampleColumns = dict[str, npt.NDArray[Any]]
 
 
 class BetonSource:
-    """Source over a .beton file, decoded when read. Made by `open_beton`.
+    """Source over a .beton file, whose images are decoded whenever they are read. Made by `open_beton`.
 
-    `columns` holds mode, width, height, ptr and size of every sample of the FILE, `rows` int64 [N] which of them
+    `columns`: mode, width, height, ptr and size of every sample of the FILE; `rows`: int64 [N], which of them
     are the images of this source.
     """
 
     def __init__(
         self,
         path: Path,
-        columns: Columns,
+        columns: SampleColumns,
         rows: npt.NDArray[np.int64],
         labels: Tensor,
         classes: Sequence[str],
@@ -73,17 +73,17 @@ class BetonSource:
 
     @property
     def bytes(self) -> npt.NDArray[np.uint8]:
-        """The whole file, mapped into memory; not to be written to."""
+        """The whole file, memory-mapped and read-only."""
         if self._bytes is None:
             self._bytes = np.memmap(self.path, dtype=np.uint8, mode="r")
         return self._bytes
 
     def read(self, i: int) -> Tensor:
         """uint8 [C, S, S]. Raises CorruptSample."""
-        return torch.from_numpy(self._pixels(i).copy())
+        return torch.from_numpy(self._decode(i).copy())
 
-    def picture(self, i: int) -> Image.Image:
-        """See Source.picture. Raises CorruptSample."""
+    def pil_image(self, i: int) -> Image.Image:
+        """See Source.pil_image. Raises CorruptSample."""
         row = int(self.rows[i])
         mode, width, height, ptr, size = (
             int(self.columns[k][row]) for k in ("mode", "width", "height", "ptr", "size")
@@ -91,21 +91,20 @@ class BetonSource:
         data = self.bytes[ptr : ptr + size]
         try:
             if mode == RAW:
-                picture = Image.fromarray(data.reshape(height, width, 3))
+                image = Image.fromarray(data.reshape(height, width, 3))
             else:
-                picture = Image.open(io.BytesIO(data.tobytes()))
-                picture.load()
+                image = Image.open(io.BytesIO(data.tobytes()))
+                image.load()
         except DECODE_ERRORS as error:
             raise CorruptSample(f"{self.path}: sample {row} does not decode: {error}") from error
-        return picture.convert(MODE_OF_CHANNELS[self.channels])
+        return image.convert(MODE_OF_CHANNELS[self.channels])
 
     def stack(self) -> Tensor:
         """uint8 [N, C, S, S]. Raises as `read`."""
-        return stack_images(self._pixels, len(self), (self.channels, self.image_size, self.image_size))
+        return stack_images(self._decode, len(self), (self.channels, self.image_size, self.image_size))
 
-    def _pixels(self, i: int) -> npt.NDArray[np.uint8]:
-        pixels = np.asarray(fitted(self.picture(i), self.image_size))
-        return pixels[None] if self.channels == 1 else pixels.transpose(2, 0, 1)
+    def _decode(self, i: int) -> Pixels:
+        return channels_first(resize_and_crop(self.pil_image(i), self.image_size))
 
     def subset(self, indices: Tensor | Sequence[int]) -> BetonSource:
         chosen = torch.as_tensor(indices, dtype=torch.int64)
@@ -125,25 +124,27 @@ def open_beton(
 ) -> BetonSource:
     """The images of a .beton file that `convert` wrote.
 
-    image_size: what images are resized and cropped to (see `fitted`); needed where they are of mixed sizes.
-    name: the data set that it must hold, as given to `convert`. check_hash: read the whole file (about a second
-    per gigabyte) and compare its sha256; ranks that share a file need only one of them to do so.
+    image_size: what images are resized and cropped to (see `resize_and_crop`); needed where sizes are mixed.
+    name: the data set that the file must contain, as given to `convert`. check_hash: read the whole file (about a
+    second per gigabyte) and compare its sha256; of the ranks that share a file, one is enough.
 
-    Raises DataError naming the file when it or its manifest is missing, cut short, damaged, or another data set.
+    Raises DataError naming the file when it or its manifest is missing, truncated, damaged, or of another data set.
     """
     path = Path(path)
     manifest = read_manifest(path)
     if name is not None and manifest["name"] != name:
-        raise DataError(f"{path} holds {manifest['name']!r}, not {name!r}: name the right file or convert it again")
+        raise DataError(
+            f"{path} contains {manifest['name']!r}, not {name!r}: name the right file or convert it again"
+        )
     _check_bytes(path, manifest, check_hash=check_hash)
     samples, allocations = _read_tables(path, manifest)
     labels = samples["label"].astype(np.int64)
     if labels_digest(labels) != manifest["labels_sha256"]:
-        raise DataError(f"{path}: its labels are not those of its manifest: convert it again")
+        raise DataError(f"{path}: its labels differ from those in its manifest: convert it again")
     stored = manifest["image_size"]
     if image_size is None and not isinstance(stored, int):
-        raise DataError(f"{path} holds images of mixed sizes: set data.image_size")
-    columns: Columns = {key: np.ascontiguousarray(samples["image"][key]) for key in ("mode", "width", "height")}
+        raise DataError(f"{path} contains images of mixed sizes: set data.image_size")
+    columns: SampleColumns = {key: np.ascontiguousarray(samples["image"][key]) for key in ("mode", "width", "height")}
     columns["ptr"] = samples["image"]["data_ptr"].astype(np.int64)
     by_ptr = np.argsort(allocations["ptr"])
     found = by_ptr[np.searchsorted(allocations["ptr"][by_ptr], columns["ptr"])]
@@ -164,14 +165,16 @@ def manifest_path(path: Path) -> Path:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """What `convert` noted beside the file. Raises DataError."""
+    """What `convert` wrote about the file. Raises DataError."""
     if not path.is_file():
         raise DataError(f"{path} does not exist: make it with `hpc-supcon convert`")
     file = manifest_path(path)
     try:
         manifest = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise DataError(f"{path} has no manifest {file.name}: it was not finished; convert it again") from None
+        raise DataError(
+            f"{path} has no manifest {file.name}: its conversion was not finished; convert it again"
+        ) from None
     except (OSError, ValueError) as error:
         raise DataError(f"manifest {file} is damaged ({error}): convert {path.name} again") from error
     keys = {"name", "samples", "bytes", "sha256", "labels_sha256", "classes", "channels", "image_size"}
@@ -198,7 +201,7 @@ def _check_bytes(path: Path, manifest: dict[str, Any], *, check_hash: bool) -> N
     if size != manifest["bytes"]:
         raise DataError(f"{path} has {size} bytes, but {manifest['bytes']} were written: convert it again")
     if check_hash and digest_of(path) != manifest["sha256"]:
-        raise DataError(f"{path} is damaged: its sha256 is not that of its manifest; convert it again")
+        raise DataError(f"{path} is damaged: its sha256 differs from that in its manifest; convert it again")
 
 
 def _read_tables(path: Path, manifest: dict[str, Any]) -> tuple[npt.NDArray[Any], npt.NDArray[Any]]:

@@ -1,4 +1,4 @@
-"""Data that needs no files: scikit-learn's digits, and synthetic images."""
+"""Data sets without files: scikit-learn's digits, and synthetic images."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .stratify import stratified_split
 def digits() -> tuple[ArraySource, ArraySource]:
     """(train, test) of the 1,797 8x8 gray digits in scikit-learn; test is a fixed, stratified fifth.
 
-    The test set does not depend on any seed of a run, so that results of different runs compare.
+    The test set does not depend on any seed of a run, so that results of different runs can be compared.
     """
     from sklearn.datasets import load_digits  # half a second to import
 
@@ -29,11 +29,11 @@ def digits() -> tuple[ArraySource, ArraySource]:
 def synthetic(
     *, images: int = 1024, classes: int = 10, channels: int = 3, image_size: int = 32, seed: int = 0
 ) -> tuple[ArraySource, ArraySource]:
-    """(train, test) of `images` and max(images // 4, classes) random images that a network can learn.
+    """(train, test) of `images` and max(images // 4, classes) random images whose classes a network can learn.
 
-    A class is a smooth random pattern; an image shows it rolled by up to a quarter of its size, mixed with
-    another smooth pattern of its own, at a contrast of its own, under pixel noise. Mean colors say nothing
-    about the class. A pure function of the arguments. Raises ConfigError for sizes that make no data set.
+    A class is a smooth random pattern; each image is that pattern rolled by up to a quarter of its size, plus a
+    smooth pattern of the image alone, at a random contrast, plus pixel noise. The mean color is
+    independent of the class. A pure function of the arguments. Raises ConfigError for values outside their ranges.
     """
     if classes < 1 or images < classes or image_size < 1 or channels not in (1, 3):
         raise ConfigError(
@@ -54,10 +54,10 @@ def synthetic(
 
 
 def _images_of(patterns: Tensor, labels: Tensor, rng: np.random.Generator) -> Tensor:
-    """uint8 [n, C, S, S]: one image per label."""
+    """uint8 [n, C, S, S]: one image for each label."""
     n, (_, channels, size, _) = len(labels), patterns.shape
-    reach = size // 4
-    shift = torch.from_numpy(rng.integers(-reach, reach + 1, (2, n, 1)))
+    max_shift = size // 4
+    shift = torch.from_numpy(rng.integers(-max_shift, max_shift + 1, (2, n, 1)))
     rows, columns = ((torch.arange(size) - s) % size for s in shift)
     rolled = patterns[labels[:, None, None], :, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
     contrast = torch.from_numpy(rng.uniform(0.5, 1.0, (n, 1, 1, 1)).astype(np.float32))
@@ -67,7 +67,7 @@ def _images_of(patterns: Tensor, labels: Tensor, rng: np.random.Generator) -> Te
 
 
 def _smooth(rng: np.random.Generator, n: int, channels: int, size: int) -> Tensor:
-    """float32 [n, C, S, S]: random fields of mean 0 that vary over a fifth of the image."""
+    """float32 [n, C, S, S]: random fields of mean 0, interpolated from 5 x 5 values."""
     coarse = torch.from_numpy(rng.standard_normal((n, channels, 5, 5), dtype=np.float32))
     fields = F.interpolate(coarse, size=(size, size), mode="bicubic", align_corners=True)
     return fields - fields.mean(dim=(2, 3), keepdim=True)

@@ -1,7 +1,7 @@
-"""Writing .beton files: any source, in one process with threads, whole or not at all.
+"""Writes any source as a .beton file, with threads in one process; the file is complete or absent.
 
-FFCV's own writer waits for ever when a worker process of its dies, on a full disk for instance, and leaves a
-file that opens. The format is simple enough to write it here.
+FFCV's own writer waits forever when one of its worker processes dies, on a full disk for instance, and leaves a
+file that can be opened. The format is simple enough to be written here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from PIL import Image
 
 from ...errors import ConfigError, DataError
 from ...files import atomic_path
-from ..loaders.crops import replacement
+from ..philox import random_index
 from .beton import (
     ALLOCATION,
     FIELD,
@@ -42,12 +42,12 @@ from .folder import FolderSource
 from .source import Source
 
 PAGE = 1 << 23
-"""Bytes. FFCV reads whole pages, so no image may lie across the edge of one."""
+"""Bytes. FFCV reads whole pages, so no image may cross a page boundary."""
 QUALITY = 90
-_CHUNK = 64  # images per task of a thread
+_CHUNK = 64  # images that a thread encodes at a time
 
-Progress = Callable[[int, int], None]
-"""(images done, images in all), called now and then."""
+ConvertProgress = Callable[[int, int], None]
+"""(images written, all images)."""
 
 
 @dataclass(frozen=True)
@@ -58,24 +58,23 @@ class _Encoding:
     raw_fraction: float
 
     def sample(self, i: int) -> tuple[int, int, int, bytes]:
-        """(mode, width, height, bytes) of image i. Raises CorruptSample: what does not decode is not copied."""
-        picture = self.source.picture(i)
-        longest = max(picture.size)
-        if self.max_size is not None and longest > self.max_size:
-            width, height = (max(1, round(side * self.max_size / longest)) for side in picture.size)
-            picture = picture.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=3.0)
-            longest = 0
-        size = picture.size
-        if replacement(0, 0, i, 0, 1 << 30) < self.raw_fraction * (1 << 30):
-            return RAW, *size, np.asarray(picture.convert("RGB")).tobytes()
-        if longest and self.jpeg_quality is None and (copy := self._jpeg_file(i, picture.mode)) is not None:
-            return JPEG, *size, copy
+        """(mode, width, height, bytes) of image i. Raises CorruptSample, also where the file would only be copied."""
+        image = self.source.pil_image(i)
+        longest = max(image.size)
+        limit = longest if self.max_size is None else min(self.max_size, longest)
+        if limit < longest:
+            width, height = (max(1, round(side * limit / longest)) for side in image.size)
+            image = image.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=3.0)
+        if random_index(0, 0, i, 0, 1 << 30) < self.raw_fraction * (1 << 30):
+            return RAW, *image.size, np.asarray(image.convert("RGB")).tobytes()
+        if limit == longest and self.jpeg_quality is None and (copy := self._jpeg_file(i, image.mode)) is not None:
+            return JPEG, *image.size, copy
         buffer = io.BytesIO()
-        picture.save(buffer, "JPEG", quality=QUALITY if self.jpeg_quality is None else self.jpeg_quality)
-        return JPEG, *size, buffer.getvalue()
+        image.save(buffer, "JPEG", quality=QUALITY if self.jpeg_quality is None else self.jpeg_quality)
+        return JPEG, *image.size, buffer.getvalue()
 
     def _jpeg_file(self, i: int, mode: str) -> bytes | None:
-        """The file's own bytes where they are a JPEG of that mode already."""
+        """The bytes of the image's file where it is a JPEG of that mode."""
         if not isinstance(self.source, FolderSource):
             return None
         data = self.source.paths[i].read_bytes()
@@ -95,21 +94,21 @@ def convert(
     jpeg_quality: int | None = None,
     raw_fraction: float = 0.0,
     workers: int | None = None,
-    progress: Progress | None = None,
+    progress: ConvertProgress | None = None,
 ) -> dict[str, Any]:
     """Write the source's images and labels to OUT.beton, and their manifest beside it; returns the manifest.
 
-    name: what `open_beton` can be told to insist on. max_size: longest side in pixels, larger images are shrunk.
+    name: of the data set, which `open_beton` can check. max_size: longest side in pixels, larger images are shrunk.
     jpeg_quality 1..95: JPEG files are re-encoded too; None copies those that are not shrunk as they are, and
-    encodes all others at 90. raw_fraction in [0, 1]: share of images stored as pixels, faster to read and several
-    times as large. workers: threads; None takes one per processor.
+    encodes all others at 90. raw_fraction in [0, 1]: share of images stored as pixels, which are faster to read and
+    several times as large. workers: threads; None takes one per processor. progress: called after every 64 images.
 
     Until it is complete the file has another name, and it is not read without its manifest. Raises ConfigError
-    for values that make no sense, DataError when it cannot be written, CorruptSample for an image.
+    for values outside their ranges, DataError when it cannot be written, CorruptSample for an image.
     """
     out = Path(out)
     if out.suffix != ".beton":
-        raise ConfigError(f"the file to write must end in .beton, not be called {out.name}")
+        raise ConfigError(f"the name of the file to write must end in .beton, not be {out.name}")
     if not 0 <= raw_fraction <= 1 or not (jpeg_quality is None or 1 <= jpeg_quality <= 95):
         raise ConfigError(
             f"raw_fraction must be in [0, 1] and jpeg_quality in 1..95, not {raw_fraction}, {jpeg_quality}"
@@ -118,23 +117,23 @@ def convert(
         raise ConfigError(f"max_size must be at least 1 pixel, not {max_size}")
     encoding = _Encoding(source, max_size, jpeg_quality, raw_fraction)
     try:
-        # the manifest gets its name last: a file is not read without the one that matches it
-        with atomic_path(manifest_path(out)) as manifest_part, atomic_path(out) as part:
-            with part.open("wb") as file:
+        # the manifest is renamed last: a file is not read without the one that matches it
+        with atomic_path(manifest_path(out)) as partial_manifest, atomic_path(out) as partial:
+            with partial.open("wb") as file:
                 samples = _write(file, encoding, workers or len(os.sched_getaffinity(0)), progress)
-            manifest = _manifest(part, source, samples, name) | {
+            manifest = _manifest(partial, source, samples, name) | {
                 "max_size": max_size,
                 "jpeg_quality": jpeg_quality,
                 "raw_fraction": raw_fraction,
             }
-            manifest_part.write_text(json.dumps(manifest), encoding="utf-8")
+            partial_manifest.write_text(json.dumps(manifest), encoding="utf-8")
     except OSError as error:
         raise DataError(f"{out} cannot be written: {error.strerror or error}") from error
     return manifest
 
 
-def _write(file: BinaryIO, encoding: _Encoding, workers: int, progress: Progress | None) -> np.ndarray:
-    """The whole file; returns its table of samples."""
+def _write(file: BinaryIO, encoding: _Encoding, workers: int, progress: ConvertProgress | None) -> np.ndarray:
+    """Write the whole file; returns its table of samples."""
     n = len(encoding.source)
     samples, allocations = np.zeros(n, dtype=SAMPLE), np.zeros(n, dtype=ALLOCATION)
     samples["label"] = encoding.source.labels.numpy()
@@ -161,7 +160,7 @@ def _write(file: BinaryIO, encoding: _Encoding, workers: int, progress: Progress
 
 
 def _encoded(encoding: _Encoding, workers: int) -> Iterator[tuple[int, int, int, bytes]]:
-    """All samples in order, encoded by threads a few chunks ahead."""
+    """All samples in order; threads encode a few chunks ahead."""
     starts = iter(range(0, len(encoding.source), _CHUNK))
     ahead: deque[Future[list[tuple[int, int, int, bytes]]]] = deque()
     with ThreadPoolExecutor(workers) as pool:
@@ -189,14 +188,14 @@ def _aligned(position: int) -> int:
     return -(-position // PAGE) * PAGE
 
 
-def _manifest(part: Path, source: Source, samples: np.ndarray, name: str) -> dict[str, Any]:
+def _manifest(path: Path, source: Source, samples: np.ndarray, name: str) -> dict[str, Any]:
     sides = np.unique(np.concatenate((samples["image"]["width"], samples["image"]["height"])))
     return {
         "format": FORMAT,
         "name": name,
         "samples": len(samples),
-        "bytes": part.stat().st_size,
-        "sha256": digest_of(part),
+        "bytes": path.stat().st_size,
+        "sha256": digest_of(path),
         "labels_sha256": labels_digest(samples["label"]),
         "labels": samples["label"].tolist(),
         "classes": list(source.classes),

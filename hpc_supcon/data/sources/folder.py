@@ -1,4 +1,4 @@
-"""Images in folders: ROOT/train/CLASS/*.jpg, with ROOT/test and/or ROOT/val in the same form."""
+"""Images in folders: ROOT/train/CLASS/*.jpg, with ROOT/test and/or ROOT/val in the same layout."""
 
 from __future__ import annotations
 
@@ -10,92 +10,93 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-import numpy.typing as npt
 import torch
 from PIL import Image
 from torch import Tensor
 
 from ...errors import CorruptSample, DataError
-from .source import check_form, stack_images
+from .source import Pixels, channels_first, resize_and_crop, stack_images
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 CHANNELS_OF_MODE = {"L": 1, "RGB": 3}
-DEEP_MODES = ("I", "F")  # 16 and 32 bits: squeezing them into 8 needs a range that only their owner knows
+DEEP_MODES = ("I", "F")  # 16 and 32 bits: converting them to 8 needs their range, which only their owner knows
 MODE_OF_CHANNELS = {1: "L", 3: "RGB"}
 IGNORED = ("thumbs.db", "desktop.ini")
-"""What desktops leave behind; names that begin with a dot are ignored too."""
+"""Files that desktops create; names that begin with a dot are ignored too."""
 
-# Everything Pillow was seen to raise on damaged bytes. A Warning arrives as an exception where the caller
-# made warnings errors.
+# Everything that Pillow has been seen to raise for damaged bytes. A Warning is raised where the caller turned
+# warnings into errors.
 DECODE_ERRORS = (OSError, ValueError, SyntaxError, EOFError, IndexError, KeyError, struct.error)
 _PILLOW_ERRORS = (*DECODE_ERRORS, Image.DecompressionBombError, Warning)
 
 
 @dataclass(frozen=True)
-class Form:
-    """What every image of the data set must be, or is made into."""
+class ImageFormat:
+    """Channels and size that every image of the data set must have, or is converted to."""
 
     channels: int
     image_size: int
     convert: bool
-    """`channels` was asked for: convert every mode to it. Otherwise another mode is an error."""
+    """Whether `channels` is set: convert every mode to it. Otherwise another mode is an error."""
     resize: bool
-    """`image_size` was asked for: resize every size to it. Otherwise another size is an error."""
+    """Whether `image_size` is set: resize every image to it. Otherwise another size is an error."""
     reference: Path
-    """The image whose mode and size stand for all where nothing was asked for."""
+    """The image whose mode and size all others must have where these are not set."""
 
 
 class FolderSource:
-    """Source over image files; decoded when read, nothing kept."""
+    """Source over image files, which are decoded whenever they are read."""
 
-    def __init__(self, paths: Sequence[Path], labels: Tensor, classes: Sequence[str], form: Form) -> None:
+    def __init__(
+        self, paths: Sequence[Path], labels: Tensor, classes: Sequence[str], image_format: ImageFormat
+    ) -> None:
         """labels int64 [len(paths)] in 0..len(classes)-1."""
         assert labels.dtype == torch.int64
         assert labels.shape == (len(paths),)
         self.paths = tuple(paths)
         self.labels = labels
         self.classes = tuple(classes)
-        self.form = form
-        self.channels = form.channels
-        self.image_size = form.image_size
+        self.image_format = image_format
+        self.channels = image_format.channels
+        self.image_size = image_format.image_size
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def read(self, i: int) -> Tensor:
         """uint8 [C, S, S]. Raises CorruptSample naming the path; DataError where mode or size differ."""
-        return torch.from_numpy(_decode(self.paths[i], self.form).copy())  # Pillow's own memory is read-only
+        return torch.from_numpy(_decode(self.paths[i], self.image_format).copy())  # Pillow's own memory is read-only
 
-    def picture(self, i: int) -> Image.Image:
-        """See Source.picture. Raises as `read`."""
-        return _picture(self.paths[i], self.form)
+    def pil_image(self, i: int) -> Image.Image:
+        """See Source.pil_image. Raises as `read`."""
+        return _pil_image(self.paths[i], self.image_format)
 
     def encoded(self, i: int) -> tuple[bytes, tuple[int, int]]:
-        """A file of image i in the source's form, for other decoders, and (width, height); only its header was read.
+        """Image i as the bytes of a file, for other decoders, and its (width, height).
 
-        Modes that decoders convert each in their own way (palettes, CMYK, transparency) are converted here.
-        Raises as `read`, but for damage behind the header.
+        Modes that every decoder converts in its own way (palettes, CMYK, transparency) are converted here. Raises
+        as `read`, but only the header is read: damage after it is not found.
         """
         path = self.paths[i]
         with _opened(path) as image:
-            _check_mode(path, image.mode, self.form)
-            _check_size(path, image.size, self.form)
+            _check_mode(path, image.mode, self.image_format)
+            _check_size(path, image.size, self.image_format)
             if image.mode in CHANNELS_OF_MODE:
                 return path.read_bytes(), image.size
-        buffer, picture = io.BytesIO(), self.picture(i)
-        picture.save(buffer, "PPM")
-        return buffer.getvalue(), picture.size
+        buffer, converted = io.BytesIO(), self.pil_image(i)
+        converted.save(buffer, "PPM")
+        return buffer.getvalue(), converted.size
 
     def stack(self) -> Tensor:
         """See stack_images. Raises as `read`."""
-        form = self.form
-        shape = (form.channels, form.image_size, form.image_size)
-        return stack_images(lambda i: _decode(self.paths[i], form), len(self), shape)
+        shape = (self.channels, self.image_size, self.image_size)
+        return stack_images(lambda i: _decode(self.paths[i], self.image_format), len(self), shape)
 
     def subset(self, indices: Tensor | Sequence[int]) -> FolderSource:
         rows = torch.as_tensor(indices, dtype=torch.int64)
-        return FolderSource([self.paths[i] for i in rows.tolist()], self.labels[rows], self.classes, self.form)
+        return FolderSource(
+            [self.paths[i] for i in rows.tolist()], self.labels[rows], self.classes, self.image_format
+        )
 
 
 def open_folder(
@@ -103,12 +104,14 @@ def open_folder(
 ) -> tuple[FolderSource, FolderSource | None, FolderSource]:
     """(train, validation or None, test) of ROOT/train with ROOT/test and/or ROOT/val.
 
-    With both, val is the validation set; the only one there is is the test set. Classes are the sorted names
-    of the folders in train. Files are listed, one image is looked at, none is decoded yet. Raises DataError.
+    With both, val is the validation set; where only one exists, it is the test set. Classes are the sorted names
+    of the folders in train. Files are listed and the header of one image is read; none is decoded yet.
+
+    image_size (pixels) and channels (1 or 3): what images are converted to; None: all must be as the first one.
+    Raises DataError.
     """
-    check_form(image_size, channels)
     if not root.is_dir():
-        raise DataError(f"image folder {root} does not exist: set data.root to a folder that holds train/CLASS/*.jpg")
+        raise DataError(f"image folder {root} does not exist: set data.root to a folder with train/CLASS/*.jpg")
     if not (root / "train").is_dir():
         raise DataError(f"{root / 'train'} does not exist: expected {root}/train/CLASS/*.jpg|png and test/ or val/")
     held_out = [name for name in ("val", "test") if (root / name).is_dir()]
@@ -119,12 +122,12 @@ def open_folder(
     classes = tuple(listings["train"])
     for name in held_out:
         _same_classes(root, name, set(classes), set(listings[name]))
-    form = _form_of(next(iter(listings["train"].values()))[0], image_size, channels)
+    image_format = _format_of(next(iter(listings["train"].values()))[0], image_size, channels)
 
     def source(name: str) -> FolderSource:
         paths = [path for class_name in classes for path in listings[name][class_name]]
         counts = torch.tensor([len(listings[name][class_name]) for class_name in classes])
-        return FolderSource(paths, torch.arange(len(classes)).repeat_interleave(counts), classes, form)
+        return FolderSource(paths, torch.arange(len(classes)).repeat_interleave(counts), classes, image_format)
 
     return source("train"), source("val") if len(held_out) == 2 else None, source(held_out[-1])
 
@@ -136,29 +139,29 @@ def _list_split(folder: Path) -> dict[str, list[Path]]:
         if entry.is_dir():
             listing[entry.name] = _list_class(entry)
         elif entry.suffix.lower() in SUFFIXES:
-            raise DataError(f"image {entry} lies beside the class folders: move it into one of them")
+            raise DataError(f"image {entry} is next to the class folders: move it into one of them")
         elif entry.is_symlink() and not entry.exists():
-            raise DataError(f"{entry} is a link that leads nowhere: expected a class folder")
+            raise DataError(f"{entry} is a broken link: expected a class folder")
     if not listing:
-        raise DataError(f"{folder} holds no class folders: expected {folder}/CLASS/*.jpg|png")
+        raise DataError(f"{folder} has no class folders: expected {folder}/CLASS/*.jpg|png")
     return listing
 
 
 def _list_class(folder: Path) -> list[Path]:
-    """The images of one class. What is neither image nor desktop litter is an error: skipping it might lose data."""
+    """The images of one class. Any other file is an error: skipping it might lose data."""
     files = _visible(folder)
     if not files:
-        raise DataError(f"class folder {folder} holds no images: fill it or remove it")
+        raise DataError(f"class folder {folder} has no images: add some or remove it")
     for file in files:
         if file.is_dir():
-            raise DataError(f"{file} is a folder within a class folder: images must lie in {folder} itself")
+            raise DataError(f"{file} is a folder within a class folder: images must be in {folder} itself")
         if file.suffix.lower() not in SUFFIXES:
             raise DataError(f"{file} is not an image file ({', '.join(SUFFIXES)}): convert it or move it elsewhere")
     return files
 
 
 def _visible(folder: Path) -> list[Path]:
-    names = sorted(os.listdir(folder))  # noqa: PTH208 (names are cheaper than paths to sort by the million)
+    names = sorted(os.listdir(folder))  # noqa: PTH208 (millions of names sort faster than paths)
     return [folder / name for name in names if not name.startswith(".") and name.lower() not in IGNORED]
 
 
@@ -169,15 +172,15 @@ def _same_classes(root: Path, name: str, train: set[str], other: set[str]) -> No
         raise DataError(f"the classes of {root / name} are not those of {root / 'train'}: it {' and '.join(parts)}")
 
 
-def _form_of(first: Path, image_size: int | None, channels: int | None) -> Form:
-    """The form asked for, completed by the first image's own where nothing was."""
+def _format_of(first: Path, image_size: int | None, channels: int | None) -> ImageFormat:
+    """The given size and channels, or those of the first image where they are None."""
     with _opened(first) as image:
         width, height = image.size
         if image_size is None and width != height:
             raise DataError(f"{first} is {width}x{height} pixels, not square: set data.image_size to resize and crop")
         if image.mode.startswith(DEEP_MODES) or (channels is None and image.mode not in CHANNELS_OF_MODE):
             raise _mode_error(first, image.mode)
-        return Form(
+        return ImageFormat(
             channels=channels or CHANNELS_OF_MODE[image.mode],
             image_size=image_size or width,
             convert=channels is not None,
@@ -186,72 +189,58 @@ def _form_of(first: Path, image_size: int | None, channels: int | None) -> Form:
         )
 
 
-def _decode(path: Path, form: Form) -> npt.NDArray[np.uint8]:
-    """uint8 [C, S, S] in the asked-for form; EXIF orientation is not applied, as in torchvision."""
-    pixels = np.asarray(fitted(_picture(path, form), form.image_size), dtype=np.uint8)
-    return pixels[None] if form.channels == 1 else pixels.transpose(2, 0, 1)
+def _decode(path: Path, image_format: ImageFormat) -> Pixels:
+    """uint8 [C, S, S]; EXIF orientation is not applied, as in torchvision."""
+    return channels_first(resize_and_crop(_pil_image(path, image_format), image_format.image_size))
 
 
-def _picture(path: Path, form: Form) -> Image.Image:
-    """The image in the asked-for channels and its own size."""
+def _pil_image(path: Path, image_format: ImageFormat) -> Image.Image:
+    """The image in the channels of the format and its own size."""
     with _opened(path) as image:
-        _check_mode(path, image.mode, form)
-        _check_size(path, image.size, form)
+        _check_mode(path, image.mode, image_format)
+        _check_size(path, image.size, image_format)
         try:
             image.load()
             if "transparency" in image.info and image.mode == "P":
-                image = image.convert("RGBA")  # Pillow warns about the direct way: transparent pixels are undefined
-            return image.convert(MODE_OF_CHANNELS[form.channels])
+                image = image.convert("RGBA")  # Pillow warns about the direct conversion, whose result is undefined
+            return image.convert(MODE_OF_CHANNELS[image_format.channels])
         except _PILLOW_ERRORS as error:
             raise CorruptSample(f"image {path} does not decode: {error}") from error
 
 
-def fitted(picture: Image.Image, size: int) -> Image.Image:
-    """The picture with its shorter side resized to `size` pixels, and the central square of that."""
-    width, height = picture.size
-    if (width, height) == (size, size):
-        return picture
-    short = min(width, height)
-    picture = picture.resize(
-        (size * width // short, size * height // short), Image.Resampling.BILINEAR
-    )  # antialiased
-    left, top = (picture.width - size) // 2, (picture.height - size) // 2
-    return picture.crop((left, top, left + size, top + size))
-
-
-def _check_mode(path: Path, mode: str, form: Form) -> None:
-    if mode.startswith(DEEP_MODES) or (mode not in CHANNELS_OF_MODE and not form.convert):
+def _check_mode(path: Path, mode: str, image_format: ImageFormat) -> None:
+    if mode.startswith(DEEP_MODES) or (mode not in CHANNELS_OF_MODE and not image_format.convert):
         raise _mode_error(path, mode)
-    if not form.convert and CHANNELS_OF_MODE[mode] != form.channels:
+    if not image_format.convert and CHANNELS_OF_MODE[mode] != image_format.channels:
         raise DataError(
-            f"image {path} has mode {mode} but {form.reference} has {form.channels} channel(s): "
+            f"image {path} has mode {mode} but {image_format.reference} has {image_format.channels} channel(s): "
             f"set data.channels=3 to convert all to RGB, or data.channels=1 to gray"
         )
 
 
-def _check_size(path: Path, size: tuple[int, int], form: Form) -> None:
-    expected = (form.image_size, form.image_size)
-    if not form.resize and size != expected:
+def _check_size(path: Path, size: tuple[int, int], image_format: ImageFormat) -> None:
+    expected = (image_format.image_size, image_format.image_size)
+    if not image_format.resize and size != expected:
         raise DataError(
-            f"images of mixed sizes: {form.reference} is {expected[0]}x{expected[1]}, "
+            f"images of mixed sizes: {image_format.reference} is {expected[0]}x{expected[1]}, "
             f"{path} is {size[0]}x{size[1]}: set data.image_size to resize all"
         )
 
 
 def _mode_error(path: Path, mode: str) -> DataError:
-    if mode.startswith(("I", "F")):
+    if mode.startswith(DEEP_MODES):
         return DataError(f"image {path} has more than 8 bits per channel (mode {mode}): convert it to 8 bits first")
     return DataError(
-        f"image {path} has mode {mode}, neither gray nor RGB: data.channels=3 converts all images to RGB"
+        f"image {path} has mode {mode}, which is neither gray nor RGB: data.channels=3 converts all images to RGB"
     )
 
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """The image with its header read. Raises CorruptSample where there is none to read, or too many pixels.
+    """The image with its header read. Raises CorruptSample for a header that is damaged or names too many pixels.
 
-    Pillow refuses only twice its limit and warns before; turning its warning into an error would take filters
-    that belong to the whole process, and images are opened in threads.
+    Pillow raises only above twice its limit, and warns below that. Turning its warning into an error would need
+    warning filters, which belong to the whole process, while images are opened in threads.
     """
     try:
         image = Image.open(path)

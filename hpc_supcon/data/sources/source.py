@@ -1,4 +1,4 @@
-"""Sources: images and labels whatever their format on disk, and the statistics of their pixels."""
+"""Sources: images and labels, independent of their format on disk, and the statistics of their pixels."""
 
 from __future__ import annotations
 
@@ -16,14 +16,16 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from ...errors import ConfigError, CorruptSample, DataError
+from ...errors import CorruptSample, DataError
+
+Pixels = npt.NDArray[np.uint8]
 
 LUMA = (0.2989, 0.587, 0.114)
-"""Weights of red, green and blue in gray (ITU-R BT.601, the figures torchvision uses)."""
+"""Weights of red, green and blue in the luminance (ITU-R BT.601, with the digits that torchvision uses)."""
 
 
 class Source(Protocol):
-    """Square images of one size and one number of channels, with a label each."""
+    """Labeled square images, all of one size and one number of channels."""
 
     @property
     def labels(self) -> Tensor:
@@ -42,7 +44,7 @@ class Source(Protocol):
 
     @property
     def image_size(self) -> int:
-        """Height and width in pixels, as served (after any resizing)."""
+        """Height and width in pixels, after any resizing."""
         ...
 
     def __len__(self) -> int: ...
@@ -51,7 +53,7 @@ class Source(Protocol):
         """Image i as uint8 [C, H, W]. Raises CorruptSample where the format can be corrupt."""
         ...
 
-    def picture(self, i: int) -> Image.Image:
+    def pil_image(self, i: int) -> Image.Image:
         """Image i in the source's channels (mode L or RGB) but in the size it is stored in. Raises as `read`."""
         ...
 
@@ -86,7 +88,7 @@ class ArraySource:
     def read(self, i: int) -> Tensor:
         return self._images[i]
 
-    def picture(self, i: int) -> Image.Image:
+    def pil_image(self, i: int) -> Image.Image:
         pixels = self._images[i].permute(1, 2, 0).contiguous().numpy()
         return Image.fromarray(pixels[:, :, 0] if self.channels == 1 else pixels)
 
@@ -98,8 +100,8 @@ class ArraySource:
         return ArraySource(self._images[rows], self.labels[rows], self.classes)
 
 
-def stack_images(read: Callable[[int], npt.NDArray[np.uint8]], n: int, shape: tuple[int, int, int]) -> Tensor:
-    """uint8 [n, *shape]: read(0) ... read(n - 1), by as many threads as this process has processors.
+def stack_images(read: Callable[[int], Pixels], n: int, shape: tuple[int, int, int]) -> Tensor:
+    """uint8 [n, *shape]: read(0) ... read(n - 1), read by one thread for each processor of this process.
 
     Raises what `read` raises, for the first image that fails.
     """
@@ -122,12 +124,28 @@ def stack_images(read: Callable[[int], npt.NDArray[np.uint8]], n: int, shape: tu
     return torch.from_numpy(images)
 
 
+def channels_first(image: Image.Image) -> Pixels:
+    """uint8 [C, H, W] of an image of mode L or RGB."""
+    pixels = np.asarray(image, dtype=np.uint8)
+    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+
+
+def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
+    """The image with its shorter side resized to `size` pixels, antialiased, and cropped to the central square."""
+    width, height = image.size
+    if (width, height) == (size, size):
+        return image
+    short = min(width, height)
+    image = image.resize((size * width // short, size * height // short), Image.Resampling.BILINEAR)
+    left, top = (image.width - size) // 2, (image.height - size) // 2
+    return image.crop((left, top, left + size, top + size))
+
+
 def fit_images(images: Tensor, *, image_size: int | None, channels: int | None) -> Tensor:
     """uint8 [N, C, H, H] -> uint8 [N, channels, image_size, image_size]; None leaves as it is.
 
-    Resized bilinearly with antialiasing, rounded to nearest. Raises ConfigError for channels other than 1, 3.
+    channels: 1 (the luminance) or 3 (gray repeated). Resized bilinearly with antialiasing, rounded to nearest.
     """
-    check_form(image_size, channels)
     if channels is not None and channels != images.shape[1]:
         images = images.expand(-1, 3, -1, -1) if channels == 3 else _chunked(_to_gray, images)
     if image_size is not None and image_size != images.shape[-1]:
@@ -136,27 +154,19 @@ def fit_images(images: Tensor, *, image_size: int | None, channels: int | None) 
     return images.contiguous()
 
 
-def check_form(image_size: int | None, channels: int | None) -> None:
-    """Raise ConfigError where the asked-for form of the images makes no sense."""
-    if channels not in (None, 1, 3):
-        raise ConfigError(f"data.channels must be 1 (gray) or 3 (RGB), not {channels}")
-    if image_size is not None and image_size < 1:
-        raise ConfigError(f"data.image_size must be at least 1 pixel, not {image_size}")
-
-
 def _to_gray(images: Tensor) -> Tensor:
     return torch.einsum("nchw,c->nhw", images, torch.tensor(LUMA)).unsqueeze(1)
 
 
 def _chunked(function: Callable[[Tensor], Tensor], images: Tensor, size: int = 4096) -> Tensor:
-    """uint8 -> float -> function -> uint8 in pieces: a float copy of the whole set would be four times as big."""
+    """uint8 -> float -> function -> uint8, chunk by chunk: floats of the whole set would be four times as big."""
     return torch.cat([function(x.float()).round_().clamp_(0, 255).to(torch.uint8) for x in images.split(size)])
 
 
 def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and population standard deviation per channel, in units of 0..1, float32 [C] each.
 
-    images: uint8 [N, C, H, W], any device. Exact: pixel values are counted in integers, the moments taken
+    images: uint8 [N, C, H, W], any device. Exact: pixel values are counted in integers, the moments computed
     in float64. A constant channel gets standard deviation 1, so that it can be divided by.
     """
     assert images.dtype == torch.uint8, images.dtype
@@ -175,7 +185,7 @@ def channel_statistics(images: Tensor) -> tuple[Tensor, Tensor]:
 
 
 NORMALIZATION_SAMPLE = 10_000
-"""Images whose statistics stand for all where a set is not held in memory."""
+"""Images from which the statistics are estimated where a set is not in memory."""
 
 
 def normalization_of(train: Source) -> dict[str, list[float]]:
@@ -185,12 +195,12 @@ def normalization_of(train: Source) -> dict[str, list[float]]:
     else:
         n = min(len(train), NORMALIZATION_SAMPLE)
         chosen = np.sort(np.random.default_rng(0).choice(len(train), n, replace=False)).tolist()
-        mean, std = channel_statistics(torch.stack(list(_sound_images(train, chosen))))
+        mean, std = channel_statistics(torch.stack(list(_valid_images(train, chosen))))
     return {"mean": mean.tolist(), "std": std.tolist()}
 
 
-def _sound_images(source: Source, indices: list[int]) -> Iterator[Tensor]:
-    """Those that decode; what becomes of the others is the loader's business."""
+def _valid_images(source: Source, indices: list[int]) -> Iterator[Tensor]:
+    """Those that decode; the loader reports or replaces the others."""
     for i in indices:
         with suppress(CorruptSample):
             yield source.read(i)

@@ -13,14 +13,17 @@ from .beton import open_beton
 from .builtin import digits, synthetic
 from .convert import convert
 from .folder import open_folder
-from .source import ArraySource, Source, check_form, fit_images
+from .source import ArraySource, Source, fit_images
 from .stratify import stratified_sample, stratified_split
 from .vision import open_cifar, open_mnist
 
 
 @dataclass(frozen=True)
 class Splits:
-    """Sources of one form and one list of classes. Choices are made on validation; test is read once."""
+    """Sources of equal size, channels and classes. Choices are made on validation; test is read once, at the end.
+
+    validation: None where the data set has none and none was split off.
+    """
 
     train: Source
     validation: Source | None
@@ -40,8 +43,8 @@ class Splits:
 
 
 @dataclass(frozen=True)
-class Request:
-    """What a factory in SOURCES is asked for; see load_splits."""
+class SourceOptions:
+    """Arguments of the functions in SOURCES; see load_splits. Raises ConfigError for values outside their ranges."""
 
     root: Path | None = None
     download: bool = False
@@ -49,65 +52,60 @@ class Request:
     channels: int | None = None
     synthetic: Mapping[str, int] | None = None
 
-
-Opened = tuple[Source, Source | None, Source]
-"""(train, validation where the data set has its own, test)."""
-
-
-def _digits(request: Request) -> Opened:
-    return _in_memory(digits(), request)
+    def __post_init__(self) -> None:
+        if self.channels not in (None, 1, 3):
+            raise ConfigError(f"data.channels must be 1 (gray) or 3 (RGB), not {self.channels}")
+        if self.image_size is not None and self.image_size < 1:
+            raise ConfigError(f"data.image_size must be at least 1 pixel, not {self.image_size}")
 
 
-def _mnist(request: Request) -> Opened:
-    return _in_memory(open_mnist("mnist", request.root, download=request.download), request)
+def _digits(options: SourceOptions) -> Splits:
+    return _in_memory(digits(), options)
 
 
-def _fashion_mnist(request: Request) -> Opened:
-    return _in_memory(open_mnist("fashion_mnist", request.root, download=request.download), request)
+def _mnist(name: str, options: SourceOptions) -> Splits:
+    return _in_memory(open_mnist(name, options.root, download=options.download), options)
 
 
-def _cifar10(request: Request) -> Opened:
-    return _in_memory(open_cifar("cifar10", request.root, download=request.download), request)
+def _cifar(name: str, options: SourceOptions) -> Splits:
+    return _in_memory(open_cifar(name, options.root, download=options.download), options)
 
 
-def _cifar100(request: Request) -> Opened:
-    return _in_memory(open_cifar("cifar100", request.root, download=request.download), request)
+def _image_folder(options: SourceOptions) -> Splits:
+    if options.root is None:
+        raise DataError("image_folder needs data.root: a folder with train/CLASS/*.jpg|png and test/ or val/")
+    return Splits(*open_folder(options.root, image_size=options.image_size, channels=options.channels))
 
 
-def _image_folder(request: Request) -> Opened:
-    if request.root is None:
-        raise DataError("image_folder needs data.root: a folder that holds train/CLASS/*.jpg|png and test/ or val/")
-    return open_folder(request.root, image_size=request.image_size, channels=request.channels)
+def _synthetic(options: SourceOptions) -> Splits:
+    given = {"image_size": options.image_size, "channels": options.channels}
+    arguments = {key: value for key, value in given.items() if value is not None} | dict(options.synthetic or {})
+    train, test = synthetic(**arguments)
+    return Splits(train, None, test)
 
 
-def _synthetic(request: Request) -> Opened:
-    form = {"image_size": request.image_size, "channels": request.channels}
-    options = {key: value for key, value in form.items() if value is not None} | dict(request.synthetic or {})
-    train, test = synthetic(**options)
-    return train, None, test
-
-
-def _in_memory(opened: tuple[ArraySource, ArraySource], request: Request) -> Opened:
+def _in_memory(sources: tuple[ArraySource, ArraySource], options: SourceOptions) -> Splits:
     train, test = (
         ArraySource(
-            fit_images(part.stack(), image_size=request.image_size, channels=request.channels),
-            part.labels,
-            part.classes,
+            fit_images(source.stack(), image_size=options.image_size, channels=options.channels),
+            source.labels,
+            source.classes,
         )
-        for part in opened
+        for source in sources
     )
-    return train, None, test
+    return Splits(train, None, test)
 
 
-SOURCES: dict[str, Callable[[Request], Opened]] = {
+SOURCES: dict[str, Callable[[SourceOptions], Splits]] = {
     "digits": _digits,
-    "mnist": _mnist,
-    "fashion_mnist": _fashion_mnist,
-    "cifar10": _cifar10,
-    "cifar100": _cifar100,
+    "mnist": partial(_mnist, "mnist"),
+    "fashion_mnist": partial(_mnist, "fashion_mnist"),
+    "cifar10": partial(_cifar, "cifar10"),
+    "cifar100": partial(_cifar, "cifar100"),
     "image_folder": _image_folder,
     "synthetic": _synthetic,
 }
+"""`data.source` -> the splits that the data set has itself."""
 
 
 def load_splits(
@@ -126,42 +124,39 @@ def load_splits(
 ) -> Splits:
     """The data set called `name` (a key of SOURCES), or the .beton files it was converted to.
 
-    beton: PATH/NAME.beton stands for PATH/NAME.train.beton, NAME.test.beton and, where the data set has one of
-    its own, NAME.validation.beton, as `convert_splits` writes them; `root` is then not needed. check_hash: see
-    `open_beton`.
+    beton: PATH/NAME.beton means the files PATH/NAME.train.beton, NAME.test.beton and, where the data set has a
+    validation split, NAME.validation.beton, as `convert_splits` writes them; `root` is then not needed. check_hash:
+    see `open_beton`.
 
     root: folder of the files (not for digits and synthetic). download: fetch them where they are missing.
     image_size (pixels) and channels (1 or 3): what images are converted to; None keeps theirs.
-    validation_fraction in [0, 1): share of train carved out, by class, with `seed`; 0 gives none. A data set
-    with its own validation set keeps it. train_images: how many of what is then left for training are used, the
-    mix of classes kept. synthetic: arguments of `builtin.synthetic`, for that name only.
+    validation_fraction in [0, 1): share of train that becomes the validation split, stratified, drawn with `seed`;
+    0 gives none. A data set with a validation split keeps it. train_images: train on this many of the images that
+    are left, in the same proportions of classes. synthetic: arguments of `builtin.synthetic`, for that name only.
 
-    Image folders are listed here and decoded by `stack`, which is where damaged images come to light.
-    Raises ConfigError for names and values that make no sense, DataError for data that is missing or damaged.
+    Image folders are listed here and decoded by `stack`, which finds images that are damaged.
+    Raises ConfigError for unknown names and values outside their ranges, DataError for missing or damaged data.
     """
-    if name not in SOURCES:
-        raise ConfigError(unknown_name("data.source", name, SOURCES))
+    open_splits = _source(name)
     if synthetic and name != "synthetic":
         raise ConfigError(f"options of synthetic data were given, but the data is {name}")
-    check_form(image_size, channels)
     if not 0 <= validation_fraction < 1:
         raise ConfigError(f"data.validation_fraction must be in [0, 1), not {validation_fraction}")
-
-    train, validation, test = (
-        _open_beton(Path(beton).expanduser(), name, image_size, check_hash=check_hash)
-        if beton is not None
-        else open_source(name, root, download=download, image_size=image_size, channels=channels, synthetic=synthetic)
-    )
+    options = SourceOptions(_folder(root), download, image_size, channels, synthetic)
+    splits = open_splits(options) if beton is None else _open_beton(beton, name, image_size, check_hash=check_hash)
+    train, validation = splits.train, splits.validation
     if validation is None and validation_fraction > 0:
         kept, picked = stratified_split(train.labels, fraction=validation_fraction, seed=seed)
         if len(picked) == 0:
-            raise DataError("no class has two images, so no validation set can be carved: data.validation_fraction=0")
+            raise DataError(
+                "no class has two images, so no validation set can be split off: set data.validation_fraction=0"
+            )
         train, validation = train.subset(kept), train.subset(picked)
     if train_images is not None:
         if not 1 <= train_images <= len(train):
             raise ConfigError(f"data.train_images={train_images}: the training split has {len(train)} images")
         train = train.subset(stratified_sample(train.labels, count=train_images, seed=seed))
-    return Splits(train, validation, test)
+    return Splits(train, validation, splits.test)
 
 
 def open_source(
@@ -172,45 +167,49 @@ def open_source(
     image_size: int | None = None,
     channels: int | None = None,
     synthetic: Mapping[str, int] | None = None,
-) -> Opened:
-    """(train, validation or None, test) as the data set itself splits them. Raises as `load_splits`."""
+) -> Splits:
+    """The data set called `name` with the splits that it has itself. Arguments and errors: see `load_splits`."""
+    return _source(name)(SourceOptions(_folder(root), download, image_size, channels, synthetic))
+
+
+def _source(name: str) -> Callable[[SourceOptions], Splits]:
     if name not in SOURCES:
         raise ConfigError(unknown_name("data.source", name, SOURCES))
-    path = Path(root).expanduser() if root is not None else None
-    return SOURCES[name](Request(path, download, image_size, channels, synthetic))
+    return SOURCES[name]
+
+
+def _folder(root: str | Path | None) -> Path | None:
+    return None if root is None else Path(root).expanduser()
 
 
 def split_file(beton: Path, split: str) -> Path:
-    """PATH/NAME.beton -> PATH/NAME.SPLIT.beton. Raises ConfigError for another ending."""
+    """PATH/NAME.beton -> PATH/NAME.SPLIT.beton. Raises ConfigError for another suffix."""
     if beton.suffix != ".beton":
         raise ConfigError(f"data.beton must end in .beton, not be called {beton.name}")
     return beton.with_name(f"{beton.stem}.{split}.beton")
 
 
 def convert_splits(
-    name: str, opened: Opened, out: Path, *, progress: Callable[[str, int, int], None] | None = None, **options: Any
+    name: str, splits: Splits, out: Path, *, progress: Callable[[str, int, int], None] | None = None, **options: Any
 ) -> dict[str, dict[str, Any]]:
-    """Write every split of the data set `name` beside `out` (see `split_file`); manifests by split.
+    """Write the splits of the data set `name` to the files that `split_file` names; returns manifests by split.
 
-    `options` are those of `convert`; progress(split, done, all) is called now and then.
+    `options` are those of `convert`; progress(split, images written, all images).
     """
     manifests = {}
-    for split, source in zip(("train", "validation", "test"), opened, strict=True):
+    for split, source in vars(splits).items():
         if source is not None:
-            tell = None if progress is None else partial(progress, split)
+            report = None if progress is None else partial(progress, split)
             file = split_file(out, split)
-            manifests[split] = convert(source, file, name=f"{name}/{split}", progress=tell, **options)
+            manifests[split] = convert(source, file, name=f"{name}/{split}", progress=report, **options)
     return manifests
 
 
-def _open_beton(beton: Path, name: str, image_size: int | None, *, check_hash: bool) -> Opened:
-    def opened(split: str) -> Source:
-        return open_beton(
-            split_file(beton, split), image_size=image_size, name=f"{name}/{split}", check_hash=check_hash
-        )
+def _open_beton(beton: str | Path, name: str, image_size: int | None, *, check_hash: bool) -> Splits:
+    files = {split: split_file(Path(beton).expanduser(), split) for split in ("train", "validation", "test")}
 
-    has_validation = split_file(beton, "validation").exists()
-    return opened("train"), opened("validation") if has_validation else None, opened("test")
+    def open_split(split: str) -> Source:
+        return open_beton(files[split], image_size=image_size, name=f"{name}/{split}", check_hash=check_hash)
 
-
-# Keeps these draws apart from those of the training order, which are seeded with (seed, epoch).
+    validation = files["validation"].exists()
+    return Splits(open_split("train"), open_split("validation") if validation else None, open_split("test"))

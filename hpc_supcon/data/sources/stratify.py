@@ -1,4 +1,4 @@
-"""Splits that keep the mix of classes."""
+"""Random splits and samples that preserve the proportions of the classes."""
 
 from __future__ import annotations
 
@@ -6,23 +6,20 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...errors import ConfigError
-
-# Keeps these draws apart from those of the training order, which are seeded with (seed, epoch).
+# Makes these draws independent of those of the training order, which are seeded with (seed, epoch).
 _STREAM = 0x5117_5117
 
 
 def stratified_split(labels: Tensor, *, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
     """(kept, picked): ascending int64 indices; `fraction` of every class, rounded, is picked at random.
 
-    labels int64 [N]; 0 <= fraction < 1. A class of two or more images gives at least one to each side (when
-    fraction > 0); the only image of a class is kept. A pure function. Raises ConfigError for the fraction.
+    labels int64 [N]; 0 <= fraction < 1. A class of two or more images has at least one on each side (when
+    fraction > 0); the only image of a class is kept. A pure function.
     """
-    if not 0 <= fraction < 1:
-        raise ConfigError(f"the fraction held out must be in [0, 1), not {fraction}")
+    assert 0 <= fraction < 1, fraction
     picked = torch.zeros(len(labels), dtype=torch.bool)
     rng = np.random.default_rng([seed, _STREAM])
-    for members in _members(labels):
+    for members in indices_by_class(labels):
         n = len(members)
         count = min(max(round(fraction * n), 1), n - 1) if fraction > 0 else 0
         picked[members[torch.from_numpy(rng.permutation(n)[:count])]] = True
@@ -30,12 +27,12 @@ def stratified_split(labels: Tensor, *, fraction: float, seed: int) -> tuple[Ten
 
 
 def stratified_sample(labels: Tensor, *, count: int, seed: int) -> Tensor:
-    """`count` ascending int64 indices, of every class as many as its share gives (the largest remainders round up).
+    """`count` ascending int64 indices, of every class in proportion to its size (the largest remainders round up).
 
     labels int64 [N], 1 <= count <= N. A pure function.
     """
     rng = np.random.default_rng([seed, _STREAM + 1])
-    members = _members(labels)
+    members = indices_by_class(labels)
     shares = np.array([len(m) * count / len(labels) for m in members])
     counts = np.floor(shares).astype(int)
     counts[np.argsort(counts - shares, kind="stable")[: count - counts.sum()]] += 1
@@ -43,8 +40,7 @@ def stratified_sample(labels: Tensor, *, count: int, seed: int) -> Tensor:
     return torch.cat(chosen).sort().values
 
 
-def _members(labels: Tensor) -> list[Tensor]:
-    """Indices of each class that occurs, in class order."""
-    order = torch.argsort(labels, stable=True)
-    counts = torch.unique(labels, return_counts=True)[1]
-    return list(order.split(counts.tolist()))
+def indices_by_class(labels: Tensor) -> list[Tensor]:
+    """int64 indices of the images of each class that has any, in ascending order of the labels."""
+    counts = torch.bincount(labels)
+    return list(labels.argsort(stable=True).split(counts[counts > 0].tolist()))

@@ -1,4 +1,4 @@
-"""Looking at every image before a run does."""
+"""Decodes every image of a data set, to find before a run those that training would refuse."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ from .beton import open_beton
 from .folder import open_folder
 from .source import Source
 
+_CHUNK = 64  # images that a thread decodes at a time
+
 
 @dataclass(frozen=True)
-class Problem:
-    """One image that training would refuse."""
+class UnusableImage:
+    """An image that training would refuse."""
 
     index: int
     message: str
@@ -25,8 +27,8 @@ class Problem:
 
 
 @dataclass(frozen=True)
-class Report:
-    """What a set of images is. Without problems, every image decodes."""
+class SplitReport:
+    """What a split contains. Without problems, every image decodes."""
 
     images: int
     channels: int
@@ -34,21 +36,20 @@ class Report:
     """(width, height) in pixels -> number of images that decode."""
     classes: dict[str, int]
     """Class -> number of images."""
-    problems: tuple[Problem, ...]
+    problems: tuple[UnusableImage, ...]
 
 
 def verify(
     path: str | Path, *, workers: int | None = None, progress: Callable[[int, int], None] | None = None
-) -> dict[str, Report]:
+) -> dict[str, SplitReport]:
     """A report for each split of an image folder ("train", "test", perhaps "validation"), or for a .beton file.
 
-    Every image is decoded, by `workers` threads (None: one per processor); progress(done, all) is called now and
-    then. Raises DataError where the set as a whole is wrong: its layout, a .beton that is not what its manifest
-    says.
+    Every image is decoded, by `workers` threads (None: one per processor); progress(images decoded, all images).
+    Raises DataError where the set as a whole is wrong: its layout, a .beton that differs from its manifest.
     """
     path = Path(path)
     if path.suffix == ".beton" or path.is_file():
-        # The size does not matter here: images are looked at as they are stored.
+        # Any size will do: images are decoded in the size they are stored in.
         return {path.name: verify_source(open_beton(path, image_size=1), workers=workers, progress=progress)}
     train, validation, test = open_folder(path, image_size=1, channels=None)
     splits = {"train": train, "validation": validation, "test": test}
@@ -61,28 +62,28 @@ def verify(
 
 def verify_source(
     source: Source, *, workers: int | None = None, progress: Callable[[int, int], None] | None = None
-) -> Report:
+) -> SplitReport:
     """The report of one source; see `verify`."""
-
     n = len(source)
 
-    def look(i: int) -> tuple[int, int] | Problem:
+    def decode(i: int) -> tuple[int, int] | UnusableImage:
         try:
-            return source.picture(i).size
+            return source.pil_image(i).size
         except DataError as error:
-            return Problem(i, str(error))
+            return UnusableImage(i, str(error))
 
-    def look_at_some(start: int) -> list[tuple[int, int] | Problem]:
-        return [look(i) for i in range(start, min(start + 64, n))]
+    def decode_chunk(start: int) -> list[tuple[int, int] | UnusableImage]:
+        return [decode(i) for i in range(start, min(start + _CHUNK, n))]
 
     sizes: Counter[tuple[int, int]] = Counter()
-    problems: list[Problem] = []
+    problems: list[UnusableImage] = []
+    starts = range(0, n, _CHUNK)
     with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
-        for start, some in zip(range(0, n, 64), pool.map(look_at_some, range(0, n, 64)), strict=True):
-            problems += [seen for seen in some if isinstance(seen, Problem)]
-            sizes.update(seen for seen in some if not isinstance(seen, Problem))
+        for start, results in zip(starts, pool.map(decode_chunk, starts), strict=True):
+            problems += [result for result in results if isinstance(result, UnusableImage)]
+            sizes.update(result for result in results if not isinstance(result, UnusableImage))
             if progress is not None:
-                progress(start + len(some), n)
+                progress(start + len(results), n)
     counts = Counter(source.labels.tolist())
     classes = {name: counts[label] for label, name in enumerate(source.classes)}
-    return Report(n, source.channels, dict(sizes), classes, tuple(problems))
+    return SplitReport(n, source.channels, dict(sizes), classes, tuple(problems))

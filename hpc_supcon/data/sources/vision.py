@@ -1,4 +1,4 @@
-"""MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100 in the files torchvision keeps them in."""
+"""MNIST, Fashion-MNIST, CIFAR-10 and CIFAR-100, read from the files that torchvision downloads."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from .source import ArraySource
 
 MNIST_LIKE = {"mnist": datasets.MNIST, "fashion_mnist": datasets.FashionMNIST}
 CIFAR_LIKE = {"cifar10": datasets.CIFAR10, "cifar100": datasets.CIFAR100}
-_SPLITS = {"train": True, "t10k": False}
+_PARTS = ("train", "t10k")  # as the files of train and test are called
 
 
 def open_mnist(name: str, root: Path | None, *, download: bool) -> tuple[ArraySource, ArraySource]:
@@ -31,7 +31,7 @@ def open_mnist(name: str, root: Path | None, *, download: bool) -> tuple[ArraySo
     kind: Any = MNIST_LIKE[name]
     root = _root(name, root)
     raw = root / kind.__name__ / "raw"
-    files = {part: (raw / f"{part}-images-idx3-ubyte", raw / f"{part}-labels-idx1-ubyte") for part in _SPLITS}
+    files = {part: (raw / f"{part}-images-idx3-ubyte", raw / f"{part}-labels-idx1-ubyte") for part in _PARTS}
     if download:
         _download(kind, root)
     for file in (file for pair in files.values() for file in pair):
@@ -39,16 +39,16 @@ def open_mnist(name: str, root: Path | None, *, download: bool) -> tuple[ArraySo
             raise _missing(name, file)
 
     classes = tuple(str(c) for c in kind.classes)
-    train, test = (_read_idx_pair(*files[part], classes) for part in _SPLITS)
+    train, test = (_read_idx_pair(*files[part], classes) for part in _PARTS)
     return train, test
 
 
 def _read_idx_pair(images_file: Path, labels_file: Path, classes: tuple[str, ...]) -> ArraySource:
     images, labels = _read_idx(read_image_file, images_file), _read_idx(read_label_file, labels_file)
     if len(images) != len(labels):
-        raise DataError(f"{images_file} holds {len(images)} images but {labels_file} {len(labels)} labels")
+        raise DataError(f"{images_file} contains {len(images)} images but {labels_file} {len(labels)} labels")
     if len(images) == 0:
-        raise DataError(f"{images_file} holds no images")
+        raise DataError(f"{images_file} contains no images")
     if images.shape[1] != images.shape[2]:
         raise DataError(f"the images in {images_file} are {images.shape[2]}x{images.shape[1]} pixels, not square")
     if int(labels.max()) >= len(classes):
@@ -59,16 +59,16 @@ def _read_idx_pair(images_file: Path, labels_file: Path, classes: tuple[str, ...
 def _read_idx(reader: Any, file: Path) -> Tensor:
     try:
         return reader(str(file))
-    # What torchvision's reader raises on files that are short, empty, or no idx files at all.
+    # What torchvision's reader raises for files that are truncated, empty, or not idx files.
     except (OSError, RuntimeError, ValueError, TypeError, KeyError, AssertionError) as error:
         reason = str(error).splitlines()[0] if str(error) else "not the header of an idx file"
         raise DataError(f"{file} is damaged ({reason}): delete it and set data.download=true") from error
 
 
 def open_cifar(name: str, root: Path | None, *, download: bool) -> tuple[ArraySource, ArraySource]:
-    """(train, test) of `cifar10` or `cifar100`: RGB 32x32, pickles in ROOT/cifar-10-batches-py or like it.
+    """(train, test) of `cifar10` or `cifar100`: RGB 32x32, pickles in ROOT/cifar-10-batches-py or -100-python.
 
-    A pickle can execute code when read, so nothing is read before its md5 is the published one. Raises
+    A pickle can execute code when read, so none is read unless its md5 is the published one. Raises
     DataError where files are missing, cannot be downloaded, or are not the published ones (the file is named).
     """
     kind: Any = CIFAR_LIKE[name]
@@ -90,7 +90,7 @@ def open_cifar(name: str, root: Path | None, *, download: bool) -> tuple[ArraySo
 
 def _read_cifar(kind: Any, root: Path, *, train: bool) -> ArraySource:
     with warnings.catch_warnings():
-        # The published pickles hold NumPy dtypes in a spelling that recent NumPy deprecates.
+        # The published pickles contain NumPy dtypes in a form that recent NumPy deprecates.
         warnings.filterwarnings("ignore", message=r"dtype\(\): align should be passed")
         try:
             data = kind(root, train=train)  # verifies md5 again before it unpickles
@@ -103,7 +103,7 @@ def _read_cifar(kind: Any, root: Path, *, train: bool) -> ArraySource:
 def _root(name: str, root: Path | None) -> Path:
     if root is None:
         raise DataError(
-            f"{name} needs data.root: the folder that holds it, or (with data.download=true) shall hold it"
+            f"{name} needs data.root: the folder of its files, or (with data.download=true) where to download them"
         )
     return root
 
@@ -113,7 +113,7 @@ def _missing(name: str, file: Path) -> DataError:
 
 
 def _download(kind: Any, root: Path) -> None:
-    """Fetch what is not there. Ranks of one machine take turns, and all but the first find it done."""
+    """Fetch missing files. Ranks on one machine do so one after the other; all but the first find them present."""
     try:
         root.mkdir(parents=True, exist_ok=True)
         with (root / ".download.lock").open("w") as lock:

@@ -1,4 +1,4 @@
-"""Pixels in units of the training images' mean and standard deviation per channel."""
+"""Normalization by mean and standard deviation per channel."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 def normalize_(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """(x - mean) / std in place; x float [C, ...], mean and std [C]."""
     shape = (-1, *[1] * (x.ndim - 1))
-    # with two operands that are broadcast, addcmul is not vectorised
+    # addcmul would not be vectorized here, because two of its operands are broadcast
     return x.mul_(std.reciprocal().view(shape)).sub_((mean / std).view(shape))
 
 
@@ -19,14 +19,14 @@ def normalize_levels_(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """(x / 255 - mean) / std in place; x float [n, C, H, W], contiguous or channels last."""
     if x.is_contiguous():
         return normalize_(x.transpose(0, 1), 255 * mean, 255 * std).transpose(0, 1)
-    # whole rows of pixels at a time: a loop over three channels is not vectorised
+    # over whole rows of pixels: a loop over three channels is not vectorized
     rows, W = x.permute(0, 2, 3, 1).flatten(2), x.shape[3]
     rows.mul_((255 * std).reciprocal().repeat(W)).sub_((mean / std).repeat(W))
     return x
 
 
 class EvalTransform(nn.Module):
-    """uint8 [B, C, H, W] -> float32 [B, C, H, W], normalized: what evaluation sees."""
+    """uint8 [B, C, H, W] -> float32 [B, C, H, W], normalized: the input in evaluation."""
 
     mean: Tensor
     std: Tensor

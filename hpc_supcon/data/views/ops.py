@@ -1,18 +1,18 @@
-"""The operations of AutoAugment and RandAugment on batches of uint8 images, each with its own operation.
+"""The operations of AutoAugment and RandAugment on batches of uint8 images, each image with its own operation.
 
-Images are grouped by how an operation works, and a group is worked on at once, whatever its magnitudes:
+Images are grouped by the way an operation works, and a group is processed at once, whatever its magnitudes:
 
-- point operations map a gray level to a gray level, so each image gets a table [C, 256] and one lookup serves
-  all of them: Brightness, Contrast (its table holds the image's mean gray), Posterize, Solarize, Invert,
+- point operations map a gray level to a gray level, so each image gets a table [C, 256] and one lookup does
+  all of them: Brightness, Contrast (its table contains the image's mean gray), Posterize, Solarize, Invert,
   AutoContrast (stretches each channel from its minimum and maximum to 0..255) and Equalize (the channel's own
   cumulative histogram);
 - Color and Sharpness blend with the gray and the smoothed image;
-- shears, translations and the rotation look up the nearest pixel through a matrix per image; outside is black.
+- shears, translations and the rotation sample the nearest pixel through a matrix per image; outside is black.
 
-Every operation gives what torchvision.transforms.v2.functional gives for one uint8 tensor, to the gray level.
-Blends are summed in float64 and rounded to float32 once, since torchvision's fuse product and sum: a last bit
-is a whole gray level after truncation. Operations are int64 [n] (indices into OPERATIONS) and magnitudes
-float64 [n], both on the CPU, so that grouping waits for no device.
+Every operation returns exactly what torchvision.transforms.v2.functional does for a single uint8 tensor. Blends
+are summed in float64 and rounded to float32 once, because torchvision's fuse product and sum: a difference in the
+last bit is a whole gray level after truncation. Operations are int64 [n] (indices into OPERATIONS) and magnitudes
+float64 [n], both on the CPU, so that grouping does not wait for the device.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..loaders.prefetch import sent
+from ..transfer import copy_async
 from .color import grayscale
 
 OPERATIONS = (
@@ -54,9 +54,9 @@ def operate_(images: Tensor, operations: Tensor, magnitudes: Tensor) -> Tensor:
         codes = torch.tensor([OPERATIONS.index(name) for name in names])
         rows = torch.where(torch.isin(operations, codes))[0]
         if len(rows):
-            there = sent(rows, images.device)
-            done = group(images.index_select(0, there), operations[rows], magnitudes[rows])
-            images.index_copy_(0, there, done)
+            device_rows = copy_async(rows, images.device)
+            result = group(images.index_select(0, device_rows), operations[rows], magnitudes[rows])
+            images.index_copy_(0, device_rows, result)
     return images
 
 
@@ -69,9 +69,9 @@ def _look_up(images: Tensor, operations: Tensor, magnitudes: Tensor) -> Tensor:
     for name, table in _TABLES.items():
         rows = torch.where(operations == OPERATIONS.index(name))[0]
         if len(rows):
-            there = sent(rows, images.device)
-            made = table(images.index_select(0, there), magnitudes[rows])
-            tables.index_copy_(0, there, made.expand(-1, C, -1))
+            device_rows = copy_async(rows, images.device)
+            filled = table(images.index_select(0, device_rows), magnitudes[rows])
+            tables.index_copy_(0, device_rows, filled.expand(-1, C, -1))
     return tables.gather(2, images.flatten(2).long()).view_as(images)
 
 
@@ -80,22 +80,22 @@ def _levels(images: Tensor) -> Tensor:
 
 
 def _brightness(images: Tensor, magnitudes: Tensor) -> Tensor:
-    return _truncate(_levels(images) * _per_image(1 + magnitudes, images)[..., 0])
+    return _truncate(_levels(images) * _broadcast(1 + magnitudes, images)[..., 0])
 
 
 def _contrast(images: Tensor, magnitudes: Tensor) -> Tensor:
-    # exact up to 256 x 256: sums of whole numbers below 2**24
+    # exact up to 256 x 256 pixels: sums of integers below 2**24
     mean = _gray(images).mean(dim=(-2, -1)).unsqueeze(-1)
     return _blend(_levels(images), mean, 1 + magnitudes)
 
 
 def _posterize(images: Tensor, magnitudes: Tensor) -> Tensor:
     mask = 256 - 2 ** (8 - magnitudes.long())
-    return _levels(images).to(torch.uint8) & sent(mask.to(torch.uint8), images.device)[:, None, None]
+    return _levels(images).to(torch.uint8) & copy_async(mask.to(torch.uint8), images.device)[:, None, None]
 
 
 def _solarize(images: Tensor, magnitudes: Tensor) -> Tensor:
-    levels, threshold = _levels(images), _per_image(255 * magnitudes, images)[..., 0]
+    levels, threshold = _levels(images), _broadcast(255 * magnitudes, images)[..., 0]
     return torch.where(levels >= threshold, 255 - levels, levels).to(torch.uint8)
 
 
@@ -105,7 +105,7 @@ def _invert(images: Tensor, magnitudes: Tensor) -> Tensor:
 
 def _autocontrast(images: Tensor, magnitudes: Tensor) -> Tensor:
     low, high = (extreme.float().unsqueeze(-1) for extreme in torch.aminmax(images.flatten(2), dim=2))
-    flat = high == low  # one gray level only: stays as it is
+    flat = high == low  # one gray level only: unchanged
     scale = torch.where(flat, 1.0, (high - low) * (1.0 / 255))
     return _truncate((_levels(images) - torch.where(flat, 0.0, low)) / scale)
 
@@ -119,7 +119,7 @@ def _equalize(images: Tensor, magnitudes: Tensor) -> Tensor:
     below = counts.cumsum(2) - counts
     brightest = torch.where(below + counts == pixels, counts, 0).amax(dim=2, keepdim=True)
     step = (pixels - brightest) // 255
-    # fewer than 255 pixels under the brightest level: stays as it is
+    # fewer than 255 pixels below the brightest level: unchanged
     equal = ((below + step // 2) // step.clamp(min=1)).clamp_(max=255)
     return torch.where(step > 0, equal, _levels(images).long()).to(torch.uint8)
 
@@ -139,22 +139,22 @@ def _sharpness(images: Tensor, operations: Tensor, magnitudes: Tensor) -> Tensor
     columns = (x[..., : W - 2] + x[..., 1 : W - 1]).add_(x[..., 2:])
     inner = x[..., 1 : H - 1, 1 : W - 1]
     total = (columns[:, :, : H - 2] + columns[:, :, 1 : H - 1]).add_(columns[:, :, 2:]).add_(inner, alpha=4)
-    smooth = total.div_(13).round_()  # whole thirteenths are never half-way, so any order of summing will do
-    rest = _per_image(1 - (1 + magnitudes), images).double()
+    smooth = total.div_(13).round_()  # thirteenths are never half-way, so the order of summing has no effect
+    rest = _broadcast(1 - (1 + magnitudes), images).double()
     out = images.clone()
     out[..., 1 : H - 1, 1 : W - 1] = _truncate(torch.addcmul(inner.double(), smooth.sub_(inner), rest).float())
     return out
 
 
 def _blend(x: Tensor, other: Tensor, factors: Tensor) -> Tensor:
-    """x * factor + other * (1 - factor) as uint8; x float32 holding gray levels, factors float64 [n]."""
+    """x * factor + other * (1 - factor) as uint8; x and other float32 gray levels, factors float64 [n]."""
     shape = (-1, *[1] * (x.ndim - 1))
-    factor, rest = (sent(f.float(), x.device).view(shape) for f in (factors, 1 - factors))
+    factor, rest = (copy_async(f.float(), x.device).view(shape) for f in (factors, 1 - factors))
     return _truncate(torch.addcmul((x * factor).double(), other.double(), rest.double()).float())
 
 
 def _gray(images: Tensor) -> Tensor:
-    """Whole gray levels, float32 [n, 1, H, W]."""
+    """Luminance rounded down to whole gray levels, float32 [n, 1, H, W]."""
     return grayscale(images.float().transpose(0, 1)).transpose(0, 1).floor_()
 
 
@@ -162,8 +162,8 @@ def _truncate(x: Tensor) -> Tensor:
     return x.clamp_(0, 255).to(torch.uint8)
 
 
-def _per_image(value: Tensor, images: Tensor) -> Tensor:
-    return sent(value.float(), images.device).view(-1, 1, 1, 1)
+def _broadcast(value: Tensor, images: Tensor) -> Tensor:
+    return copy_async(value.float(), images.device).view(-1, 1, 1, 1)
 
 
 # ---- geometry
@@ -174,8 +174,8 @@ def _warp(images: Tensor, operations: Tensor, magnitudes: Tensor) -> Tensor:
     theta = inverse_matrices(operations, magnitudes, H, W).float()
     x = torch.linspace((1 - W) / 2, (W - 1) / 2, W, device=images.device).view(1, 1, W, 1)
     y = torch.linspace((1 - H) / 2, (H - 1) / 2, H, device=images.device).view(1, H, 1, 1)
-    # written out: a matrix product would run in TF32 on CUDA and be a tenth of a pixel off
-    scaled = sent(theta / torch.tensor([0.5 * W, 0.5 * H]).view(2, 1), images.device)
+    # without a matrix product, which would run in TF32 on CUDA and be off by a tenth of a pixel
+    scaled = copy_async(theta / torch.tensor([0.5 * W, 0.5 * H]).view(2, 1), images.device)
     a, b, c = scaled.view(-1, 1, 1, 2, 3).unbind(-1)
     grid = (x * a + y * b).add_(c)  # [n, H, W, 2]
     sampled = F.grid_sample(images.float(), grid, mode="nearest", align_corners=False)
@@ -183,10 +183,10 @@ def _warp(images: Tensor, operations: Tensor, magnitudes: Tensor) -> Tensor:
 
 
 def inverse_matrices(operations: Tensor, magnitudes: Tensor, height: int, width: int) -> Tensor:
-    """float64 [n, 2, 3]: from target to source pixels, both counted from the center of the image.
+    """float64 [n, 2, 3]: from target to source pixels, both relative to the center of the image.
 
-    Of ShearX, ShearY, TranslateX, TranslateY and Rotate, as torchvision's affine and rotate make them: a shear
-    keeps the top left corner in place, a rotation the center; translations are by whole pixels.
+    For ShearX, ShearY, TranslateX, TranslateY and Rotate, as torchvision's affine and rotate compute them: a shear
+    leaves the top left corner in place, a rotation the center; translations are by whole pixels.
     """
 
     def only(name: str, value: Tensor) -> Tensor:

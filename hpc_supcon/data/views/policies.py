@@ -1,4 +1,4 @@
-"""AutoAugment and RandAugment: which operations a view gets, drawn for a whole batch.
+"""AutoAugment and RandAugment: the operations of each view, drawn for a whole batch.
 
 Both draw like torchvision.transforms.v2's AutoAugment and RandAugment with their default settings. The
 operations themselves are in ops.py.
@@ -12,7 +12,7 @@ from torch import Tensor
 from ...errors import ConfigError, unknown_name
 from .ops import OPERATIONS
 
-# One sub-policy a line: operation, probability, magnitude (0..9; none where the operation has no strength).
+# One sub-policy per line: operation, probability, magnitude (0..9; absent for operations without a magnitude).
 # AutoAugment (Cubuk et al. 2019, arXiv:1805.09501), tables 7 to 9 as torchvision has them.
 _AUTOAUGMENT = {
     "cifar10": """
@@ -101,11 +101,11 @@ AUTOAUGMENT_NAMES = tuple(_AUTOAUGMENT)
 
 _AUTOAUGMENT_LEVELS, _RANDAUGMENT_LEVELS = 10, 31
 SIGNED = ("ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast", "Sharpness")
-"""Operations whose magnitude is negated half of the time."""
+"""Operations whose magnitude is negated with probability 1/2."""
 
 
 def magnitude(operation: str, level: int, levels: int, height: int, width: int) -> float:
-    """What `level`, 0..levels-1, means for an operation on images of this size (see ops.OPERATIONS)."""
+    """Magnitude of `level`, 0..levels-1, for an operation on images of this size in pixels (see ops.OPERATIONS)."""
     if operation == "Posterize":
         return float((8 - torch.arange(levels) / ((levels - 1) / 4)).round()[level])
     last = {
@@ -121,12 +121,12 @@ def magnitude(operation: str, level: int, levels: int, height: int, width: int) 
     }
     if operation == "Solarize":
         return float(torch.linspace(1, 0, levels)[level])
-    # float32, as torchvision computes them: a pixel may hang on the last bit
+    # float32, as torchvision computes them: a pixel may depend on the last bit
     return float(torch.linspace(0, last[operation], levels)[level]) if operation in last else 0.0
 
 
 class AutoAugment:
-    """One of 25 pairs of operations per view, each operation done with its own probability."""
+    """One of 25 pairs of operations per view, each operation applied with its own probability."""
 
     steps = 2
 
@@ -160,12 +160,12 @@ class AutoAugment:
 
 
 class RandAugment:
-    """A number of operations per view, all of one magnitude (Cubuk et al. 2020, arXiv:1909.13719)."""
+    """Several operations per view, all of one magnitude (Cubuk et al. 2020, arXiv:1909.13719)."""
 
     choices = tuple(name for name in OPERATIONS if name != "Invert")
 
     def __init__(self, operations: int = 2, magnitude: int = 9) -> None:
-        """operations: how many, >= 0. magnitude: 0..30. Raises ConfigError outside these ranges."""
+        """operations: their number, >= 0. magnitude: 0..30. Raises ConfigError outside these ranges."""
         if operations < 0:
             raise ConfigError(f"augment.randaugment.operations must be at least 0, not {operations}")
         if not 0 <= magnitude < _RANDAUGMENT_LEVELS:

@@ -1,12 +1,12 @@
 """Views of small images in one pass: crop, flip, color, gray, normalization, memory layout and dtype.
 
-One program makes one view, all of it in registers: the source is read once per tap of the filter, the view
-written once. Having the whole view at hand, the mean gray that contrast needs is a reduction inside the
-program. Same parameters and, to rounding, same pixels as the torch path of views.py. Imported only when it is
-used; under TRITON_INTERPRET=1 it runs on the CPU.
+One program computes one view, all of it in registers: the source is read once per tap of the filter, the view
+written once. Because the program has the whole view, the mean gray that contrast needs is a reduction inside it.
+Same parameters and, up to rounding, same pixels as the torch path of views.py. Imported only when it is used;
+under TRITON_INTERPRET=1 it runs on the CPU.
 """
 
-# Triton reads the annotations of a kernel: its parameters cannot carry Python types.
+# Triton reads the annotations of a kernel: its parameters cannot have Python types.
 # mypy: disable-error-code="untyped-decorator,no-untyped-def"
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..loaders.prefetch import sent
 from ..sources.source import LUMA
+from ..transfer import copy_async
 
 if TYPE_CHECKING:
     from .parameters import ViewParameters
@@ -42,30 +42,30 @@ def _blend(x, factor, target):
 
 
 @triton.jit
-def _turned(hue, opposite, high, spread):
-    """One channel of a turned hue; see color.adjust_hue."""
+def _shifted_channel(hue, opposite, high, spread):
+    """One channel after a shift of the hue; see color.adjust_hue."""
     away = hue + (2.5 - opposite)
     away = tl.abs((away - tl.floor(away)) * 6 - 3)
     return high - tl.minimum(tl.maximum(2 - away, 0.0), 1.0) * spread
 
 
 @triton.jit
-def _turn_hue(r, g, b, turns):
+def _adjust_hue(r, g, b, turns):
     high, low = tl.maximum(tl.maximum(r, g), b), tl.minimum(tl.minimum(r, g), b)
     spread = high - low
     sixth = 1 / (tl.where(spread == 0, 1.0, spread) * 6)
     hue = tl.where(high == g, (b - r) * sixth + 2 / 6, (r - g) * sixth + 4 / 6)
     hue = tl.where(high == r, (g - b) * sixth, hue) + turns
     return (
-        _turned(hue, 3 / 6, high, spread),
-        _turned(hue, 5 / 6, high, spread),
-        _turned(hue, 1 / 6, high, spread),
+        _shifted_channel(hue, 3 / 6, high, spread),
+        _shifted_channel(hue, 5 / 6, high, spread),
+        _shifted_channel(hue, 1 / 6, high, spread),
     )
 
 
 @triton.jit
 def _weight(tap, center, length, sharpness):
-    """Of source pixels `tap` in target pixels at `center` (both in source pixels); 0 outside the crop."""
+    """Weight of source pixels `tap` in target pixels at `center` (in source pixels); 0 outside the crop."""
     distance = tl.abs(center * sharpness - (tap + 0.5) * sharpness)
     return tl.where((tap >= 0) & (tap < length), tl.maximum(1 - distance, 0.0), 0.0)
 
@@ -126,7 +126,7 @@ def _views_kernel(
         factor = tl.load(factors + view * 4 + tl.maximum(operation, 0))
         if operation == 3:
             if CHANNELS == 3:
-                r, g, b = _turn_hue(r, g, b, factor)
+                r, g, b = _adjust_hue(r, g, b, factor)
         elif operation >= 0:
             # Brightness blends with black, contrast with the mean gray, saturation with each pixel's gray.
             shade = _gray(r, g, b, CHANNELS)
@@ -136,7 +136,7 @@ def _views_kernel(
             if CHANNELS == 3:
                 g = _blend(g, factor, target)
                 b = _blend(b, factor, target)
-    if CHANNELS == 3:  # noqa: SIM102 - known when compiling; the next one is not
+    if CHANNELS == 3:  # noqa: SIM102 - a constexpr; the next condition is not
         if decision // 2 % 2 != 0:
             r = _gray(r, g, b, CHANNELS)
             g = r
@@ -151,22 +151,22 @@ def _views_kernel(
 def render(
     images: Tensor, parameters: ViewParameters, sequences: Tensor, mean: Tensor, std: Tensor, views: Tensor
 ) -> None:
-    """Into `views` float32 or bfloat16 [n, C, S, S], of any strides, from uint8 images [B, C, H, W], n = B * V.
+    """Write the views of uint8 images [B, C, H, W] to `views`, float32 or bfloat16 [n, C, S, S], n = B * V.
 
-    parameters: boxes, flip, factors, order and gray are used. sequences: int64 [k, 4], the operations of each
-    `order` (Jitter.sequences), k <= 64. mean, std: float32 [C]. S x S is the block of one program: S <= 64.
-    All but flip, order and gray are on the device of the images.
+    views: of any strides. parameters: boxes, flip, factors, permutation and grayscale are used. sequences: int64
+    [k, 4], the operations of each permutation (Jitter.sequences), k <= 64. mean, std: float32 [C]. One program
+    computes a block of S x S pixels: S <= 64. All but flip, permutation and grayscale are on the images' device.
     """
     n, C, S, _ = views.shape
     B, _, H, W = images.shape
-    # a byte for each view goes to the device: order -1 is the last sequence
-    chosen = parameters.order.remainder(len(sequences)).mul_(4)
-    chosen.add_(parameters.grayscale, alpha=2).add_(parameters.flip)
+    # one byte for each view is copied to the device; permutation -1 is the last sequence
+    decisions = parameters.permutation.remainder(len(sequences)).mul_(4)
+    decisions.add_(parameters.grayscale, alpha=2).add_(parameters.flip)
     _views_kernel[(n,)](
         images.contiguous(),
         parameters.boxes.contiguous(),
         parameters.factors,
-        sent(chosen.to(torch.uint8), images.device),
+        copy_async(decisions.to(torch.uint8), images.device),
         sequences,
         mean,
         std,
@@ -186,5 +186,5 @@ def render(
 
 
 def _taps(source: int, size: int) -> int:
-    """Source pixels under the triangle filter of one target pixel, for any crop of `source` pixels."""
+    """Source pixels within the triangle filter of one target pixel, for any crop of `source` pixels."""
     return math.ceil(2 * max(1, source / size))

@@ -10,14 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError, unknown_name
-from ..loaders.prefetch import sent
-from .blur import SIGMA, gaussian_blur, kernel_size
-from .color import Jitter, grayscale
+from ..crop_boxes import check_crops, draw_boxes
+from ..transfer import copy_async
+from .color import SIGMA, Jitter, gaussian_blur, grayscale, kernel_size
 from .normalize import normalize_, normalize_levels_
 from .ops import operate_
-from .parameters import ViewParameters, check_probabilities, check_ranges, check_strengths
+from .parameters import ViewParameters, check_probabilities, check_strengths
 from .policies import AutoAugment, RandAugment
-from .resample import draw_boxes, flipped, resample
+from .resample import flip_selected, resample
 
 POLICIES: dict[str, Callable[..., AutoAugment | RandAugment | None]] = {
     "none": lambda **_: None,
@@ -29,13 +29,13 @@ POLICIES: dict[str, Callable[..., AutoAugment | RandAugment | None]] = {
 """`augment.policy` -> the operations it adds to crop and flip, if any."""
 
 FUSED_SIDE = 64
-"""Images and views up to this side, in pixels, are made by one kernel on CUDA."""
+"""Largest side in pixels of the images and views that one kernel computes on CUDA."""
 CPU_CACHE = 1 << 22
-"""Bytes of float views worked on at once on a CPU: what comes next finds them in its cache."""
+"""Bytes of float views processed at once on a CPU, so that they stay in its cache between operations."""
 
 
 class Views(nn.Module):
-    """uint8 [B, C, H, W] -> float [B, V, C, S, S], normalized; uint8 [B, V, C, S, S] when they come cropped.
+    """uint8 [B, C, H, W] -> float [B, V, C, S, S], normalized; from uint8 [B, V, C, S, S] where they are cropped.
 
     Policies, each distributed and computed as torchvision's transforms do for single images:
 
@@ -44,9 +44,9 @@ class Views(nn.Module):
     - simaugment: flip_crop, color jitter, gray, gaussian blur (SimCLR's)
     - autoaugment, randaugment: flip_crop, then their operations on whole gray levels
 
-    Everything random is drawn from generators of its own, which can be saved (`state`): one on the CPU, and
-    on CUDA a second one there, for boxes and factors. Small images on CUDA take one kernel (views_triton.py),
-    others torch; nothing waits for the device.
+    Everything random is drawn from the module's own generators, which can be saved (`state`): one on the CPU and,
+    for boxes and factors on CUDA, a second one there. Small images on CUDA take one kernel (triton.py), all others
+    take torch operations; the host never waits for the device.
     """
 
     mean: Tensor
@@ -79,15 +79,15 @@ class Views(nn.Module):
         """count: V, views per image. image_size: S in pixels. mean, std: [C] in units of 0..1.
 
         crop_scale: range of the share of the area, within (0, 1]; crop_ratio: range of width / height; flip:
-        probability. These three serve every policy but none; autoaugment (cifar10, imagenet or svhn) and
-        randaugment (`operations`, `magnitude`) the one of their name; what follows simaugment. brightness,
+        probability. These three apply to every policy but none; autoaugment (cifar10, imagenet or svhn) and
+        randaugment (`operations`, `magnitude`) to the policy of that name; all others to simaugment. brightness,
         contrast, saturation: factors are drawn from max(0, 1 - x)..1 + x; hue in turns, from -x..x, x <= 0.5;
-        jitter_probability, grayscale, blur: probabilities. One-channel images have no saturation, hue or gray.
+        jitter_probability, grayscale, blur: probabilities. One-channel images get no saturation, hue or grayscale.
         seed: ints >= 0; (run seed, rank) gives every rank its own stream. channels_last: memory layout of the
         views' last three dimensions; dtype: float32 or bfloat16. Raises ConfigError outside these ranges.
         """
         super().__init__()
-        check_ranges(count, image_size, crop_scale, crop_ratio)
+        check_crops(count, image_size, crop_scale, crop_ratio)
         check_probabilities(flip=flip, jitter_probability=jitter_probability, grayscale=grayscale, blur=blur)
         check_strengths(brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
         if policy not in POLICIES:
@@ -95,17 +95,17 @@ class Views(nn.Module):
         self.operations = POLICIES[policy](autoaugment=autoaugment, randaugment=randaugment or {})
         self.count, self.image_size, self.dtype, self.channels_last = count, image_size, dtype, channels_last
         self.crops, self.crop_scale, self.crop_ratio = policy != "none", crop_scale, crop_ratio
-        # Not persistent: they are the run's configuration, not weights of a checkpoint.
+        # Not persistent: they belong to the configuration of the run, not to the weights in a checkpoint.
         self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.float32), persistent=False)
         self.register_buffer("std", torch.as_tensor(std, dtype=torch.float32), persistent=False)
         self.channels = len(self.mean)
-        light = policy == "simaugment"
-        color = light and self.channels == 3
-        strengths = (brightness * light, contrast * light, saturation * color, hue * color)
+        photometric = policy == "simaugment"
+        color = photometric and self.channels == 3
+        strengths = (brightness * photometric, contrast * photometric, saturation * color, hue * color)
         self.jitter = Jitter(strengths, jitter_probability)
-        self.orders = self.jitter.orders
-        self.flip, self.grayscale, self.blur = flip * self.crops, grayscale * color, blur * light
-        self.colors = bool(self.orders or self.operations or self.grayscale or self.blur)
+        self.jitters = bool(self.jitter.permutations)
+        self.flip, self.grayscale, self.blur = flip * self.crops, grayscale * color, blur * photometric
+        self.changes_colors = bool(self.jitters or self.operations or self.grayscale or self.blur)
         if self.blur and image_size < 2:
             raise ConfigError(f"augment.blur needs images of at least 2 pixels a side, not {image_size}")
         self.generator = self._device_generator = torch.Generator()
@@ -113,20 +113,21 @@ class Views(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 [B, C, H, W] or [B, V, C, S, S] -> float [B, V, C, S, S], same device; advances the generator."""
+        """uint8 [B, C, H, W] or [B, V, C, S, S] -> float [B, V, C, S, S], same device; advances the generators."""
         return self.render(images, self.draw(len(images), images.shape[-2], images.shape[-1]))
 
     def draw(self, batch: int, height: int, width: int) -> ViewParameters:
-        """Parameters for `count` views of `batch` images of this size, in pixels."""
-        n, generator, numbers, device = batch * self.count, self.generator, self._numbers(), self.mean.device
+        """Random parameters of `count` views of each of `batch` images of this size in pixels."""
+        n, generator, device = batch * self.count, self.generator, self.mean.device
+        numbers = self._numbers_generator()
         if self.crops:
             boxes = draw_boxes(
                 n, height, width, scale=self.crop_scale, ratio=self.crop_ratio, generator=numbers, device=device
             )
         else:
-            boxes = sent(torch.tensor([0, 0, height, width]), device).expand(n, 4)
+            boxes = copy_async(torch.tensor([0, 0, height, width]), device).expand(n, 4)
         chance = torch.rand(3, n, generator=generator)
-        factors, order = self.jitter.draw(chance[1], generator, numbers)
+        factors, permutation = self.jitter.draw(chance[1], generator, numbers)
         sigma = torch.zeros(n)
         if self.blur:
             blurred = torch.rand(2, n, generator=generator)
@@ -139,73 +140,74 @@ class Views(nn.Module):
             boxes=boxes,
             flip=chance[0] < self.flip,
             factors=factors,
-            order=order,
+            permutation=permutation,
             grayscale=chance[2] < self.grayscale,
             sigma=sigma,
             operations=operations,
             magnitudes=magnitudes,
         )
 
-    def _numbers(self) -> torch.Generator:
-        """The generator of boxes and factors, on the device: the views' one generator where that is the CPU."""
+    def _numbers_generator(self) -> torch.Generator:
+        """The generator of boxes and factors, on the device of the views; on the CPU there is only one generator."""
         device = self.mean.device
         if device.type == "cuda" and self._device_generator.device != device:
             self._device_generator = torch.Generator(device).manual_seed(self._device_seed)
         return self._device_generator
 
     def select(self, parameters: ViewParameters, images: slice) -> ViewParameters:
-        """What was drawn for these images of the batch: `render` takes it with the images of the slice."""
+        """The parameters of these images of the batch: `render` takes them with the images of the slice."""
         return parameters.select(slice(images.start * self.count, images.stop * self.count))
 
     @torch.no_grad()
     def render(self, images: Tensor, parameters: ViewParameters) -> Tensor:
-        """The views that `parameters` describe: [B, V, C, S, S] of `dtype`; nothing is drawn."""
+        """The views with these parameters: [B, V, C, S, S] of `dtype`; draws no random numbers."""
         B, C, V, S = len(images), images.shape[-3], self.count, self.image_size
         assert images.ndim == 4 or images.shape[1:] == (V, C, S, S), f"cropped images of shape {tuple(images.shape)}"
         assert self.channels == C, f"mean and std are for {self.channels} channels, the images have {C}"
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         views = torch.empty((B * V, C, S, S), dtype=self.dtype, device=images.device, memory_format=layout)
-        # Without autocast: bf16 weights would move pixels by more than a gray level
+        # Without autocast: bf16 weights would change pixels by more than a gray level
         with torch.autocast(images.device.type, enabled=False):
-            if self._fuses(images):
+            if self._takes_kernel(images):
                 from .triton import render
 
                 render(images, parameters, self.jitter.sequences, self.mean, self.std, views)
             else:
-                make = self._convert if images.ndim == 5 and not self.colors else self._render
-                for rows in self._pieces(parameters, images.device):
-                    make(images, parameters, rows, views)
+                write = self._write_flipped if images.ndim == 5 and not self.changes_colors else self._write
+                for rows in self._chunks(parameters, images.device):
+                    write(images, parameters, rows, views)
         return views.unflatten(0, (B, V))
 
-    def _pieces(self, parameters: ViewParameters, device: torch.device) -> list[Tensor]:
-        """Views rendered at a time, int64 [k] each: of one group of the jitter, on a CPU as many as fit its cache."""
+    def _chunks(self, parameters: ViewParameters, device: torch.device) -> list[Tensor]:
+        """Views rendered at a time, int64 [k]: of one group of the jitter, on a CPU as many as fit into its cache."""
         n = len(parameters.boxes)
-        groups = self.jitter.groups(parameters.order) if self.orders else [torch.arange(n)]
+        groups = self.jitter.groups(parameters.permutation) if self.jitters else [torch.arange(n)]
         size = CPU_CACHE // (4 * self.channels * self.image_size**2) if device.type == "cpu" else n
-        return [piece for group in groups for piece in group.split(max(1, size)) if len(piece)]
+        return [chunk for group in groups for chunk in group.split(max(1, size)) if len(chunk)]
 
-    def _fuses(self, images: Tensor) -> bool:
+    def _takes_kernel(self, images: Tensor) -> bool:
         simple = self.crops and self.operations is None and not self.blur and images.ndim == 4
         small = max(*images.shape[-2:], self.image_size) <= FUSED_SIDE
         return images.is_cuda and simple and small and find_spec("triton") is not None
 
-    def _render(self, images: Tensor, parameters: ViewParameters, rows: Tensor, views: Tensor) -> None:
-        """The views of these rows (int64 [n], on the CPU) of `parameters`, into those of `views` [B * V, C, S, S]."""
-        there = sent(rows, images.device)
+    def _write(self, images: Tensor, parameters: ViewParameters, rows: Tensor, views: Tensor) -> None:
+        """Render the views of these rows (int64 [n], on the CPU) into the same rows of `views` [B * V, C, S, S]."""
+        device_rows = copy_async(rows, images.device)
         x = self._crop(images, parameters, rows)
         if self.operations is not None:
             x = self._operate(x, parameters.operations[rows], parameters.magnitudes[rows])
-        if self.orders:
-            self.jitter(x, parameters.factors.index_select(0, there), parameters.order[rows])
+        if self.jitters:
+            self.jitter(x, parameters.factors.index_select(0, device_rows), parameters.permutation[rows])
         self._make_grayscale(x, parameters.grayscale[rows])
         self._blur(x, parameters.sigma[rows])
         # in the layout of `views`, so that whole rows of memory are copied
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
-        done = normalize_(x, self.mean, self.std).transpose(0, 1)
-        if self.orders:
-            self._flat(views).index_copy_(0, there, self._flat(done.to(views.dtype, memory_format=layout)))
+        normalized = normalize_(x, self.mean, self.std).transpose(0, 1)
+        if self.jitters:
+            source = self._flat(normalized.to(views.dtype, memory_format=layout))
+            self._flat(views).index_copy_(0, device_rows, source)
         else:
-            views[_span(rows)].copy_(done)
+            views[_span(rows)].copy_(normalized)
 
     def _flat(self, views: Tensor) -> Tensor:
         return (views.permute(0, 2, 3, 1) if self.channels_last else views).flatten(1)
@@ -214,15 +216,16 @@ class Views(nn.Module):
         """Cropped, resized and flipped: float32 [C, n, S, S] in 0..1."""
         flip = parameters.flip[rows]
         if images.ndim == 5:
-            cropped = flipped(images.flatten(0, 1), rows, flip).transpose(0, 1)
+            cropped = flip_selected(images.flatten(0, 1), rows, flip).transpose(0, 1)
             return cropped.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
-        there = sent(rows, images.device)
-        own, boxes = images.index_select(0, there // self.count), parameters.boxes.index_select(0, there)
-        return resample(own, boxes.unsqueeze(1), sent(flip, there.device).unsqueeze(1), self.image_size).squeeze(2)
+        device_rows = copy_async(rows, images.device)
+        per_view = images.index_select(0, device_rows // self.count)
+        boxes, flip = parameters.boxes.index_select(0, device_rows), copy_async(flip, images.device)
+        return resample(per_view, boxes.unsqueeze(1), flip.unsqueeze(1), self.image_size).squeeze(2)
 
-    def _convert(self, images: Tensor, parameters: ViewParameters, rows: Tensor, views: Tensor) -> None:
-        """As _render, where cropped images [B, V, C, S, S] are flipped and normalized and no more."""
-        pixels = flipped(images.flatten(0, 1), rows, parameters.flip[rows])
+    def _write_flipped(self, images: Tensor, parameters: ViewParameters, rows: Tensor, views: Tensor) -> None:
+        """As `_write`, where images [B, V, C, S, S] are cropped already and only need flip and normalization."""
+        pixels = flip_selected(images.flatten(0, 1), rows, parameters.flip[rows])
         target = views[_span(rows)]
         x = target if target.dtype == torch.float32 else torch.empty_like(target, dtype=torch.float32)
         normalize_levels_(x.copy_(pixels), self.mean, self.std)
@@ -230,7 +233,7 @@ class Views(nn.Module):
             target.copy_(x)
 
     def _operate(self, x: Tensor, operations: Tensor, magnitudes: Tensor) -> Tensor:
-        """x [C, n, S, S] after its AutoAugment or RandAugment operations, which work on whole gray levels."""
+        """AutoAugment or RandAugment operations on x [C, n, S, S], rounded to whole gray levels; in place."""
         levels = x.mul(255).round_().clamp_(0, 255).transpose(0, 1)
         pixels = levels.to(torch.uint8, memory_format=torch.contiguous_format)
         for step in range(operations.shape[1]):
@@ -238,43 +241,45 @@ class Views(nn.Module):
         return x.copy_(pixels.transpose(0, 1)).mul_(1 / 255)
 
     def _make_grayscale(self, x: Tensor, chosen: Tensor) -> None:
-        """x [C, n, S, S] with the chosen views (bool [n], on the CPU) gray; in place."""
+        """Convert the chosen views (bool [n], on the CPU) of x [C, n, S, S] to gray, in place."""
         if self.grayscale > 0:
-            rows = sent(torch.where(chosen)[0], x.device)
+            rows = copy_async(torch.where(chosen)[0], x.device)
             x.index_copy_(1, rows, grayscale(x.index_select(1, rows)).expand(x.shape[0], -1, -1, -1))
 
     def _blur(self, x: Tensor, sigma: Tensor) -> None:
-        """x [C, n, S, S] with the views of sigma > 0 ([n], on the CPU) blurred; in place."""
+        """Blur the views of x [C, n, S, S] whose sigma ([n], on the CPU) is above 0, in place."""
         rows = torch.where(sigma > 0)[0]
         if len(rows):
-            there, width = sent(rows, x.device), sent(sigma[rows], x.device)
-            size = kernel_size(self.image_size)
-            x.index_copy_(1, there, gaussian_blur(x.index_select(1, there), width, size))
+            device_rows, device_sigma = copy_async(rows, x.device), copy_async(sigma[rows], x.device)
+            blurred = gaussian_blur(x.index_select(1, device_rows), device_sigma, kernel_size(self.image_size))
+            x.index_copy_(1, device_rows, blurred)
 
     def denormalize(self, views: Tensor) -> Tensor:
-        """Normalized views [..., C, S, S] as images in 0..1 again."""
+        """Normalized views [..., C, S, S] -> pixels in 0..1."""
         return views * self.std.view(-1, 1, 1) + self.mean.view(-1, 1, 1)
 
     def _seed_generators(self, seed: int | Sequence[int]) -> None:
-        """One stream for what is decided on the CPU, another for the numbers drawn on the device."""
+        """One stream for what is drawn on the CPU, another for the numbers drawn on the device."""
         seeds = np.random.SeedSequence(seed).generate_state(2, np.uint64) >> np.uint64(1)
         self.generator.manual_seed(int(seeds[0]))
         self._device_seed, self._device_generator = int(seeds[1]), self.generator
 
     def state(self) -> Tensor:
-        """The generators' states, uint8 [k] on the CPU: what a resumed run needs to go on with the same views."""
-        own = {id(generator): generator.get_state() for generator in (self.generator, self._numbers())}
-        return torch.cat([*own.values()])
+        """The generators' states, uint8 [k] on the CPU, with which a resumed run continues the same views."""
+        generators = (self.generator, self._numbers_generator())
+        states = {id(generator): generator.get_state() for generator in generators}  # on the CPU they are the same
+        return torch.cat([*states.values()])
 
     def load_state(self, state: Tensor) -> None:
-        """Go on from a state that `state` returned; on another kind of device with its part for the CPU alone."""
-        cpu, rest = state.cpu().split([len(self.generator.get_state()), len(state) - len(self.generator.get_state())])
+        """Continue from a state that `state` returned. On another kind of device only its CPU part is used."""
+        cpu_bytes = len(self.generator.get_state())
+        cpu, numbers_state = state.cpu().split([cpu_bytes, len(state) - cpu_bytes])
         self.generator.set_state(cpu.clone())
-        numbers = self._numbers()
-        if numbers is not self.generator and len(rest):
-            numbers.set_state(rest.clone())
+        numbers = self._numbers_generator()
+        if numbers is not self.generator and len(numbers_state):
+            numbers.set_state(numbers_state.clone())
 
 
 def _span(rows: Tensor) -> slice:
-    """Of consecutive rows."""
+    """The slice of consecutive rows."""
     return slice(int(rows[0]), int(rows[-1]) + 1)

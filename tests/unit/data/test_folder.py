@@ -1,4 +1,4 @@
-"""Claims about image folders: what they are read as, and what is refused."""
+"""Claims about image folders: how they are read, and what is refused."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def stack(root: Path, **options: object) -> torch.Tensor:
     return load_splits("image_folder", root=root, validation_fraction=0, **options).train.stack()
 
 
-def test_a_folder_is_read_as_pillow_reads_it_in_the_order_of_its_names(root):
+def test_images_are_read_as_pillow_reads_them_in_the_order_of_their_names(root):
     splits = load_splits("image_folder", root=str(root), validation_fraction=0)
     assert splits.classes == ("cat", "dog")
     assert (splits.channels, splits.image_size) == (3, 8)
@@ -47,7 +47,7 @@ def test_a_folder_is_read_as_pillow_reads_it_in_the_order_of_its_names(root):
     assert len(splits.test) == 4
 
 
-def test_stacks_of_more_than_one_piece_keep_their_order(tmp_path):
+def test_stacks_of_more_than_one_chunk_keep_their_order(tmp_path):
     for i in range(300):
         path = tmp_path / "train" / "a" / f"{i:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -56,7 +56,7 @@ def test_stacks_of_more_than_one_piece_keep_their_order(tmp_path):
     assert stack(tmp_path).flatten().tolist() == [i % 256 for i in range(300)]
 
 
-def test_without_a_validation_folder_one_is_carved_from_train(root):
+def test_without_a_validation_folder_a_validation_split_is_taken_from_train(root):
     splits = load_splits("image_folder", root=root, validation_fraction=0.2, seed=1)
     assert splits.validation is not None
     assert (len(splits.train), len(splits.validation), len(splits.test)) == (13, 3, 4)
@@ -64,7 +64,7 @@ def test_without_a_validation_folder_one_is_carved_from_train(root):
     assert sorted(paths) == sorted((root / "train").rglob("*.png"))
 
 
-def test_val_alone_is_the_test_set_and_beside_test_the_validation_set(root):
+def test_val_is_the_validation_set_where_test_exists_and_otherwise_the_test_set(root):
     (root / "test").rename(root / "val")
     alone = load_splits("image_folder", root=root)
     assert all(path.is_relative_to(root / "val") for path in alone.test.paths)
@@ -76,7 +76,7 @@ def test_val_alone_is_the_test_set_and_beside_test_the_validation_set(root):
 
 
 def test_image_size_resizes_the_shorter_side_and_crops_the_center(root):
-    # columns 0..29 black-gray-white in thirds: the center square of the image is the gray third
+    # columns black, gray and white in thirds: the center square of the image is the gray third
     image = Image.new("L", (60, 20))
     image.paste(128, (20, 0, 40, 20))
     image.paste(255, (40, 0, 60, 20))
@@ -104,7 +104,7 @@ def test_a_transparent_palette_converts_without_a_warning(root):
     assert stack(root, channels=3)[0, :, 0, 0].tolist() == [10, 20, 30]
 
 
-def test_what_desktops_leave_behind_is_ignored(root):
+def test_files_that_desktops_create_are_ignored(root):
     (root / ".DS_Store").touch()
     (root / "train" / ".DS_Store").touch()
     (root / "train" / ".ipynb_checkpoints").mkdir()
@@ -114,7 +114,7 @@ def test_what_desktops_leave_behind_is_ignored(root):
     assert len(stack(root)) == 16
 
 
-def test_upper_case_suffixes_and_linked_files_count(root):
+def test_upper_case_suffixes_and_linked_files_are_read(root):
     save(root / "train" / "cat" / "10.PNG")
     (root / "train" / "cat" / "11.png").symlink_to(root / "train" / "cat" / "00.png")
     assert len(stack(root)) == 18
@@ -124,7 +124,7 @@ def test_upper_case_suffixes_and_linked_files_count(root):
 
 
 def refused(root: Path, *parts: str, **options: object) -> None:
-    """Loading and decoding ends in a one-line DataError that holds every part."""
+    """Loading and decoding raises a DataError of one line that contains every part."""
     with pytest.raises(DataError) as caught:
         stack(root, **options)
     assert "\n" not in str(caught.value)
@@ -132,11 +132,11 @@ def refused(root: Path, *parts: str, **options: object) -> None:
         assert part in str(caught.value)
 
 
-def test_a_missing_root_is_named(tmp_path):
+def test_a_missing_root_is_refused(tmp_path):
     refused(tmp_path / "nowhere", str(tmp_path / "nowhere"), "data.root")
 
 
-def test_no_root_at_all_says_what_to_set():
+def test_without_a_root_the_error_says_what_to_set():
     with pytest.raises(DataError, match=r"image_folder needs data\.root"):
         load_splits("image_folder")
 
@@ -147,7 +147,7 @@ def test_a_root_without_train_is_refused(root):
 
 
 def test_a_root_without_test_and_val_is_refused(root):
-    (root / "test").rename(root / "held-out")
+    (root / "test").rename(root / "holdout")
     refused(root, str(root), "neither test/ nor val/")
 
 
@@ -156,37 +156,37 @@ def test_a_split_without_classes_is_refused(root):
         path.unlink()
     (root / "test" / "cat").rmdir()
     (root / "test" / "dog").rmdir()
-    refused(root, str(root / "test"), "no class folders")
+    refused(root, str(root / "test"), "has no class folders")
 
 
-def test_an_empty_class_folder_is_named(root):
+def test_an_empty_class_folder_is_refused(root):
     (root / "train" / "eel").mkdir()
     (root / "train" / "eel" / ".hidden").touch()
-    refused(root, str(root / "train" / "eel"), "holds no images")
+    refused(root, str(root / "train" / "eel"), "has no images")
 
 
-def test_classes_that_differ_between_splits_are_named(root):
+def test_classes_that_differ_between_splits_are_refused(root):
     (root / "test" / "dog").rename(root / "test" / "wolf")
     refused(root, str(root / "test"), "lacks dog", "has also wolf")
 
 
-def test_an_image_beside_the_class_folders_is_named(root):
-    refused(root, str(save(root / "train" / "stray.png")), "beside the class folders")
+def test_an_image_next_to_the_class_folders_is_refused(root):
+    refused(root, str(save(root / "train" / "stray.png")), "next to the class folders")
 
 
-def test_a_file_that_is_no_image_within_a_class_is_named(root):
+def test_a_file_in_a_class_folder_that_is_not_an_image_is_refused(root):
     (root / "train" / "cat" / "notes.txt").write_text("cats")
     refused(root, str(root / "train" / "cat" / "notes.txt"), "not an image file")
 
 
-def test_a_folder_within_a_class_is_named(root):
+def test_a_folder_within_a_class_folder_is_refused(root):
     save(root / "train" / "cat" / "more" / "0.png")
     refused(root, str(root / "train" / "cat" / "more"), "folder within a class folder")
 
 
-def test_links_that_lead_nowhere_are_named(root):
+def test_broken_links_are_refused(root):
     (root / "train" / "loop").symlink_to(root / "train" / "loop")
-    refused(root, str(root / "train" / "loop"), "leads nowhere")
+    refused(root, str(root / "train" / "loop"), "is a broken link")
     (root / "train" / "loop").unlink()
     (root / "train" / "cat" / "gone.png").symlink_to(root / "gone.png")
     refused(root, str(root / "train" / "cat" / "gone.png"), "does not decode")
@@ -220,7 +220,7 @@ def test_an_image_that_does_not_decode_is_named(root, kind, name):
     assert ("the file is empty" in str(caught.value)) == (kind == "zero bytes")
 
 
-def test_one_read_names_the_image_that_does_not_decode(root):
+def test_reading_one_image_that_does_not_decode_names_it(root):
     path = root / "train" / "dog" / "05.png"
     damage(path, "text")
     source = load_splits("image_folder", root=root, validation_fraction=0).train
@@ -229,7 +229,7 @@ def test_one_read_names_the_image_that_does_not_decode(root):
         source.read(15)
 
 
-def test_mixed_sizes_name_two_images_and_their_sizes(root):
+def test_mixed_sizes_are_refused_and_two_images_named(root):
     odd = save(root / "train" / "dog" / "00.png", size=(9, 8))
     refused(root, "mixed sizes", str(root / "train" / "cat" / "00.png"), "8x8", str(odd), "9x8", "data.image_size")
     assert stack(root, image_size=8).shape == (16, 3, 8, 8)
@@ -239,23 +239,23 @@ def test_an_image_that_is_not_square_needs_image_size(root):
     refused(root, str(save(root / "train" / "cat" / "00.png", size=(12, 8))), "12x8", "data.image_size")
 
 
-def test_gray_among_rgb_is_named(root):
+def test_a_gray_image_among_rgb_images_is_refused(root):
     refused(root, str(save(root / "train" / "dog" / "00.png", mode="L")), "mode L", "data.channels=3")
 
 
 @pytest.mark.parametrize("name", ["cat/00.png", "dog/00.png"])
 @pytest.mark.parametrize("mode", ["P", "RGBA"])
-def test_modes_that_are_neither_gray_nor_rgb_are_named(root, name, mode):
+def test_modes_that_are_neither_gray_nor_rgb_are_refused(root, name, mode):
     refused(root, str(save(root / "train" / name, mode=mode)), f"mode {mode}", "data.channels=3")
 
 
-def test_cmyk_is_named(root):
+def test_cmyk_is_refused(root):
     refused(root, str(save(root / "train" / "cat" / "10.jpg", mode="CMYK")), "mode CMYK", "data.channels=3")
 
 
 @pytest.mark.parametrize("name", ["cat/00.png", "dog/00.png"])
 @pytest.mark.parametrize("channels", [None, 1, 3])
-def test_16_bits_are_refused_whatever_is_asked_for(root, name, channels):
+def test_16_bit_images_are_refused_for_any_number_of_channels(root, name, channels):
     path = root / "train" / name
     Image.fromarray(np.full((8, 8), 40_000, dtype=np.uint16)).save(path)
     refused(root, str(path), "more than 8 bits", channels=channels)
@@ -268,6 +268,6 @@ def test_an_image_of_too_many_pixels_is_refused(root, monkeypatch):
 
 
 @pytest.mark.parametrize("option", [{"channels": 2}, {"image_size": 0}])
-def test_forms_that_make_no_sense_are_refused(root, option):
+def test_sizes_and_channels_out_of_range_are_refused(root, option):
     with pytest.raises(ConfigError, match=f"data.{next(iter(option))} must be"):
         load_splits("image_folder", root=root, **option)

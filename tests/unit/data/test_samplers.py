@@ -1,4 +1,4 @@
-"""Claims about which images share a batch, for every sampler."""
+"""Claims about every sampler: which images share a batch."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ NAMES = tuple("abcdef")
 
 
 def labels_of(*sizes: int) -> torch.Tensor:
-    """Class c of sizes[c] images, mixed."""
+    """sizes[c] labels of each class c, shuffled."""
     labels = torch.arange(len(sizes)).repeat_interleave(torch.tensor(sizes))
     return labels[torch.randperm(len(labels), generator=torch.Generator().manual_seed(sum(sizes)))]
 
@@ -34,7 +34,7 @@ def order_of(sampler: str, labels: torch.Tensor, batch_size: int = 24, **setting
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
-def test_ranks_side_by_side_are_the_global_batch_of_one_process(sampler, world_size):
+def test_the_parts_of_all_ranks_are_the_global_batch_of_one_process(sampler, world_size):
     order = order_of(sampler, labels_of(*SIZES))
     one = order.epoch(5, 2, 0, 1)
     ranks = [order.epoch(5, 2, rank, world_size) for rank in range(world_size)]
@@ -46,7 +46,7 @@ def test_ranks_side_by_side_are_the_global_batch_of_one_process(sampler, world_s
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_no_image_is_twice_in_a_global_batch(sampler):
+def test_no_image_occurs_twice_in_a_global_batch(sampler):
     order = order_of(sampler, labels_of(*SIZES))
     for epoch in range(40):
         for batch in order.epoch(0, epoch, 0, 1):
@@ -64,7 +64,7 @@ def test_order_depends_on_seed_and_epoch_and_on_nothing_else(sampler):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_loader_goes_on_in_the_middle_of_an_epoch(sampler):
+def test_a_loader_resumes_in_the_middle_of_an_epoch(sampler):
     labels = labels_of(*SIZES)
     source = ArraySource(torch.zeros(len(labels), 1, 2, 2, dtype=torch.uint8), labels, NAMES)
     order = order_of(sampler, labels)
@@ -74,13 +74,13 @@ def test_a_loader_goes_on_in_the_middle_of_an_epoch(sampler):
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_every_image_is_served_over_a_few_epochs(sampler):
+def test_every_image_occurs_within_a_few_epochs(sampler):
     order = order_of(sampler, labels_of(*SIZES))
-    served = torch.cat([order.epoch(0, epoch, 0, 1).flatten() for epoch in range(30)])
-    assert len(served.unique()) == sum(SIZES)
+    used = torch.cat([order.epoch(0, epoch, 0, 1).flatten() for epoch in range(30)])
+    assert len(used.unique()) == sum(SIZES)
 
 
-def test_random_is_the_order_of_before():
+def test_the_random_sampler_is_train_order():
     order = order_of("random", labels_of(*SIZES))
     assert torch.equal(order.epoch(4, 1, 0, 2), TrainOrder(sum(SIZES), 24).epoch(4, 1, 0, 2))
 
@@ -89,7 +89,7 @@ def test_random_is_the_order_of_before():
 
 
 @pytest.mark.parametrize(("classes_per_batch", "images_per_class"), [(4, 6), (6, 4), (1, 7), (5, 2)])
-def test_every_batch_holds_images_per_class_of_classes_per_batch(classes_per_batch, images_per_class):
+def test_every_batch_has_images_per_class_of_classes_per_batch(classes_per_batch, images_per_class):
     labels = labels_of(*SIZES)
     order = order_of(
         "class_balanced",
@@ -103,11 +103,11 @@ def test_every_batch_holds_images_per_class_of_classes_per_batch(classes_per_bat
         counts = torch.bincount(labels[batch], minlength=6)
         assert sorted(counts.tolist()) == [0] * (6 - classes_per_batch) + [images_per_class] * classes_per_batch
         visits += counts > 0
-    assert visits.max() - visits.min() <= 1, "classes come equally often"
+    assert visits.max() - visits.min() <= 1, "classes occur equally often"
 
 
 @pytest.mark.parametrize("world_size", [2, 3])
-def test_a_class_is_spread_over_the_ranks(world_size):
+def test_every_rank_gets_equally_many_images_of_a_class(world_size):
     labels = labels_of(*SIZES)
     order = order_of("class_balanced", labels)
     for rank in range(world_size):
@@ -115,12 +115,12 @@ def test_a_class_is_spread_over_the_ranks(world_size):
             assert set(torch.bincount(labels[part]).tolist()) - {0} == {6 // world_size}
 
 
-def test_a_class_serves_all_its_images_before_one_comes_again():
+def test_all_images_of_a_class_are_used_before_one_is_repeated():
     labels = labels_of(*[13] * 6)
-    served = order_of("class_balanced", labels).epoch(0, 0, 0, 1).flatten()
-    assert len(served) == 72
+    used = order_of("class_balanced", labels).epoch(0, 0, 0, 1).flatten()
+    assert len(used) == 72
     for c in range(6):
-        counts = torch.bincount(served, minlength=78)[labels == c]
+        counts = torch.bincount(used, minlength=78)[labels == c]
         assert counts.max() - counts.min() <= 1
 
 
@@ -138,7 +138,7 @@ def test_classes_without_images_are_left_out():
         ({"classes_per_batch": None}, "needs data.classes_per_batch and data.images_per_class"),
     ],
 )
-def test_settings_no_balanced_batch_can_have_are_named(settings, message):
+def test_settings_that_fit_no_balanced_batch_are_refused(settings, message):
     with pytest.raises(ConfigError, match=message):
         order_of("class_balanced", labels_of(*SIZES), **settings)
 
@@ -147,7 +147,7 @@ def test_settings_no_balanced_batch_can_have_are_named(settings, message):
 
 
 @pytest.mark.parametrize("alpha", [0.0, 0.5, 1.0])
-def test_classes_are_drawn_with_the_power_of_their_size(alpha):
+def test_classes_are_drawn_in_proportion_to_a_power_of_their_size(alpha):
     sizes = (4000, 1600, 500, 200, 150, 100)
     labels = labels_of(*sizes)
     order = LongTailAware(labels, 64, alpha=alpha)
@@ -158,16 +158,16 @@ def test_classes_are_drawn_with_the_power_of_their_size(alpha):
     assert ((drawn - expected).abs() < 5 * expected.sqrt()).all(), (drawn, expected)
 
 
-def test_a_class_never_gives_more_than_it_has_and_batches_stay_full():
+def test_a_batch_is_full_and_repeats_no_image_of_a_small_class():
     labels = labels_of(100, 2, 3, 30, 1, 5)
     for batch in LongTailAware(labels, 64, alpha=0.0).epoch(0, 0, 0, 1):
         assert len(batch.unique()) == 64
         counts = torch.bincount(labels[batch], minlength=6)
         assert (counts <= torch.tensor([100, 2, 3, 30, 1, 5])).all()
-        assert counts[[1, 2, 4]].tolist() == [2, 3, 1], "what balance asks for is more than they have"
+        assert counts[[1, 2, 4]].tolist() == [2, 3, 1], "all images of the smallest classes"
 
 
-def test_a_batch_of_the_whole_set_is_the_whole_set():
+def test_a_batch_as_large_as_the_set_has_every_image_once():
     order = LongTailAware(labels_of(*SIZES), sum(SIZES), alpha=0.3)
     assert torch.equal(order.epoch(0, 0, 0, 1)[0].sort().values, torch.arange(sum(SIZES)))
 
@@ -179,7 +179,7 @@ def test_classes_are_mixed_within_a_batch():
     assert ((shares - 0.5).abs() < 5 / math.sqrt(300) / 2).all()
 
 
-def test_alpha_outside_its_range_is_named():
+def test_alpha_outside_its_range_is_refused():
     with pytest.raises(ConfigError, match=r"data\.long_tail_alpha must be within 0\.\.1, not 1\.5"):
         order_of("long_tail_aware", labels_of(*SIZES), long_tail_alpha=1.5)
 
@@ -219,7 +219,7 @@ def test_any_class_sizes_give_full_batches_without_duplicates(sizes, alpha, seed
 
 
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_a_batch_that_ranks_cannot_share_or_images_cannot_fill_is_an_error(sampler):
+def test_a_batch_that_cannot_be_divided_or_filled_is_an_error(sampler):
     with pytest.raises(ConfigError, match=r"data\.batch_size=24 .* 5 ranks: use 20 or 25"):
         order_of(sampler, labels_of(*SIZES)).epoch(0, 0, 0, 5)
     with pytest.raises(DataError, match=r"20 images, fewer than one batch of data\.batch_size=24"):
@@ -228,7 +228,7 @@ def test_a_batch_that_ranks_cannot_share_or_images_cannot_fill_is_an_error(sampl
         order_of(sampler, labels_of(10, 10), 0)
 
 
-def test_an_unknown_sampler_names_the_nearest():
+def test_an_unknown_sampler_error_suggests_the_nearest_name():
     with pytest.raises(ConfigError, match=r"unknown data\.sampler 'class_balance'; did you mean 'class_balanced'"):
         order_of("class_balance", labels_of(*SIZES))
 
@@ -248,7 +248,7 @@ TINY = [
         ["augment.policy=autoaugment", "augment.autoaugment=svhn", "train.micro_batch_size=5"],
     ],
 )
-def test_training_takes_sampler_and_policy_by_name(tmp_path, capsys, overrides):
+def test_training_runs_with_each_sampler_and_policy(tmp_path, capsys, overrides):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["pretrain", "default", *TINY, *overrides, f"run_dir={tmp_path}/run"])
     assert not stopped.value.code, capsys.readouterr().err
@@ -265,7 +265,7 @@ def test_training_takes_sampler_and_policy_by_name(tmp_path, capsys, overrides):
         ("data.long_tail_alpha=2", "data.long_tail_alpha"),
     ],
 )
-def test_a_wrong_name_or_number_stops_before_a_folder_is_made(tmp_path, capsys, override, message):
+def test_a_wrong_name_or_number_stops_before_the_run_folder_is_made(tmp_path, capsys, override, message):
     with pytest.raises(SystemExit) as stopped:
         cli.main(["pretrain", "default", *TINY, override, f"run_dir={tmp_path}/run"])
     assert stopped.value.code == 2

@@ -1,4 +1,4 @@
-"""Claims about data sets by name, their splits, pixel statistics and the resident loader."""
+"""Claims about data sets by name, their splits and the statistics of their pixels."""
 
 from __future__ import annotations
 
@@ -16,15 +16,7 @@ from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 from torchvision import datasets
 
-from hpc_supcon.data import (
-    ArraySource,
-    EvalOrder,
-    TrainOrder,
-    build_loader,
-    channel_statistics,
-    load_splits,
-    stratified_split,
-)
+from hpc_supcon.data import ArraySource, channel_statistics, load_splits, stratified_split
 from hpc_supcon.data.sources.source import fit_images
 from hpc_supcon.data.sources.stratify import stratified_sample
 from hpc_supcon.errors import ConfigError, DataError
@@ -40,7 +32,7 @@ def arrays(n: int = 50, channels: int = 3, size: int = 6, classes: int = 3) -> A
 
 
 @pytest.mark.parametrize("count", [1, 7, 50, 99, 100])
-def test_a_stratified_sample_has_each_class_to_within_one_image(count):
+def test_a_stratified_sample_is_proportional_to_within_one_image(count):
     labels = torch.tensor([0] * 50 + [1] * 33 + [2] * 15 + [3] * 2)[torch.randperm(100)]
     rows = stratified_sample(labels, count=count, seed=0)
     assert len(rows) == count
@@ -50,7 +42,7 @@ def test_a_stratified_sample_has_each_class_to_within_one_image(count):
     assert torch.equal(rows, stratified_sample(labels, count=count, seed=0))
 
 
-def test_training_images_are_taken_from_what_validation_leaves():
+def test_training_images_are_chosen_after_the_validation_split():
     whole, part = load_splits("digits"), load_splits("digits", train_images=100)
     assert len(part.train) == 100
     assert torch.equal(part.validation.labels, whole.validation.labels)
@@ -73,7 +65,7 @@ def test_a_large_fraction_leaves_every_class_one_image():
     assert labels[kept].tolist() == [0, 1, 2]
 
 
-def test_a_split_depends_on_its_seed_alone():
+def test_a_split_depends_on_its_seed_only():
     labels = torch.arange(1000) % 10
     first = stratified_split(labels, fraction=0.1, seed=3)[1]
     torch.rand(1)
@@ -88,17 +80,17 @@ def test_without_a_fraction_there_is_no_validation_set():
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.0, float("nan")])
-def test_a_fraction_out_of_range_is_named(fraction):
+def test_a_fraction_out_of_range_is_refused(fraction):
     with pytest.raises(ConfigError, match="validation_fraction"):
         load_splits("digits", validation_fraction=fraction)
 
 
-def test_classes_of_one_image_cannot_give_a_validation_set():
+def test_classes_of_one_image_cannot_be_split():
     with pytest.raises(DataError, match="no class has two images"):
         load_splits("synthetic", synthetic={"images": 4, "classes": 4})
 
 
-def test_an_unknown_name_gets_the_nearest_one_and_the_list():
+def test_an_unknown_name_error_suggests_the_nearest_and_lists_all():
     with pytest.raises(ConfigError, match=r"'cifar'; did you mean 'cifar10(0)?'\? known: cifar10, cifar100, digits"):
         load_splits("cifar")
 
@@ -111,7 +103,7 @@ def test_synthetic_options_for_other_data_are_refused():
 # ---- built-in data
 
 
-def test_digits_are_scikit_learns_at_full_range():
+def test_digits_are_those_of_scikit_learn_scaled_to_255():
     splits = load_splits("digits", validation_fraction=0.1)
     parts = [splits.train, splits.validation, splits.test]
     assert [len(part) for part in parts] == [1295, 143, 359]
@@ -133,7 +125,7 @@ def test_the_test_set_of_digits_does_not_depend_on_the_seed():
     assert torch.bincount(a.test.labels).min() >= 34
 
 
-def test_synthetic_images_are_balanced_reproducible_and_of_the_asked_form():
+def test_synthetic_images_are_balanced_reproducible_and_of_the_given_size():
     options = {"images": 120, "classes": 6, "seed": 1}
     a = load_splits("synthetic", image_size=16, channels=1, synthetic=options, validation_fraction=0)
     b = load_splits("synthetic", image_size=16, channels=1, synthetic=options, validation_fraction=0, seed=9)
@@ -145,7 +137,7 @@ def test_synthetic_images_are_balanced_reproducible_and_of_the_asked_form():
     assert not torch.equal(a.test.stack(), other.test.stack())
 
 
-def test_synthetic_images_can_be_learned_but_not_by_the_mean_color():
+def test_synthetic_classes_can_be_learned_but_not_from_the_mean_color():
     splits = load_splits("synthetic", synthetic={"images": 1000, "classes": 5}, validation_fraction=0)
 
     def accuracy(features):
@@ -157,12 +149,12 @@ def test_synthetic_images_can_be_learned_but_not_by_the_mean_color():
 
 
 @pytest.mark.parametrize("options", [{"classes": 0}, {"images": 3}])
-def test_synthetic_sizes_that_make_no_data_are_named(options):
+def test_synthetic_options_out_of_range_are_refused(options):
     with pytest.raises(ConfigError, match="images >= classes >= 1"):
         load_splits("synthetic", synthetic=options)
 
 
-# ---- MNIST's files
+# ---- the files of MNIST
 
 
 def write_mnist(root: Path, folder: str = "MNIST", train: int = 40, test: int = 20) -> Path:
@@ -188,7 +180,7 @@ def test_mnist_is_read_as_torchvision_reads_it(tmp_path, name, folder):
         assert source.classes == tuple(reference.classes)
 
 
-def test_array_data_takes_another_size_and_number_of_channels(tmp_path):
+def test_images_in_memory_are_converted_to_the_given_size_and_channels(tmp_path):
     write_mnist(tmp_path)
     plain = load_splits("mnist", root=tmp_path, validation_fraction=0).train.stack()
     splits = load_splits("mnist", root=tmp_path, image_size=20, channels=3)
@@ -205,7 +197,7 @@ def test_gray_of_rgb_is_its_luminance():
 
 
 @pytest.mark.parametrize("name", ["mnist", "fashion_mnist", "cifar10", "cifar100"])
-def test_missing_files_name_the_path_and_the_way_out(tmp_path, name):
+def test_missing_files_errors_name_the_path_and_what_to_set(tmp_path, name):
     with pytest.raises(DataError, match=r"needs data\.root"):
         load_splits(name)
     with pytest.raises(DataError) as caught:
@@ -222,7 +214,7 @@ def corrupt(file: Path, kind: str) -> None:
         "empty": b"",
         "half": data[: len(data) // 2],
         "header only": data[:8],
-        "text": b"this is no idx file at all",
+        "text": b"this is not an idx file",
         "another type": struct.pack(">i", 0xD03) + data[4:],
     }
     file.write_bytes(changed[kind])
@@ -230,7 +222,7 @@ def corrupt(file: Path, kind: str) -> None:
 
 @pytest.mark.parametrize("kind", ["empty", "half", "header only", "text", "another type"])
 @pytest.mark.parametrize("file", ["train-images-idx3-ubyte", "t10k-labels-idx1-ubyte"])
-def test_a_damaged_idx_file_is_named(tmp_path, file, kind):
+def test_a_damaged_idx_file_is_refused(tmp_path, file, kind):
     raw = write_mnist(tmp_path)
     corrupt(raw / file, kind)
     with pytest.raises(DataError, match=str(raw / file)) as caught:
@@ -238,21 +230,21 @@ def test_a_damaged_idx_file_is_named(tmp_path, file, kind):
     assert "\n" not in str(caught.value)
 
 
-def test_images_and_labels_of_different_number_are_named(tmp_path):
+def test_different_numbers_of_images_and_labels_are_refused(tmp_path):
     raw = write_mnist(tmp_path)
     (raw / "train-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, 39) + bytes(39))
     with pytest.raises(DataError, match=r"40 images but .*labels-idx1-ubyte 39 labels"):
         load_splits("mnist", root=tmp_path)
 
 
-def test_a_label_beyond_the_classes_is_named(tmp_path):
+def test_a_label_without_a_class_is_refused(tmp_path):
     raw = write_mnist(tmp_path)
     (raw / "train-labels-idx1-ubyte").write_bytes(struct.pack(">2i", 0x801, 40) + bytes([10] * 40))
     with pytest.raises(DataError, match="label 10, but there are 10 classes"):
         load_splits("mnist", root=tmp_path)
 
 
-def test_a_download_that_fails_is_one_line(tmp_path, monkeypatch):
+def test_a_failed_download_is_an_error_of_one_line(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise URLError("no route to host")
 
@@ -262,7 +254,7 @@ def test_a_download_that_fails_is_one_line(tmp_path, monkeypatch):
     assert "\n" not in str(caught.value)
 
 
-def test_files_that_are_there_are_not_downloaded(tmp_path, monkeypatch):
+def test_files_that_exist_are_not_downloaded(tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise AssertionError("downloaded")
 
@@ -271,11 +263,11 @@ def test_files_that_are_there_are_not_downloaded(tmp_path, monkeypatch):
     assert len(load_splits("mnist", root=tmp_path, download=True).test) == 20
 
 
-# ---- CIFAR's files
+# ---- the files of CIFAR
 
 
 class OldDtype:
-    """Pickles as NumPy's dtype in the spelling of the published files, which recent NumPy deprecates."""
+    """Pickled as NumPy's dtype is in the published files, in a way that recent NumPy deprecates."""
 
     def __reduce__(self):
         return np.dtype, ("u1", 0, 1)
@@ -291,7 +283,7 @@ class OldArray:
 
 @pytest.fixture
 def cifar(tmp_path, monkeypatch):
-    """Small files in CIFAR-10's form, with their md5 in the place of the published ones."""
+    """Small files in the format of CIFAR-10, whose md5 replaces the published one."""
     folder = tmp_path / "cifar-10-batches-py"
     folder.mkdir()
     rng = np.random.default_rng(0)
@@ -341,7 +333,7 @@ def test_a_pickle_that_is_not_the_published_one_is_never_read(cifar, tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_missing_cifar_file_is_named(cifar):
+def test_a_missing_cifar_file_is_refused(cifar):
     folder, _ = cifar
     (folder / "data_batch_2").unlink()
     with pytest.raises(DataError, match=rf"{folder / 'data_batch_2'} does not exist"):
@@ -360,88 +352,7 @@ def test_channel_statistics_equal_those_of_a_float_copy(channels):
     torch.testing.assert_close(std.double(), copy.std((0, 2, 3), correction=0), atol=1e-7, rtol=0)
 
 
-def test_a_constant_channel_can_be_divided_by():
+def test_a_constant_channel_has_standard_deviation_1():
     mean, std = channel_statistics(torch.full((3, 1, 4, 4), 51, dtype=torch.uint8))
     assert mean.tolist() == pytest.approx([0.2])
     assert std.tolist() == [1.0]
-
-
-# ---- the resident loader
-
-
-def resident(source, order, rank=0, world_size=1, seed=0):
-    return build_loader("auto", source, order, seed=seed, rank=rank, world_size=world_size, device="cpu")
-
-
-def test_batches_hold_the_images_their_index_names():
-    source = arrays()
-    loader = resident(source, TrainOrder(len(source), 8), seed=4)
-    batches = list(loader.epoch(2))
-    assert len(batches) == loader.steps_per_epoch == 6
-    for batch in batches:
-        assert torch.equal(batch.images, torch.stack([source.read(int(i)) for i in batch.index]))
-        assert torch.equal(batch.labels, source.labels[batch.index])
-    index = torch.stack([batch.index for batch in batches])
-    assert torch.equal(index, TrainOrder(50, 8).epoch(4, 2, 0, 1))
-
-
-def test_an_epoch_from_step_k_is_the_tail_of_the_epoch():
-    loader = resident(arrays(), TrainOrder(50, 8))
-    whole = [batch.index for batch in loader.epoch(1)]
-    for start in range(7):
-        tail = [batch.index for batch in loader.epoch(1, start)]
-        assert [i.tolist() for i in tail] == [i.tolist() for i in whole[start:]]
-    with pytest.raises(ValueError, match="step 7 is not in an epoch of 6 steps"):
-        next(loader.epoch(1, 7))
-
-
-@pytest.mark.parametrize("world_size", [2, 4])
-def test_ranks_together_serve_the_global_batch(world_size):
-    source = arrays()
-    one = resident(source, TrainOrder(50, 8)).epoch(0)
-    ranks = [resident(source, TrainOrder(50, 8), r, world_size).epoch(0) for r in range(world_size)]
-    for batch, *parts in zip(one, *ranks, strict=True):
-        assert torch.equal(torch.cat([part.images for part in parts]), batch.images)
-
-
-@pytest.mark.parametrize("world_size", [1, 2, 3])
-def test_evaluation_ranks_together_serve_the_source(world_size):
-    source = arrays(n=2 if world_size == 3 else 50)
-    loaders = [resident(source, EvalOrder(len(source), 7), r, world_size) for r in range(world_size)]
-    batches = [batch for loader in loaders for batch in loader.epoch(0)]
-    assert torch.equal(torch.cat([batch.images for batch in batches]), source.stack())
-
-
-def test_changing_a_batch_leaves_the_source_alone():
-    source = arrays()
-    before = source.stack().clone()
-    for batch in resident(source, TrainOrder(50, 50)).epoch(0):
-        batch.images.zero_()
-    assert torch.equal(source.stack(), before)
-
-
-def test_a_closed_loader_serves_nothing():
-    loader = resident(arrays(), TrainOrder(50, 8))
-    under_way = loader.epoch(0)
-    next(under_way)
-    loader.close()
-    assert list(under_way) == []
-    with pytest.raises(RuntimeError, match="closed"):
-        next(loader.epoch(0))
-
-
-def test_a_batch_that_ranks_cannot_share_is_refused_before_decoding():
-    class Undecodable(ArraySource):
-        def stack(self):
-            raise AssertionError("decoded")
-
-    source = arrays()
-    with pytest.raises(ConfigError, match="3 ranks: use 6 or 9"):
-        resident(Undecodable(source.stack(), source.labels, source.classes), TrainOrder(50, 8), 0, 3)
-
-
-def test_an_unknown_loader_gets_the_list():
-    with pytest.raises(
-        ConfigError, match=r"unknown data\.loader 'residnt'; did you mean 'resident'\? known: auto, dali, ffcv, res"
-    ):
-        build_loader("residnt", arrays(), TrainOrder(50, 8), seed=0, rank=0, world_size=1, device="cpu")

@@ -61,7 +61,7 @@ def folder(tmp_path, test_digits):
     for i in range(len(test_digits)):
         path = root / test_digits.classes[test_digits.labels[i]] / f"{i:03d}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        test_digits.picture(i).save(path)
+        test_digits.pil_image(i).save(path)
     return root
 
 

@@ -326,6 +326,6 @@ def test_the_pickles_of_jobs_lie_where_nobody_else_may_write(cluster, frozen):
     jobs = grid.root / "jobs"
     assert stat.S_IMODE(jobs.stat().st_mode) == 0o700
     jobs.chmod(0o770)
-    with pytest.raises(RunFolderError, match="others may write there"):
+    with pytest.raises(RunFolderError, match="others can write there"):
         submit(grid, ["missing"], nothing)
     assert not list(jobs.iterdir())

@@ -13,7 +13,7 @@ from torchvision.transforms.v2 import AutoAugmentPolicy, InterpolationMode
 from torchvision.transforms.v2 import functional as TF
 
 from hpc_supcon.data import POLICIES, Views
-from hpc_supcon.data.views.blur import gaussian_blur, kernel_size
+from hpc_supcon.data.views.color import gaussian_blur, kernel_size
 from hpc_supcon.data.views.ops import OPERATIONS, operate_
 from hpc_supcon.data.views.policies import AutoAugment, RandAugment, magnitude
 from hpc_supcon.errors import ConfigError
@@ -27,7 +27,7 @@ TABLES = {
 }
 BLENDS = [-0.9, -0.27, 0.0, 0.1, 0.27, 0.9]
 MAGNITUDES = {
-    # none that puts pixels half-way between two others: there it is the processor that rounds
+    # none that puts pixels half-way between two others, where rounding depends on the processor
     "ShearX": [-0.29, -0.11, 0.0, 0.0333333, 0.21],
     "ShearY": [-0.29, -0.11, 0.0, 0.09, 0.21],
     "TranslateX": [-13.05, 0.0, 4.35, 9.0],
@@ -50,8 +50,8 @@ EVERY_POLICY = [
 ]
 
 
-def pictures(n: int, channels: int = 3, height: int = 32, width: int | None = None) -> torch.Tensor:
-    """Noise, and among it images of few levels, of one level, gray ones and smooth ones."""
+def random_images(n: int, channels: int = 3, height: int = 32, width: int | None = None) -> torch.Tensor:
+    """Noise, and also images of few levels, of one level, gray ones and smooth ones."""
     generator = torch.Generator().manual_seed(n + channels)
     x = torch.randint(0, 256, (n, channels, height, width or height), dtype=torch.uint8, generator=generator)
     if n >= 5:
@@ -63,7 +63,7 @@ def pictures(n: int, channels: int = 3, height: int = 32, width: int | None = No
     return x
 
 
-def torchvisions(image: torch.Tensor, name: str, strength: float) -> torch.Tensor:
+def torchvision_operation(image: torch.Tensor, name: str, strength: float) -> torch.Tensor:
     return T.RandAugment()._apply_image_or_video_transform(
         image, name, strength, interpolation=InterpolationMode.NEAREST, fill={}
     )
@@ -79,21 +79,21 @@ def operate(images: torch.Tensor, names: list[str], strengths: list[float]) -> t
 
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize(("channels", "height", "width"), [(3, 32, 32), (1, 24, 24), (3, 24, 48)])
-def test_every_operation_equals_torchvisions_to_the_gray_level(name, channels, height, width):
-    images = pictures(8, channels, height, width)
+def test_every_operation_equals_torchvisions_exactly(name, channels, height, width):
+    images = random_images(8, channels, height, width)
     for strength in MAGNITUDES.get(name, [0.0]):
-        expected = torch.stack([torchvisions(image, name, strength) for image in images])
+        expected = torch.stack([torchvision_operation(image, name, strength) for image in images])
         ours = operate(images, [name] * 8, [strength] * 8)
         assert torch.equal(ours, expected), (strength, int((ours != expected).sum()))
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
 @pytest.mark.parametrize(("height", "width"), [(13, 17), (2, 5), (1, 1)])
-def test_at_odd_sizes_operations_stay_within_one_gray_level(name, height, width):
-    # torchvision's own sums are rounded twice in the last pixels of a row that fills no vector register
-    images = pictures(4, 3, height, width)
+def test_at_odd_sizes_operations_differ_by_at_most_one_gray_level(name, height, width):
+    # torchvision rounds its sums twice in the last pixels of a row, which do not fill a vector register
+    images = random_images(4, 3, height, width)
     for strength in MAGNITUDES.get(name, [0.0]):
-        expected = torch.stack([torchvisions(image, name, strength) for image in images])
+        expected = torch.stack([torchvision_operation(image, name, strength) for image in images])
         difference = (operate(images, [name] * 4, [strength] * 4).int() - expected.int()).abs()
         assert int(difference.max()) <= 1, strength
 
@@ -101,22 +101,22 @@ def test_at_odd_sizes_operations_stay_within_one_gray_level(name, height, width)
 def test_each_image_of_a_batch_gets_its_own_operation_and_magnitude():
     wanted = [(name, strength) for name in OPERATIONS for strength in MAGNITUDES.get(name, [0.0])]
     wanted = [wanted[i] for i in torch.randperm(len(wanted))]
-    images = pictures(len(wanted))
+    images = random_images(len(wanted))
     ours = operate(images, [name for name, _ in wanted], [strength for _, strength in wanted])
     for i, (name, strength) in enumerate(wanted):
-        assert torch.equal(ours[i], torchvisions(images[i], name, strength)), (name, strength)
+        assert torch.equal(ours[i], torchvision_operation(images[i], name, strength)), (name, strength)
 
 
-# ---- what is drawn
+# ---- random choices of operations
 
 
 @pytest.mark.parametrize("name", TABLES)
-def test_autoaugment_policies_are_torchvisions(name):
+def test_autoaugment_policies_are_torchvision_operation(name):
     assert list(AutoAugment(name).policies) == T.AutoAugment(TABLES[name])._policies
 
 
 @pytest.mark.parametrize(("transform", "levels"), [(T.AutoAugment, 10), (T.RandAugment, 31)])
-def test_magnitudes_are_torchvisions(transform, levels):
+def test_magnitudes_are_torchvision_operation(transform, levels):
     for name, (values, _) in transform._AUGMENTATION_SPACE.items():
         theirs = values(levels, 24, 40)
         for level in range(levels):
@@ -125,7 +125,7 @@ def test_magnitudes_are_torchvisions(transform, levels):
 
 
 def recorded(monkeypatch, transform, n):
-    """(operation, magnitude) of n runs of a torchvision transform, at each of its two places."""
+    """How often n runs of a torchvision transform had each set of (operation, magnitude)."""
     seen = []
     monkeypatch.setattr(
         transform,
@@ -141,7 +141,7 @@ def recorded(monkeypatch, transform, n):
 
 
 @pytest.mark.parametrize("name", [*TABLES, "randaugment"])
-def test_operations_are_drawn_as_often_as_torchvisions(monkeypatch, name):
+def test_operations_are_drawn_as_often_as_torchvision_operation(monkeypatch, name):
     n = 6000
     theirs = recorded(monkeypatch, T.RandAugment() if name == "randaugment" else T.AutoAugment(TABLES[name]), n)
     policy = RandAugment() if name == "randaugment" else AutoAugment(name)
@@ -161,7 +161,7 @@ def test_operations_are_drawn_as_often_as_torchvisions(monkeypatch, name):
 
 @pytest.mark.parametrize("policy", EVERY_POLICY[1:])
 def test_pixels_are_distributed_as_torchvisions_whole_pipeline(policy):
-    image, n, size = pictures(9, height=20)[8], 1200, 16
+    image, n, size = random_images(9, height=20)[8], 1200, 16
     image = TF.gaussian_blur(image, [5, 5])
     image[0] //= 2
     crop = [T.RandomResizedCrop(size, scale=(0.2, 1.0), antialias=True), T.RandomHorizontalFlip()]
@@ -201,7 +201,7 @@ def test_pixels_are_distributed_as_torchvisions_whole_pipeline(policy):
 
 @pytest.mark.parametrize(("height", "width", "size"), [(32, 32, 3), (24, 40, 5), (9, 9, 3)])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_blur_equals_torchvisions(height, width, size, channels):
+def test_blur_equals_torchvision_operation(height, width, size, channels):
     x = torch.rand(channels, 4, height, width)
     sigma = torch.tensor([0.1, 0.7, 1.3, 2.0])
     expected = torch.stack([TF.gaussian_blur(x[:, i], [size, size], [float(sigma[i])] * 2) for i in range(4)], dim=1)
@@ -212,7 +212,7 @@ def test_blur_kernels_are_odd_and_a_tenth_of_the_image():
     assert [kernel_size(size) for size in (2, 28, 32, 64, 96, 224)] == [3, 3, 3, 7, 9, 23]
 
 
-def test_blur_comes_last_with_simclrs_rate_and_widths():
+def test_blur_comes_last_with_the_given_probability_and_simclrs_widths():
     views = Views(2, 32, **PLAIN, blur=0.3)
     drawn = views.draw(8000, 32, 32)
     blurred = drawn.sigma[drawn.sigma > 0]
@@ -220,7 +220,7 @@ def test_blur_comes_last_with_simclrs_rate_and_widths():
     assert float(blurred.min()) >= 0.1
     assert float(blurred.max()) <= 2.0
     assert float(blurred.mean()) == pytest.approx(1.05, abs=0.03)
-    images, drawn = pictures(12), views.draw(12, 32, 32)
+    images, drawn = random_images(12), views.draw(12, 32, 32)
     ours = views.render(images, drawn).flatten(0, 1)
     sigma, sharp = drawn.sigma, views.render(images, replace(drawn, sigma=torch.zeros(24))).flatten(0, 1)
     for i in range(24):
@@ -232,15 +232,15 @@ def test_blur_comes_last_with_simclrs_rate_and_widths():
 
 
 def test_none_only_resizes_and_its_views_are_equal():
-    images = pictures(6, height=24)
+    images = random_images(6, height=24)
     ours = Views(3, 32, **RGB, policy="none")(images)
     expected = TF.normalize(TF.resize(images.float() / 255, [32, 32], antialias=True), RGB["mean"], RGB["std"])
     for v in range(3):
         torch.testing.assert_close(ours[:, v], expected, atol=1e-4, rtol=0)
 
 
-def test_flip_crop_is_torchvisions_crop_and_flip_of_the_same_parameters():
-    images, views = pictures(20), Views(2, 24, **RGB, policy="flip_crop")
+def test_flip_crop_equals_torchvisions_crop_and_flip_with_the_same_parameters():
+    images, views = random_images(20), Views(2, 24, **RGB, policy="flip_crop")
     drawn = views.draw(20, 32, 32)
     ours = views.render(images, drawn).flatten(0, 1)
     for i in range(40):
@@ -249,8 +249,8 @@ def test_flip_crop_is_torchvisions_crop_and_flip_of_the_same_parameters():
         torch.testing.assert_close(ours[i], x, atol=1e-4, rtol=0)
 
 
-def test_operations_work_on_the_crop_as_torchvisions_would():
-    images, views = pictures(30), Views(2, 32, **PLAIN, policy="randaugment")
+def test_operations_on_the_crop_equal_torchvision_operation():
+    images, views = random_images(30), Views(2, 32, **PLAIN, policy="randaugment")
     drawn = views.draw(30, 32, 32)
     ours = views.render(images, drawn).flatten(0, 1)
     views.operations = None
@@ -258,27 +258,27 @@ def test_operations_work_on_the_crop_as_torchvisions_would():
     for i in range(60):
         x = crops[i]
         for code, strength in zip(drawn.operations[i], drawn.magnitudes[i], strict=True):
-            x = torchvisions(x, OPERATIONS[code], float(strength))
+            x = torchvision_operation(x, OPERATIONS[code], float(strength))
         torch.testing.assert_close(ours[i], x / 255, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("policy", EVERY_POLICY)
 @pytest.mark.parametrize("channels", [1, 3])
-def test_pieces_of_a_batch_are_the_batch(policy, channels):
-    images = pictures(23, channels)
+def test_rendering_parts_of_a_batch_gives_the_views_of_the_batch(policy, channels):
+    images = random_images(23, channels)
     views = Views(2, 24, mean=[0.4] * channels, std=[0.3] * channels, **policy)
     drawn = views.draw(23, 32, 32)
     whole = views.render(images, drawn)
     assert whole.shape == (23, 2, channels, 24, 24)
     assert whole.isfinite().all()
-    pieces = [slice(0, 7), slice(7, 8), slice(8, 23)]
-    parts = [views.render(images[piece], views.select(drawn, piece)) for piece in pieces]
+    slices = [slice(0, 7), slice(7, 8), slice(8, 23)]
+    parts = [views.render(images[part], views.select(drawn, part)) for part in slices]
     torch.testing.assert_close(torch.cat(parts), whole, atol=1e-6, rtol=0)
 
 
 @pytest.mark.parametrize("policy", EVERY_POLICY)
 def test_every_policy_continues_bit_for_bit_from_a_saved_state(policy):
-    images, views = pictures(9), Views(2, 32, **RGB, **policy, seed=7)
+    images, views = random_images(9), Views(2, 32, **RGB, **policy, seed=7)
     views(images)
     state = views.state()
     expected = views(images)
@@ -288,8 +288,8 @@ def test_every_policy_continues_bit_for_bit_from_a_saved_state(policy):
 
 
 @pytest.mark.parametrize("policy", EVERY_POLICY)
-def test_images_that_come_cropped_get_everything_but_the_crop(policy):
-    images = pictures(9)
+def test_cropped_images_get_everything_but_the_crop(policy):
+    images = random_images(9)
     whole = {"crop_scale": (1, 1), "crop_ratio": (1, 1)}  # a crop of everything, which changes nothing
     expected = Views(2, 32, **RGB, **policy, **whole)(images)
     ours = Views(2, 32, **RGB, **policy, **whole)(images[:, None].expand(-1, 2, -1, -1, -1))
@@ -299,8 +299,8 @@ def test_images_that_come_cropped_get_everything_but_the_crop(policy):
 @pytest.mark.parametrize("policy", EVERY_POLICY)
 @pytest.mark.parametrize("channels_last", [False, True])
 def test_the_memory_layout_of_cropped_images_changes_no_value(policy, channels_last):
-    images = pictures(18).view(9, 2, 3, 32, 32)
-    packed = images.movedim(2, -1).contiguous().movedim(-1, 2)  # as a resizer writes them
+    images = random_images(18).view(9, 2, 3, 32, 32)
+    packed = images.movedim(2, -1).contiguous().movedim(-1, 2)  # the layout of a resizer
     before = packed.clone()
     ours, expected = (Views(2, 32, **RGB, **policy, channels_last=channels_last)(x) for x in (packed, images))
     torch.testing.assert_close(ours, expected, atol=1e-6, rtol=0)
@@ -310,21 +310,21 @@ def test_the_memory_layout_of_cropped_images_changes_no_value(policy, channels_l
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("size", [16, 200])  # of 200 px, several pieces
+@pytest.mark.parametrize("size", [16, 200])  # of 200 px, several chunks
 def test_cropped_images_are_flipped_and_normalized_as_torchvision_does(dtype, size):
-    images = pictures(24, height=size).view(12, 2, 3, size, size)
+    images = random_images(24, height=size).view(12, 2, 3, size, size)
     views = Views(2, size, **RGB, policy="flip_crop", channels_last=True, dtype=dtype)
     drawn = views.draw(12, size, size)
-    for held in (images, images.movedim(2, -1).contiguous().movedim(-1, 2)):
-        ours = views.render(held, drawn).flatten(0, 1)
+    for layout in (images, images.movedim(2, -1).contiguous().movedim(-1, 2)):
+        ours = views.render(layout, drawn).flatten(0, 1)
         for i, image in enumerate(images.flatten(0, 1)):
             expected = TF.normalize((image.flip(-1) if drawn.flip[i] else image) / 255, RGB["mean"], RGB["std"])
             torch.testing.assert_close(ours[i].float(), expected, atol=2e-2 if dtype.itemsize == 2 else 1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("policy", EVERY_POLICY)
-def test_bfloat16_views_are_the_rounded_ones(policy):
-    images = pictures(6)
+def test_bfloat16_views_are_the_rounded_float32_views(policy):
+    images = random_images(6)
     expected = Views(2, 24, **RGB, **policy)(images)
     ours = Views(2, 24, **RGB, **policy, channels_last=True, dtype=torch.bfloat16)(images)
     assert ours.flatten(0, 1).is_contiguous(memory_format=torch.channels_last)
@@ -342,10 +342,10 @@ def test_every_named_policy_is_tested():
         ({"policy": "autoaugment", "autoaugment": "cifar"}, "unknown augment.autoaugment 'cifar'.*cifar10"),
         ({"policy": "randaugment", "randaugment": {"magnitude": 31}}, "magnitude must be within 0..30, not 31"),
         ({"policy": "randaugment", "randaugment": {"operations": -1}}, "operations must be at least 0"),
-        ({"blur": 1.1}, "blur is a probability, not 1.1"),
+        ({"blur": 1.1}, "blur is a probability and must be within 0..1, not 1.1"),
         ({"blur": 0.5, "image_size": 1}, "augment.blur needs images of at least 2 pixels"),
     ],
 )
-def test_wrong_settings_are_named(values, message):
+def test_wrong_settings_are_refused(values, message):
     with pytest.raises(ConfigError, match=message.replace("?", r"\?")):
         Views(**{"count": 2, "image_size": 32, **RGB, **values})

@@ -1,4 +1,4 @@
-"""The fused kernel of small views: its pixels through the interpreter on the CPU, and that it compiles for GPUs."""
+"""The fused kernel of small views: its pixels in the interpreter on the CPU, and that it compiles for GPUs."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def pixels(views, images, dtype=torch.float32):
     return got.view_as(expected), expected
 
 
-# (channels, height, width, size): same size, upscaled, shrunk (wide filter), gray, a block that is not filled.
+# (channels, height, width, size): same size, enlarged, shrunk (wide filter), gray, a block that is not full.
 SIZES = ((3, 32, 32, 32), (3, 9, 20, 24), (3, 40, 37, 16), (1, 28, 28, 28), (1, 30, 9, 13))
 for channels, height, width, size in SIZES:
     images = torch.randint(0, 256, (5, channels, height, width), dtype=torch.uint8)
@@ -93,7 +93,7 @@ def run(script: str, **environment: str) -> str:
     return done.stdout
 
 
-def test_the_kernel_makes_the_pixels_of_the_torch_path_through_the_interpreter():
+def test_in_the_interpreter_the_kernel_computes_the_pixels_of_the_torch_path():
     assert "pixels agree" in run(PIXELS, TRITON_INTERPRET="1")
 
 
@@ -118,19 +118,19 @@ def test_small_images_on_cuda_without_blur_or_operations_take_the_kernel(setting
 
     views = Views(2, 32, mean=[0.5] * 3, std=[0.5] * 3, **settings)
     images = torch.zeros(2, 3, height, 32, dtype=torch.uint8)
-    assert views._fuses(images.as_subclass(OnCuda)) == fused
-    assert not views._fuses(images)
+    assert views._takes_kernel(images.as_subclass(OnCuda)) == fused
+    assert not views._takes_kernel(images)
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(("height", "size"), [(32, 32), (48, 24), (28, 64)])
-def test_on_cuda_the_kernel_makes_the_pixels_of_the_cpu(height, size, channels_last):
+def test_on_cuda_the_kernel_computes_the_pixels_of_the_cpu(height, size, channels_last):
     views = Views(2, size, mean=[0.4] * 3, std=[0.3] * 3, channels_last=channels_last)
     images = torch.randint(0, 256, (64, 3, height, height), dtype=torch.uint8)
     drawn = views.draw(64, height, height)
     expected = views.render(images, drawn)
-    there = replace(drawn, boxes=drawn.boxes.cuda(), factors=drawn.factors.cuda())
-    ours = views.cuda().render(images.cuda(), there)
+    on_cuda = replace(drawn, boxes=drawn.boxes.cuda(), factors=drawn.factors.cuda())
+    ours = views.cuda().render(images.cuda(), on_cuda)
     assert ours.stride() == expected.stride()
     torch.testing.assert_close(ours.cpu(), expected, atol=5e-5, rtol=0)
