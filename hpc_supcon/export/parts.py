@@ -16,9 +16,9 @@ from .. import checkpoint, run_folder
 from ..data import EvalTransform
 from ..errors import ConfigError, RunFolderError, unknown_name
 from ..evaluation.encoder import load_model
-from ..evaluation.fitted_probe import FOLDER, FittedProbe, build_probe, load_probe
-from ..evaluation.knn import Neighbors
-from ..evaluation.probes import PROBES
+from ..evaluation.fitted_probe import FOLDER, build_probe, load_probe
+from ..evaluation.probes import PROBES, FittedProbe
+from ..evaluation.probes.knn import NearestNeighbors
 from ..models import Projection, build_encoder
 
 PARTS = {"encoder": "features", "projection": "embeddings", "classifier": "logits"}
@@ -215,7 +215,7 @@ class PixelGraph(nn.Module):
         module = part.module
         if part.name == "classifier":
             assert isinstance(module, nn.Sequential)
-            module = nn.Sequential(*[Votes(m) if isinstance(m, Neighbors) else m for m in module])
+            module = nn.Sequential(*[Votes(m) if isinstance(m, NearestNeighbors) else m for m in module])
         self.module = module
 
     def forward(self, images: Tensor) -> Tensor:
@@ -223,13 +223,13 @@ class PixelGraph(nn.Module):
 
 
 class Votes(nn.Module):
-    """`Neighbors` without its tiles and without its branch on equal similarities: of training rows exactly as
+    """`NearestNeighbors` without its tiles and without its branch on equal similarities: of training rows exactly as
     similar as the k-th, any may vote. Holds [N, training rows] similarities."""
 
     bank: Tensor
     votes: Tensor
 
-    def __init__(self, head: Neighbors) -> None:
+    def __init__(self, head: NearestNeighbors) -> None:
         super().__init__()
         self.k, self.temperature = head.k, head.temperature
         self.register_buffer("bank", head.bank)
