@@ -16,8 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...data import Batch, EvalTransform, Loader, LoaderOptions, Source, Splits, TrainOrder, build_loader
-from ...data.order import check_shares
-from ...distributed.collectives import all_sum, together, world_size
+from ...distributed.collectives import all_sum, together
 from ...errors import ConfigError, NonFinite
 from ...pruning import WeightMasks
 from ...training import assemble
@@ -44,10 +43,6 @@ def _check(section: str, settings: Any, splits: Splits) -> None:
     n, batch_size = len(splits.train), settings.batch_size
     if batch_size > n:
         raise ConfigError(f"{section}.batch_size={batch_size} but the training split has {n} images: lower it")
-    try:
-        check_shares(batch_size, 0, world_size())
-    except ConfigError as error:
-        raise ConfigError(str(error).replace("data.batch_size", f"{section}.batch_size")) from None
     check_fit(section, settings, splits, n // batch_size)
 
 
