@@ -1,4 +1,4 @@
-"""The run folder: config.yaml, metrics.jsonl, TensorBoard events, checkpoints/, results.json."""
+"""The run folder: its files, whether a run may use it, its configuration and its results."""
 
 from __future__ import annotations
 
@@ -14,17 +14,18 @@ CONFIG, RESULTS, CHECKPOINTS, PROFILE = "config.yaml", "results.json", "checkpoi
 
 
 def is_used(folder: Path) -> bool:
+    """Whether anything is there, a file included."""
     return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
 
 
 def check_usable(folder: Path, config: Config, *, resume: bool) -> None:
-    """Raise RunFolderError unless a run with this config may write here; touches nothing."""
+    """Raise RunFolderError unless a run with this config may write here. Changes nothing."""
     if not is_used(folder):
         return
     if not folder.is_dir():
         raise RunFolderError(f"{folder}: is a file, not a run folder; choose another run_dir")
     if not resume:
-        raise RunFolderError(f"{folder}: already used; add --resume to go on, or choose another with run_dir=PATH")
+        raise RunFolderError(f"{folder}: already used; add --resume to continue, or choose another with run_dir=PATH")
     changed = differences(read_config(folder), config)
     if changed:
         raise RunFolderError(
@@ -34,7 +35,7 @@ def check_usable(folder: Path, config: Config, *, resume: bool) -> None:
 
 
 def create(folder: Path, config: Config) -> None:
-    """Make the folder and write config.yaml, resolved. Raises RunFolderError."""
+    """Make the folder and write the resolved configuration to config.yaml. Raises RunFolderError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / CONFIG, to_yaml(config))
@@ -43,23 +44,23 @@ def create(folder: Path, config: Config) -> None:
 
 
 def check_still_there(folder: Path) -> None:
-    """Raises RunFolderError when the folder of a run that is under way is no longer what `create` made."""
+    """Raise RunFolderError if the folder of a running run is no longer there."""
     if not (folder / CONFIG).is_file():
         raise RunFolderError(
             f"{folder}: was deleted or moved while the run trained; nothing is saved there. Start the run again, or "
-            "put the folder back and go on with --resume"
+            "put the folder back and continue with --resume"
         )
 
 
 def read_config(folder: Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """The config a run was made with. Raises RunFolderError when the folder is not a run's."""
+    """The configuration of a run, with overrides. Raises RunFolderError if the folder is not a run folder."""
     if not (folder / CONFIG).is_file():
         raise RunFolderError(f"{folder}: no {CONFIG} in it, so this is not a run folder")
     return load_config(folder / CONFIG, overrides)
 
 
 def add_result(folder: Path, result: dict[str, Any]) -> None:
-    """Put one evaluated model into results.json, in place of an earlier one of the same stage and checkpoint."""
+    """Add an entry to results.json, in place of an earlier one of the same stage, probe, checkpoint and folder."""
     path = folder / RESULTS
     results = _read_results(path) if path.exists() else []
     key = ("stage", "probe", "checkpoint", "folder")
@@ -68,7 +69,7 @@ def add_result(folder: Path, result: dict[str, Any]) -> None:
 
 
 def _read_results(path: Path) -> list[dict[str, Any]]:
-    """Raises RunFolderError unless the file is as `add_result` writes it."""
+    """The entries of a file that `add_result` wrote. Raises RunFolderError for any other file."""
     try:
         results = json.loads(path.read_text(encoding="utf-8"))["results"]
         if isinstance(results, list) and all(isinstance(result, dict) for result in results):

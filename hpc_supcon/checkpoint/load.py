@@ -35,6 +35,11 @@ class Checkpoint:
     state: dict[str, Any]
     manifest: dict[str, Any]
 
+    @property
+    def name(self) -> str:
+        """step-N, also while its folder is renamed aside (see layout)."""
+        return f"step-{self.manifest['step']}"
+
 
 def list_steps(folder: Path) -> list[int]:
     """Steps of the published checkpoints, oldest first. Raises RunFolderError when the folder cannot be read."""

@@ -60,16 +60,16 @@ def run(
     config: ConfigArgument = QUICKSTART, overrides: Overrides = None, resume: Resume = False, debug: Debug = False
 ) -> None:
     """Pre-train an encoder, then evaluate it (pretrain + probe). Probes of pixels need no encoder, and get none."""
-    from ..evaluation.checks import check_probe, needs_encoder
+    from ..evaluation.probes import check_probes, needs_encoder
     from ..stages.probe import probe, start_without_encoder
 
     settings = _settings(config, overrides)
     with started(settings, resume) as (runtime, data):
-        check_probe(settings, data.splits)
+        check_probes(settings, data.splits)
         if needs_encoder(settings):
             folder = _pretrained(settings, runtime, data, resume)
         else:
-            folder = start_without_encoder(settings, runtime, resume=resume)
+            folder = start_without_encoder(settings, runtime)
         results = probe(folder, settings, runtime, data)
         if runtime.is_main:
             _print_results(folder, results)
@@ -109,8 +109,8 @@ def probe_command(
     debug: Debug = False,
 ) -> None:
     """Evaluate a run folder's encoder, or the pixels, by the probes of probe.kind; writes results.json there."""
-    from ..evaluation.checks import needs_encoder
     from ..evaluation.encoder import check_has_encoder
+    from ..evaluation.probes import needs_encoder
     from ..run_folder import read_config
     from ..stages.probe import probe
 

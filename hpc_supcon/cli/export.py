@@ -17,15 +17,15 @@ from ..errors import ConfigError, LaunchError, unknown_name
 from .common import Debug, progress_bars
 
 if TYPE_CHECKING:
-    from ..export import Pictures, Predictions
+    from ..export import ImageSet, Predictions
 
 SHOWN = 20
-"""Images whose predictions are a table on the terminal; of more, CSV is written."""
+"""Predictions of up to this many images are printed as a table; those of more images as CSV."""
 
 DEVICES = ("auto", "cpu", "cuda")
 
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run folder.")]
-Images = Annotated[
+ImagePaths = Annotated[
     list[Path],
     typer.Argument(metavar="IMAGES_OR_FOLDER", help="Image files, folders (of any depth), or one .beton file."),
 ]
@@ -34,7 +34,7 @@ Force = Annotated[bool, typer.Option("--force", help="Replace a file that exists
 SkipCorrupt = Annotated[
     bool, typer.Option("--skip-corrupt", help="Leave out images that cannot be used, and list them.")
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images worked on at once.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images per forward pass.")]
 Device = Annotated[str, typer.Option(help="auto | cpu | cuda")]
 
 
@@ -50,7 +50,7 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Write a run's model to one file that other programs load, and compare the file with the model."""
-    _check_alone("export")
+    _check_single_process("export")
     from ..export import export_part
 
     written = export_part(run_dir, format, part=part, probe=probe, out=out, force=force)
@@ -62,7 +62,7 @@ def export(
 
 def embed(
     run_dir: RunDir,
-    images: Images,
+    images: ImagePaths,
     out: Annotated[Path, typer.Option("-o", "--out", help="The .npz file to write.")],
     part: Annotated[str, typer.Option(help="encoder | projection")] = "encoder",
     batch_size: BatchSize = 256,
@@ -72,9 +72,9 @@ def embed(
     debug: Debug = False,
 ) -> None:
     """Embed images by a run's encoder; `embeddings`, `paths` and, where they are known, `labels` go into a .npz."""
-    _check_alone("embed")
-    from ..export import embed as embed_pictures
-    from ..export import load_part, open_pictures
+    _check_single_process("embed")
+    from ..export import embed as embed_images
+    from ..export import load_part, open_images
     from ..files import check_output
 
     if part == "classifier":
@@ -82,18 +82,18 @@ def embed(
     if out.suffix != ".npz":
         raise ConfigError(f"-o {out}: embeddings are written as .npz; choose that ending")
     check_output(out, force=force)
-    with _working(device, batch_size, skip_corrupt) as options:
+    with _inference_options(device, batch_size, skip_corrupt) as options:
         loaded = load_part(run_dir, part)
-        pictures = open_pictures(images, loaded.shape, loaded.classes)
-        outputs = embed_pictures(loaded, pictures, out, force=force, **options)
-    _tell_left_out(outputs.problems, pictures)
-    labels = "" if pictures.labels is None else ", with labels"
-    sys.stdout.write(f"{out}: {len(outputs.rows)} images, {outputs.values.shape[1]} numbers each{labels}\n")
+        opened = open_images(images, loaded.shape, loaded.classes)
+        outputs = embed_images(loaded, opened, out, force=force, **options)
+    _report_left_out(outputs.problems, opened)
+    labels = "" if opened.labels is None else ", with labels"
+    sys.stdout.write(f"{out}: {len(outputs.indices)} images, {outputs.values.shape[1]} numbers each{labels}\n")
 
 
 def predict(
     run_dir: RunDir,
-    images: Images,
+    images: ImagePaths,
     probe: Probe = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="A .csv or .json file to write.")] = None,
     batch_size: BatchSize = 256,
@@ -103,60 +103,60 @@ def predict(
     debug: Debug = False,
 ) -> None:
     """Classify images by a run's fitted probe: the top class and the probabilities of all."""
-    _check_alone("predict")
-    from ..export import load_part, open_pictures
-    from ..export import predict as predict_pictures
-    from ..export.predict import check_suffix, save, write_csv
+    _check_single_process("predict")
+    from ..export import load_part, open_images
+    from ..export import predict as predict_images
+    from ..export.inference import check_suffix, save_predictions, write_csv
     from ..files import check_output
 
     if out is not None:
         check_suffix(out)
         check_output(out, force=force)
-    with _working(device, batch_size, skip_corrupt) as options:
+    with _inference_options(device, batch_size, skip_corrupt) as options:
         classifier = load_part(run_dir, "classifier", probe)
-        pictures = open_pictures(images, classifier.shape, classifier.classes)
-        predictions = predict_pictures(classifier, pictures, **options)
-    _tell_left_out(predictions.problems, pictures)
+        opened = open_images(images, classifier.shape, classifier.classes)
+        predictions = predict_images(classifier, opened, **options)
+    _report_left_out(predictions.problems, opened)
     if out is not None:
-        save(predictions, out, checkpoint=classifier.description["checkpoint"], force=force)
+        save_predictions(predictions, out, checkpoint=classifier.description["checkpoint"], force=force)
         sys.stdout.write(f"{out}: {len(predictions.paths)} images\n")
     elif len(predictions.paths) <= SHOWN:
         _print(predictions)
     else:
-        sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # as names of files may be
+        sys.stdout.reconfigure(errors="surrogateescape")  # type: ignore[union-attr]  # file names need not be valid text
         write_csv(predictions, sys.stdout)
 
 
 @contextmanager
-def _working(device: str, batch_size: int, skip_corrupt: bool) -> Iterator[dict[str, Any]]:
-    """What `inference.run` is told, for the length of a command."""
+def _inference_options(device: str, batch_size: int, skip_corrupt: bool) -> Iterator[dict[str, Any]]:
+    """Arguments of `inference.run_part`, and its device and progress bar for the length of a command."""
     from ..distributed import launch as rt
 
     if device not in DEVICES:
         raise ConfigError("--device: " + unknown_name("device", device, DEVICES))
-    with rt.start(device=device) as runtime, progress_bars() as tell:
+    with rt.start(device=device) as runtime, progress_bars() as progress:
         yield {
             "device": runtime.device,
             "batch_size": batch_size,
             "skip_corrupt": skip_corrupt,
-            "progress": tell,
+            "progress": progress,
         }
 
 
-def _check_alone(command: str) -> None:
-    """Raise LaunchError under torchrun or srun with several ranks, which would all write one file."""
+def _check_single_process(command: str) -> None:
+    """Raise LaunchError under torchrun or srun with several ranks, which would all write the same file."""
     from ..distributed.launch import resolve
 
     world_size = resolve().world_size
     if world_size > 1:
-        raise LaunchError(f"`hpc-supcon {command}` is the work of one process; it was started as {world_size} ranks")
+        raise LaunchError(f"`hpc-supcon {command}` runs in one process; it was started as {world_size} ranks")
 
 
-def _tell_left_out(problems: Sequence[str], pictures: Pictures) -> None:
+def _report_left_out(problems: Sequence[str], images: ImageSet) -> None:
     for problem in problems:
         sys.stderr.write(f"left out: {problem}\n")
-    if pictures.ignored:
-        sys.stderr.write(f"{pictures.ignored} files in these folders are not called like images\n")
+    if images.ignored:
+        sys.stderr.write(f"{images.ignored} files in these folders do not have the ending of an image file\n")
 
 
 def _print(predictions: Predictions) -> None:

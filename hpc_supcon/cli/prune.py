@@ -1,4 +1,4 @@
-"""The command `hpc-supcon prune`: pruned copies of a run's encoder, fine-tuned, probed and weighed."""
+"""The command `hpc-supcon prune`: pruned copies of a run's encoder, fine-tuned, probed and measured."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ def prune(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="key=value", help="Settings, such as prune.rate=[0.2,0.5].")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with prunings that were begun.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Continue unfinished prunings.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Prune a run's encoder, each rate from the dense one, into RUN_DIR/pruned/; fine-tune, probe, weigh."""
+    """Prune a run's encoder, each rate from the dense one, into RUN_DIR/pruned/; fine-tune, probe and measure."""
     from ..evaluation.encoder import check_has_encoder
     from ..run_folder import read_config
     from ..stages.prune import check_prune
@@ -29,7 +29,7 @@ def prune(
 
     settings = read_config(run_dir, overrides or [])
     check_prune(run_dir, settings, resume=resume)
-    check_has_encoder(run_dir)  # before minutes of decoding
+    check_has_encoder(run_dir)  # before decoding the data, which takes minutes
     with started(settings, resume=True) as (runtime, data):
         results = prune_run(run_dir, settings, runtime, data, resume=resume)
         if runtime.is_main:

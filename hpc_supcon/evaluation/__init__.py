@@ -1,1 +1,1 @@
-"""What the trained encoder is worth: cached features, probes, scores."""
+"""Evaluates a trained encoder: cached features, probes, scores, reconstructions, plots."""

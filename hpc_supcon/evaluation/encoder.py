@@ -1,10 +1,11 @@
-"""The encoder of a run folder: which checkpoint, the same on every rank."""
+"""Loads the model of a run folder's best checkpoint, the same one on every rank."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from .. import checkpoint, run_folder
+from ..checkpoint.layout import path_of
 from ..data import EvalTransform, Splits
 from ..distributed.collectives import gather_objects, rank, together
 from ..errors import CheckpointCorrupt, DataError, RunFolderError
@@ -13,7 +14,7 @@ from ..training.metrics import console
 
 
 def check_has_encoder(folder: Path) -> None:
-    """Raise RunFolderError for a run folder without checkpoints. Reads nothing but their names."""
+    """Raise RunFolderError for a run folder without checkpoints. Only lists them."""
     if not checkpoint.list_steps(folder / run_folder.CHECKPOINTS):
         raise RunFolderError(
             f"{folder}: no encoder in this run (it has no checkpoint): run `hpc-supcon pretrain`, or choose "
@@ -30,9 +31,8 @@ def check_classes(folder: Path, found: checkpoint.Checkpoint, splits: Splits) ->
 def load_model(folder: Path) -> tuple[PretrainingModel, checkpoint.Checkpoint]:
     """The model of a run's best checkpoint, on the CPU. Collective. Raises RunFolderError, CheckpointCorrupt.
 
-    The best is the one at which early stopping saw its best value, where the run had early stopping, and otherwise
-    the newest that verifies. Rank 0 chooses and the others load the same one: each choosing for itself could part
-    them.
+    With early stopping, the best is the checkpoint at which it saw its best value; otherwise it is the newest that
+    verifies. Rank 0 chooses and the other ranks load its choice: if each chose by itself, they could differ.
     """
     found: checkpoint.Checkpoint | None = None
     with together():
@@ -46,7 +46,7 @@ def load_model(folder: Path) -> tuple[PretrainingModel, checkpoint.Checkpoint]:
         with checkpoint.understood(found.path):
             model = build_model(found.state)
             model.load_state_dict(found.tensors.get("ema", found.tensors["model"]))
-            EvalTransform(**found.state["normalization"])  # read later: wrong ones are found here
+            EvalTransform(**found.state["normalization"])  # used later: checked here, where an error names the file
             tuple(found.state["classes"])
     return model, found
 
@@ -61,10 +61,10 @@ def _choose(checkpoints: Path) -> checkpoint.Checkpoint:
         if best_at is None or int(best_at) == newest.state["step"]:
             return newest
     try:
-        return checkpoint.load_checkpoint(checkpoints / f"step-{int(best_at)}")
+        return checkpoint.load_checkpoint(path_of(checkpoints, int(best_at)))
     except CheckpointCorrupt as error:
         console.print(
-            f"not used: {error}; taking {newest.path.name} in place of the best, step {best_at}",
+            f"not used: {error}; taking {newest.name} in place of the best, step {best_at}",
             soft_wrap=True,
             style="yellow",
         )

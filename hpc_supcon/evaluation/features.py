@@ -1,17 +1,22 @@
-"""What classifiers read: features of a frozen encoder or raw images, computed once and cached for all probes."""
+"""What probes read: features of a frozen encoder or raw images, computed once and cached for all probes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from ..data import Batch, EvalOrder, EvalTransform, LoaderOptions, Source, Splits, build_loader
+from ..data import EvalOrder, EvalTransform, Loader, LoaderOptions, Source, Splits, build_loader
 from ..distributed.collectives import gather_rows
 from ..distributed.launch import Runtime
+
+LabeledRows = tuple[Tensor, Tensor]
+"""(features float32 [n, D] or images uint8 [n, C, H, W], labels int64 [n])."""
+CHUNK = 1024
+"""Rows that go through a module at once outside training."""
 
 
 @torch.no_grad()
@@ -24,21 +29,21 @@ def extract(
     batch_size: int = 256,
     loader: str = "resident",
     options: LoaderOptions | None = None,
-) -> tuple[Tensor, Tensor]:
+) -> LabeledRows:
     """This rank's share of the source: (features float32 [n_r, feature_dim], labels int64 [n_r]).
 
     transform: uint8 [B, C, H, W] -> what the encoder reads (EvalTransform).
 
-    Every sample is on exactly one rank, in rank order (see EvalOrder). Always fp32 and in batches of one
-    size, so that a feature does not depend on how many ranks share the work. Leaves the encoder in eval mode.
+    Every sample is on exactly one rank, in rank order (see EvalOrder). Always in fp32 and in batches of one size, so
+    that a feature does not depend on the number of ranks. Leaves the encoder in eval mode.
     """
     encoder.eval()
     features: list[Tensor] = []
     labels: list[Tensor] = []
-    with _served(source, runtime, batch_size, loader, options) as batches:
-        for batch in batches:
+    with closing(_build_loader(source, runtime, batch_size, loader, options)) as opened:
+        for batch in opened.epoch(0):
             images, n = batch.images, len(batch.images)
-            if n < batch_size:  # another batch size may take another kernel, and round otherwise
+            if n < batch_size:  # another batch size may take another kernel, which rounds differently
                 images = torch.cat([images, images[-1:].expand(batch_size - n, -1, -1, -1)])
             features.append(encoder(transform(images)).float()[:n])
             labels.append(batch.labels)
@@ -55,21 +60,20 @@ def read_images(
     batch_size: int = 256,
     loader: str = "resident",
     options: LoaderOptions | None = None,
-) -> tuple[Tensor, Tensor]:
-    """This rank's share of the source as it is served: (images uint8 [n_r, C, H, W], labels int64 [n_r])."""
-    with _served(source, runtime, batch_size, loader, options) as batches:
-        pairs = [(batch.images, batch.labels) for batch in batches]
+) -> LabeledRows:
+    """This rank's share of the source as its loader serves it: (images uint8 [n_r, C, H, W], labels int64 [n_r])."""
+    with closing(_build_loader(source, runtime, batch_size, loader, options)) as opened:
+        pairs = [(batch.images, batch.labels) for batch in opened.epoch(0)]
     if not pairs:
         images = torch.empty(0, source.channels, source.image_size, source.image_size, dtype=torch.uint8)
         return images.to(runtime.device), torch.empty(0, dtype=torch.int64, device=runtime.device)
     return torch.cat([images for images, _ in pairs]), torch.cat([labels for _, labels in pairs])
 
 
-@contextmanager
-def _served(
+def _build_loader(
     source: Source, runtime: Runtime, batch_size: int, loader: str, options: LoaderOptions | None
-) -> Iterator[Iterator[Batch]]:
-    served = build_loader(
+) -> Loader:
+    return build_loader(
         loader,
         source,
         EvalOrder(len(source), batch_size),
@@ -79,17 +83,20 @@ def _served(
         device=runtime.device,
         options=options,
     )
-    try:
-        yield served.epoch(0)
-    finally:
-        served.close()
 
 
-Part = tuple[Tensor, Tensor]
-"""(features float32 [n, D] or images uint8 [n, C, H, W], labels int64 [n])."""
+def rows_of_classes(labels: Tensor, classes: Sequence[int]) -> Tensor:
+    """bool [n]: which of `labels` int64 [n] are one of `classes`."""
+    return torch.isin(labels, labels.new_tensor(classes))
 
-CHUNK = 1024
-"""Rows worked on at once outside training."""
+
+def select_classes(rows: LabeledRows, classes: Sequence[int]) -> LabeledRows:
+    """The rows whose label is one of `classes`, labeled by their position in `classes`."""
+    x, labels = rows
+    selected = rows_of_classes(labels, classes)
+    position = labels.new_zeros(max(classes) + 1)
+    position[list(classes)] = torch.arange(len(classes), device=labels.device)
+    return x[selected], position[labels[selected]]
 
 
 class Standardize(nn.Module):
@@ -108,8 +115,8 @@ class Standardize(nn.Module):
 
 
 def build_prepare(input: str, width: int, normalization: Mapping[str, Any], *, standardize: bool) -> nn.Sequential:
-    """Raw input -> what the head reads: `features` [n, width] and `pixels` (uint8 images) give float [n, width];
-    `images` (uint8) gives normalized images for an encoder. standardize: ends with `Standardize`."""
+    """Raw input -> what encoder or head read: `features` [n, width] and `pixels` (uint8 images) become float
+    [n, width], `images` (uint8) become normalized images. standardize: a `Standardize` is the last step."""
     steps: list[nn.Module] = []
     if input != "features":
         steps.append(EvalTransform(**normalization))
@@ -120,8 +127,8 @@ def build_prepare(input: str, width: int, normalization: Mapping[str, Any], *, s
 
 @torch.no_grad()
 def fit_standardization(prepare: nn.Sequential, x: Tensor) -> None:
-    """Set mean and standard deviation of `prepare`'s last part, a Standardize not fitted yet, to those of all of
-    `x`, in float64, in chunks."""
+    """Set mean and standard deviation of `prepare`'s last step, a Standardize not fitted yet, to those of all rows of
+    `x`, computed in float64, in chunks."""
     last = prepare[-1]
     assert isinstance(last, Standardize)
 
@@ -131,14 +138,14 @@ def fit_standardization(prepare: nn.Sequential, x: Tensor) -> None:
     mean = total(lambda rows: rows) / len(x)
     std = (total(lambda rows: (rows - mean).square()) / len(x)).sqrt()
     last.mean.copy_(mean)
-    # a column that is constant here must not blow up a pixel that is not constant elsewhere
+    # not divided by almost zero: a pixel that is constant in these images may not be constant in others
     last.std.copy_(std.where(std > 1e-6, torch.ones_like(std)))
 
 
 @torch.no_grad()
 def in_chunks(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`function` over rows of x [n, ...], CHUNK at a time; the last chunk is padded, so that a row's result does
-    not depend on how many ranks share the rows."""
+    """`function` of the rows of x [n, ...], CHUNK at a time. The last chunk is padded, so that a row's result does
+    not depend on the number of ranks."""
     parts = []
     for rows in x.split(CHUNK) if len(x) else [x]:
         missing = 0 if not len(rows) else CHUNK - len(rows)
@@ -147,29 +154,29 @@ def in_chunks(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
     return torch.cat(parts)
 
 
-class Inputs:
-    """This run's splits as features or pixels, each read once, when it is first asked for."""
+class SplitRows:
+    """The splits of a run as features or pixels, each computed at its first use and kept for all probes."""
 
-    def __init__(self, splits: Splits, read: Callable[[Source, str], Part]) -> None:
-        """read(source, input): this rank's share; collective over ranks only in that all read all splits."""
+    def __init__(self, splits: Splits, read: Callable[[Source, str], LabeledRows]) -> None:
+        """read(source, input) -> this rank's rows. Ranks must read the same splits: `gathered` is collective."""
         self._splits, self._read = splits, read
-        self._shares: dict[tuple[str, str], Part] = {}
-        self._whole: dict[tuple[str, str], Part] = {}
+        self._local: dict[tuple[str, str], LabeledRows] = {}
+        self._gathered: dict[tuple[str, str], LabeledRows] = {}
 
-    def share(self, split: str, input: str) -> Part | None:
-        """This rank's rows; None for a validation split that the run has not."""
+    def local(self, split: str, input: str) -> LabeledRows | None:
+        """This rank's rows; None for a validation split that the run does not have."""
         source: Source | None = getattr(self._splits, split)
         if source is None:
             return None
-        if (split, input) not in self._shares:
-            self._shares[split, input] = self._read(source, input)
-        return self._shares[split, input]
+        if (split, input) not in self._local:
+            self._local[split, input] = self._read(source, input)
+        return self._local[split, input]
 
-    def whole(self, split: str, input: str) -> Part | None:
+    def gathered(self, split: str, input: str) -> LabeledRows | None:
         """All ranks' rows, in the source's order. Collective."""
-        share = self.share(split, input)
-        if share is None:
+        local = self.local(split, input)
+        if local is None:
             return None
-        if (split, input) not in self._whole:
-            self._whole[split, input] = (gather_rows(share[0]), gather_rows(share[1]))
-        return self._whole[split, input]
+        if (split, input) not in self._gathered:
+            self._gathered[split, input] = (gather_rows(local[0]), gather_rows(local[1]))
+        return self._gathered[split, input]

@@ -1,4 +1,4 @@
-"""How good the encoder is by now, asked in the middle of training without changing it."""
+"""Accuracy of the encoder's features during training, measured without changing anything that training uses."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from ..errors import ConfigError, unknown_name
 from ..models import LinearHeads
 from ..training.assemble import Data
 from ..training.validation import OnlineProbe
-from .features import Part, build_prepare, extract, fit_standardization
-from .knn import knn_accuracy
+from .features import LabeledRows, build_prepare, extract, fit_standardization
+from .probes.knn import knn_accuracy
+from .probes.optimization import FitPlan
 from .probes.training import seeded, train_heads
-from .probes.watch import Plan
 
 KINDS = ("knn", "linear")
 
@@ -44,12 +44,12 @@ def monitor(
     loader: str = "resident",
     options: LoaderOptions | None = None,
 ) -> dict[str, float]:
-    """{"accuracy": 0..1} on validation, equal on all ranks, and "loss" for `linear`. Collective.
+    """{"accuracy": 0..1} on validation, and "loss" for `linear`; equal on all ranks. Collective.
 
-    encoder: the bare module, not its data-parallel wrapper. At most `images` training images, evenly strided,
-    stand for all. knn: see `knn_accuracy`. linear: a linear head on standardized features, AdamW from `lr` by a
-    cosine to 0 over `epochs`; its last state is measured. The encoder is as it was afterwards: weights, statistics,
-    training mode and every generator, so that training goes on as if nobody had asked. Raises ConfigError for an
+    encoder: the bare module, not its data-parallel wrapper. Of the training images at most `images` are used, evenly
+    strided. knn: see `knn_accuracy`. linear: a linear head on standardized features, trained by AdamW with a cosine
+    schedule from `lr` to 0 over `epochs`; its last state is evaluated. Afterwards the encoder's weights, statistics
+    and training mode and every generator are as before, so training continues unchanged. Raises ConfigError for an
     unknown kind and for more neighbors than images, NonFinite, and what the loader raises.
     """
     if kind not in KINDS:
@@ -57,22 +57,26 @@ def monitor(
     n = min(images, len(train))
     if kind == "knn" and k > n:
         raise ConfigError(f"k={k} neighbors, but monitoring uses {n} training images")
-    # every n-th image of the whole: sources are often sorted by class
-    bank = train if n == len(train) else train.subset(torch.arange(n) * len(train) // n)
+    # evenly strided, because sources are often sorted by class
+    subset = train if n == len(train) else train.subset(torch.arange(n) * len(train) // n)
     with undisturbed(encoder, runtime.device):
-        known, asked = (
+        train_rows, validation_rows = (
             extract(encoder, source, transform, runtime, loader=loader, options=options)
-            for source in (bank, validation)
+            for source in (subset, validation)
         )
         classes = len(train.classes)
         if kind == "knn":
-            return {"accuracy": knn_accuracy(*known, *asked, classes=classes, k=k, temperature=temperature)}
-        plan = Plan((lr,), epochs, batch_size, "adamw", monitor="loss")
-        return _linear(known, asked, classes, plan, seed, runtime)
+            accuracy = knn_accuracy(*train_rows, *validation_rows, classes=classes, k=k, temperature=temperature)
+            return {"accuracy": accuracy}
+        plan = FitPlan((lr,), epochs, batch_size, "adamw", monitor="loss")
+        return _linear(train_rows, validation_rows, classes, plan, seed, runtime)
 
 
-def _linear(known: Part, asked: Part, classes: int, plan: Plan, seed: int, runtime: Runtime) -> dict[str, float]:
-    train, validation = ((gather_rows(x), gather_rows(labels)) for x, labels in (known, asked))
+def _linear(
+    train_rows: LabeledRows, validation_rows: LabeledRows, classes: int, plan: FitPlan, seed: int, runtime: Runtime
+) -> dict[str, float]:
+    """Scores of a linear head; the rows are this rank's."""
+    train, validation = ((gather_rows(x), gather_rows(labels)) for x, labels in (train_rows, validation_rows))
     width = train[0].shape[1]
     prepare = build_prepare("features", width, {}, standardize=True).to(runtime.device)
     fit_standardization(prepare, train[0])
@@ -83,7 +87,7 @@ def _linear(known: Part, asked: Part, classes: int, plan: Plan, seed: int, runti
 
 
 def online_probe(config: Config, runtime: Runtime, data: Data) -> OnlineProbe | None:
-    """`validation.probe` of a configuration, to be asked during pre-training; None where it is not asked for."""
+    """The probe that `validation.probe` asks for, to be called during pre-training; None where it asks for none."""
     settings, validation = config.validation.probe, data.splits.validation
     if settings.kind == "none" or validation is None:
         return None

@@ -20,7 +20,8 @@ Curve = tuple[Sequence[float], Sequence[float]]
 """(steps, values)."""
 
 _COLORS = {"train": "#4477aa", "validation": "#cc3311"}
-_MARKED = 40  # so few points are marked one by one
+_MAX_MARKERS = 40
+"""A curve of at most this many points has a marker on each."""
 
 
 def draw_probe_curves(
@@ -28,7 +29,8 @@ def draw_probe_curves(
 ) -> list[Path]:
     """plots/loss-KIND.png and plots/accuracy-KIND.png, on train and validation; nothing for an empty history.
 
-    history: as Outcome.history; kept: the iteration whose state was kept, which is marked. Raises RunFolderError.
+    history: as ProbeOutcome.history; kept: the iteration whose state was kept, marked by a line. Raises
+    RunFolderError.
     """
     paths = []
     for number in ("loss", "accuracy"):
@@ -40,8 +42,8 @@ def draw_probe_curves(
 def draw_training_curves(folder: Path) -> list[Path]:
     """plots/loss-pretrain.png, and accuracy-pretrain.png where there is any accuracy, from metrics.jsonl.
 
-    Reads the events "train" and "validation"; of a step that was trained twice (after a fall-back to an older
-    checkpoint) the last counts. Returns what was drawn. Raises RunFolderError.
+    Reads the events "train" and "validation". Of a step that was trained twice (after falling back to an older
+    checkpoint) the last event counts. Returns the files drawn. Raises RunFolderError.
     """
     events: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "validation": {}}
     try:
@@ -62,8 +64,8 @@ def draw_training_curves(folder: Path) -> list[Path]:
     return paths
 
 
-def save_tiles(folder: Path, name: str, rows: Mapping[str, Tensor]) -> Path:
-    """plots/NAME.png: a row for each entry of `rows`, images [n, C, H, W] in -1..1. Raises RunFolderError."""
+def draw_image_rows(folder: Path, name: str, rows: Mapping[str, Tensor]) -> Path:
+    """plots/NAME.png: one row of images [n, C, H, W] in -1..1 for each entry of `rows`. Raises RunFolderError."""
     columns = max(len(images) for images in rows.values())
     figure = _figure((1.0 + columns * 1.1, 0.2 + len(rows) * 1.15))
     axes = figure.subplots(len(rows), columns, squeeze=False)
@@ -91,7 +93,7 @@ def _draw(
     figure = _figure((7, 4.2))
     axis = figure.add_subplot()
     for split, (steps, values) in curves.items():
-        marker = "o" if len(steps) <= _MARKED else None
+        marker = "o" if len(steps) <= _MAX_MARKERS else None
         axis.plot(steps, values, label=split, color=_COLORS[split], marker=marker, markersize=3, linewidth=1.3)
     _label(axis, number, title, kept)
     return [_save(figure, folder / PLOTS / f"{number}-{name}.png")]

@@ -1,4 +1,4 @@
-"""Classification scores over all ranks, every sample counted once."""
+"""Classification scores over the samples of all ranks, each counted once."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from ..distributed.collectives import gather_rows
 def classification_scores(predictions: Tensor, labels: Tensor, classes: int) -> dict[str, float]:
     """Fractions in 0..1: accuracy over samples; F1, precision, recall as macro averages over classes.
 
-    predictions, labels: int64 [n_r], this rank's samples (a rank may have none). Two numbers per sample are
-    cheap to gather, and the scores of all samples are then the same on every rank. Collective.
+    predictions, labels: int64 [n_r], this rank's samples (a rank may have none). They are gathered, two numbers per
+    sample, so every rank returns the same scores. Collective.
     """
     predictions, labels = gather_rows(predictions), gather_rows(labels)
     scores = {

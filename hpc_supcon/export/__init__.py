@@ -1,21 +1,21 @@
 """A trained model outside its run: files for other programs, embeddings and predictions of any images."""
 
-from .exporter import Exported, export_part
+from .exporter import ExportedFile, export_part
 from .formats import FORMATS
-from .images import Pictures, open_pictures
-from .parts import PARTS, Part, load_part
-from .predict import Predictions, embed, predict
+from .images import ImageSet, open_images
+from .inference import Predictions, embed, predict
+from .parts import PARTS, ModelPart, load_part
 
 __all__ = [
     "FORMATS",
     "PARTS",
-    "Exported",
-    "Part",
-    "Pictures",
+    "ExportedFile",
+    "ImageSet",
+    "ModelPart",
     "Predictions",
     "embed",
     "export_part",
     "load_part",
-    "open_pictures",
+    "open_images",
     "predict",
 ]

@@ -1,4 +1,4 @@
-"""A part of a run into a file that is read back and compared before it gets its name."""
+"""Writes a part of a run's model to a file, which is read back and compared with the model before it is kept."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from torch import Tensor
 
 from ..errors import ConfigError, ExportError, MissingExtra, unknown_name
 from ..files import check_output, output_file
-from .formats import FORMATS, Format, Function, describe
-from .parts import Part, load_part
+from .formats import FORMATS, FileFormat, PixelFunction, metadata_of
+from .parts import ModelPart, load_part
 
 TOLERANCE = 1e-4
-"""Largest difference of outputs, relative to the largest output where that is above 1: float32 sums in another
-order differ by some 1e-6."""
+"""Largest allowed difference of outputs, relative to the largest output if that is above 1. Float32 sums in another
+order differ by about 1e-6."""
 CHECKED_BATCHES = (1, 5)
+"""Batch sizes at which a file is compared with the model."""
 
 
 @dataclass(frozen=True)
-class Exported:
-    """A file that was written and gave the model's outputs."""
+class ExportedFile:
+    """A file whose outputs are those of the model."""
 
     path: Path
     bytes: int
     difference: float
-    """Largest absolute difference to the model's outputs on random images."""
+    """Largest absolute difference from the model's outputs on random images."""
 
 
 def export_part(
@@ -38,38 +39,39 @@ def export_part(
     probe: str | None = None,
     out: Path | None = None,
     force: bool = False,
-) -> Exported:
-    """Write a part of the run in `folder` (see load_part) in one of FORMATS to `out`.
+) -> ExportedFile:
+    """Write a part of the run in `folder` (see load_part) to `out`, in one of FORMATS.
 
-    out: None is NAME-PART.SUFFIX in the working directory, NAME that of the run folder. force: replace it.
+    out: by default NAME-PART.SUFFIX in the working directory, with the NAME of the run folder. force: replace an
+    existing file.
 
-    Raises ConfigError, RunFolderError, CheckpointCorrupt, MissingExtra and OutputError before work; ExportError
-    where the format cannot hold the model, or its file gives other outputs, and then leaves no file.
+    Raises ConfigError, RunFolderError, CheckpointCorrupt, MissingExtra and OutputError before any work; ExportError,
+    leaving no file, if the format cannot represent the model or the file gives other outputs.
     """
     if format not in FORMATS:
         raise ConfigError("--format: " + unknown_name("format", format, FORMATS))
-    form = FORMATS[format]
-    missing = [name for name in form.needs if find_spec(name) is None]
+    file_format = FORMATS[format]
+    missing = [name for name in file_format.needs if find_spec(name) is None]
     if missing:
         raise MissingExtra(f"--format {format} needs {', '.join(missing)}: pip install 'hpc-supcon[export]'")
-    path = out or Path(f"{folder.resolve().name}-{part}{form.suffix}")
+    path = out or Path(f"{folder.resolve().name}-{part}{file_format.suffix}")
     check_output(path, force=force)
     loaded = load_part(folder, part, probe)
-    content = _converted(loaded, format)
+    content = _convert(loaded, format)
     with output_file(path, force=force) as partial:
         partial.write_bytes(content)
-        difference = _verified(loaded, form, partial, f"--format {format}")
-    return Exported(path, len(content), difference)
+        difference = _verify(loaded, file_format, partial, f"--format {format}")
+    return ExportedFile(path, len(content), difference)
 
 
-def _converted(part: Part, format: str) -> bytes:
+def _convert(part: ModelPart, format: str) -> bytes:
     try:
-        return FORMATS[format].to_bytes(part, describe(part, format))
+        return FORMATS[format].to_bytes(part, metadata_of(part, format))
     except ExportError:
         raise
-    except Exception as error:  # whatever an exporter says of a model that it cannot trace
+    except Exception as error:  # exporters raise many types for a model that they cannot trace
         raise ExportError(
-            f"--format {format} cannot hold this {part.name}: {_first_line(error)}; try another format"
+            f"--format {format} cannot represent this {part.name}: {_first_line(error)}; try another format"
         ) from error
 
 
@@ -77,27 +79,29 @@ def _first_line(error: Exception) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def _verified(part: Part, form: Format, file: Path, what: str) -> float:
-    """The largest difference between file and model. Raises ExportError where it is above the tolerance."""
+def _verify(part: ModelPart, file_format: FileFormat, file: Path, what: str) -> float:
+    """The largest difference between the outputs of file and model. Raises ExportError above the tolerance."""
     generator = torch.Generator().manual_seed(0)
     batches = [
         torch.randint(0, 256, (n, *part.shape), dtype=torch.uint8, generator=generator) for n in CHECKED_BATCHES
     ]
     try:
-        function = form.read(file)
+        function = file_format.read(file)
         return max(_difference(part, function, images, what) for images in batches)
     except ExportError:
         raise
-    except Exception as error:  # whatever a format's runtime says of a file that it cannot run
+    except Exception as error:  # runtimes raise many types for a file that they cannot run
         raise ExportError(f"{what}: the file cannot be used: {_first_line(error)}; it is not kept") from error
 
 
 @torch.no_grad()
-def _difference(part: Part, function: Function, images: Tensor, what: str) -> float:
-    wanted, got = part(images), function(images.float() / 255)
-    if got.shape != wanted.shape:
-        raise ExportError(f"{what}: {len(images)} images give {list(got.shape)}, the model {list(wanted.shape)}")
-    difference = float((got - wanted).abs().max())
-    if not difference <= TOLERANCE * max(1.0, float(wanted.abs().max())):  # NaN fails as well
+def _difference(part: ModelPart, function: PixelFunction, images: Tensor, what: str) -> float:
+    expected, actual = part(images), function(images.float() / 255)
+    if actual.shape != expected.shape:
+        raise ExportError(
+            f"{what}: for {len(images)} images the file gives {list(actual.shape)}, the model {list(expected.shape)}"
+        )
+    difference = float((actual - expected).abs().max())
+    if not difference <= TOLERANCE * max(1.0, float(expected.abs().max())):  # NaN fails as well
         raise ExportError(f"{what}: the file's outputs differ from the model's by {difference:.2g}; it is not kept")
     return difference

@@ -1,4 +1,4 @@
-"""File formats by name: a part to bytes, and a file back to a function of pixels."""
+"""File formats by name: how a model part is written to bytes, and how a file is read as a function of pixels."""
 
 from __future__ import annotations
 
@@ -18,36 +18,38 @@ from torch import Tensor, nn
 
 from ..errors import ExportError
 from ..renamed import new_state
-from .parts import Part, PixelGraph, build
+from .parts import ModelPart, PixelModel, build_part
 
 METADATA = "metadata.json"
-"""Name of the metadata inside .pt and .pt2 files; ONNX and safetensors have metadata of their own."""
+"""Name of the metadata inside .pt and .pt2 files; ONNX and safetensors have a place for metadata."""
 PROTOBUF_LIMIT = 2**31
-_ROOM = 1 << 20  # bytes for what an ONNX file holds besides its weights
+"""Bytes; an ONNX file must be smaller."""
+GRAPH_BYTES = 1 << 20
+"""Upper bound of what an ONNX file holds besides its weights."""
 
 Metadata = Mapping[str, str]
-Function = Callable[[Tensor], Tensor]
+PixelFunction = Callable[[Tensor], Tensor]
 """float32 [N, C, S, S] in 0..1 -> the part's output."""
 
 
 @dataclass(frozen=True)
-class Format:
+class FileFormat:
     suffix: str
     input: str
-    """What the file's model reads."""
-    to_bytes: Callable[[Part, Metadata], bytes]
-    read: Callable[[Path], Function]
+    """The values that the model in the file expects."""
+    to_bytes: Callable[[ModelPart, Metadata], bytes]
+    read: Callable[[Path], PixelFunction]
     needs: tuple[str, ...] = ()
     """Optional packages, by import name."""
 
 
-def describe(part: Part, format: str) -> dict[str, str]:
-    """The metadata that goes into the file: text by name. Lists and dictionaries are JSON."""
+def metadata_of(part: ModelPart, format: str) -> dict[str, str]:
+    """The metadata written into the file: text by name. Lists and dictionaries are JSON."""
     from .. import __version__
 
     description = part.description
     channels, size, _ = part.shape
-    about = {
+    metadata = {
         "made_by": f"hpc-supcon {__version__}",
         "format": format,
         "part": part.name,
@@ -60,43 +62,43 @@ def describe(part: Part, format: str) -> dict[str, str]:
         "classes": json.dumps(description["classes"]),
         "description": json.dumps(description),
     }
-    return about | (_rebuilding(part) if part.name == "encoder" else {})
+    return metadata | (_rebuild_expressions(part) if part.name == "encoder" else {})
 
 
-def _rebuilding(part: Part) -> dict[str, str]:
-    """Python expressions whose state dict is that of the encoder: this package's, and timm's where it is the same."""
+def _rebuild_expressions(part: ModelPart) -> dict[str, str]:
+    """Python expressions that build a module for the file's state dict: by this package and, if it fits, by timm."""
     encoder = part.description["encoder"]
     options = ", ".join(f"{key}={value!r}" for key, value in encoder.items() if key != "name" and value is not None)
     name, stem = encoder["name"], part.module.stem_kind
-    found = {"rebuild": f"hpc_supcon.models.build_encoder({name!r}, {options})"}
+    expressions = {"rebuild": f"hpc_supcon.models.build_encoder({name!r}, {options})"}
     if name in timm.list_models() and stem != "small":
         cfg = timm.get_pretrained_cfg(name)
-        fixed = cfg is not None and cfg.fixed_input_size
-        sized = f", img_size={encoder['input_size'] or encoder['image_size']}" if fixed else ""
+        fixed_size = cfg is not None and cfg.fixed_input_size
+        size = f", img_size={encoder['input_size'] or encoder['image_size']}" if fixed_size else ""
         classes = encoder["out_dim"] or 0
-        found["timm"] = (
-            f"timm.create_model({name!r}, num_classes={classes}, in_chans={encoder['in_channels']}{sized})"
+        expressions["timm"] = (
+            f"timm.create_model({name!r}, num_classes={classes}, in_chans={encoder['in_channels']}{size})"
         )
-    return found
+    return expressions
 
 
-def _safetensors_bytes(part: Part, metadata: Metadata) -> bytes:
+def _safetensors_bytes(part: ModelPart, metadata: Metadata) -> bytes:
     tensors = {name: t.detach().clone().contiguous() for name, t in part.module.state_dict().items()}
     return safetensors.torch.save(tensors, metadata=dict(metadata))
 
 
-def _read_safetensors(path: Path) -> Function:
+def _read_safetensors(path: Path) -> PixelFunction:
     with safe_open(path, framework="pt") as file:
         description = new_state(json.loads(file.metadata()["description"]))
-    module = build(description)
+    module = build_part(description)
     module.load_state_dict(safetensors.torch.load_file(path))
-    return PixelGraph(Part(module, description)).eval()
+    return PixelModel(ModelPart(module, description)).eval()
 
 
 @contextmanager
-def _torchscript() -> Iterator[None]:
-    """PyTorch warns that TorchScript will not be developed further: who asks for the format knows. It warns of
-    shapes that became constants: the file is compared with the model in batches of other sizes."""
+def _no_torchscript_warnings() -> Iterator[None]:
+    """Silences PyTorch's warnings that TorchScript is deprecated, as the user asked for this format, and that shapes
+    became constants, as the file is compared with the model at other batch sizes."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", torch.jit.TracerWarning)  # type: ignore[attr-defined]
         for category in (FutureWarning, DeprecationWarning):
@@ -104,47 +106,47 @@ def _torchscript() -> Iterator[None]:
         yield
 
 
-def _torchscript_bytes(part: Part, metadata: Metadata) -> bytes:
+def _torchscript_bytes(part: ModelPart, metadata: Metadata) -> bytes:
     buffer = io.BytesIO()
-    with _torchscript():
-        traced = torch.jit.trace(PixelGraph(part).eval(), _example(part))
+    with _no_torchscript_warnings():
+        traced = torch.jit.trace(PixelModel(part).eval(), _example(part))
         torch.jit.save(traced, buffer, _extra_files={METADATA: json.dumps(dict(metadata)).encode()})
     return buffer.getvalue()
 
 
-def _read_torchscript(path: Path) -> Function:
-    with _torchscript():
+def _read_torchscript(path: Path) -> PixelFunction:
+    with _no_torchscript_warnings():
         return torch.jit.load(path, map_location="cpu")
 
 
-def _exported(part: Part) -> torch.export.ExportedProgram:
+def _export_program(part: ModelPart) -> torch.export.ExportedProgram:
     dynamic = ({0: torch.export.Dim("batch")},)
-    return torch.export.export(PixelGraph(part).eval(), (_example(part),), dynamic_shapes=dynamic)
+    return torch.export.export(PixelModel(part).eval(), (_example(part),), dynamic_shapes=dynamic)
 
 
-def _example(part: Part) -> Tensor:
-    return torch.rand(2, *part.shape)  # not one image: exporters take a size of 1 for a constant
+def _example(part: ModelPart) -> Tensor:
+    return torch.rand(2, *part.shape)  # not one image: exporters treat a size of 1 as a constant
 
 
-def _torch_export_bytes(part: Part, metadata: Metadata) -> bytes:
+def _torch_export_bytes(part: ModelPart, metadata: Metadata) -> bytes:
     buffer = io.BytesIO()
-    torch.export.save(_exported(part), buffer, extra_files={METADATA: json.dumps(dict(metadata))})
+    torch.export.save(_export_program(part), buffer, extra_files={METADATA: json.dumps(dict(metadata))})
     return buffer.getvalue()
 
 
-def _read_torch_export(path: Path) -> Function:
-    # not the path: what does not end in .pt2 (as the unfinished file) is loaded, but warned of
+def _read_torch_export(path: Path) -> PixelFunction:
+    # not the path: PyTorch warns of names that do not end in .pt2, such as that of the unfinished file
     return torch.export.load(io.BytesIO(path.read_bytes())).module()
 
 
-def _onnx_bytes(part: Part, metadata: Metadata) -> bytes:
+def _onnx_bytes(part: ModelPart, metadata: Metadata) -> bytes:
     size = _bytes_of(part.module)
-    if size > PROTOBUF_LIMIT - _ROOM:
+    if size > PROTOBUF_LIMIT - GRAPH_BYTES:
         raise ExportError(
-            f"--format onnx: {size:,} bytes of weights, one ONNX file holds less than 2 GiB; use torch-export"
+            f"--format onnx: {size:,} bytes of weights, but an ONNX file must be smaller than 2 GiB; use torch-export"
         )
     program = torch.onnx.export(
-        PixelGraph(part).eval(),
+        PixelModel(part).eval(),
         (_example(part),),
         dynamo=True,
         verbose=False,
@@ -161,7 +163,7 @@ def _bytes_of(module: nn.Module) -> int:
     return sum(t.numel() * t.element_size() for t in module.state_dict().values())
 
 
-def _read_onnx(path: Path) -> Function:
+def _read_onnx(path: Path) -> PixelFunction:
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
@@ -170,13 +172,13 @@ def _read_onnx(path: Path) -> Function:
 
 _PIXELS = "0..1, not normalized: the normalization is in the model"
 FORMATS = {
-    "safetensors": Format(
+    "safetensors": FileFormat(
         ".safetensors",
         "normalized: (pixel / 255 - mean) / std",
         _safetensors_bytes,
         _read_safetensors,
     ),
-    "torchscript": Format(".pt", _PIXELS, _torchscript_bytes, _read_torchscript),
-    "torch-export": Format(".pt2", _PIXELS, _torch_export_bytes, _read_torch_export),
-    "onnx": Format(".onnx", _PIXELS, _onnx_bytes, _read_onnx, ("onnx", "onnxruntime", "onnxscript")),
+    "torchscript": FileFormat(".pt", _PIXELS, _torchscript_bytes, _read_torchscript),
+    "torch-export": FileFormat(".pt2", _PIXELS, _torch_export_bytes, _read_torch_export),
+    "onnx": FileFormat(".onnx", _PIXELS, _onnx_bytes, _read_onnx, ("onnx", "onnxruntime", "onnxscript")),
 }

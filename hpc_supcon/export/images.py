@@ -1,4 +1,4 @@
-"""Images from anywhere, in the form that a model was trained on: files, folders of any depth, .beton files."""
+"""Images from files, folders of any depth or .beton files, converted to the size and channels of a model."""
 
 from __future__ import annotations
 
@@ -18,74 +18,74 @@ from ..data.sources.folder import IGNORED, SUFFIXES, FolderSource, ImageFormat
 from ..errors import DataError
 
 AHEAD = 2
-"""Batches that are decoded while the model works on one."""
+"""Batches that are decoded in advance while the model computes one."""
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Images of one form, in the order of their sorted paths (a .beton: in its own order)."""
+class ImageSet:
+    """Images of one size and number of channels, ordered by path (those of a .beton: in its own order)."""
 
     source: Source
     paths: tuple[str, ...]
-    """One for each image; FILE.beton#INDEX for those of a .beton."""
+    """Of each image; FILE.beton#INDEX for images of a .beton."""
     labels: tuple[int, ...] | None
-    """Index into the model's classes of each image; None unless every image is in a folder (or a class of the
-    .beton) called like one of them."""
+    """Index of each image's class among the model's; None unless every image lies in a folder (or belongs to a class
+    of the .beton) that has the name of one of them."""
     ignored: int
-    """Files in folders that are not called like images."""
+    """Number of files in folders whose names do not end like those of images."""
 
 
 @dataclass(frozen=True)
-class Decoded:
-    """Some images, one after the other in the order of `Pictures`."""
+class DecodedBatch:
+    """Consecutive images of an ImageSet, without those that do not decode."""
 
     images: Tensor
     """uint8 [n, C, S, S]."""
-    rows: tuple[int, ...]
-    """Which of the pictures they are."""
+    indices: tuple[int, ...]
+    """Their positions in the ImageSet."""
     problems: tuple[str, ...]
-    """A line for each picture between them that cannot be used."""
+    """A line for each image of this batch that does not decode."""
 
 
-def open_pictures(paths: Sequence[Path], shape: tuple[int, int, int], classes: Sequence[str]) -> Pictures:
-    """What `paths` name: image files, folders, or one .beton file. Nothing is decoded yet.
+def open_images(paths: Sequence[Path], shape: tuple[int, int, int], classes: Sequence[str]) -> ImageSet:
+    """The images in `paths`: image files, folders, or one .beton file. Nothing is decoded yet.
 
-    shape: (channels, S, S) that every image is made into, as training does with an image folder: to gray or RGB,
-    shorter side to S px, the central square. classes: the model's, for the labels. Raises DataError.
+    shape: (C, S, S) to which every image is converted, as training does with an image folder: to gray or RGB, shorter
+    side to S px, central square. classes: the model's, for the labels. Raises DataError.
     """
     betons = [path for path in paths if path.suffix == ".beton"]
     if betons:
         if len(paths) > 1:
-            raise DataError(f"{betons[0]}: a .beton file stands alone; give the other images to another call")
+            raise DataError(f"{betons[0]}: a .beton file stands alone; pass the other images in another call")
         return _open_beton(betons[0], shape, classes)
     files: set[Path] = set()
     ignored = 0
     for path in paths:
         if path.is_dir():
-            found, others = _list_folder(path)
-            if not found:
-                raise DataError(f"{path} holds no images ({', '.join(SUFFIXES)}), however deep")
-            files.update(found)
+            listed, others = _list_folder(path)
+            if not listed:
+                raise DataError(f"{path} holds no images ({', '.join(SUFFIXES)}), at any depth")
+            files.update(listed)
             ignored += others
         elif path.is_file():
             files.add(path)
         else:
             raise DataError(f"{path} does not exist")
-    images = sorted(files)
-    if not images:
+    image_paths = sorted(files)
+    if not image_paths:
         raise DataError("no images given: name image files, folders or a .beton file")
-    image_format = ImageFormat(shape[0], shape[1], convert=True, resize=True, reference=images[0])
-    source = FolderSource(images, torch.zeros(len(images), dtype=torch.int64), (), image_format)
-    names = [path.parent.name for path in images]
-    return Pictures(source, tuple(map(str, images)), _labels(names, classes), ignored)
+    image_format = ImageFormat(shape[0], shape[1], convert=True, resize=True, reference=image_paths[0])
+    source = FolderSource(image_paths, torch.zeros(len(image_paths), dtype=torch.int64), (), image_format)
+    names = [path.parent.name for path in image_paths]
+    return ImageSet(source, tuple(map(str, image_paths)), _labels(names, classes), ignored)
 
 
-def _open_beton(path: Path, shape: tuple[int, int, int], classes: Sequence[str]) -> Pictures:
+def _open_beton(path: Path, shape: tuple[int, int, int], classes: Sequence[str]) -> ImageSet:
     beton = open_beton(path, image_size=shape[1])
     if beton.channels != shape[0]:
         beton = BetonSource(path, beton.columns, beton.rows, beton.labels, beton.classes, shape[0], shape[1])
     names = [beton.classes[label] for label in beton.labels.tolist()]
-    return Pictures(beton, tuple(f"{path}#{i}" for i in range(len(beton))), _labels(names, classes), 0)
+    return ImageSet(beton, tuple(f"{path}#{i}" for i in range(len(beton))), _labels(names, classes), 0)
 
 
 def _labels(names: Sequence[str], classes: Sequence[str]) -> tuple[int, ...] | None:
@@ -94,12 +94,12 @@ def _labels(names: Sequence[str], classes: Sequence[str]) -> tuple[int, ...] | N
 
 
 def _list_folder(root: Path) -> tuple[list[Path], int]:
-    """(image files, number of other files) under a folder, links followed, each folder once."""
+    """(image files, number of other files) under a folder; links are followed, each folder is listed once."""
     found: list[Path] = []
     others, seen = 0, set()
-    for folder, folders, files in os.walk(root, followlinks=True, onerror=_refuse):
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=_raise):
         real = os.path.realpath(folder)
-        if real in seen:  # a link back up would be walked for ever
+        if real in seen:  # a link to a parent folder would never end
             folders.clear()
             continue
         seen.add(real)
@@ -111,31 +111,31 @@ def _list_folder(root: Path) -> tuple[list[Path], int]:
     return found, others
 
 
-def _refuse(error: OSError) -> None:
+def _raise(error: OSError) -> None:
     raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
 
 
 def decode(
     source: Source, batch_size: int, *, skip_corrupt: bool = False, workers: int | None = None
-) -> Iterator[Decoded]:
-    """All images of a source, up to `batch_size` at a time, decoded ahead by `workers` threads (None: one per
+) -> Iterator[DecodedBatch]:
+    """All images of a source, up to `batch_size` at a time, decoded in advance by `workers` threads (None: one per
     processor).
 
-    Raises CorruptSample and DataError naming the image; with skip_corrupt they become `problems`.
+    Raises CorruptSample and DataError naming the image; with skip_corrupt they become `problems` instead.
     """
     n = len(source)
     starts = iter(range(0, n, batch_size))
     with ThreadPoolExecutor(workers or len(os.sched_getaffinity(0))) as pool:
 
-        def begin(start: int) -> tuple[int, list[Future[Tensor | DataError]]]:
+        def submit(start: int) -> tuple[int, list[Future[Tensor | DataError]]]:
             return start, [pool.submit(_read, source, i) for i in range(start, min(start + batch_size, n))]
 
-        waiting = deque(begin(start) for start in islice(starts, AHEAD))
+        queue = deque(submit(start) for start in islice(starts, AHEAD))
         try:
-            while waiting:
-                start, begun = waiting.popleft()
-                waiting.extend(begin(next_start) for next_start in islice(starts, 1))
-                yield _gathered(source, start, [future.result() for future in begun], skip_corrupt=skip_corrupt)
+            while queue:
+                start, futures = queue.popleft()
+                queue.extend(submit(next_start) for next_start in islice(starts, 1))
+                yield _batch(source, start, [future.result() for future in futures], skip_corrupt=skip_corrupt)
         finally:
             pool.shutdown(cancel_futures=True)
 
@@ -147,11 +147,11 @@ def _read(source: Source, i: int) -> Tensor | DataError:
         return error
 
 
-def _gathered(source: Source, start: int, results: list[Tensor | DataError], *, skip_corrupt: bool) -> Decoded:
+def _batch(source: Source, start: int, results: list[Tensor | DataError], *, skip_corrupt: bool) -> DecodedBatch:
     problems = [result for result in results if isinstance(result, DataError)]
     if problems and not skip_corrupt:
         raise type(problems[0])(f"{problems[0]}; --skip-corrupt leaves such images out") from problems[0]
-    sound = [(start + k, result) for k, result in enumerate(results) if isinstance(result, Tensor)]
+    decoded = [(start + k, result) for k, result in enumerate(results) if isinstance(result, Tensor)]
     shape = (source.channels, source.image_size, source.image_size)
-    images = torch.stack([image for _, image in sound]) if sound else torch.empty(0, *shape, dtype=torch.uint8)
-    return Decoded(images, tuple(i for i, _ in sound), tuple(map(str, problems)))
+    images = torch.stack([image for _, image in decoded]) if decoded else torch.empty(0, *shape, dtype=torch.uint8)
+    return DecodedBatch(images, tuple(i for i, _ in decoded), tuple(map(str, problems)))

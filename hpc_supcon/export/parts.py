@@ -1,4 +1,4 @@
-"""What of a run is used on its own: its encoder, encoder and projection, or encoder and a fitted probe."""
+"""Parts of a run's model for use on their own: encoder, encoder and projection, or encoder and a fitted probe."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ from .. import checkpoint, run_folder
 from ..data import EvalTransform
 from ..errors import ConfigError, RunFolderError, unknown_name
 from ..evaluation.encoder import load_model
-from ..evaluation.fitted_probe import FOLDER, FittedProbe, build_probe, load_probe
-from ..evaluation.knn import Neighbors
-from ..evaluation.probes import PROBES
+from ..evaluation.fitted_probe import FOLDER, build_probe, load_probe
+from ..evaluation.probes import PROBES, FittedProbe
+from ..evaluation.probes.knn import NearestNeighbors
 from ..models import Projection, build_encoder
 
 PARTS = {"encoder": "features", "projection": "embeddings", "classifier": "logits"}
-"""Part -> what it gives: features [N, D], rows of unit length [N, D], logits [N, classes]."""
+"""Part -> its output: features [N, D], embeddings of unit length [N, D], logits [N, classes]."""
 
 
 @dataclass(frozen=True)
-class Part:
+class ModelPart:
     """A part of a run's model, on the CPU, in eval mode."""
 
     module: nn.Module
-    """Normalized images float32 [N, C, S, S] -> what PARTS says."""
+    """Normalized images float32 [N, C, S, S] -> the output that PARTS names."""
     description: dict[str, Any]
-    """Plain data, of which `build` makes the module again: part, checkpoint (name of the folder it came from),
-    channels (1: gray, 3: RGB), image_size (px), normalization (mean and std per channel, in units of 0..1),
-    classes (names, those the run was trained on or the logits' own), encoder, projection and probe (how to build
+    """Plain data from which `build_part` builds the module again: part, checkpoint (name of the folder it was loaded
+    from), channels (1: gray, 3: RGB), image_size (px), normalization (mean and std per channel, in units of 0..1),
+    classes (names: those of the run or, for logits, of their columns), encoder, projection and probe (how to build
     them; null where there is none)."""
 
     @property
@@ -55,22 +55,23 @@ class Part:
     def classes(self) -> tuple[str, ...]:
         return tuple(self.description["classes"])
 
-    def whole(self) -> nn.Sequential:
+    def with_normalization(self) -> nn.Sequential:
         """uint8 images [N, C, S, S] -> the output, as evaluation computes it."""
         return nn.Sequential(EvalTransform(**self.description["normalization"]), self.module).eval()
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
         """uint8 images [N, C, S, S] on the CPU -> the output."""
-        return self.whole()(images)
+        return self.with_normalization()(images)
 
 
-def load_part(folder: Path, part: str, probe: str | None = None) -> Part:
-    """A part of a run's best checkpoint (see load_model). `probe`: for the classifier, which of RUN_DIR/probes;
-    None: the only one there.
+def load_part(folder: Path, part: str, probe: str | None = None) -> ModelPart:
+    """A part of a run's best checkpoint (see load_model).
 
-    Raises ConfigError for unknown names; RunFolderError for what the run has not: a checkpoint, a projection, a
-    fitted probe of that checkpoint; CheckpointCorrupt.
+    probe: for the classifier, which of RUN_DIR/probes; None: the only one there.
+
+    Raises ConfigError for unknown names; RunFolderError if the run has no checkpoint, no projection or no probe
+    fitted on that checkpoint; CheckpointCorrupt.
     """
     if part not in PARTS:
         raise ConfigError("--part: " + unknown_name("part", part, PARTS))
@@ -80,8 +81,8 @@ def load_part(folder: Path, part: str, probe: str | None = None) -> Part:
     return _load_classifier(folder, probe) if part == "classifier" else _load_pretrained(folder, part)
 
 
-def build(description: dict[str, Any]) -> nn.Module:
-    """The module of a `Part.description`, in eval mode, its weights still to be loaded."""
+def build_part(description: dict[str, Any]) -> nn.Module:
+    """The module of a `ModelPart.description`, in eval mode, its weights still to be loaded."""
     probe = None if description["probe"] is None else build_probe(description["probe"])
     if probe is not None and probe.input != "features":
         return _classifier(None, probe).eval()
@@ -90,58 +91,58 @@ def build(description: dict[str, Any]) -> nn.Module:
         return _classifier(encoder, probe).eval()
     if description["projection"] is None:
         return encoder.eval()
-    return _projected(encoder, Projection(cast(int, encoder.feature_dim), **description["projection"])).eval()
+    return _with_projection(encoder, Projection(cast(int, encoder.feature_dim), **description["projection"])).eval()
 
 
-def _load_pretrained(folder: Path, part: str) -> Part:
+def _load_pretrained(folder: Path, part: str) -> ModelPart:
     model, found = load_model(folder)
     if part == "projection" and "projection" not in model.heads:
         heads = ", ".join(model.heads)
         raise RunFolderError(f"{folder}: this run's loss trained no projection (it has: {heads}); use --part encoder")
-    projected = part == "projection"
-    module = _projected(model.encoder, model.heads["projection"]) if projected else model.encoder
+    has_projection = part == "projection"
+    module = _with_projection(model.encoder, model.heads["projection"]) if has_projection else model.encoder
     state = found.state
-    return _part(
+    return _build(
         part,
         module,
-        checkpoint=found.path.name,
+        checkpoint=found.name,
         classes=state["classes"],
         normalization=state["normalization"],
         encoder=state["encoder"],
-        projection=state["projection"] if projected else None,
+        projection=state["projection"] if has_projection else None,
     )
 
 
-def _load_classifier(folder: Path, kind: str | None) -> Part:
+def _load_classifier(folder: Path, kind: str | None) -> ModelPart:
     kind = _choose_probe(folder, kind)
     fitted = load_probe(folder / FOLDER / kind)
-    described = fitted.description
-    encoder, source, channels_and_size = None, described["encoder"], None
+    description = fitted.description
+    encoder, encoder_description, image_shape = None, description["encoder"], None
     name = f"{FOLDER}/{kind}"
     if fitted.input == "features":
         model, found = load_model(folder)
-        if found.state["step"] != described["step"]:
+        if found.state["step"] != description["step"]:
             raise RunFolderError(
-                f"{folder}: its {kind} probe was fitted on step {described['step']}, but the best checkpoint is step "
-                f"{found.state['step']}: run `hpc-supcon probe {folder} probe.kind={kind}` again"
+                f"{folder}: its {kind} probe was fitted on step {description['step']}, but the best checkpoint is "
+                f"step {found.state['step']}: run `hpc-supcon probe {folder} probe.kind={kind}` again"
             )
-        encoder, source, name = model.encoder, found.state["encoder"], found.path.name
+        encoder, encoder_description, name = model.encoder, found.state["encoder"], found.name
     elif fitted.input == "pixels":
-        channels = len(described["normalization"]["mean"])
-        channels_and_size = channels, isqrt(described["in_dim"] // channels)
-    return _part(
+        channels = len(description["normalization"]["mean"])
+        image_shape = channels, isqrt(description["in_dim"] // channels)
+    return _build(
         "classifier",
         _classifier(encoder, fitted),
         checkpoint=name,
-        classes=described["classes"],
-        normalization=described["normalization"],
-        encoder=source,
-        probe=described,
-        form=channels_and_size,
+        classes=description["classes"],
+        normalization=description["normalization"],
+        encoder=encoder_description,
+        probe=description,
+        image_shape=image_shape,
     )
 
 
-def _part(
+def _build(
     name: str,
     module: nn.Module,
     *,
@@ -151,33 +152,33 @@ def _part(
     encoder: dict[str, Any] | None,
     projection: dict[str, Any] | None = None,
     probe: dict[str, Any] | None = None,
-    form: tuple[int, int] | None = None,
-) -> Part:
-    """`form`: (channels, image_size) where no encoder says them."""
+    image_shape: tuple[int, int] | None = None,
+) -> ModelPart:
+    """image_shape: (channels, image_size) where there is no encoder, whose description has them."""
     if encoder is not None:
-        form = encoder["in_channels"], encoder["image_size"]
-    assert form is not None
+        image_shape = encoder["in_channels"], encoder["image_size"]
+    assert image_shape is not None
     description = {
         "part": name,
         "checkpoint": checkpoint,
-        "channels": form[0],
-        "image_size": form[1],
+        "channels": image_shape[0],
+        "image_size": image_shape[1],
         "normalization": normalization,
         "classes": list(classes),
         "encoder": encoder,
         "projection": projection,
         "probe": probe,
     }
-    return Part(module.eval().requires_grad_(False), description)
+    return ModelPart(module.eval().requires_grad_(False), description)
 
 
-def _projected(encoder: nn.Module, projection: nn.Module) -> nn.Sequential:
+def _with_projection(encoder: nn.Module, projection: nn.Module) -> nn.Sequential:
     return nn.Sequential(OrderedDict(encoder=encoder, projection=projection))
 
 
 def _classifier(encoder: nn.Module | None, probe: FittedProbe) -> nn.Sequential:
-    """`encoder`: the run's, for a probe of features. Images are normalized before every part, so the probe's own
-    normalization is left out."""
+    """encoder: the run's, for a probe of features. The probe's own normalization is left out, because the images that
+    a part reads are normalized."""
     if probe.input == "features":
         assert encoder is not None
         return nn.Sequential(OrderedDict(encoder=encoder, prepare=probe.prepare, head=probe.head))
@@ -202,34 +203,37 @@ def _choose_probe(folder: Path, wanted: str | None) -> str:
     return wanted
 
 
-class PixelGraph(nn.Module):
-    """Images float32 [N, C, S, S] in 0..1 -> the part's output: the normalization is inside."""
+class PixelModel(nn.Module):
+    """Images float32 [N, C, S, S] in 0..1 -> the part's output: the normalization is inside.
+
+    No branch depends on the values of tensors, so that it can be traced.
+    """
 
     mean: Tensor
     std: Tensor
 
-    def __init__(self, part: Part) -> None:
+    def __init__(self, part: ModelPart) -> None:
         super().__init__()
         for name in ("mean", "std"):
             self.register_buffer(name, torch.tensor(part.description["normalization"][name]).view(-1, 1, 1))
         module = part.module
         if part.name == "classifier":
             assert isinstance(module, nn.Sequential)
-            module = nn.Sequential(*[Votes(m) if isinstance(m, Neighbors) else m for m in module])
+            module = nn.Sequential(*[TraceableNeighbors(m) if isinstance(m, NearestNeighbors) else m for m in module])
         self.module = module
 
     def forward(self, images: Tensor) -> Tensor:
         return self.module((images - self.mean) / self.std)
 
 
-class Votes(nn.Module):
-    """`Neighbors` without its tiles and without its branch on equal similarities: of training rows exactly as
-    similar as the k-th, any may vote. Holds [N, training rows] similarities."""
+class TraceableNeighbors(nn.Module):
+    """`NearestNeighbors` without tiles, and without its branch on equal similarities: among training rows exactly as
+    similar as the k-th, any may vote. Computes [N, training rows] similarities at once."""
 
     bank: Tensor
     votes: Tensor
 
-    def __init__(self, head: Neighbors) -> None:
+    def __init__(self, head: NearestNeighbors) -> None:
         super().__init__()
         self.k, self.temperature = head.k, head.temperature
         self.register_buffer("bank", head.bank)

@@ -1,21 +1,15 @@
-"""Unstructured pruning: scores of weights by name, scores to masks, weights held at zero, what it saves on disk."""
+"""Unstructured pruning: scores of weights, masks from scores, weights kept at zero by masks, and sparse files."""
 
-from __future__ import annotations
-
-from collections.abc import Callable, Mapping
-
-from torch import Tensor
-
-from .scores import l1
+from .scores import PRUNERS
 from .sparse import load_sparse, measure, save_sparse
-from .weight_masks import SCOPES, WeightMasks, build_masks, emptied, masks_digest, pack, prunable, unpack
+from .weight_masks import SCOPES, WeightMasks, build_masks, fully_pruned, masks_digest, pack, prunable, unpack
 
 __all__ = [
     "PRUNERS",
     "SCOPES",
     "WeightMasks",
     "build_masks",
-    "emptied",
+    "fully_pruned",
     "load_sparse",
     "masks_digest",
     "measure",
@@ -24,6 +18,3 @@ __all__ = [
     "save_sparse",
     "unpack",
 ]
-
-PRUNERS: dict[str, Callable[[Mapping[str, Tensor]], dict[str, Tensor]]] = {"l1": l1}
-"""`prune.method` -> scores(weights): as `weights`, a number for each weight; the smallest go first."""

@@ -1,4 +1,4 @@
-"""Masks of pruned weights: from scores to masks, and a module's weights held at zero by them."""
+"""Masks of pruned weights: built from scores, applied to a module during training, packed for checkpoints."""
 
 from __future__ import annotations
 
@@ -14,50 +14,50 @@ from ..errors import ConfigError, NonFinite, unknown_name
 
 
 class WeightMasks:
-    """Holds the pruned weights of a module at zero: no parameter is renamed, wrapped or replaced.
+    """Keeps the pruned weights of a module at zero, without renaming, wrapping or replacing a parameter.
 
-    Make it before the module is wrapped for data-parallel training and after it was moved to its device. Masking
-    the gradients keeps momentum and gradient norms free of pruned weights; masking the weights after each step
-    makes sure of it whatever the optimizer does. Both are one multi-tensor call.
+    Create it after the module was moved to its device and before it is wrapped for data-parallel training. Masking
+    the gradients keeps pruned weights out of momentum and gradient norms; masking the weights after each step keeps
+    them at zero whatever the optimizer does. Each is one multi-tensor call.
     """
 
     def __init__(self, module: nn.Module, masks: Mapping[str, Tensor]) -> None:
-        """`masks`: parameter's name -> bool of its shape, False where pruned; those weights become zero here.
+        """masks: parameter name -> bool of its shape, False where pruned; those weights are set to zero.
 
         Raises KeyError for an unknown name, ValueError for another shape.
         """
-        own = dict(module.named_parameters())
+        parameters = dict(module.named_parameters())
         self._packed = {name: pack(mask) for name, mask in masks.items()}
-        self._weights: list[Tensor] = [own[name] for name in masks]
+        self._weights: list[Tensor] = [parameters[name] for name in masks]
         self._keep: list[Tensor] = []
         for (name, mask), weight in zip(masks.items(), self._weights, strict=True):
             if mask.shape != weight.shape:
                 raise ValueError(f"mask of {name} is {list(mask.shape)}, the weight {list(weight.shape)}")
-            # in the weight's own type and memory layout, which multi-tensor kernels ask for
+            # in the weight's own dtype and memory layout, which multi-tensor kernels require
             self._keep.append(torch.empty_like(weight.detach()).copy_(mask))
-            # not a product: -0.0 is no zero to a file that compares bits
+            # not a product, which may give -0.0: sparse files leave out only +0
             weight.detach().masked_fill_(~mask.to(weight.device), 0.0)
 
     @classmethod
-    def unpacked(cls, module: nn.Module, packed: Mapping[str, Tensor]) -> WeightMasks:
-        """From what `packed` returned. Raises KeyError, ValueError where it is of another module."""
-        own = dict(module.named_parameters())
-        return cls(module, {name: unpack(bits, tuple(own[name].shape)) for name, bits in packed.items()})
+    def from_packed(cls, module: nn.Module, packed: Mapping[str, Tensor]) -> WeightMasks:
+        """From the result of `packed`. Raises KeyError, ValueError if it is of another module."""
+        parameters = dict(module.named_parameters())
+        return cls(module, {name: unpack(bits, tuple(parameters[name].shape)) for name, bits in packed.items()})
 
     def packed(self) -> dict[str, Tensor]:
-        """Eight weights a byte by parameter's name: for a checkpoint (see masks.pack)."""
+        """The masks by parameter name, eight weights per byte (see `pack`): for a checkpoint."""
         return self._packed
 
     @torch.no_grad()
     def apply_to_gradients(self) -> None:
-        """After backward: pruned weights have no gradient."""
+        """Call after backward: sets the gradients of pruned weights to zero."""
         pairs = [(w.grad, keep) for w, keep in zip(self._weights, self._keep, strict=True) if w.grad is not None]
         if pairs:
             torch._foreach_mul_([grad for grad, _ in pairs], [keep for _, keep in pairs])
 
     @torch.no_grad()
     def apply_to_weights(self) -> None:
-        """After an optimizer step: pruned weights are zero."""
+        """Call after an optimizer step: sets pruned weights to zero."""
         torch._foreach_mul_(self._weights, self._keep)
 
 
@@ -67,10 +67,10 @@ SCOPES = ("global", "layer")
 def prunable(encoder: nn.Module) -> dict[str, Tensor]:
     """Weights of the convolutions and linear layers by name, in the module's order, each once.
 
-    Neither biases nor norms: they are few, and without them a layer cannot make up for what it lost.
+    Biases and norms are not included: they are few, and a pruned layer needs them to compensate for lost weights.
     """
     found: dict[str, Tensor] = {}
-    for name, module in encoder.named_modules():  # a shared module comes once
+    for name, module in encoder.named_modules():  # yields a shared module once
         if isinstance(module, (_ConvNd, nn.Linear)) and all(module.weight is not p for p in found.values()):
             found[f"{name}.weight" if name else "weight"] = module.weight
     return found
@@ -79,9 +79,9 @@ def prunable(encoder: nn.Module) -> dict[str, Tensor]:
 def build_masks(scores: Mapping[str, Tensor], rate: float, scope: str) -> dict[str, Tensor]:
     """bool masks on the CPU, False where pruned: the round(rate x n) smallest scores (half to even, as torch rounds).
 
-    scope "global": n weights of all tensors together are ranked; "layer": each tensor is by itself. Of equal scores
-    those that come first (in the dict's order, row-major within a tensor) are pruned first; where no scores tie the
-    masks are those of torch.nn.utils.prune.
+    scope "global": all tensors are ranked together; "layer": each tensor by itself; n is the number of scores ranked
+    together. Among equal scores the first ones (in the dict's order, row-major within a tensor) are pruned. Without
+    ties the masks are those of torch.nn.utils.prune.
 
     Raises ConfigError for an unknown scope, a rate outside [0, 1), nothing to prune or nothing left; NonFinite for
     scores that cannot be ranked.
@@ -89,16 +89,16 @@ def build_masks(scores: Mapping[str, Tensor], rate: float, scope: str) -> dict[s
     if scope not in SCOPES:
         raise ConfigError("prune.scope: " + unknown_name("scope", scope, SCOPES))
     if not 0 <= rate < 1:
-        raise ConfigError(f"prune.rate={rate:g}: the share of weights to prune is 0 or more and below 1")
+        raise ConfigError(f"prune.rate={rate:g}: the fraction of weights to prune must be at least 0 and below 1")
     if not any(score.numel() for score in scores.values()):
         raise ConfigError("nothing to prune: the encoder has no convolution and no linear layer")
     for name, score in scores.items():
         if not torch.isfinite(score).all():
             raise NonFinite(f"pruning: scores of {name} are NaN or Inf")
     if scope == "layer":
-        masks = {name: _kept(score.flatten().cpu(), rate).view(score.shape) for name, score in scores.items()}
+        masks = {name: _keep_mask(score.flatten().cpu(), rate).view(score.shape) for name, score in scores.items()}
     else:
-        kept = _kept(torch.cat([score.flatten().cpu() for score in scores.values()]), rate)
+        kept = _keep_mask(torch.cat([score.flatten().cpu() for score in scores.values()]), rate)
         parts = kept.split([score.numel() for score in scores.values()])
         masks = {name: part.view(scores[name].shape) for name, part in zip(scores, parts, strict=True)}
     if not any(mask.any() for mask in masks.values()):
@@ -106,12 +106,12 @@ def build_masks(scores: Mapping[str, Tensor], rate: float, scope: str) -> dict[s
     return masks
 
 
-def _kept(scores: Tensor, rate: float) -> Tensor:
-    """bool [n] of scores [n]: False for the round(rate n) smallest, ties by index."""
+def _keep_mask(scores: Tensor, rate: float) -> Tensor:
+    """bool [n] of scores [n]: False for the round(rate n) smallest; ties are pruned in order of their index."""
     n = round(rate * len(scores))
     if n == 0:
         return torch.ones_like(scores, dtype=torch.bool)
-    # the n-th smallest value has one answer everywhere; a stable sort, which has as well, takes five times as long
+    # kthvalue gives the same result on every rank and device; so does a stable sort, but it takes five times as long
     limit = scores.kthvalue(n).values
     pruned = scores < limit
     tied = (scores == limit).nonzero().flatten()
@@ -119,13 +119,13 @@ def _kept(scores: Tensor, rate: float) -> Tensor:
     return ~pruned
 
 
-def emptied(masks: Mapping[str, Tensor]) -> list[str]:
-    """Names of the tensors of which nothing is left."""
+def fully_pruned(masks: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors of which no weight is left."""
     return [name for name, mask in masks.items() if not mask.any()]
 
 
 def masks_digest(masks: Mapping[str, Tensor]) -> str:
-    """sha256 over names, shapes and bits: equal on two ranks when their masks are."""
+    """sha256 of names, shapes and bits: equal for equal masks."""
     digest = hashlib.sha256()
     for name, mask in masks.items():
         digest.update(f"{name} {tuple(mask.shape)} ".encode())
@@ -134,12 +134,12 @@ def masks_digest(masks: Mapping[str, Tensor]) -> str:
 
 
 def pack(mask: Tensor) -> Tensor:
-    """bool of any shape -> uint8 [ceil(n / 8)] on the CPU, eight of them a byte, row-major, lowest bit first."""
+    """bool of any shape -> uint8 [ceil(n / 8)] on the CPU: eight values per byte, row-major, lowest bit first."""
     return torch.from_numpy(np.packbits(mask.detach().flatten().cpu().numpy(), bitorder="little"))
 
 
 def unpack(packed: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """The inverse of `pack`. Raises ValueError where `packed` does not have as many bits."""
+    """The inverse of `pack`. Raises ValueError if `packed` is not of a mask of this shape."""
     n = int(np.prod(shape, dtype=np.int64))
     if packed.dtype != torch.uint8 or packed.shape != (-(-n // 8),):
         raise ValueError(f"a packed mask of {list(shape)} is uint8 [{-(-n // 8)}], not {list(packed.shape)}")

@@ -1,4 +1,4 @@
-"""Stage `probe`: a run folder's encoder, or the pixels alone, to results.json."""
+"""Stage `probe`: fits the probes of a run, on its encoder's features or on pixels, and writes results.json."""
 
 from __future__ import annotations
 
@@ -15,13 +15,19 @@ from ..config import Config, digest
 from ..data import EvalTransform, Source, normalization_of
 from ..distributed.collectives import together
 from ..distributed.launch import Runtime
-from ..evaluation.checks import check_probe, needs_encoder
 from ..evaluation.encoder import check_classes, load_model
-from ..evaluation.features import Inputs, Part, extract, in_chunks, read_images
-from ..evaluation.fitted_probe import FOLDER, FittedProbe, save_probe
+from ..evaluation.features import LabeledRows, SplitRows, extract, in_chunks, read_images, select_classes
+from ..evaluation.fitted_probe import FOLDER, save_probe
 from ..evaluation.plots import draw_probe_curves
-from ..evaluation.probes import PROBES, Outcome, Task
-from ..evaluation.probes.base import only
+from ..evaluation.probes import (
+    PROBES,
+    FittedProbe,
+    ProbeOutcome,
+    ProbeTask,
+    check_probes,
+    needs_encoder,
+    probe_input,
+)
 from ..evaluation.scores import classification_scores
 from ..training import assemble
 from ..training.engine import place
@@ -29,18 +35,20 @@ from ..training.metrics import MetricLog, console
 
 
 @dataclass(frozen=True)
-class Origin:
-    """The checkpoint that a run's encoder came from."""
+class EncoderCheckpoint:
+    """The checkpoint that the run's encoder was loaded from."""
 
     name: str
     step: int
 
 
-def start_without_encoder(config: Config, runtime: Runtime, *, resume: bool) -> Path:
-    """Make the run folder of a run whose probes all read pixels; returns it. Collective. Raises RunFolderError."""
+def start_without_encoder(config: Config, runtime: Runtime) -> Path:
+    """The run folder of a run whose probes all read pixels, made if it is new. Collective. Raises RunFolderError.
+
+    The caller has checked that this run may use the folder (see run_folder.check_usable).
+    """
     folder = config.folder
     with together():
-        run_folder.check_usable(folder, config, resume=resume)
         if runtime.is_main:
             if not run_folder.is_used(folder):
                 run_folder.create(folder, config)
@@ -49,58 +57,67 @@ def start_without_encoder(config: Config, runtime: Runtime, *, resume: bool) -> 
 
 
 def probe(folder: Path, config: Config, runtime: Runtime, data: assemble.Data) -> list[dict[str, Any]]:
-    """Fit every probe of `probe.kind` in turn; the entries written into results.json. Collective.
+    """Fit every probe of `probe.kind` in turn; returns the entries written into results.json. Collective.
 
-    Whatever is chosen (learning rate, iteration) is chosen on validation; the test set is read once, at the end of
-    each probe. Raises ConfigError, DataError, RunFolderError, CheckpointCorrupt before work, NonFinite during it.
+    Every choice (learning rate, iteration) is made on validation; the test set is read once, at the end of each
+    probe. Raises ConfigError, DataError, RunFolderError, CheckpointCorrupt before any fit, NonFinite during one.
     """
     with together():
-        check_probe(config, data.splits)
-    task, origin = _task(folder, config, runtime, data)
+        check_probes(config, data.splits)
+    tasks, encoder = _tasks(folder, config, runtime, data)
     results = []
     with MetricLog(folder if runtime.is_main else None, tensorboard=config.log.tensorboard) as log:
-        for kind in config.probe.kinds:
+        for task in tasks:
             began = time.perf_counter()
-            outcome = PROBES[kind](kind, task)
+            outcome = PROBES[task.kind].fit(task)
             for line in outcome.history:
-                log.log(f"probe/{kind}", line["iteration"], **{k: v for k, v in line.items() if k != "iteration"})
-            result = _result(task, outcome, origin) | {"seconds": round(time.perf_counter() - began, 2)}
+                numbers = {name: value for name, value in line.items() if name != "iteration"}
+                log.log(f"probe/{task.kind}", line["iteration"], **numbers)
+            result = _result(task, outcome, encoder) | {"seconds": round(time.perf_counter() - began, 2)}
             with together():
                 if runtime.is_main:
-                    _write(folder, config, outcome, result, origin, runtime.world_size)
+                    _write(folder, config, outcome, result, encoder, runtime.world_size)
             names = ("probe", "chosen", "validation", "test")
-            log.log("probe", origin.step if origin else 0, **{name: result[name] for name in names})
+            log.log("probe", encoder.step if encoder else 0, **{name: result[name] for name in names})
             results.append(result)
     return results
 
 
-def _task(folder: Path, config: Config, runtime: Runtime, data: assemble.Data) -> tuple[Task, Origin | None]:
-    origin, encoder, description, masks = None, None, None, None
+def _tasks(
+    folder: Path, config: Config, runtime: Runtime, data: assemble.Data
+) -> tuple[list[ProbeTask], EncoderCheckpoint | None]:
+    """A task for each of `probe.kind`; they share the encoder and the rows computed with it. Collective."""
+    loaded, encoder, description, masks = None, None, None, None
     if needs_encoder(config):
         model, found = load_model(folder)
         with together():
             check_classes(folder, found, data.splits)
         encoder = place(model.encoder, runtime, channels_last=config.train.channels_last)
-        origin, description = Origin(found.path.name, found.state["step"]), found.state
+        loaded, description = EncoderCheckpoint(found.name, found.state["step"]), found.state
         masks = found.tensors.get("masks")
     else:
         with together():
             normalization = normalization_of(data.splits.train)
         description = {"classes": list(data.splits.classes), "normalization": normalization}
     transform = EvalTransform(**description["normalization"]).to(runtime.device)
-    served: dict[str, Any] = {"loader": data.loader, "options": data.evaluation}
+    serving: dict[str, Any] = {"loader": data.loader, "options": data.evaluation}
 
-    def read(source: Source, input: str) -> Part:
+    def read(source: Source, input: str) -> LabeledRows:
         if input == "pixels":
-            return read_images(source, runtime, **served)
+            return read_images(source, runtime, **serving)
         assert encoder is not None
-        return extract(encoder, source, transform, runtime, **served)
+        return extract(encoder, source, transform, runtime, **serving)
 
-    return Task(config, runtime, data, Inputs(data.splits, read), description, encoder, masks), origin
+    rows = SplitRows(data.splits, read)
+    tasks = [
+        ProbeTask(kind, probe_input(config, kind), config, runtime, data, rows, description, encoder, masks)
+        for kind in config.probe.kinds
+    ]
+    return tasks, loaded
 
 
-def _result(task: Task, outcome: Outcome, origin: Origin | None) -> dict[str, Any]:
-    """The entry of one probe. Collective; the only place that reads the test split."""
+def _result(task: ProbeTask, outcome: ProbeOutcome, encoder: EncoderCheckpoint | None) -> dict[str, Any]:
+    """The entry of one probe in results.json. Collective; the only place that reads the test split."""
     config, fitted = task.config, outcome.probe
     pixels = fitted.input == "pixels"
     return {
@@ -109,11 +126,11 @@ def _result(task: Task, outcome: Outcome, origin: Origin | None) -> dict[str, An
         "input": fitted.input,
         "encoder": None if pixels else config.model.encoder,
         "loss": None if pixels else config.loss.label,
-        "checkpoint": None if pixels or origin is None else origin.name,
+        "checkpoint": None if pixels or encoder is None else encoder.name,
         "seed": config.seed,
         "data": config.data.source,
         "classes": len(fitted.classes),
-        "parameters": fitted.parameters_of_head,
+        "parameters": fitted.head_parameters,
         **outcome.facts,
         "chosen": outcome.chosen,
         "validation": _scores(task, fitted, "validation"),
@@ -121,16 +138,16 @@ def _result(task: Task, outcome: Outcome, origin: Origin | None) -> dict[str, An
     }
 
 
-def _scores(task: Task, fitted: FittedProbe, split: str) -> dict[str, float] | None:
+def _scores(task: ProbeTask, fitted: FittedProbe, split: str) -> dict[str, float] | None:
     if getattr(task.data.splits, split) is None:
         return None
     logits, labels = _logits(task, fitted, split)
     return classification_scores(logits.argmax(dim=1), labels, len(fitted.classes))
 
 
-def _logits(task: Task, fitted: FittedProbe, split: str) -> tuple[Tensor, Tensor]:
+def _logits(task: ProbeTask, fitted: FittedProbe, split: str) -> tuple[Tensor, Tensor]:
     """(logits, labels) of this rank's share."""
-    if fitted.input == "images":  # streamed: a set of large images is not held
+    if fitted.input == "images":  # in batches: a split of large images may not fit into memory
         features, labels = extract(
             fitted.encoder,
             getattr(task.data.splits, split),
@@ -141,19 +158,24 @@ def _logits(task: Task, fitted: FittedProbe, split: str) -> tuple[Tensor, Tensor
         )
         with torch.no_grad():
             return in_chunks(fitted.head, features), labels
-    part = task.inputs.share(split, fitted.input)
-    assert part is not None
-    if fitted.kind == "logistic":
-        first, second = (task.classes.index(name) for name in fitted.classes)
-        part = only(part, (first, second))
-    return fitted.logits(part[0]), part[1]
+    rows = task.rows.local(split, fitted.input)
+    assert rows is not None
+    if fitted.classes != task.classes:
+        rows = select_classes(rows, [task.classes.index(name) for name in fitted.classes])
+    return fitted.logits(rows[0]), rows[1]
 
 
 def _write(
-    folder: Path, config: Config, outcome: Outcome, result: dict[str, Any], origin: Origin | None, world_size: int
+    folder: Path,
+    config: Config,
+    outcome: ProbeOutcome,
+    result: dict[str, Any],
+    encoder: EncoderCheckpoint | None,
+    world_size: int,
 ) -> None:
+    """The fitted probe, its curves, and its entry in results.json."""
     fitted = outcome.probe
-    step = origin.step if origin and fitted.input != "pixels" else 0
+    step = encoder.step if encoder and fitted.input != "pixels" else 0
     save_probe(fitted, folder / FOLDER / fitted.kind, step, world_size=world_size, config_digest=digest(config))
     draw_probe_curves(folder, fitted.kind, outcome.history, kept=outcome.chosen.get("iteration"))
     run_folder.add_result(folder, result)

@@ -1,4 +1,4 @@
-"""How well an autoencoder gives images back: errors over all images, and pictures of a few."""
+"""Stage `reconstruct`: an autoencoder's reconstruction errors into results.json, and plots of a few images."""
 
 from __future__ import annotations
 
@@ -6,67 +6,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from .. import run_folder
 from ..config import Config
 from ..data import EvalTransform, Source
-from ..distributed.collectives import all_sum, together
+from ..distributed.collectives import together
 from ..distributed.launch import Runtime
 from ..evaluation.encoder import load_model
-from ..evaluation.features import extract
-from ..evaluation.plots import save_tiles
+from ..evaluation.plots import draw_image_rows
+from ..evaluation.reconstruction import interpolate, reconstruct, reconstruction_errors, to_pixels
 from ..models import PretrainingModel
-from ..training import assemble
+from ..training.assemble import Data
 from ..training.engine import place
 from ..training.metrics import MetricLog
 
-SHOWN = 5
-"""Originals over their reconstructions."""
+IMAGES = 5
+"""Images that are shown above their reconstructions."""
 STEPS = 10
-"""Images from one to the other, both ends included."""
+"""Images of the interpolation, both ends included."""
 
 
-class _Errors(nn.Module):
-    """Normalized images [N, C, H, W] -> [N, 2]: mean absolute and squared error of each, pixels in -1..1."""
+def evaluate_autoencoder(folder: Path, config: Config, runtime: Runtime, data: Data) -> dict[str, Any]:
+    """MAE and MSE on validation and test into results.json, reconstructions into plots/. Collective.
 
-    feature_dim = 2
-
-    def __init__(self, model: PretrainingModel, transform: EvalTransform) -> None:
-        super().__init__()
-        self.model, self.transform = model, transform
-
-    def forward(self, x: Tensor) -> Tensor:
-        error = reconstruct(self.model, x) - pixels_of(x, self.transform)
-        return torch.stack([error.abs().mean(dim=(1, 2, 3)), error.square().mean(dim=(1, 2, 3))], dim=1)
-
-
-def reconstruct(model: PretrainingModel, x: Tensor) -> Tensor:
-    """[N, C, H, W] normalized -> [N, C, H, W] in -1..1."""
-    return model.heads["decoder"](model.encoder(x))
-
-
-def interpolate(model: PretrainingModel, first: Tensor, last: Tensor, steps: int = STEPS) -> Tensor:
-    """Decoded points at equal distances on the line between two images' latents: [steps, C, H, W] in -1..1.
-
-    first, last: [C, H, W], normalized. The ends are the reconstructions of the two.
-    """
-    a, b = model.encoder(torch.stack([first, last]))
-    share = torch.linspace(0, 1, steps, device=a.device)[:, None]
-    return model.heads["decoder"](torch.lerp(a[None], b[None], share))
-
-
-def pixels_of(x: Tensor, transform: EvalTransform) -> Tensor:
-    """Normalized images back to pixels in -1..1."""
-    shape = (-1, 1, 1)
-    return (x * transform.std.view(shape) + transform.mean.view(shape)) * 2 - 1
-
-
-@torch.no_grad()
-def evaluate_autoencoder(folder: Path, config: Config, runtime: Runtime, data: assemble.Data) -> dict[str, Any]:
-    """MAE and MSE on validation and test into results.json, pictures into plots/. Collective.
-
-    Reads the run's best checkpoint. Raises RunFolderError, CheckpointCorrupt, and what the loader raises.
+    Evaluates the run's best checkpoint. Returns the entry of results.json. Raises RunFolderError, CheckpointCorrupt,
+    and what the loader raises.
     """
     model, found = load_model(folder)
     model = place(model, runtime, channels_last=config.train.channels_last).eval()
@@ -75,18 +39,14 @@ def evaluate_autoencoder(folder: Path, config: Config, runtime: Runtime, data: a
     def errors(source: Source | None) -> dict[str, float] | None:
         if source is None:
             return None
-        served: dict[str, Any] = {"loader": data.loader, "options": data.evaluation}
-        rows, _ = extract(_Errors(model, transform), source, transform, runtime, **served)
-        total = all_sum(torch.cat([rows.double().sum(0), rows.new_full((1,), len(rows)).double()]))
-        mae, mse = (total[:2] / total[2]).tolist()
-        return {"mae": mae, "mse": mse}
+        return reconstruction_errors(model, source, transform, runtime, loader=data.loader, options=data.evaluation)
 
     result = {
         "stage": "reconstruction",
         "probe": None,
         "encoder": config.model.encoder,
         "loss": config.loss.label,
-        "checkpoint": found.path.name,
+        "checkpoint": found.name,
         "seed": config.seed,
         "data": config.data.source,
         "validation": errors(data.splits.validation),
@@ -101,13 +61,15 @@ def evaluate_autoencoder(folder: Path, config: Config, runtime: Runtime, data: a
     return result
 
 
+@torch.no_grad()
 def _draw(folder: Path, model: PretrainingModel, source: Source, transform: EvalTransform) -> None:
-    """plots/reconstructions.png and plots/interpolation.png. Images far apart: files are sorted by class."""
-    chosen = [i * len(source) // SHOWN for i in range(min(SHOWN, len(source)))]
-    images = torch.stack([source.read(i) for i in chosen]).to(transform.mean.device)
+    """plots/reconstructions.png and plots/interpolation.png, of evenly strided images: sources are often sorted by
+    class."""
+    indices = [i * len(source) // IMAGES for i in range(min(IMAGES, len(source)))]
+    images = torch.stack([source.read(i) for i in indices]).to(transform.mean.device)
     x = transform(images)
-    rows = {"original": pixels_of(x, transform), "reconstruction": reconstruct(model, x)}
-    save_tiles(folder, "reconstructions", rows)
-    between = torch.ones_like(x[:1]).expand(STEPS - 2, -1, -1, -1)  # white
-    ends = torch.cat([rows["original"][:1], between, rows["original"][-1:]])
-    save_tiles(folder, "interpolation", {"original": ends, "decoded": interpolate(model, x[0], x[-1])})
+    rows = {"original": to_pixels(x, transform), "reconstruction": reconstruct(model, x)}
+    draw_image_rows(folder, "reconstructions", rows)
+    blank = torch.ones_like(x[:1]).expand(STEPS - 2, -1, -1, -1)  # white
+    ends = torch.cat([rows["original"][:1], blank, rows["original"][-1:]])
+    draw_image_rows(folder, "interpolation", {"original": ends, "decoded": interpolate(model, x[0], x[-1], STEPS)})

@@ -103,7 +103,7 @@ class TrainState:
         keep their generators as they are."""
         self.model.load_state_dict(tensors["model"])
         if "masks" in tensors:  # a pruned model stays pruned, whoever goes on with it
-            self.masks = WeightMasks.unpacked(self.model.encoder, tensors["masks"])
+            self.masks = WeightMasks.from_packed(self.model.encoder, tensors["masks"])
         self.objective.load_state_dict(tensors.get("objective", {}))
         if self.queue is not None:
             self.queue.load_state_dict(tensors["queue"])

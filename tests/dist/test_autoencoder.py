@@ -1,4 +1,4 @@
-"""What is said of an autoencoder: errors over every image on any number of ranks, and pictures of the right images."""
+"""Evaluation of an autoencoder: errors over all images, the same on any number of ranks, and plots."""
 
 from __future__ import annotations
 
@@ -11,9 +11,10 @@ from PIL import Image
 from hpc_supcon.cli import main
 from hpc_supcon.config import load_config
 from hpc_supcon.data import EvalTransform, load_splits
-from hpc_supcon.stages.reconstruct import evaluate_autoencoder, interpolate, pixels_of, reconstruct
-from hpc_supcon.evaluation.encoder import load_model
 from hpc_supcon.distributed.launch import Launch, Runtime
+from hpc_supcon.evaluation.encoder import load_model
+from hpc_supcon.evaluation.reconstruction import interpolate, reconstruct, to_pixels
+from hpc_supcon.stages.reconstruct import evaluate_autoencoder
 from hpc_supcon.training import assemble
 from tests.dist.ranks import run_ranks
 
@@ -32,7 +33,7 @@ def trained(tmp_path_factory):
     return folder
 
 
-def again(rank, world_size, folder):
+def evaluate_again(rank, world_size, folder):
     config = load_config("default", [*SETTINGS, f"run_dir={folder}"])
     runtime = Runtime(Launch(rank=rank, world_size=world_size), torch.device("cpu"))
     return evaluate_autoencoder(folder, config, runtime, assemble.load_data(config, runtime))
@@ -58,18 +59,18 @@ def test_errors_equal_a_plain_mean_over_all_images(trained):
 
 def test_ranks_agree_with_one_process(trained):
     alone = next(r for r in results(trained) if r["stage"] == "reconstruction")
-    for result in run_ranks(again, 3, trained):
+    for result in run_ranks(evaluate_again, 3, trained):
         for split in ("validation", "test"):
             assert result[split] == pytest.approx(alone[split], rel=1e-6)
 
 
-def test_an_interpolation_leads_from_one_reconstruction_to_the_other(trained):
+def test_an_interpolation_starts_and_ends_at_the_reconstructions(trained):
     model, found = load_model(trained)
     transform = EvalTransform(**found.state["normalization"])
     x = transform(load_splits("digits").test.stack()[:2])
-    torch.testing.assert_close(pixels_of(x, transform), load_splits("digits").test.stack()[:2] / 255 * 2 - 1)
+    torch.testing.assert_close(to_pixels(x, transform), load_splits("digits").test.stack()[:2] / 255 * 2 - 1)
     with torch.no_grad():
-        path, ends = interpolate(model.eval(), x[0], x[1]), reconstruct(model, x)
+        path, ends = interpolate(model.eval(), x[0], x[1], 10), reconstruct(model, x)
     assert len(path) == 10
     torch.testing.assert_close(path[[0, -1]], ends)
     steps = (path[1:] - path[:-1]).abs().mean(dim=(1, 2, 3))
@@ -78,7 +79,7 @@ def test_an_interpolation_leads_from_one_reconstruction_to_the_other(trained):
 
 
 @pytest.mark.parametrize("name", ["reconstructions", "interpolation", "loss-pretrain"])
-def test_pictures_are_drawn(trained, name):
-    with Image.open(trained / "plots" / f"{name}.png") as picture:
-        assert min(picture.size) > 200
-        assert len(picture.convert("L").getcolors(1 << 20)) > 20, "an empty picture"
+def test_plots_are_drawn(trained, name):
+    with Image.open(trained / "plots" / f"{name}.png") as plot:
+        assert min(plot.size) > 200
+        assert len(plot.convert("L").getcolors(1 << 20)) > 20, "an empty plot"

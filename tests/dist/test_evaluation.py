@@ -1,4 +1,4 @@
-"""Scores do not depend on how many ranks share the work."""
+"""Evaluation gives the same results on any number of ranks."""
 
 from __future__ import annotations
 
@@ -12,26 +12,25 @@ import torch
 from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
 from sklearn.neighbors import KNeighborsClassifier
 
+from hpc_supcon import checkpoint
 from hpc_supcon.config import load_config
 from hpc_supcon.data import Batch, EvalTransform
+from hpc_supcon.distributed.launch import Launch, Runtime
 from hpc_supcon.errors import ConfigError
 from hpc_supcon.evaluation.encoder import load_model
-from hpc_supcon.stages.probe import probe
 from hpc_supcon.evaluation.features import extract
-from hpc_supcon.evaluation.monitor import monitor
-from hpc_supcon.evaluation.knn import knn_accuracy
-from hpc_supcon.evaluation.probes.finetune import Classifier, train_classifier
-from hpc_supcon.evaluation.probes.watch import Plan
 from hpc_supcon.evaluation.fitted_probe import load_probe
+from hpc_supcon.evaluation.monitor import monitor
+from hpc_supcon.evaluation.probes.finetune import Classifier, train_classifier
+from hpc_supcon.evaluation.probes.knn import knn_accuracy
+from hpc_supcon.evaluation.probes.optimization import FitPlan
 from hpc_supcon.evaluation.scores import classification_scores
-from hpc_supcon.distributed.launch import Launch, Runtime
 from hpc_supcon.models import build_encoder
-from hpc_supcon.training import assemble
-from hpc_supcon import checkpoint
-from hpc_supcon.training.engine import distribute
 from hpc_supcon.stages.pretrain import pretrain
+from hpc_supcon.stages.probe import probe
+from hpc_supcon.training import assemble
+from hpc_supcon.training.engine import distribute
 from tests.dist.ranks import run_ranks
-
 
 KINDS = ["linear", "softmax", "logistic", "mlp", "knn"]
 FAST = [
@@ -45,16 +44,16 @@ def settings(folder, *more):
     return load_config("quickstart", [*FAST, f"run_dir={folder}", *more])
 
 
-def here(rank, world_size):
+def on_cpu(rank, world_size):
     return Runtime(Launch(rank=rank, world_size=world_size), torch.device("cpu"))
 
 
 def shared_features(rank, world_size, folder, n):
     config = settings(folder)
-    source = assemble.load_data(config, here(rank, world_size)).splits.test.subset(list(range(n)))
+    source = assemble.load_data(config, on_cpu(rank, world_size)).splits.test.subset(list(range(n)))
     model, found = load_model(config.folder)
     features, labels = extract(
-        model.encoder, source, EvalTransform(**found.state["normalization"]), here(rank, world_size), batch_size=5
+        model.encoder, source, EvalTransform(**found.state["normalization"]), on_cpu(rank, world_size), batch_size=5
     )
     return features, labels, source.labels
 
@@ -64,7 +63,7 @@ def trained(tmp_path_factory):
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("trained") / "run"
     config = settings(folder)
-    pretrain(config, here(0, 1), assemble.load_data(config, here(0, 1)))
+    pretrain(config, on_cpu(0, 1), assemble.load_data(config, on_cpu(0, 1)))
     return folder
 
 
@@ -83,11 +82,11 @@ def test_metrics_are_identical_on_1_2_and_3_ranks(trained):
 def evaluate_odd(rank, world_size, folder):
     """353 test images and 143 for validation: divisible by neither 2 nor 3."""
     config = settings(folder)
-    data = assemble.load_data(config, here(rank, world_size))
+    data = assemble.load_data(config, on_cpu(rank, world_size))
     splits = data.splits
     splits = type(splits)(splits.train, splits.validation, splits.test.subset(list(range(353))))
     assert all(len(s) % n for s in (splits.test, splits.validation) for n in (2, 3))
-    return probe(config.folder, config, here(rank, world_size), dataclasses.replace(data, splits=splits))
+    return probe(config.folder, config, on_cpu(rank, world_size), dataclasses.replace(data, splits=splits))
 
 
 @pytest.mark.parametrize("n", [2, 17])
@@ -105,7 +104,7 @@ def score(rank, world_size, predictions, labels, bounds):
 
 
 @pytest.mark.parametrize("bounds", [[0, 3, 40], [0, 0, 40], [0, 40, 40]])
-def test_scores_equal_scikit_learns_whatever_rank_holds_the_samples(bounds):
+def test_scores_equal_scikit_learn_for_any_distribution_of_the_samples(bounds):
     predictions, labels = torch.randint(5, (40,)), torch.randint(4, (40,))  # class 4 never occurs, but is predicted
     averaged = {"average": "macro", "zero_division": 0}
     want = {
@@ -118,8 +117,8 @@ def test_scores_equal_scikit_learns_whatever_rank_holds_the_samples(bounds):
         assert got == pytest.approx(want, abs=1e-6)
 
 
-class Halves:
-    """Global batches of a fixed list of images, shared by the ranks side by side: a loader for tests."""
+class FixedBatches:
+    """A loader of a fixed list of global batches, of which every rank gets an equal share."""
 
     steps_per_epoch = 4
     replaced = 0
@@ -127,7 +126,7 @@ class Halves:
     def __init__(self, rank, world_size):
         generator = torch.Generator().manual_seed(5)
         self.images = torch.randint(256, (4, 12, 1, 8, 8), generator=generator, dtype=torch.uint8)
-        # the ranks' shares hold different mixes of classes
+        # so that the ranks' shares have different mixes of classes
         self.labels = torch.randint(3, (4, 12), generator=generator).sort(dim=1).values
         size = 12 // world_size
         self.own = slice(rank * size, (rank + 1) * size)
@@ -144,10 +143,10 @@ def finetune_in_float64(rank, world_size, encoder_lr):
     torch.manual_seed(3)
     encoder = build_encoder("conv", in_channels=1, image_size=8, out_dim=7)
     model = Classifier(encoder, 3).double()
-    parallel = distribute(model, here(rank, world_size), sync_bn=True)
-    loader = Halves(rank, world_size)
+    parallel = distribute(model, on_cpu(rank, world_size), sync_bn=True)
+    loader = FixedBatches(rank, world_size)
     values = iter([(0.5, 0.5), (0.4, 0.6), (0.6, 0.3)])
-    plan = Plan((0.05,), 3, 12, "sgd", monitor="loss")
+    plan = FitPlan((0.05,), 3, 12, "sgd", monitor="loss")
     trained = train_classifier(
         model, parallel, loader, lambda x: x.double() / 255, lambda: next(values), plan, encoder_lr=encoder_lr
     )
@@ -172,7 +171,7 @@ def finetune_run(rank, world_size, folder):
         folder, "probe.kind=finetune", "probe.finetune.augment=false", "probe.finetune.epochs=2",
         "probe.finetune.batch_size=64",
     )  # fmt: skip
-    return probe(folder, config, here(rank, world_size), assemble.load_data(config, here(rank, world_size)))[0]
+    return probe(folder, config, on_cpu(rank, world_size), assemble.load_data(config, on_cpu(rank, world_size)))[0]
 
 
 def test_a_finetuned_encoder_is_saved_and_scores_the_same_from_the_file_alone(trained):
@@ -180,21 +179,21 @@ def test_a_finetuned_encoder_is_saved_and_scores_the_same_from_the_file_alone(tr
     assert {**two, "seconds": 0} == {**also, "seconds": 0}
     assert one["test"]["accuracy"] == pytest.approx(two["test"]["accuracy"], abs=0.02)  # fp32, 40 updates
     fitted = load_probe(trained / "probes/finetune")
-    source = assemble.load_data(settings(trained), here(0, 1)).splits.test
+    source = assemble.load_data(settings(trained), on_cpu(0, 1)).splits.test
     logits = fitted.logits(source.stack())
     assert fitted.input == "images"
     assert float((logits.argmax(1) == source.labels).double().mean()) == pytest.approx(two["test"]["accuracy"])
     model, _ = load_model(trained)
     fine, frozen = dict(fitted.encoder.state_dict()), model.encoder.state_dict()
-    assert any(not torch.equal(fine[name], frozen[name]) for name in frozen), "the encoder was trained too"
+    assert any(not torch.equal(fine[name], frozen[name]) for name in frozen), "the encoder was trained as well"
 
 
-def newest_or_best(rank, world_size, folder):
+def chosen_checkpoint(rank, world_size, folder):
     return load_model(folder)[1].path.name
 
 
 def save_steps(folder, steps, **state):
-    """Checkpoints of these steps, made of a real one's parts; the newest one's state has `state`."""
+    """Copies of a real checkpoint as these steps; `state` is added to the state of the last one."""
     found = load_model(folder)[1]
     for step in steps:
         checkpoint.save_checkpoint(
@@ -213,37 +212,38 @@ def test_all_ranks_load_the_checkpoint_that_rank_0_chooses(trained, tmp_path, ca
     shutil.copytree(trained, folder)
     first = load_model(folder)[1].state["step"]
     save_steps(folder, [first + 1, first + 2, first + 3], stopping={"best_at": first + 1})
-    assert run_ranks(newest_or_best, 2, folder) == [f"step-{first + 1}"] * 2
-    spoilt = folder / f"checkpoints/step-{first + 1}/model.safetensors"
-    spoilt.write_bytes(spoilt.read_bytes()[:-1] + b"x")
-    assert run_ranks(newest_or_best, 2, folder) == [f"step-{first + 3}"] * 2
+    assert run_ranks(chosen_checkpoint, 2, folder) == [f"step-{first + 1}"] * 2
+    damaged = folder / f"checkpoints/step-{first + 1}/model.safetensors"
+    damaged.write_bytes(damaged.read_bytes()[:-1] + b"x")
+    assert run_ranks(chosen_checkpoint, 2, folder) == [f"step-{first + 3}"] * 2
     assert load_model(folder)[1].path.name == f"step-{first + 3}"
     assert f"taking step-{first + 3} in place of the best" in capsys.readouterr().err
 
 
-def knn_shares(rank, world_size, bank, labels, queries, asked, bounds):
+def knn_shares(rank, world_size, bank, labels, queries, query_labels, bounds):
     own = slice(bounds[rank], bounds[rank + 1])
-    return knn_accuracy(bank[own], labels[own], queries[own], asked[own], classes=3, k=5, temperature=0.1)
+    return knn_accuracy(bank[own], labels[own], queries[own], query_labels[own], classes=3, k=5, temperature=0.1)
 
 
-def test_neighbors_of_all_ranks_vote():
-    bank, labels, queries, asked = torch.randn(31, 4), torch.randint(3, (31,)), torch.randn(17, 4), torch.arange(17) % 3
-    (want,) = run_ranks(knn_shares, 1, bank, labels, queries, asked, [0, 31])
+def test_training_rows_of_all_ranks_vote():
+    bank, labels = torch.randn(31, 4), torch.randint(3, (31,))
+    queries, query_labels = torch.randn(17, 4), torch.arange(17) % 3
+    (want,) = run_ranks(knn_shares, 1, bank, labels, queries, query_labels, [0, 31])
     for bounds in ([0, 9, 31], [0, 0, 31]):
-        assert run_ranks(knn_shares, 2, bank, labels, queries, asked, bounds) == [want] * 2
+        assert run_ranks(knn_shares, 2, bank, labels, queries, query_labels, bounds) == [want] * 2
 
 
 def monitored(rank, world_size, folder, kind):
     config = settings(folder)
-    splits = assemble.load_data(config, here(rank, world_size)).splits
+    splits = assemble.load_data(config, on_cpu(rank, world_size)).splits
     model, found = load_model(folder)
     model.train()
-    model.encoder.latent.eval()  # a part that someone froze stays frozen
+    model.encoder.latent.eval()  # a module in eval mode must stay in eval mode
     before = {name: t.clone() for name, t in model.state_dict().items()}
     generators = [torch.get_rng_state(), random.getstate(), str(np.random.get_state())]
     numbers = monitor(
         model.encoder, splits.train, splits.validation, EvalTransform(**found.state["normalization"]),
-        here(rank, world_size), kind=kind, images=301, k=7, epochs=2,
+        on_cpu(rank, world_size), kind=kind, images=301, k=7, epochs=2,
     )  # fmt: skip
     assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
     assert torch.equal(torch.get_rng_state(), generators[0])
@@ -255,30 +255,30 @@ def monitored(rank, world_size, folder, kind):
 
 
 @pytest.mark.parametrize("kind", ["knn", "linear"])
-def test_monitoring_leaves_no_trace_and_gives_the_same_on_any_number_of_ranks(trained, kind):
+def test_monitoring_changes_nothing_and_gives_the_same_on_any_number_of_ranks(trained, kind):
     (want,) = run_ranks(monitored, 1, trained, kind)
     assert 0.2 < want["accuracy"] <= 1
     assert set(want) == ({"accuracy"} if kind == "knn" else {"accuracy", "loss"})
     assert run_ranks(monitored, 3, trained, kind) == [want] * 3
 
 
-def test_monitoring_knn_equals_scikit_learns(trained):
+def test_monitoring_by_knn_equals_scikit_learn(trained):
     """One neighbor among 301 evenly strided images."""
     config = settings(trained)
-    splits = assemble.load_data(config, here(0, 1)).splits
+    splits = assemble.load_data(config, on_cpu(0, 1)).splits
     model, found = load_model(trained)
     transform = EvalTransform(**found.state["normalization"])
     rows = [i * len(splits.train) // 301 for i in range(301)]
     with torch.no_grad():
         encode = model.encoder.eval()
         bank = encode(transform(splits.train.stack()[rows])).numpy()
-        asked = encode(transform(splits.validation.stack())).numpy()
+        queries = encode(transform(splits.validation.stack())).numpy()
     want = KNeighborsClassifier(1, metric="cosine").fit(bank, splits.train.labels[rows].numpy())
     got = monitor(
-        model.encoder, splits.train, splits.validation, transform, here(0, 1), kind="knn", images=301, k=1
+        model.encoder, splits.train, splits.validation, transform, on_cpu(0, 1), kind="knn", images=301, k=1
     )  # fmt: skip
-    assert got["accuracy"] == pytest.approx(want.score(asked, splits.validation.labels.numpy()))
+    assert got["accuracy"] == pytest.approx(want.score(queries, splits.validation.labels.numpy()))
     with pytest.raises(ConfigError, match="k=302"):
-        monitor(model.encoder, splits.train, splits.validation, transform, here(0, 1), images=301, k=302)
+        monitor(model.encoder, splits.train, splits.validation, transform, on_cpu(0, 1), images=301, k=302)
     with pytest.raises(ConfigError, match="did you mean 'knn'"):
-        monitor(model.encoder, splits.train, splits.validation, transform, here(0, 1), kind="knm")
+        monitor(model.encoder, splits.train, splits.validation, transform, on_cpu(0, 1), kind="knm")

@@ -1,4 +1,4 @@
-"""Pruning on two ranks: one set of masks, trained as one model; killed and gone on with bit for bit."""
+"""Pruning on two ranks: equal masks on both, and fine-tuning that was killed resumes bit for bit."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import signal
 import pytest
 import torch
 
-from hpc_supcon.config import load_config
-from hpc_supcon.evaluation.encoder import load_model
-from hpc_supcon.stages.prune import prune
-from hpc_supcon.distributed.launch import Launch, Runtime
-from hpc_supcon.training import assemble
 from hpc_supcon import checkpoint
-from hpc_supcon.stages import pretrain
+from hpc_supcon.config import load_config
+from hpc_supcon.distributed.launch import Launch, Runtime
+from hpc_supcon.evaluation.encoder import load_model
 from hpc_supcon.run_folder import read_config
+from hpc_supcon.stages import pretrain
+from hpc_supcon.stages.prune import prune
+from hpc_supcon.training import assemble
 from tests.dist.ranks import run_ranks
 from tests.unit.pruning.test_pruning import assert_pruned, torch_masks
 
@@ -30,7 +30,7 @@ STEPS = 24
 
 
 def stage(rank, world_size, folder, label=None, resume=False, kill_at=None):
-    """Without a label the dense run, else a pruning; every rank kills itself after the save of step `kill_at`."""
+    """The dense run without a label, else a pruning; every rank kills itself after saving step `kill_at`."""
     runtime = Runtime(Launch(rank=rank, world_size=world_size), torch.device("cpu"))
     torch.use_deterministic_algorithms(True)
     if label is None:
@@ -50,7 +50,7 @@ def stage(rank, world_size, folder, label=None, resume=False, kill_at=None):
     return prune(folder, config, runtime, assemble.load_data(config, runtime), resume=resume)
 
 
-def test_two_ranks_prune_alike_and_killed_fine_tuning_goes_on_bit_for_bit(tmp_path):
+def test_two_ranks_prune_the_same_weights_and_killed_fine_tuning_resumes_bit_for_bit(tmp_path):
     dense = tmp_path / "dense"
     run_ranks(stage, 2, dense)
     first, second = run_ranks(stage, 2, dense, "whole")

@@ -1,8 +1,8 @@
-"""What every probe shares: its task, its outcome, and which rows and classes it reads."""
+"""What a probe is: its entry in the registry, the task it is given, and the fitted classifier it returns."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,85 +10,139 @@ import torch
 from torch import Tensor, nn
 
 from ...config import Config
+from ...data import Splits
 from ...distributed.launch import Runtime
-from ...errors import ConfigError, unknown_name
-from ...training import assemble
-from ..features import Inputs, Part
-from ..fitted_probe import FittedProbe
+from ...training.assemble import Data
+from ..features import SplitRows, build_prepare, in_chunks
 
 
 @dataclass(frozen=True)
-class Task:
-    """A run's data, its encoder where it has one, and where the rows of features and pixels come from."""
+class ProbeSpec:
+    """One kind of probe: an entry of PROBES. Its settings are the section `probe.KIND` of the configuration."""
 
+    input: str
+    """What it reads where its settings do not say: `features`, `pixels`, or `images` for a probe that trains an
+    encoder of its own."""
+    check: Callable[[str, Any, Splits], None]
+    """check(section, settings, splits) raises ConfigError, naming `section` (probe.KIND), where these data do not
+    allow these settings. What the configuration alone decides is checked when it is loaded."""
+    fit: Callable[[ProbeTask], ProbeOutcome]
+    """Collective: all ranks call it and end with the same probe."""
+    head: Callable[..., nn.Module]
+    """head(in_dim, classes, **options) -> a classifier [n, in_dim] -> logits [n, classes], not fitted yet; options:
+    `description["head"]["options"]` of a fitted probe."""
+
+    def input_of(self, settings: Any) -> str:
+        """What a probe with these settings reads; a kind with a single possible input has no setting for it."""
+        chosen = getattr(settings, "input", "auto")
+        return self.input if chosen == "auto" else chosen
+
+
+@dataclass(frozen=True)
+class ProbeTask:
+    """One probe to fit: its kind, the run's data, and the run's encoder where there is one."""
+
+    kind: str
+    input: str
+    """`features`, `pixels` or `images`."""
     config: Config
     runtime: Runtime
-    data: assemble.Data
-    inputs: Inputs
+    data: Data
+    rows: SplitRows
     description: Mapping[str, Any]
     """As `assemble.describe_model`; a run without an encoder has only `classes` and `normalization`."""
     encoder: nn.Module | None
     masks: Mapping[str, Tensor] | None = None
-    """Of a pruned encoder, packed (see pruning.WeightMasks): who trains the encoder keeps it pruned."""
+    """Packed masks of a pruned encoder (see pruning.WeightMasks): a probe that trains the encoder keeps it pruned."""
+
+    @property
+    def settings(self) -> Any:
+        """The section `probe.KIND` of the configuration."""
+        return getattr(self.config.probe, self.kind)
 
     @property
     def classes(self) -> tuple[str, ...]:
+        """Names of the data's classes, in the order of the labels."""
         return self.data.splits.classes
+
+    def describe(
+        self,
+        in_dim: int,
+        head: dict[str, Any],
+        *,
+        classes: Sequence[str],
+        standardize: bool = False,
+        encoder: Mapping[str, Any] | None = None,
+    ) -> dict[str, Any]:
+        """The description of this task's FittedProbe. head: its name and the options of ProbeSpec.head."""
+        return {
+            "kind": self.kind,
+            "input": self.input,
+            "classes": list(classes),
+            "normalization": self.description["normalization"],
+            "standardize": standardize,
+            "in_dim": in_dim,
+            "encoder": encoder,
+            "head": head,
+        }
+
+
+class FittedProbe(nn.Module):
+    """Raw input -> [preparation, encoder if it trained one, head] -> logits.
+
+    `description` is plain data from which the module is built again (see fitted_probe.build_probe): kind, input
+    ("features": float [n, D] of the run's encoder; "pixels" and "images": uint8 [n, C, H, W]), classes,
+    normalization, standardize, in_dim, encoder (null unless it trained one), head.
+    """
+
+    def __init__(self, description: dict[str, Any], *, head: nn.Module, encoder: nn.Module | None = None) -> None:
+        super().__init__()
+        self.description = description
+        self.prepare = build_prepare(
+            description["input"],
+            description["in_dim"],
+            description["normalization"],
+            standardize=description["standardize"],
+        )
+        self.encoder = encoder if encoder is not None else nn.Identity()
+        self.head = head
+
+    @property
+    def kind(self) -> str:
+        return self.description["kind"]
+
+    @property
+    def input(self) -> str:
+        return self.description["input"]
+
+    @property
+    def classes(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of the logits."""
+        return tuple(self.description["classes"])
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.encoder(self.prepare(x)))
+
+    @torch.no_grad()
+    def logits(self, x: Tensor) -> Tensor:
+        """float [n, classes] of raw input (see the class); their softmax is the probabilities (kNN: each class's
+        share of the votes). Puts the module into eval mode."""
+        self.eval()
+        return in_chunks(self, x)
+
+    @property
+    def head_parameters(self) -> int:
+        """How many numbers the head has learned."""
+        return sum(p.numel() for p in self.head.parameters())
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """A fitted probe; `chosen` and the numbers of `facts` go into results.json."""
+class ProbeOutcome:
+    """A fitted probe; `chosen` and the entries of `facts` go into results.json."""
 
     probe: FittedProbe
     chosen: dict[str, Any]
+    """Settings and iteration that the validation split chose."""
     history: list[dict[str, Any]] = field(default_factory=list)
-    """One entry for each evaluation while training; empty where nothing is trained."""
+    """One entry for each evaluation during training; empty where nothing is trained."""
     facts: dict[str, Any] = field(default_factory=dict)
-
-
-_ON_PIXELS = ("softmax", "logistic")
-
-
-def input_of(kind: str, settings: Any) -> str:
-    """`features`, `pixels` or (finetune) `images`: what the probe `kind` reads."""
-    if kind == "finetune":
-        return "images"
-    if settings.input == "auto":
-        return "pixels" if kind in _ON_PIXELS else "features"
-    return str(settings.input)
-
-
-def pair_of(wanted: tuple[str | int, str | int] | None, classes: tuple[str, ...]) -> tuple[int, int]:
-    """The two labels that `probe.logistic.classes` means. Raises ConfigError."""
-    if wanted is None:
-        if len(classes) != 2:
-            shown = ", ".join(classes[:20]) + (" ..." if len(classes) > 20 else "")
-            raise ConfigError(f"probe.logistic.classes: choose two of the {len(classes)} classes: {shown}")
-        return 0, 1
-    first, second = (_label(name, classes) for name in wanted)
-    if first == second:
-        raise ConfigError(f"probe.logistic.classes: {wanted[0]!r} and {wanted[1]!r} are the same class")
-    return first, second
-
-
-def _label(name: str | int, classes: tuple[str, ...]) -> int:
-    if isinstance(name, int):
-        if not 0 <= name < len(classes):
-            raise ConfigError(f"probe.logistic.classes: no class has index {name}; there are 0 to {len(classes) - 1}")
-        return name
-    if name not in classes:
-        raise ConfigError("probe.logistic.classes: " + unknown_name("class", name, classes))
-    return classes.index(name)
-
-
-def only(part: Part, pair: tuple[int, int]) -> Part:
-    """The rows of these two labels, which become 0 and 1."""
-    x, labels = part
-    rows = torch.isin(labels, labels.new_tensor(pair))
-    return x[rows], (labels[rows] == pair[1]).long()
-
-
-def only_count(labels: Tensor, pair: tuple[int, int]) -> int:
-    """How many of `labels` are one of the two."""
-    return int(torch.isin(labels, labels.new_tensor(pair)).sum())

@@ -1,4 +1,4 @@
-"""The probe that trains encoder and classifier together, spread over the ranks."""
+"""The probe `finetune`: encoder and classifier are trained together, data-parallel over the ranks."""
 
 from __future__ import annotations
 
@@ -15,18 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...data import Batch, EvalTransform, Loader, LoaderOptions, Source, TrainOrder, build_loader
+from ...data import Batch, EvalTransform, Loader, LoaderOptions, Source, Splits, TrainOrder, build_loader
 from ...distributed.collectives import all_sum, together
-from ...errors import NonFinite
+from ...errors import ConfigError, NonFinite
 from ...pruning import WeightMasks
 from ...training import assemble
 from ...training.engine import autocast, distribute, unscaled
 from ..features import extract, in_chunks
-from ..fitted_probe import FittedProbe
-from .base import Outcome, Task
-from .heads import plan_of
+from .base import FittedProbe, ProbeOutcome, ProbeSpec, ProbeTask
+from .optimization import FitPlan, FitProgress, build_optimizer, check_fit, fit_plan, scale_lr
 from .training import Trained, seeded
-from .watch import Plan, Watch, build_stepper, set_share
 
 
 class Classifier(nn.Module):
@@ -41,16 +39,23 @@ class Classifier(nn.Module):
         return self.head(self.encoder(x))
 
 
-def fit_finetune(kind: str, task: Task) -> Outcome:
-    """Train a copy of the run's encoder with a new head. Collective. Raises NonFinite, and what the loader raises."""
-    config, runtime, settings = task.config, task.runtime, task.config.probe.finetune
+def _check(section: str, settings: Any, splits: Splits) -> None:
+    n, batch_size = len(splits.train), settings.batch_size
+    if batch_size > n:
+        raise ConfigError(f"{section}.batch_size={batch_size} but the training split has {n} images: lower it")
+    check_fit(section, settings, splits, n // batch_size)
+
+
+def _fit(task: ProbeTask) -> ProbeOutcome:
+    """Train a copy of the run's encoder with a new head. Raises NonFinite, and what the loader raises."""
+    config, runtime, settings = task.config, task.runtime, task.settings
     assert task.encoder is not None
     with together():
         loader = _training_loader(task)
-        render = _views(task)
+        preprocess = _preprocess(task)
     with closing(loader), seeded(config.seed, runtime.device):
         model = Classifier(copy.deepcopy(task.encoder), len(task.classes)).to(runtime.device)
-        masks = None if task.masks is None else WeightMasks.unpacked(model.encoder, task.masks)
+        masks = None if task.masks is None else WeightMasks.from_packed(model.encoder, task.masks)
         parallel = distribute(model, runtime, sync_bn=config.model.sync_bn)
         torch.manual_seed(int(np.random.SeedSequence([config.seed, 2, runtime.rank]).generate_state(1)[0]))
         transform = EvalTransform(**task.description["normalization"]).to(runtime.device)
@@ -59,23 +64,19 @@ def fit_finetune(kind: str, task: Task) -> Outcome:
             model,
             parallel,
             loader,
-            render,
+            preprocess,
             None if validation is None else partial(_evaluate, model, validation, transform, task),
-            plan_of(settings),
+            fit_plan(settings),
             encoder_lr=settings.encoder_lr,
             precision=partial(autocast, runtime.device, unscaled(config.train.precision)),
             masks=masks,
         )
-    description = {
-        "kind": kind,
-        "input": "images",
-        "classes": list(task.classes),
-        "normalization": task.description["normalization"],
-        "standardize": False,
-        "in_dim": model.head.in_features,
-        "encoder": task.description["encoder"],
-        "head": {"name": "linear", "options": {}},
-    }
+    description = task.describe(
+        model.head.in_features,
+        {"name": "linear", "options": {}},
+        classes=task.classes,
+        encoder=task.description["encoder"],
+    )
     fitted = FittedProbe(description, head=model.head, encoder=model.encoder).to(runtime.device)
     chosen = {
         "lr": trained.lr,
@@ -83,16 +84,16 @@ def fit_finetune(kind: str, task: Task) -> Outcome:
         "iteration": trained.iteration,
         "epoch": round(trained.epoch, 3),
     }
-    return Outcome(fitted.eval(), chosen, trained.history, {"iterations": trained.iterations})
+    return ProbeOutcome(fitted.eval(), chosen, trained.history, {"iterations": trained.iterations})
 
 
 def train_classifier(
     model: Classifier,
     parallel: nn.Module,
     loader: Loader,
-    render: Callable[[Tensor], Tensor],
+    preprocess: Callable[[Tensor], Tensor],
     evaluate: Callable[[], tuple[float, float]] | None,
-    plan: Plan,
+    plan: FitPlan,
     *,
     encoder_lr: float,
     precision: Callable[[], AbstractContextManager[object]] = nullcontext,
@@ -100,84 +101,85 @@ def train_classifier(
 ) -> Trained:
     """Train `model` through `parallel`, its data-parallel wrapper, and leave it in its best state.
 
-    render: uint8 images of a batch -> what the encoder reads. evaluate: (mean loss, accuracy) on validation, equal
-    on all ranks; None keeps the last state. masks: of the encoder's pruned weights, which stay zero. The ranks'
-    batches are of one size, so that the mean gradient over ranks is that of the global batch. Raises NonFinite
-    before the update, on all ranks. Collective.
+    preprocess: uint8 images of a batch -> what the encoder reads. evaluate: (mean loss, accuracy) on validation,
+    equal on all ranks; None keeps the last state. masks: of the encoder's pruned weights, which stay zero. All ranks'
+    batches have one size, so that the mean gradient over ranks is that of the global batch. Raises NonFinite on all
+    ranks, before the update. Collective.
     """
-    watch = Watch(plan, loader.steps_per_epoch)
-    rates = [(model.encoder.parameters(), encoder_lr), (model.head.parameters(), plan.lrs[0])]
-    stepper = build_stepper(rates, optimizer=plan.optimizer, weight_decay=plan.weight_decay)
-    at, kept = 0, _copy(model)
+    progress = FitProgress(plan, loader.steps_per_epoch)
+    groups = [(model.encoder.parameters(), encoder_lr), (model.head.parameters(), plan.lrs[0])]
+    optimizer = build_optimizer(groups, name=plan.optimizer, weight_decay=plan.weight_decay)
+    best_at, best = 0, _copy_state(model)
     sums = torch.zeros(3, dtype=torch.float64, device=model.head.weight.device)
     parallel.train()
-    for i, batch in enumerate(islice(_endless(loader), watch.total), 1):
-        share = plan.lr_at(i - 1, watch.total)
-        set_share(stepper, share)
-        sums += _step(parallel, stepper, render, batch, precision, i, masks)
-        if watch.due(i):
-            loss, right, n = all_sum(sums).tolist()
-            numbers = {"train_loss": loss / n, "train_accuracy": right / n}
+    for i, batch in enumerate(islice(_endless(loader), progress.total), 1):
+        factor = plan.lr_factor(i - 1, progress.total)
+        scale_lr(optimizer, factor)
+        sums += _step(parallel, optimizer, preprocess, batch, precision, i, masks)
+        if progress.due(i):
+            loss, correct, n = all_sum(sums).tolist()
+            numbers = {"train_loss": loss / n, "train_accuracy": correct / n}
             value = None
             if evaluate is not None:
                 loss, accuracy = evaluate()
                 parallel.train()
                 numbers |= {"validation_loss": loss, "validation_accuracy": accuracy}
                 value = loss if plan.monitor == "loss" else accuracy
-            if watch.note(i, value, lr=share * plan.lrs[0], encoder_lr=share * encoder_lr, **numbers):
-                at, kept = i, _copy(model)
+            if progress.record(i, value, lr=factor * plan.lrs[0], encoder_lr=factor * encoder_lr, **numbers):
+                best_at, best = i, _copy_state(model)
             sums.zero_()
-            if watch.stop:
+            if progress.stop:
                 break
-    if not at:
+    if not best_at:
         raise NonFinite("fine-tuning: the validation loss was never finite; lower probe.finetune.lr and encoder_lr")
-    model.load_state_dict(kept)
-    return Trained(model.eval(), plan.lrs[0], at, at / loader.steps_per_epoch, i, watch.history)
+    model.load_state_dict(best)
+    return Trained(model.eval(), plan.lrs[0], best_at, best_at / loader.steps_per_epoch, i, progress.history)
 
 
 def _step(
     parallel: nn.Module,
-    stepper: torch.optim.Optimizer,
-    render: Callable[[Tensor], Tensor],
+    optimizer: torch.optim.Optimizer,
+    preprocess: Callable[[Tensor], Tensor],
     batch: Batch,
     precision: Callable[[], AbstractContextManager[object]],
     iteration: int,
     masks: WeightMasks | None,
 ) -> Tensor:
-    """One update; this rank's sums of loss and right answers before it, and its number of images."""
+    """One update; [3]: this rank's sums of losses and of correct predictions before it, and its number of images."""
     with precision():
-        logits = parallel(render(batch.images))
+        logits = parallel(preprocess(batch.images))
     logits = logits if logits.dtype == torch.float64 else logits.float()
     loss = F.cross_entropy(logits, batch.labels)
-    stepper.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=True)
     loss.backward()
     if masks is not None:
         masks.apply_to_gradients()
     norm = torch.nn.utils.get_total_norm([p.grad for p in parallel.parameters() if p.grad is not None])
-    if not torch.isfinite(norm):  # of averaged gradients: equal on all ranks, so all of them leave
+    if not torch.isfinite(norm):  # of averaged gradients: equal on all ranks, so all of them raise
         raise NonFinite(f"fine-tuning, iteration {iteration}: gradients became NaN or Inf; lower probe.finetune.lr")
-    stepper.step()
+    optimizer.step()
     if masks is not None:
         masks.apply_to_weights()
-    right = (logits.detach().argmax(dim=1) == batch.labels).sum()
-    n = right.new_tensor(len(batch.labels))
-    return torch.stack([loss.detach().double() * len(batch.labels), right.double(), n.double()])
+    correct = (logits.detach().argmax(dim=1) == batch.labels).sum()
+    n = correct.new_tensor(len(batch.labels))
+    return torch.stack([loss.detach().double() * len(batch.labels), correct.double(), n.double()])
 
 
-def _evaluate(model: Classifier, source: Source, transform: EvalTransform, task: Task) -> tuple[float, float]:
+def _evaluate(model: Classifier, source: Source, transform: EvalTransform, task: ProbeTask) -> tuple[float, float]:
     """(mean cross-entropy, accuracy) over all ranks' shares of `source`. Collective."""
     features, labels = extract(
         model.encoder, source, transform, task.runtime, loader=task.data.loader, options=task.data.evaluation
     )
     logits = in_chunks(model.head, features)
     losses = F.cross_entropy(logits.double(), labels, reduction="sum")
-    right = (logits.argmax(dim=1) == labels).sum()
-    loss, correct, n = all_sum(torch.stack([losses, right.double(), right.new_tensor(len(labels)).double()])).tolist()
-    return loss / n, correct / n
+    correct = (logits.argmax(dim=1) == labels).sum()
+    sums = torch.stack([losses, correct.double(), correct.new_tensor(len(labels)).double()])
+    total_loss, total_correct, n = all_sum(sums).tolist()
+    return total_loss / n, total_correct / n
 
 
-def _training_loader(task: Task) -> Loader:
-    data, settings, runtime = task.data, task.config.probe.finetune, task.runtime
+def _training_loader(task: ProbeTask) -> Loader:
+    data, settings, runtime = task.data, task.settings, task.runtime
     return build_loader(
         data.loader,
         data.splits.train,
@@ -194,10 +196,10 @@ def _one_view(options: LoaderOptions) -> LoaderOptions:
     return options if options.crop is None else replace(options, crop=replace(options.crop, views=1))
 
 
-def _views(task: Task) -> Callable[[Tensor], Tensor]:
-    """uint8 images of a batch -> one normalized view of each."""
+def _preprocess(task: ProbeTask) -> Callable[[Tensor], Tensor]:
+    """uint8 images of a batch -> one normalized view of each: augmented, or the image itself."""
     config = task.config
-    if not config.probe.finetune.augment:
+    if not task.settings.augment:
         return EvalTransform(**task.description["normalization"]).to(task.runtime.device)
     one = config.model_copy(update={"data": config.data.model_copy(update={"views": 1})})
     views = assemble.build_views(one, dict(task.description), task.runtime).to(task.runtime.device)
@@ -209,5 +211,8 @@ def _endless(loader: Loader) -> Iterator[Batch]:
         yield from loader.epoch(epoch)
 
 
-def _copy(model: nn.Module) -> dict[str, Tensor]:
+def _copy_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+FINETUNE = ProbeSpec("images", _check, _fit, nn.Linear)

@@ -1,86 +1,91 @@
-"""The probes that train a head on rows: linear, softmax, logistic, mlp."""
+"""The probes that train a head on all rows: `linear`, `softmax` and `mlp`, and what they share with `logistic`."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import nn
 
-from ...models import Heads, LinearHeads, Logistic, Mlp, SingleHead
-from ..features import fit_standardization
-from ..fitted_probe import FittedProbe
-from .base import Outcome, Task, input_of, only, pair_of
+from ...data import Splits
+from ...errors import ConfigError
+from ...models import Heads, LinearHeads, Mlp, SingleHead
+from ..features import fit_standardization, select_classes
+from .base import FittedProbe, ProbeOutcome, ProbeSpec, ProbeTask
+from .optimization import check_fit, fit_plan, steps_per_epoch
 from .training import seeded, train_heads
-from .watch import Plan
-
-_MLP = ("hidden", "batch_norm", "dropout")
-
-HEADS: dict[str, Callable[[Any, int, int], Heads]] = {
-    "linear": lambda settings, in_dim, classes: LinearHeads(len(settings.lrs), in_dim, classes),
-    "softmax": lambda settings, in_dim, classes: LinearHeads(1, in_dim, classes),
-    "logistic": lambda settings, in_dim, classes: SingleHead(Logistic(in_dim)),
-    "mlp": lambda settings, in_dim, classes: SingleHead(
-        Mlp(in_dim, classes=classes, **settings.model_dump(include=_MLP))
-    ),
-}
 
 
-def plan_of(settings: Any) -> Plan:
-    """A section of `probe` as a training plan."""
-    return Plan(
-        lrs=settings.lrs if hasattr(settings, "lrs") else (settings.lr,),
-        monitor=settings.stopping.monitor,
-        stopping=settings.stopping.model_dump(exclude={"monitor"}),
-        l2_lambda=getattr(settings, "l2_lambda", 0.0),
-        clip_norm=getattr(settings, "clip_norm", None),
-        **{
-            name: getattr(settings, name)
-            for name in (
-                "epochs", "iterations", "evaluate_every", "batch_size", "optimizer", "weight_decay", "schedule",
-            )
-        },
-    )  # fmt: skip
+def fit_head(
+    task: ProbeTask,
+    head: dict[str, Any],
+    build_heads: Callable[[int, int], Heads],
+    *,
+    labels: Sequence[int] | None = None,
+) -> ProbeOutcome:
+    """Train heads on all training rows, the same on every rank. Collective. Raises NonFinite.
 
-
-def fit_head(kind: str, task: Task) -> Outcome:
-    """Train the head of `kind` on all training rows, on every rank alike. Collective. Raises NonFinite."""
-    settings = getattr(task.config.probe, kind)
-    source, classes = input_of(kind, settings), task.classes
-    train, validation = task.inputs.whole("train", source), task.inputs.whole("validation", source)
+    head: see ProbeTask.describe. build_heads(in_dim, classes): one head for each learning rate. labels: of the
+    classes to tell apart, which become 0, 1, ... in this order; None: all classes.
+    """
+    settings, device, seed = task.settings, task.runtime.device, task.config.seed
+    train, validation = task.rows.gathered("train", task.input), task.rows.gathered("validation", task.input)
     assert train is not None
-    if kind == "logistic":
-        pair = pair_of(settings.classes, classes)
-        classes = (classes[pair[0]], classes[pair[1]])
-        train, validation = only(train, pair), only(validation, pair) if validation is not None else None
+    classes = task.classes
+    if labels is not None:
+        classes = tuple(classes[label] for label in labels)
+        train = select_classes(train, labels)
+        validation = None if validation is None else select_classes(validation, labels)
     in_dim = train[0][0].numel()
-    description = {
-        "kind": kind,
-        "input": source,
-        "classes": list(classes),
-        "normalization": task.description["normalization"],
-        "standardize": settings.standardize,
-        "in_dim": in_dim,
-        "encoder": None,
-        "head": _describe(kind, settings),
-    }
-    with seeded(task.config.seed, task.runtime.device):
-        fitted = FittedProbe(description, head=nn.Identity()).to(task.runtime.device)
+    description = task.describe(in_dim, head, classes=classes, standardize=settings.standardize)
+    with seeded(seed, device):
+        fitted = FittedProbe(description, head=nn.Identity()).to(device)
         if settings.standardize:
             fit_standardization(fitted.prepare, train[0])
-        heads: Any = HEADS[kind](settings, in_dim, len(classes))
-        trained = train_heads(
-            heads.to(task.runtime.device), fitted.prepare, train, validation, plan_of(settings), seed=task.config.seed
-        )
+        heads: Any = build_heads(in_dim, len(classes))
+        trained = train_heads(heads.to(device), fitted.prepare, train, validation, fit_plan(settings), seed=seed)
     fitted.head = trained.head
-    chosen: dict[str, Any] = {"lr": trained.lr, "iteration": trained.iteration, "epoch": round(trained.epoch, 3)}
-    if kind == "logistic":
-        chosen["classes"] = list(classes)
-    return Outcome(fitted.eval(), chosen, trained.history, {"iterations": trained.iterations})
+    chosen = {"lr": trained.lr, "iteration": trained.iteration, "epoch": round(trained.epoch, 3)}
+    return ProbeOutcome(fitted.eval(), chosen, trained.history, {"iterations": trained.iterations})
 
 
-def _describe(kind: str, settings: Any) -> dict[str, Any]:
-    if kind == "mlp":
-        options = settings.model_dump(mode="json", include=set(_MLP))
-        return {"name": "mlp", "options": options}
-    return {"name": "logistic" if kind == "logistic" else "linear", "options": {}}
+def _check_linear(section: str, settings: Any, splits: Splits) -> None:
+    lrs = fit_plan(settings).lrs
+    if splits.validation is None and len(lrs) > 1:
+        raise ConfigError(
+            f"{section}.lrs has {len(lrs)} learning rates but there is no validation split to choose on: "
+            "give one rate, or set data.validation_fraction"
+        )
+    check_fit(section, settings, splits, steps_per_epoch(len(splits.train), settings.batch_size))
+
+
+def _fit_linear(task: ProbeTask) -> ProbeOutcome:
+    rates = len(fit_plan(task.settings).lrs)
+    return fit_head(
+        task, {"name": "linear", "options": {}}, lambda in_dim, classes: LinearHeads(rates, in_dim, classes)
+    )
+
+
+def _check_mlp(section: str, settings: Any, splits: Splits) -> None:
+    n = len(splits.train)
+    check_fit(section, settings, splits, steps_per_epoch(n, settings.batch_size))
+    if settings.batch_norm and min(settings.batch_size, n) < 2:
+        raise ConfigError(f"{section}.batch_norm needs at least two images per step; raise {section}.batch_size")
+
+
+def _mlp(in_dim: int, classes: int, **options: Any) -> Mlp:
+    return Mlp(in_dim, classes=classes, **options)
+
+
+def _fit_mlp(task: ProbeTask) -> ProbeOutcome:
+    options = task.settings.model_dump(mode="json", include={"hidden", "batch_norm", "dropout"})
+    return fit_head(
+        task,
+        {"name": "mlp", "options": options},
+        lambda in_dim, classes: SingleHead(_mlp(in_dim, classes, **options)),
+    )
+
+
+LINEAR = ProbeSpec("features", _check_linear, _fit_linear, nn.Linear)
+SOFTMAX = ProbeSpec("pixels", _check_linear, _fit_linear, nn.Linear)
+MLP = ProbeSpec("features", _check_mlp, _fit_mlp, _mlp)

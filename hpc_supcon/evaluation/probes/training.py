@@ -1,4 +1,4 @@
-"""The one training loop of classifiers on rows that are all at hand: features or pixels."""
+"""Training of classifier heads on rows that are all in memory: features or pixels."""
 
 from __future__ import annotations
 
@@ -15,13 +15,22 @@ from torch import Tensor, nn
 from ...distributed.collectives import all_sum, gather_objects, rank, together
 from ...errors import NonFinite
 from ...models import Heads
-from ..features import CHUNK, Part, in_chunks
-from .watch import Plan, Watch, batches, best_head, build_stepper, decayed, set_share, steps_per_epoch
+from ..features import CHUNK, LabeledRows, in_chunks
+from .optimization import (
+    FitPlan,
+    FitProgress,
+    batches,
+    best_head,
+    build_optimizer,
+    scale_lr,
+    split_decayed,
+    steps_per_epoch,
+)
 
 
 @dataclass(frozen=True)
 class Trained:
-    """The head that was kept, in eval mode, and how it came about."""
+    """The classifier that was kept, in eval mode, and how it was trained."""
 
     head: nn.Module
     lr: float
@@ -32,93 +41,99 @@ class Trained:
     iterations: int
     """Optimizer steps until training ended."""
     history: list[dict[str, Any]]
-    """Of each evaluation: iteration, lr, train_loss, train_accuracy, and validation_* with a validation split."""
+    """For each evaluation: iteration, lr, train_loss, train_accuracy, and validation_* with a validation split."""
 
 
 def train_heads(
-    heads: Heads, prepare: nn.Module, train: Part, validation: Part | None, plan: Plan, *, seed: int
+    heads: Heads, prepare: nn.Module, train: LabeledRows, validation: LabeledRows | None, plan: FitPlan, *, seed: int
 ) -> Trained:
     """Train one head for each of `plan.lrs` side by side; keep the best state of the best head.
 
-    train, validation: ALL rows on every rank: each trains the same heads, which costs less than a gradient
-    message per step and gives the same result on any number of ranks. The validation split chooses, ties going
-    to the earlier evaluation and the first rate. Without validation there must be one learning rate, and the
-    last state is kept. Losses in the history are mean cross-entropies without the L2 term; those on train are
-    means over the batches since the evaluation before, taken while training. Raises NonFinite. Collective.
+    prepare: rows -> what the heads read. train, validation: ALL rows on every rank: every rank trains the same
+    heads, which costs less than exchanging gradients at every step and gives the same result on any number of
+    ranks. The validation split chooses; ties go to the earlier evaluation and the first rate. Without validation
+    there must be one learning rate, and the last state is kept. Losses in the history are mean cross-entropies
+    without the L2 term; those on train are averaged over the batches since the previous evaluation, each before its
+    update. Raises NonFinite. Collective.
     """
     x, labels = train
     if validation is not None:
         validation = (in_chunks(prepare, validation[0]), validation[1])
-    watch = Watch(plan, steps_per_epoch(len(x), plan.batch_size))
+    progress = FitProgress(plan, steps_per_epoch(len(x), plan.batch_size))
     groups = [(heads.head_parameters(k), lr) for k, lr in enumerate(plan.lrs)]
-    stepper = build_stepper(groups, optimizer=plan.optimizer, weight_decay=plan.weight_decay)
+    optimizer = build_optimizer(groups, name=plan.optimizer, weight_decay=plan.weight_decay)
     order = batches(len(x), plan.batch_size, torch.Generator().manual_seed(seed))
-    kept, best_k, at, seen = heads.one(0), 0, 0, 0
+    best, best_k, best_at, rows_seen = heads.one(0), 0, 0, 0
     sums = torch.zeros(2, len(plan.lrs), dtype=torch.float64, device=x.device)
-    for i, rows in enumerate(islice(order, watch.total), 1):
-        rows, share = rows.to(x.device), plan.lr_at(i - 1, watch.total)
-        set_share(stepper, share)
-        sums += _step(heads, stepper, prepare(x[rows]), labels[rows], plan)
-        seen += len(rows)
-        if watch.due(i):
-            numbers, value, k = _look(heads, validation, sums / seen, plan.monitor)
-            if watch.note(i, value, lr=[share * lr for lr in plan.lrs], **numbers):
-                kept, best_k, at = heads.one(k), k, i
-            sums, seen = torch.zeros_like(sums), 0
-            if watch.stop:
+    for i, rows in enumerate(islice(order, progress.total), 1):
+        rows, factor = rows.to(x.device), plan.lr_factor(i - 1, progress.total)
+        scale_lr(optimizer, factor)
+        sums += _step(heads, optimizer, prepare(x[rows]), labels[rows], plan)
+        rows_seen += len(rows)
+        if progress.due(i):
+            numbers, value, k = _evaluate(heads, validation, sums / rows_seen, plan.monitor)
+            if progress.record(i, value, lr=[factor * lr for lr in plan.lrs], **numbers):
+                best, best_k, best_at = heads.one(k), k, i
+            sums, rows_seen = torch.zeros_like(sums), 0
+            if progress.stop:
                 break
     with together():
-        if not at or not all(bool(p.isfinite().all()) for p in kept.parameters()):
+        if not best_at or not all(bool(p.isfinite().all()) for p in best.parameters()):
             raise NonFinite(f"the probe's loss became NaN or Inf at learning rate {plan.lrs[best_k]:g}: lower it")
-    # every rank computed the same; should devices have rounded otherwise, rank 0's is everybody's
-    said: list[Any] = gather_objects((best_k, at, i, watch.history) if rank() == 0 else None)
-    best_k, at, i, history = said[0]
-    kept.load_state_dict({name: _of_rank_0(tensor) for name, tensor in kept.state_dict().items()})
+    # every rank computed the same; in case their devices rounded differently, all take the result of rank 0
+    results: list[Any] = gather_objects((best_k, best_at, i, progress.history) if rank() == 0 else None)
+    best_k, best_at, i, history = results[0]
+    best.load_state_dict({name: _from_rank_0(tensor) for name, tensor in best.state_dict().items()})
     lines = [{name: v[best_k] if isinstance(v, list) else v for name, v in point.items()} for point in history]
-    return Trained(kept, plan.lrs[best_k], at, at / steps_per_epoch(len(x), plan.batch_size), i, lines)
+    return Trained(best, plan.lrs[best_k], best_at, best_at / steps_per_epoch(len(x), plan.batch_size), i, lines)
 
 
 @contextmanager
 def seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """Global generators from `seed` inside (first weights, dropout), and as they were afterwards."""
+    """Seeds the global generators inside (initial weights, dropout); afterwards their states are as before."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         torch.manual_seed(seed)
         yield
 
 
-def _step(heads: Heads, stepper: torch.optim.Optimizer, x: Tensor, labels: Tensor, plan: Plan) -> Tensor:
-    """One update of every head; [2, K]: sums of loss and of right answers over the rows, before it."""
+def _step(heads: Heads, optimizer: torch.optim.Optimizer, x: Tensor, labels: Tensor, plan: FitPlan) -> Tensor:
+    """One update of every head; [2, K]: sums of losses and of correct predictions over the rows, before it."""
     logits = heads(x)
     losses = _losses(logits, labels)
-    # the sum over heads of each head's mean: no head's gradient depends on another
+    # the sum over heads of each head's mean: no head's gradient depends on another head
     loss = losses.sum() / len(labels)
-    owned = [heads.head_parameters(k) for k in range(len(plan.lrs))]
+    by_head = [heads.head_parameters(k) for k in range(len(plan.lrs))]
     if plan.l2_lambda:
-        weights = [w for parameters in owned for w in decayed(parameters)[0]]
+        weights = [w for parameters in by_head for w in split_decayed(parameters)[0]]
         loss = loss + plan.l2_lambda * torch.stack([w.square().sum() for w in weights]).sum()
-    stepper.zero_grad(set_to_none=True)
+    optimizer.zero_grad(set_to_none=True)
     loss.backward()
     if plan.clip_norm is not None:
-        for parameters in owned:
+        for parameters in by_head:
             nn.utils.clip_grad_norm_(parameters, plan.clip_norm)
-    stepper.step()
-    return torch.stack([losses.detach().double().sum(dim=1), _right(logits, labels).double()])
+    optimizer.step()
+    return torch.stack([losses.detach().double().sum(dim=1), _correct(logits, labels).double()])
 
 
 def _losses(logits: Tensor, labels: Tensor) -> Tensor:
-    """Cross-entropy of logits [K, n, C] for each head and row [K, n]."""
+    """Cross-entropy [K, n] of logits [K, n, C]."""
     flat = F.cross_entropy(logits.flatten(0, 1), labels.repeat(len(logits)), reduction="none")
     return flat.view(logits.shape[:2])
 
 
-def _right(logits: Tensor, labels: Tensor) -> Tensor:
+def _correct(logits: Tensor, labels: Tensor) -> Tensor:
+    """[K]: each head's number of correct predictions, of logits [K, n, C]."""
     return (logits.detach().argmax(dim=2) == labels).sum(dim=1)
 
 
-def _look(
-    heads: Heads, validation: Part | None, train: Tensor, monitor: str
+def _evaluate(
+    heads: Heads, validation: LabeledRows | None, train: Tensor, monitor: str
 ) -> tuple[dict[str, Any], float | None, int]:
-    """(numbers of each head for the history, the monitored one of the best head, which head that is)."""
+    """(each head's numbers for the history, the monitored number of the best head, index of the best head).
+
+    train: [2, K], mean loss and accuracy while training. Without validation there is one head and no number to
+    monitor.
+    """
     numbers = {"train_loss": train[0].tolist(), "train_accuracy": train[1].tolist()}
     if validation is None:
         return numbers, None, 0
@@ -128,16 +143,16 @@ def _look(
 
 
 @torch.no_grad()
-def evaluate_heads(heads: Heads, part: Part) -> Tensor:
-    """float64 [2, K]: mean cross-entropy and accuracy (0..1) of every head on these prepared rows."""
+def evaluate_heads(heads: Heads, rows: LabeledRows) -> Tensor:
+    """float64 [2, K]: mean cross-entropy and accuracy (0..1) of every head on prepared rows."""
     heads.train(False)
     sums = []
-    for x, labels in zip(part[0].split(CHUNK), part[1].split(CHUNK), strict=True):
+    for x, labels in zip(rows[0].split(CHUNK), rows[1].split(CHUNK), strict=True):
         logits = heads(x)
-        sums.append(torch.stack([_losses(logits, labels).double().sum(dim=1), _right(logits, labels).double()]))
+        sums.append(torch.stack([_losses(logits, labels).double().sum(dim=1), _correct(logits, labels).double()]))
     heads.train(True)
-    return torch.stack(sums).sum(dim=0) / len(part[0])
+    return torch.stack(sums).sum(dim=0) / len(rows[0])
 
 
-def _of_rank_0(value: Tensor) -> Tensor:
+def _from_rank_0(value: Tensor) -> Tensor:
     return all_sum(value if rank() == 0 else torch.zeros_like(value))

@@ -1,4 +1,4 @@
-"""Probes against scikit-learn, brute force and plain loops."""
+"""Training of probes against scikit-learn and plain loops; the registry of probes."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from sklearn.datasets import load_digits
 from sklearn.linear_model import LogisticRegression
 
-from hpc_supcon.data import EvalTransform
-from hpc_supcon.evaluation.features import Standardize, build_prepare, fit_standardization, in_chunks
-from hpc_supcon.evaluation.knn import Neighbors, knn_accuracy, nearest
-from hpc_supcon.evaluation.probes.base import only
+from hpc_supcon.config import load_config
+from hpc_supcon.evaluation.features import Standardize, select_classes
+from hpc_supcon.evaluation.fitted_probe import build_probe
+from hpc_supcon.evaluation.probes import PROBES, needs_encoder, probe_input
+from hpc_supcon.evaluation.probes.optimization import FitPlan, FitProgress, batches, best_head, steps_per_epoch
 from hpc_supcon.evaluation.probes.training import evaluate_heads, seeded, train_heads
-from hpc_supcon.evaluation.probes.watch import Plan, Watch, batches, best_head, steps_per_epoch
 from hpc_supcon.models import LinearHeads, Logistic, Mlp, SingleHead
 
 CPU = torch.device("cpu")
@@ -31,12 +31,8 @@ def digits():
     return (x[:1200], y[:1200]), (x[1200:], y[1200:])
 
 
-def plain(width):
-    return Standardize(width)
-
-
-def accuracy(head, part):
-    return float((head(part[0]).argmax(1) == part[1]).double().mean())
+def accuracy(head, rows):
+    return float((head(rows[0]).argmax(1) == rows[1]).double().mean())
 
 
 def sklearn_model(train, l2_lambda):
@@ -46,11 +42,13 @@ def sklearn_model(train, l2_lambda):
 
 
 @pytest.mark.parametrize("heads", [partial(LinearHeads, 1, 64, 10), partial(LinearHeads, 2, 64, 10)])
-def test_softmax_regression_equals_scikit_learns(digits, heads):
+def test_softmax_regression_equals_scikit_learn(digits, heads):
     train, test = digits
     heads, l2_lambda = heads(), 1e-2
     lrs = (0.1, 0.05)[: len(heads.weights)]
-    train_heads(heads, plain(64), train, None, Plan(lrs, epochs=600, batch_size=1200, l2_lambda=l2_lambda), seed=0)
+    train_heads(
+        heads, Standardize(64), train, None, FitPlan(lrs, epochs=600, batch_size=1200, l2_lambda=l2_lambda), seed=0
+    )
     want = sklearn_model(train, l2_lambda)
     for k in range(len(lrs)):
         got = heads.one(k)
@@ -58,12 +56,12 @@ def test_softmax_regression_equals_scikit_learns(digits, heads):
         torch.testing.assert_close(got.weight.detach().double(), torch.from_numpy(want.coef_), atol=2e-3, rtol=0)
 
 
-def test_logistic_regression_of_two_classes_equals_scikit_learns(digits):
-    train, test = (only(part, (8, 3)) for part in digits)
+def test_logistic_regression_of_two_classes_equals_scikit_learn(digits):
+    train, test = (select_classes(rows, (8, 3)) for rows in digits)
     assert set(train[1].tolist()) == {0, 1}
     assert torch.equal(test[1], (digits[1][1][(digits[1][1] == 3) | (digits[1][1] == 8)] == 3).long())
-    plan = Plan((0.1,), epochs=1500, batch_size=10_000, l2_lambda=1e-2)
-    got = train_heads(SingleHead(Logistic(64)), plain(64), train, None, plan, seed=0).head
+    plan = FitPlan((0.1,), epochs=1500, batch_size=10_000, l2_lambda=1e-2)
+    got = train_heads(SingleHead(Logistic(64)), Standardize(64), train, None, plan, seed=0).head
     want = sklearn_model(train, 1e-2)
     assert abs(accuracy(got, test) - want.score(test[0].double().numpy(), test[1].numpy())) <= 0.003
     torch.testing.assert_close(got.linear.weight.detach().double(), torch.from_numpy(want.coef_), atol=2e-3, rtol=0)
@@ -79,11 +77,11 @@ def test_logistic_regression_of_two_classes_equals_scikit_learns(digits):
 @pytest.mark.parametrize(("l2_lambda", "clip_norm"), [(0.2, None), (0.0, 0.5), (0.1, 0.3)])
 def test_l2_and_clipping_follow_a_plain_loop(digits, l2_lambda, clip_norm):
     x, y = (part[:100].double() if part.is_floating_point() else part[:100] for part in digits[0])
-    plan = Plan(
+    plan = FitPlan(
         (0.5,), epochs=1, iterations=7, batch_size=100, optimizer="sgd", schedule="constant", l2_lambda=l2_lambda,
         clip_norm=clip_norm,
     )  # fmt: skip
-    got = train_heads(LinearHeads(1, 64, 10).double(), plain(64).double(), (x, y), None, plan, seed=0).head
+    got = train_heads(LinearHeads(1, 64, 10).double(), Standardize(64).double(), (x, y), None, plan, seed=0).head
     weight, bias = torch.zeros(64, 10, dtype=torch.float64), torch.zeros(10, dtype=torch.float64)
     speed_w, speed_b = torch.zeros_like(weight), torch.zeros_like(bias)
     for _ in range(7):
@@ -100,24 +98,26 @@ def test_l2_and_clipping_follow_a_plain_loop(digits, l2_lambda, clip_norm):
     torch.testing.assert_close(got.bias.detach(), bias, atol=1e-9, rtol=0)
 
 
-def test_each_head_is_clipped_by_itself_and_ends_as_if_it_were_alone(digits):
+def test_each_head_is_clipped_separately_and_trained_as_if_it_were_alone(digits):
     train = digits[0]
     plan = {"epochs": 2, "batch_size": 256, "optimizer": "adamw", "weight_decay": 0.1, "clip_norm": 0.1}
     both = LinearHeads(2, 64, 10)
-    train_heads(both, plain(64), train, None, Plan((0.1, 1e-3), **plan, l2_lambda=0.05), seed=0)
+    train_heads(both, Standardize(64), train, None, FitPlan((0.1, 1e-3), **plan, l2_lambda=0.05), seed=0)
     alone = LinearHeads(1, 64, 10)
-    train_heads(alone, plain(64), train, None, Plan((1e-3,), **plan, l2_lambda=0.05), seed=0)
+    train_heads(alone, Standardize(64), train, None, FitPlan((1e-3,), **plan, l2_lambda=0.05), seed=0)
     for got, want in zip(both.head_parameters(1), alone.head_parameters(0), strict=True):
         torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
 
 
-def test_iterations_are_what_epochs_come_to(digits):
+def test_training_by_iterations_equals_training_by_epochs(digits):
     train, test = digits
     settings = {"batch_size": 500, "optimizer": "adam"}
     assert steps_per_epoch(1200, 500) == 3
-    by_epoch = train_heads(LinearHeads(1, 64, 10), plain(64), train, test, Plan((0.01,), 4, **settings), seed=3)
-    plan = Plan((0.01,), 99, iterations=12, evaluate_every=3, **settings)
-    by_iteration = train_heads(LinearHeads(1, 64, 10), plain(64), train, test, plan, seed=3)
+    by_epoch = train_heads(
+        LinearHeads(1, 64, 10), Standardize(64), train, test, FitPlan((0.01,), 4, **settings), seed=3
+    )
+    plan = FitPlan((0.01,), 99, iterations=12, evaluate_every=3, **settings)
+    by_iteration = train_heads(LinearHeads(1, 64, 10), Standardize(64), train, test, plan, seed=3)
     assert torch.equal(by_epoch.head.weight, by_iteration.head.weight)
     assert by_epoch.history == by_iteration.history
     assert [line["iteration"] for line in by_epoch.history] == [3, 6, 9, 12]
@@ -125,7 +125,7 @@ def test_iterations_are_what_epochs_come_to(digits):
 
 
 @pytest.mark.parametrize(("n", "size"), [(10, 3), (10, 4), (1, 5), (7, 7), (5, 1), (8, 7), (2, 1)])
-def test_batches_serve_every_row_once_an_epoch_and_none_alone(n, size):
+def test_batches_have_every_row_once_an_epoch_and_none_has_a_single_row(n, size):
     k = steps_per_epoch(n, size)
     stream = batches(n, size, torch.Generator().manual_seed(0))
     epochs = [[next(stream) for _ in range(k)] for _ in range(3)]
@@ -136,7 +136,7 @@ def test_batches_serve_every_row_once_an_epoch_and_none_alone(n, size):
 
 
 def overfitting_case():
-    """Validation is best early: its labels of one class are wrong, and training drives it there step by step."""
+    """Labels of validation are inverted, so that its scores are best early and become worse step by step."""
     torch.manual_seed(0)
     x, y = torch.randn(60, 5), torch.randint(2, (60,))
     return (x, y), (x[:20], 1 - y[:20])
@@ -146,8 +146,8 @@ def overfitting_case():
 def test_the_best_state_is_kept_when_the_last_is_worse(monitor):
     train, validation = overfitting_case()
     heads = LinearHeads(1, 5, 2)
-    plan = Plan((0.1,), epochs=30, batch_size=60, schedule="constant", monitor=monitor)
-    trained = train_heads(heads, plain(5), train, validation, plan, seed=0)
+    plan = FitPlan((0.1,), epochs=30, batch_size=60, schedule="constant", monitor=monitor)
+    trained = train_heads(heads, Standardize(5), train, validation, plan, seed=0)
     values = [line[f"validation_{monitor}"] for line in trained.history]
     best = min(values) if monitor == "loss" else max(values)
     assert values[-1] != best
@@ -156,26 +156,26 @@ def test_the_best_state_is_kept_when_the_last_is_worse(monitor):
     assert best == pytest.approx(loss if monitor == "loss" else right, rel=1e-6)
 
 
-def test_patience_and_target_end_training_where_the_definition_says():
+def test_patience_and_target_stop_training_as_defined():
     train, validation = overfitting_case()
     settings = {"epochs": 30, "batch_size": 60, "schedule": "constant", "monitor": "loss"}
-    whole = train_heads(LinearHeads(1, 5, 2), plain(5), train, validation, Plan((0.1,), **settings), seed=0)
-    plan = Plan((0.1,), **settings, stopping={"patience": 4})
-    stopped = train_heads(LinearHeads(1, 5, 2), plain(5), train, validation, plan, seed=0)
+    whole = train_heads(LinearHeads(1, 5, 2), Standardize(5), train, validation, FitPlan((0.1,), **settings), seed=0)
+    plan = FitPlan((0.1,), **settings, stopping={"patience": 4})
+    stopped = train_heads(LinearHeads(1, 5, 2), Standardize(5), train, validation, plan, seed=0)
     assert stopped.iterations == whole.iteration + 4 < 30
     assert torch.equal(stopped.head.weight, whole.head.weight)
     assert stopped.history == whole.history[: len(stopped.history)]
     target = whole.history[2]["validation_loss"]
-    plan = Plan((0.1,), **settings, stopping={"target": target})
-    stopped = train_heads(LinearHeads(1, 5, 2), plain(5), train, validation, plan, seed=0)
+    plan = FitPlan((0.1,), **settings, stopping={"target": target})
+    stopped = train_heads(LinearHeads(1, 5, 2), Standardize(5), train, validation, plan, seed=0)
     values = [line["validation_loss"] for line in whole.history]
     assert stopped.iterations == next(i for i, v in enumerate(values, 1) if v <= target)
 
 
-def test_a_small_gain_that_does_not_count_for_patience_is_still_kept():
-    watch = Watch(Plan((1.0,), 10, 1, stopping={"patience": 2, "min_change": 0.1}), 1)
-    assert [watch.note(i, v) for i, v in enumerate([0.5, 0.55, 0.58], 1)] == [True, True, True]
-    assert watch.stop
+def test_the_state_of_an_improvement_below_min_change_is_kept():
+    progress = FitProgress(FitPlan((1.0,), 10, 1, stopping={"patience": 2, "min_change": 0.1}), 1)
+    assert [progress.record(i, v) for i, v in enumerate([0.5, 0.55, 0.58], 1)] == [True, True, True]
+    assert progress.stop
 
 
 @pytest.mark.parametrize(
@@ -187,7 +187,7 @@ def test_a_small_gain_that_does_not_count_for_patience_is_still_kept():
         ([math.nan, 2.0, 3.0], [0.9, 0.1, 0.8], "loss", (1, 2.0)),
     ],
 )
-def test_the_best_rate_is_the_first_best_and_never_one_that_diverged(losses, accuracies, monitor, want):
+def test_the_best_head_is_the_first_of_the_best_and_never_one_that_diverged(losses, accuracies, monitor, want):
     assert (
         best_head(torch.tensor(losses, dtype=torch.float64), torch.tensor(accuracies, dtype=torch.float64), monitor)
         == want
@@ -203,7 +203,7 @@ def test_an_mlp_has_the_parameters_of_its_layers():
     assert kinds == ["Linear", "BatchNorm1d", "ReLU", "Dropout"] * 2 + ["Linear"]
 
 
-def test_an_mlp_learns_what_a_linear_head_cannot_and_dropout_follows_the_seed():
+def test_an_mlp_learns_what_a_linear_head_cannot_and_dropout_depends_on_the_seed():
     torch.manual_seed(1)
     x = torch.rand(401, 2) * 2 - 1
     train = (x, (x[:, 0] * x[:, 1] > 0).long())
@@ -211,79 +211,51 @@ def test_an_mlp_learns_what_a_linear_head_cannot_and_dropout_follows_the_seed():
     def fit():
         with seeded(5, CPU):
             head = SingleHead(Mlp(2, [64, 32], 2, batch_norm=True, dropout=0.1))
-            return train_heads(head, plain(2), train, train, Plan((0.01,), 40, 100), seed=5)
+            return train_heads(head, Standardize(2), train, train, FitPlan((0.01,), 40, 100), seed=5)
 
     before = torch.get_rng_state()
     first, second = fit(), fit()
-    assert torch.equal(torch.get_rng_state(), before), "the caller's generator is left alone"
+    assert torch.equal(torch.get_rng_state(), before), "the caller's generator is unchanged"
     assert accuracy(first.head, train) > 0.95
     for got, want in zip(first.head.state_dict().values(), second.head.state_dict().values(), strict=True):
         assert torch.equal(got, want)
 
 
-def brute_force_votes(queries, bank, labels, classes, k, temperature):
-    votes = np.zeros((len(queries), classes))
-    for q, query in enumerate(queries.double().numpy()):
-        rows = bank.double().numpy()
-        similarity = rows @ query / (np.linalg.norm(rows, axis=1) * np.linalg.norm(query))
-        for i in sorted(range(len(rows)), key=lambda i: (-round(similarity[i], 9), i))[:k]:
-            votes[q, labels[i]] += math.exp(similarity[i] / temperature)
-    return votes / votes.sum(1, keepdims=True)
+def test_inputs_are_the_default_of_the_kind_unless_the_settings_say_otherwise():
+    default = load_config()
+    inputs = {kind: probe_input(default, kind) for kind in PROBES}
+    assert inputs == {
+        "linear": "features", "softmax": "pixels", "logistic": "pixels", "mlp": "features", "knn": "features",
+        "finetune": "images",
+    }  # fmt: skip
+    for kind in PROBES:
+        config = load_config("default", [f"probe.kind={kind}"])
+        assert needs_encoder(config) == (inputs[kind] != "pixels")
+        if kind == "finetune":
+            continue
+        for chosen in ("features", "pixels"):
+            config = load_config("default", [f"probe.kind={kind}", f"probe.{kind}.input={chosen}"])
+            assert probe_input(config, kind) == chosen
+            assert needs_encoder(config) == (chosen == "features")
+    assert needs_encoder(load_config("default", ["probe.kind=[softmax, knn]"]))
 
 
-@pytest.mark.parametrize(("m", "n", "k"), [(7, 3, 7), (101, 13, 5), (101, 1, 1), (50, 31, 20)])
-def test_neighbors_vote_as_the_definition_says(m, n, k):
-    bank, labels, queries = torch.randn(m, 9), torch.randint(4, (m,)), torch.randn(n, 9)
-    head = Neighbors(9, 4, rows=m, k=k, temperature=0.1).fill(bank, labels)
-    want = brute_force_votes(queries, bank, labels, 4, k, 0.1)
-    torch.testing.assert_close(head(queries).softmax(1).double(), torch.from_numpy(want), atol=1e-5, rtol=0)
-    right = (want.argmax(1) == labels[:n].numpy()).mean()
-    got = knn_accuracy(bank, labels, queries, labels[:n], classes=4, k=k, temperature=0.1)
-    assert got == pytest.approx(right)
+def test_every_probe_has_a_section_of_the_configuration_and_no_section_is_without_a_probe():
+    assert set(PROBES) == set(type(load_config().probe).model_fields) - {"kind"}
 
 
-@pytest.mark.parametrize("tile", [1, 2, 3, 5, 11, 100])
-@pytest.mark.parametrize("k", [1, 4, 7])
-def test_tiles_change_nothing_and_of_equal_neighbors_the_earlier_count(tile, k):
-    bank = torch.eye(3)[torch.tensor([0, 1, 0, 0, 2, 1, 0, 0, 1, 0, 2])]
-    queries = torch.tensor([[1.0, 0.5, 0.25], [0.0, 0.0, 1.0]])
-    similarities, rows = nearest(queries, bank, k, tile=tile)
-    dense = queries @ bank.T
-    for q in range(2):
-        want = sorted(range(len(bank)), key=lambda i: (-float(dense[q, i]), i))[:k]
-        assert rows[q].tolist() == want
-        assert torch.equal(similarities[q], dense[q, want])
-
-
-def test_votes_survive_a_small_temperature():
-    bank = torch.randn(40, 6)
-    labels = torch.arange(40) % 5
-    head = Neighbors(6, 5, rows=40, k=3, temperature=1e-3).fill(bank, labels)
-    out = head(bank)
-    assert out.isfinite().all()
-    assert torch.equal(out.argmax(1), labels)
-
-
-def test_standardized_pixels_equal_the_plain_formula_and_constant_columns_stay_finite():
-    images = torch.randint(256, (1500, 3, 4, 4), dtype=torch.uint8)
-    images[:, 1, 2, 3] = 7
-    normalization = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25]}
-    prepare = build_prepare("pixels", 48, normalization, standardize=True)
-    fit_standardization(prepare, images)
-    flat = EvalTransform(**normalization)(images).flatten(1).double()
-    std, mean = torch.std_mean(flat, dim=0, correction=0)
-    std[1 * 16 + 2 * 4 + 3] = 1
-    torch.testing.assert_close(prepare(images).double(), (flat - mean) / std, atol=1e-4, rtol=0)
-
-
-@pytest.mark.parametrize("n", [0, 1, 1023, 1025])
-def test_chunks_are_padded_not_lost(n):
-    x = torch.randn(n, 3)
-    sizes = []
-
-    def double(rows):
-        sizes.append(len(rows))
-        return 2 * rows
-
-    assert torch.equal(in_chunks(double, x), 2 * x)
-    assert set(sizes) == ({1024} if n else {0})
+@pytest.mark.parametrize("kind", PROBES)
+def test_a_probe_is_built_again_from_its_description(kind):
+    options = {
+        "mlp": {"hidden": [4], "batch_norm": True, "dropout": 0.1},
+        "knn": {"rows": 9, "k": 2, "temperature": 0.1},
+    }.get(kind, {})
+    classes = ["a", "b"] if kind == "logistic" else ["a", "b", "c"]
+    encoder = {"name": "conv", "in_channels": 1, "image_size": 8, "stem": "auto", "out_dim": 6, "input_size": None}
+    description = {
+        "kind": kind, "input": "images" if kind == "finetune" else "features", "classes": classes,
+        "normalization": {"mean": [0.5], "std": [0.5]}, "standardize": False, "in_dim": 6,
+        "encoder": encoder if kind == "finetune" else None, "head": {"name": "any", "options": options},
+    }  # fmt: skip
+    x = torch.randint(256, (5, 1, 8, 8), dtype=torch.uint8) if kind == "finetune" else torch.randn(5, 6)
+    assert build_probe(description).logits(x).shape == (5, len(classes))

@@ -1,4 +1,4 @@
-"""`export`: each format gives the model's outputs, timm loads the weights, and what is wrong is refused."""
+"""`export`: files of every format give the model's outputs, timm loads the weights, and mistakes are errors."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ FAST = [
 ]  # fmt: skip
 KINDS = ("linear", "softmax", "logistic", "mlp", "knn", "finetune")
 EVERY = ["encoder", "projection", *KINDS]
-SLOW = ["projection", "linear", "knn", "softmax"]  # seconds each: what the others do not show
+SLOW = ["projection", "linear", "knn", "softmax"]  # one of each structure: these formats take seconds each
 CASES = [(f, p) for f in ("safetensors", "torchscript") for p in EVERY]
 CASES += [(f, p) for f in ("torch-export", "onnx") for p in SLOW]
 
@@ -77,7 +77,7 @@ def images_of(n, *shape):
 
 @torch.no_grad()
 def reference(folder, part, images):
-    """What evaluation computes, by evaluation's own objects."""
+    """What evaluation computes, by its own modules."""
     if part not in KINDS:
         model, found = load_model(folder)
         features = model.eval().encoder(EvalTransform(**found.state["normalization"])(images))
@@ -87,7 +87,7 @@ def reference(folder, part, images):
 
 
 def read(format, path):
-    """(function of pixels in 0..1, metadata) by each format's own runtime."""
+    """(function of pixels in 0..1, metadata), by the runtime of the format."""
     if format == "onnx":
         session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
         (name,) = [entry.name for entry in session.get_inputs()]
@@ -126,7 +126,7 @@ def test_the_file_gives_the_outputs_of_the_model_for_batches_of_any_size(trained
     assert json.loads(metadata["classes"]) == (["3", "1"] if probe == "logistic" else list("0123456789"))
 
 
-def test_weights_alone_take_normalized_images_and_build_again_without_the_run(trained, tmp_path):
+def test_weights_are_for_normalized_images_and_load_without_the_run(trained, tmp_path):
     path = export_part(trained, "safetensors", out=tmp_path / "encoder.safetensors").path
     with safe_open(path, "pt") as file:
         metadata = file.metadata()
@@ -143,15 +143,16 @@ def test_weights_alone_take_normalized_images_and_build_again_without_the_run(tr
     [
         (["model.encoder=resnet18", "model.stem=standard"], True),
         (["model.encoder=resnet18", "model.stem=small"], False),
-        (["model.encoder=resnet18d", "model.stem=small"], False),  # only strides differ: timm would load it, wrongly
+        (
+            ["model.encoder=resnet18d", "model.stem=small"],
+            False,
+        ),  # only strides differ: timm would load it, wrongly
         (["model.encoder=resnet18", "model.stem=standard", "model.out_dim=5"], True),
         (["model.encoder=vit_tiny_patch16_224"], True),
         (["model.encoder=conv", "model.input_size=20"], False),
     ],
 )
-def test_timm_loads_the_weights_with_no_key_left_over_where_the_architecture_is_its_own(
-    tmp_path, overrides, loads_in_timm
-):
+def test_timm_loads_all_weights_if_the_architecture_is_its_own(tmp_path, overrides, loads_in_timm):
     folder = untrained(tmp_path / "run", *overrides)
     path = export_part(folder, "safetensors", out=tmp_path / "e.safetensors").path
     with safe_open(path, "pt") as file:
@@ -166,7 +167,7 @@ def test_timm_loads_the_weights_with_no_key_left_over_where_the_architecture_is_
             torch.testing.assert_close(model.eval()(transform(images)), wanted)
 
 
-def test_resizing_inside_the_encoder_goes_along_into_a_graph(tmp_path):
+def test_resizing_inside_the_encoder_is_part_of_a_graph(tmp_path):
     folder = untrained(tmp_path / "run", "model.encoder=conv", "model.input_size=20")
     path = export_part(folder, "torchscript", out=tmp_path / "e.pt").path
     images = images_of(3, 3, 32, 32)
@@ -186,7 +187,7 @@ def not_a_number(part, metadata):
 
 
 @pytest.mark.parametrize("broken", [perturbed, not_a_number, lambda part, metadata: b"not a model"])
-def test_a_file_that_gives_other_outputs_is_refused_and_an_earlier_one_stays(trained, tmp_path, monkeypatch, broken):
+def test_a_file_with_other_outputs_is_an_error_and_an_earlier_file_stays(trained, tmp_path, monkeypatch, broken):
     whole = FORMATS["safetensors"]
 
     def on_a_copy(part, metadata):
@@ -202,17 +203,17 @@ def test_a_file_that_gives_other_outputs_is_refused_and_an_earlier_one_stays(tra
     assert out.read_text() == "earlier"
 
 
-def test_what_a_format_cannot_trace_is_named(trained, tmp_path, monkeypatch):
+def test_a_model_that_a_format_cannot_trace_is_an_error(trained, tmp_path, monkeypatch):
     def branch(part, metadata):
         raise RuntimeError("data-dependent branch\nmore")
 
     monkeypatch.setitem(exporter.FORMATS, "torch-export", replace(FORMATS["torch-export"], to_bytes=branch))
-    with pytest.raises(ExportError, match="cannot hold this encoder: data-dependent branch; try another"):
+    with pytest.raises(ExportError, match="cannot represent this encoder: data-dependent branch; try another"):
         export_part(trained, "torch-export", out=tmp_path / "e.pt2")
     assert not list(tmp_path.iterdir())
 
 
-def test_a_probe_of_another_checkpoint_is_refused(trained, tmp_path):
+def test_a_probe_of_another_checkpoint_is_an_error(trained, tmp_path):
     folder = untrained(tmp_path / "run", "model.encoder=conv")
     with pytest.raises(RunFolderError, match="no fitted probe in it; run `hpc-supcon probe"):
         load_part(folder, "classifier")
@@ -224,7 +225,7 @@ def test_a_probe_of_another_checkpoint_is_refused(trained, tmp_path):
         load_part(folder, "classifier")
 
 
-def test_mistakes_are_named_before_work(trained, tmp_path, monkeypatch):
+def test_mistakes_are_found_before_any_work(trained, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with pytest.raises(ConfigError, match="--format: unknown format 'onx'; did you mean 'onnx'"):
         export_part(trained, "onx", out=out)
@@ -248,7 +249,7 @@ def test_mistakes_are_named_before_work(trained, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_run_without_checkpoint_or_projection_says_so(tmp_path):
+def test_a_run_without_checkpoint_or_projection_is_an_error(tmp_path):
     folder = untrained(tmp_path / "run", "model.encoder=conv", "loss.name=cross_entropy")
     with pytest.raises(RunFolderError, match="trained no projection"):
         load_part(folder, "projection")
@@ -259,14 +260,12 @@ def test_a_run_without_checkpoint_or_projection_says_so(tmp_path):
         load_part(folder, "encoder")
 
 
-def test_the_command_names_its_file_after_the_run_and_replaces_one_only_by_force(
-    trained, tmp_path, monkeypatch, capsys
-):
+def test_the_file_is_named_after_the_run_and_replaced_only_with_force(trained, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     command = ("export", trained, "--format", "safetensors")
     assert quiet(*command) == 0
     assert capsys.readouterr().out.startswith("digits-run-encoder.safetensors: ")
-    before = {k: t.clone() for k, t in load_file(tmp_path / "digits-run-encoder.safetensors").items()}  # it is mapped
+    before = {k: t.clone() for k, t in load_file(tmp_path / "digits-run-encoder.safetensors").items()}  # mapped
     (tmp_path / "digits-run-encoder.safetensors").write_bytes(b"older")
     assert quiet(*command) == 2
     assert "exists already; choose another name with -o, or replace it with --force" in capsys.readouterr().err
@@ -277,10 +276,10 @@ def test_the_command_names_its_file_after_the_run_and_replaces_one_only_by_force
     assert [p.name for p in tmp_path.iterdir()] == ["digits-run-encoder.safetensors"]
 
 
-def test_several_ranks_do_not_write_one_file(trained, monkeypatch, capsys):
+def test_several_ranks_are_an_error(trained, monkeypatch, capsys):
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
     for name, value in zip(names, ("1", "2", "1", "127.0.0.1", "29500"), strict=True):
         monkeypatch.setenv(name, value)
     for command in (["export", trained, "--format", "onnx"], ["embed", trained, ".", "-o", "x.npz"]):
         assert quiet(*command, "--debug") == 2
-        assert "the work of one process; it was started as 2 ranks" in capsys.readouterr().err
+        assert "runs in one process; it was started as 2 ranks" in capsys.readouterr().err

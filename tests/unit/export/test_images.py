@@ -1,4 +1,4 @@
-"""`embed` and `predict`: any images in sorted order, equal to what evaluation computes, damage named or left out."""
+"""`embed` and `predict`: images in sorted order, the results of evaluation, damaged images reported or left out."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hpc_supcon.data.sources.convert import convert
 from hpc_supcon.errors import CorruptSample, DataError
 from hpc_supcon.evaluation.encoder import load_model
 from hpc_supcon.evaluation.fitted_probe import load_probe
-from hpc_supcon.export import embed, load_part, open_pictures
+from hpc_supcon.export import embed, load_part, open_images
 from hpc_supcon.export.images import decode
 
 FAST = [
@@ -56,7 +56,7 @@ def test_digits():
 
 @pytest.fixture
 def folder(tmp_path, test_digits):
-    """ROOT/CLASS/NNN.png of 43 digits, as they are."""
+    """ROOT/CLASS/NNN.png of 43 digits."""
     root = tmp_path / "images"
     for i in range(len(test_digits)):
         path = root / test_digits.classes[test_digits.labels[i]] / f"{i:03d}.png"
@@ -66,7 +66,7 @@ def folder(tmp_path, test_digits):
 
 
 def number(path):
-    """Which of the digits a path of `folder` is."""
+    """Index of the digit that a path of `folder` shows."""
     return int(path.rsplit("/", 1)[1].removesuffix(".png"))
 
 
@@ -77,7 +77,7 @@ def features_of(run, images):
 
 
 @pytest.mark.parametrize("part", ["encoder", "projection"])
-def test_embeddings_of_a_folder_are_those_of_evaluation_in_the_order_of_sorted_paths(
+def test_embeddings_of_a_folder_equal_those_of_evaluation_in_the_order_of_sorted_paths(
     trained, folder, test_digits, tmp_path, capsys, part
 ):
     out = tmp_path / "out.npz"
@@ -102,32 +102,32 @@ def test_embeddings_of_a_folder_are_those_of_evaluation_in_the_order_of_sorted_p
     assert sorted(p.name for p in tmp_path.iterdir()) == ["images", "out.npz"]
 
 
-def test_images_that_are_in_no_class_have_no_labels_and_can_be_files_and_folders_together(trained, folder, tmp_path):
+def test_files_and_folders_can_be_mixed_and_images_of_no_class_have_no_labels(trained, folder, tmp_path):
     flat = tmp_path / "flat"
     shutil.copytree(folder / "3", flat)
     (flat / "notes.txt").write_text("not an image")
     (flat / ".hidden.png").write_text("nor this")
     one = tmp_path / "one.webp"
     Image.new("L", (8, 8), 99).save(one, lossless=True)
-    pictures = open_pictures([one, flat, *flat.glob("[0-9]*.png")], SHAPE, DIGITS)
-    assert list(pictures.paths) == sorted([*map(str, flat.glob("[0-9]*.png")), str(one)])
-    assert (pictures.labels, pictures.ignored) == (None, 1)
-    embed(load_part(trained, "encoder"), pictures, tmp_path / "out.npz")
+    opened = open_images([one, flat, *flat.glob("[0-9]*.png")], SHAPE, DIGITS)
+    assert list(opened.paths) == sorted([*map(str, flat.glob("[0-9]*.png")), str(one)])
+    assert (opened.labels, opened.ignored) == (None, 1)
+    embed(load_part(trained, "encoder"), opened, tmp_path / "out.npz")
     with np.load(tmp_path / "out.npz", allow_pickle=False) as arrays:
         assert set(arrays) == {"embeddings", "paths"}
-        assert len(arrays["embeddings"]) == len(pictures.paths)
-    assert open_pictures([folder / "3"], SHAPE, DIGITS).labels == (3,) * len(list(flat.glob("[0-9]*.png")))
+        assert len(arrays["embeddings"]) == len(opened.paths)
+    assert open_images([folder / "3"], SHAPE, DIGITS).labels == (3,) * len(list(flat.glob("[0-9]*.png")))
 
 
-def test_images_of_any_size_and_color_become_the_form_of_training(tmp_path):
+def test_images_are_converted_to_the_size_and_channels_of_training(tmp_path):
     rng = np.random.default_rng(0)
-    picture = Image.fromarray(rng.integers(0, 256, (20, 33, 3), dtype=np.uint8))
-    picture.save(tmp_path / "a.png")
-    picture.convert("RGBA").save(tmp_path / "b.png")
-    pictures = open_pictures([tmp_path], SHAPE, ())
-    (batch,) = decode(pictures.source, 5)
+    original = Image.fromarray(rng.integers(0, 256, (20, 33, 3), dtype=np.uint8))
+    original.save(tmp_path / "a.png")
+    original.convert("RGBA").save(tmp_path / "b.png")
+    opened = open_images([tmp_path], SHAPE, ())
+    (batch,) = decode(opened.source, 5)
     # the shorter side to 8 px, the central square of that, by Pillow itself
-    small = picture.convert("L").resize((13, 8), Image.Resampling.BILINEAR).crop((2, 0, 10, 8))
+    small = original.convert("L").resize((13, 8), Image.Resampling.BILINEAR).crop((2, 0, 10, 8))
     assert np.array_equal(batch.images[0, 0].numpy(), np.asarray(small))
     assert np.array_equal(batch.images[1, 0].numpy(), np.asarray(small))
 
@@ -135,39 +135,39 @@ def test_images_of_any_size_and_color_become_the_form_of_training(tmp_path):
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("batch_size", [1, 4, 43, 100])
 def test_every_image_is_decoded_once_and_in_order(folder, test_digits, batch_size, workers):
-    pictures = open_pictures([folder], SHAPE, DIGITS)
-    batches = list(decode(pictures.source, batch_size, workers=workers))
+    opened = open_images([folder], SHAPE, DIGITS)
+    batches = list(decode(opened.source, batch_size, workers=workers))
     assert [len(b.images) for b in batches] == [min(batch_size, 43 - s) for s in range(0, 43, batch_size)]
-    assert [row for b in batches for row in b.rows] == list(range(43))
-    wanted = test_digits.stack()[[number(path) for path in pictures.paths]]
+    assert [row for b in batches for row in b.indices] == list(range(43))
+    wanted = test_digits.stack()[[number(path) for path in opened.paths]]
     assert torch.equal(torch.cat([b.images for b in batches]), wanted)
 
 
-def test_no_more_is_decoded_than_is_soon_wanted():
+def test_only_a_few_batches_are_decoded_in_advance():
     class Counted(ArraySource):
-        asked = 0
+        reads = 0
 
         def read(self, i):
-            Counted.asked += 1
+            Counted.reads += 1
             return super().read(i)
 
     source = Counted(torch.zeros(1000, *SHAPE, dtype=torch.uint8), torch.zeros(1000, dtype=torch.int64), ("a",))
     stream = decode(source, 10)
     next(stream)
     stream.close()
-    assert 10 <= Counted.asked <= 40
+    assert 10 <= Counted.reads <= 40
 
 
-def test_links_and_loops_of_folders_are_walked_once(folder, tmp_path):
+def test_linked_folders_are_listed_once_and_loops_end(folder, tmp_path):
     (folder / "3" / "up").symlink_to(folder)
     other = tmp_path / "other"
     (other / "deep").mkdir(parents=True)
     Image.new("L", (8, 8)).save(other / "deep" / "x.JPG", format="jpeg")
     (folder / "link").symlink_to(other)
-    assert len(open_pictures([folder], SHAPE, DIGITS).paths) == 44
+    assert len(open_images([folder], SHAPE, DIGITS).paths) == 44
 
 
-def test_a_folder_that_cannot_be_listed_is_named_and_not_passed_over(folder, monkeypatch):
+def test_a_folder_that_cannot_be_listed_is_an_error(folder, monkeypatch):
     closed, listed = str(folder / "3"), os.scandir
 
     def scandir(path):
@@ -177,7 +177,7 @@ def test_a_folder_that_cannot_be_listed_is_named_and_not_passed_over(folder, mon
 
     monkeypatch.setattr(os, "scandir", scandir)
     with pytest.raises(DataError, match="/3 cannot be read: Permission denied"):
-        open_pictures([folder], SHAPE, DIGITS)
+        open_images([folder], SHAPE, DIGITS)
 
 
 def damage(folder):
@@ -188,7 +188,7 @@ def damage(folder):
     return [str(files[4]), str(files[7])]
 
 
-def test_a_corrupt_image_is_named_or_left_out_and_listed(trained, folder, tmp_path, capsys):
+def test_a_corrupt_image_is_an_error_or_left_out_and_reported(trained, folder, tmp_path, capsys):
     bad = damage(folder)
     out = tmp_path / "out.npz"
     code, _, err = command(capsys, "embed", trained, folder, "-o", out, "--batch-size", 3)
@@ -205,36 +205,36 @@ def test_a_corrupt_image_is_named_or_left_out_and_listed(trained, folder, tmp_pa
         assert len(arrays["embeddings"]) == len(arrays["labels"]) == 41
 
 
-def test_where_no_image_can_be_used_nothing_is_written(trained, tmp_path):
+def test_nothing_is_written_if_no_image_can_be_used(trained, tmp_path):
     for name in ("a.png", "b.jpg"):
         (tmp_path / name).write_bytes(b"")
-    pictures, part = open_pictures([tmp_path], SHAPE, DIGITS), load_part(trained, "encoder")
+    opened, part = open_images([tmp_path], SHAPE, DIGITS), load_part(trained, "encoder")
     with pytest.raises(DataError, match=r"none of 2 images can be used; the first: .*a\.png does not decode"):
-        embed(part, pictures, tmp_path / "out.npz", skip_corrupt=True, batch_size=1)
+        embed(part, opened, tmp_path / "out.npz", skip_corrupt=True, batch_size=1)
     with pytest.raises(CorruptSample, match=r"a\.png does not decode"):
-        embed(part, pictures, tmp_path / "out.npz")
+        embed(part, opened, tmp_path / "out.npz")
     assert not list(tmp_path.glob("*npz*"))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
-def test_a_beton_gives_the_images_and_labels_it_holds(trained, test_digits, tmp_path, channels):
+def test_a_beton_gives_its_images_and_labels(trained, test_digits, tmp_path, channels):
     stored = test_digits.stack().expand(-1, channels, -1, -1)
-    # another order of the classes: labels are the model's, not the file's
+    # classes in another order: the labels are indices into the model's classes, not the file's
     source = ArraySource(stored.contiguous(), 9 - test_digits.labels, DIGITS[::-1])
     convert(source, tmp_path / "d.beton", name="digits/test", raw_fraction=1.0)
-    pictures = open_pictures([tmp_path / "d.beton"], SHAPE, DIGITS)
-    assert pictures.paths[5] == f"{tmp_path / 'd.beton'}#5"
-    assert pictures.labels == tuple(test_digits.labels.tolist())
-    outputs = embed(load_part(trained, "encoder"), pictures, tmp_path / "out.npz", batch_size=16)
+    opened = open_images([tmp_path / "d.beton"], SHAPE, DIGITS)
+    assert opened.paths[5] == f"{tmp_path / 'd.beton'}#5"
+    assert opened.labels == tuple(test_digits.labels.tolist())
+    outputs = embed(load_part(trained, "encoder"), opened, tmp_path / "out.npz", batch_size=16)
     wanted = features_of(trained, test_digits.stack())
-    # gray to RGB and back moves a level here and there
+    # converting gray to RGB and back changes some pixels by one level
     torch.testing.assert_close(torch.from_numpy(outputs.values), wanted, rtol=0.02, atol=0.02)
     with pytest.raises(DataError, match="stands alone"):
-        open_pictures([tmp_path / "d.beton", tmp_path], SHAPE, DIGITS)
+        open_images([tmp_path / "d.beton", tmp_path], SHAPE, DIGITS)
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".json"])
-def test_predictions_are_those_of_the_probe(trained, folder, test_digits, tmp_path, capsys, suffix):
+def test_predictions_equal_those_of_the_probe(trained, folder, test_digits, tmp_path, capsys, suffix):
     out = tmp_path / f"out{suffix}"
     code, said, _ = command(capsys, "predict", trained, folder, "-o", out, "--batch-size", 16)
     assert (code, said.strip()) == (0, f"{out}: 43 images")
@@ -256,7 +256,7 @@ def test_predictions_are_those_of_the_probe(trained, folder, test_digits, tmp_pa
     assert [float(row["probability"]) for row in rows] == pytest.approx(wanted.max(dim=1).values.tolist(), abs=2e-5)
 
 
-def test_few_images_are_a_table_and_many_are_csv(trained, folder, capsys):
+def test_few_predictions_are_a_table_and_many_are_csv(trained, folder, capsys):
     few = sorted((folder / "3").glob("*.png"))[:2]
     code, said, _ = command(capsys, "predict", trained, *few)
     assert code == 0
@@ -270,7 +270,7 @@ def test_few_images_are_a_table_and_many_are_csv(trained, folder, capsys):
     assert len(rows) == 44
 
 
-def test_names_that_are_not_text_go_through(trained, tmp_path, capsys):
+def test_file_names_that_are_not_valid_text_are_kept(trained, tmp_path, capsys):
     root = tmp_path / "images"
     root.mkdir()
     path = root / b"caf\xe9, 1.png".decode("utf-8", "surrogateescape")
@@ -286,7 +286,7 @@ def test_names_that_are_not_text_go_through(trained, tmp_path, capsys):
         assert arrays["paths"].tolist() == [str(path)]
 
 
-def test_mistakes_leave_with_2_and_one_line(trained, folder, tmp_path, capsys):
+def test_mistakes_exit_with_2_and_one_line(trained, folder, tmp_path, capsys):
     used, empty = tmp_path / "used.npz", tmp_path / "empty"
     used.write_text("mine")
     empty.mkdir()

@@ -1,4 +1,4 @@
-"""Pruning without a run: masks against torch.nn.utils.prune, ties, weights held at zero, sparse files, sizes."""
+"""Pruning without a run: masks against torch.nn.utils.prune, ties, weights kept at zero, sparse files, sizes."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hpc_supcon.pruning import (
     PRUNERS,
     WeightMasks,
     build_masks,
-    emptied,
+    fully_pruned,
     load_sparse,
     masks_digest,
     measure,
@@ -48,7 +48,7 @@ def masks_of(model, rate, scope="global"):
 
 
 def torch_masks(model, rate, scope):
-    """The masks that torch.nn.utils.prune makes of a copy."""
+    """The masks that torch.nn.utils.prune gives for a copy of the model."""
     model = copy.deepcopy(model)
     modules = {name: m for name, m in model.named_modules() if isinstance(m, (nn.Conv2d, nn.Linear))}
     if scope == "global":
@@ -62,7 +62,7 @@ def torch_masks(model, rate, scope):
 
 @pytest.mark.parametrize("scope", ["global", "layer"])
 @pytest.mark.parametrize("rate", RATES)
-def test_masks_are_those_of_torch(scope, rate):
+def test_masks_equal_those_of_torch(scope, rate):
     for model in (net(), build_encoder("resnet9_small", image_size=16)):
         got, want = masks_of(model, rate, scope), torch_masks(model, rate, scope)
         assert got.keys() == want.keys()
@@ -73,7 +73,7 @@ def test_masks_are_those_of_torch(scope, rate):
 @pytest.mark.parametrize("scope", ["global", "layer"])
 @given(rate=st.floats(0, 0.99), sizes=st.lists(st.integers(2, 40), min_size=1, max_size=5), data=st.data())
 @settings(max_examples=60, deadline=None)
-def test_the_rate_is_met_to_the_weight_whatever_ties(scope, rate, sizes, data):
+def test_the_number_of_pruned_weights_is_exact_also_with_ties(scope, rate, sizes, data):
     scores = {str(i): torch.tensor(data.draw(st.lists(st.integers(0, 3), min_size=n, max_size=n))).float()
               for i, n in enumerate(sizes)}  # fmt: skip
     try:
@@ -88,7 +88,7 @@ def test_the_rate_is_met_to_the_weight_whatever_ties(scope, rate, sizes, data):
         kept = np.concatenate([masks[name].numpy() for name in names])
         n = round(rate * len(flat))
         assert (~kept).sum() == n
-        # the definition: a stable sort by score, the first n go
+        # by definition: the first n of a stable sort by score
         want = np.ones(len(flat), dtype=bool)
         want[np.argsort(flat, kind="stable")[:n]] = False
         assert (kept == want).all()
@@ -104,7 +104,7 @@ def test_only_weights_of_convolutions_and_linear_layers_are_pruned_each_once():
     assert list(prunable(nn.Linear(2, 2))) == ["weight"]
 
 
-def test_what_cannot_be_pruned_is_named():
+def test_what_cannot_be_pruned_is_an_error():
     scores = PRUNERS["l1"](prunable(net()))
     with pytest.raises(ConfigError, match="did you mean 'layer'"):
         build_masks(scores, 0.5, "layers")
@@ -120,15 +120,15 @@ def test_what_cannot_be_pruned_is_named():
         build_masks(scores, 0.5, "global")
 
 
-def test_emptied_layers_are_found():
+def test_fully_pruned_layers_are_found():
     model = net()
     model[2].weight.data.mul_(1e-6)
     masks = masks_of(model, 0.5)
-    assert emptied(masks) == ["2.weight"]
-    assert emptied(masks_of(model, 0.5, "layer")) == []
+    assert fully_pruned(masks) == ["2.weight"]
+    assert fully_pruned(masks_of(model, 0.5, "layer")) == []
 
 
-def test_the_digest_tells_masks_apart():
+def test_different_masks_have_different_digests():
     masks = masks_of(net(), 0.5)
     other = {name: mask.clone() for name, mask in masks.items()}
     assert masks_digest(masks) == masks_digest(other)
@@ -137,7 +137,7 @@ def test_the_digest_tells_masks_apart():
 
 
 @pytest.mark.parametrize("shape", [(1,), (7,), (8,), (3, 5, 2), (0,), (2, 0, 3)])
-def test_packed_masks_come_back(shape):
+def test_unpacking_a_packed_mask_gives_the_mask(shape):
     mask = torch.rand(shape) < 0.5
     packed = pack(mask)
     assert packed.dtype == torch.uint8
@@ -163,7 +163,7 @@ def pruned_state(overrides, rate=0.6):
     state, batches = build(0, 1, overrides)
     masks = masks_of(state.model.encoder, rate)
     state.masks = WeightMasks(state.model.encoder, masks)
-    if state.ema is not None:  # as when the weights are masked before the state is built
+    if state.ema is not None:  # as in a run, where weights are masked before the state is built
         state.ema.load_state_dict(state.model.state_dict())
     return state, batches, masks
 
@@ -185,7 +185,7 @@ def test_pruned_weights_stay_zero_through_100_steps_and_a_resume(tmp_path, overr
                 tmp_path, 50, state.tensors(), state.numbers(), world_size=1, config_digest="", trusted=set()
             )
             found = checkpoint.load_checkpoint(path)
-            state, _ = build(0, 1, overrides)  # knows nothing of masks
+            state, _ = build(0, 1, overrides)  # without masks
             state.load(found.tensors, found.state)
         train_step(state, batches[step % len(batches)])
     assert_pruned(state.model.state_dict(), masks)
@@ -203,7 +203,7 @@ def test_pruned_weights_stay_zero_through_100_steps_and_a_resume(tmp_path, overr
     assert_pruned(checkpoint.load_checkpoint(path).tensors["model"], masks)
 
 
-def test_steps_of_a_masked_model_are_those_of_torchs_reparametrisation():
+def test_steps_of_a_masked_model_equal_those_of_torchs_reparametrization():
     """torch.nn.utils.prune's weight_orig * weight_mask, trained beside it, has the same kept weights."""
     state, batches, masks = pruned_state(["optim.weight_decay=0.01"])
     other, _ = build(0, 1, ["optim.weight_decay=0.01"])
@@ -221,7 +221,7 @@ def test_steps_of_a_masked_model_are_those_of_torchs_reparametrisation():
         torch.testing.assert_close(mine, module.weight_orig * module.weight_mask, rtol=1e-5, atol=1e-7)
 
 
-def test_masks_of_another_model_are_refused():
+def test_masks_of_another_model_are_an_error():
     masks = masks_of(net(), 0.5)
     with pytest.raises(KeyError):
         WeightMasks(nn.Linear(2, 2), masks)
@@ -230,7 +230,7 @@ def test_masks_of_another_model_are_refused():
         WeightMasks(net(), masks)
 
 
-def states():
+def state_dict():
     rng = torch.Generator().manual_seed(1)
     dense = torch.randn(40, 60, generator=rng)
     half = torch.where(torch.rand(40, 60, generator=rng) < 0.5, dense, 0)
@@ -248,8 +248,8 @@ def states():
     }  # fmt: skip
 
 
-def test_a_sparse_file_gives_back_every_bit(tmp_path):
-    state = states()
+def test_a_sparse_file_returns_every_bit(tmp_path):
+    state = state_dict()
     save_sparse(state, tmp_path / "s.safetensors")
     loaded = load_sparse(tmp_path / "s.safetensors")
     assert list(loaded) == list(state)
@@ -262,14 +262,14 @@ def test_a_sparse_file_gives_back_every_bit(tmp_path):
             else torch.equal(loaded[name], tensor)
         ), name
     with safetensors.safe_open(tmp_path / "s.safetensors", "pt") as file:
-        forms = {name: form for name, (form, _) in json.loads(file.metadata()["tensors"]).items()}
+        encodings = {name: encoding for name, (encoding, _) in json.loads(file.metadata()["tensors"]).items()}
     wanted = {"dense": "dense", "half": "bitmap", "rare": "indices", "none": "indices", "count": "dense"}
-    assert {name: forms[name] for name in wanted} == wanted
+    assert {name: encodings[name] for name in wanted} == wanted
 
 
 @given(n=st.integers(0, 400), share=st.floats(0, 1), seed=st.integers(0, 99))
 @settings(max_examples=50, deadline=None)
-def test_any_density_comes_back_and_is_never_much_larger(tmp_path_factory, n, share, seed):
+def test_any_density_is_restored_and_the_file_is_never_much_larger(tmp_path_factory, n, share, seed):
     rng = torch.Generator().manual_seed(seed)
     tensor = torch.where(torch.rand(n, generator=rng) < share, torch.randn(n, generator=rng), 0)
     path = tmp_path_factory.getbasetemp() / "any.safetensors"
@@ -279,11 +279,11 @@ def test_any_density_comes_back_and_is_never_much_larger(tmp_path_factory, n, sh
     assert written <= 4 * n + 400
 
 
-def test_a_damaged_or_foreign_sparse_file_is_named(tmp_path):
+def test_a_damaged_or_foreign_sparse_file_is_an_error(tmp_path):
     path = tmp_path / "s.safetensors"
     with pytest.raises(CheckpointCorrupt, match=r"s\.safetensors"):
         load_sparse(path)
-    save_sparse(states(), path)
+    save_sparse(state_dict(), path)
     whole = path.read_bytes()
     header = 8 + int.from_bytes(whole[:8], "little")
     for at in (header, len(whole) // 2, len(whole) - 1):
