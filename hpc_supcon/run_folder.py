@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .config import Config, differences, load_config, to_yaml
+from .config import Config, Stage, differences, load_config, to_yaml
 from .errors import RunFolderError
 from .files import write_atomically
 
@@ -51,11 +51,16 @@ def check_still_there(folder: Path) -> None:
         )
 
 
-def read_config(folder: Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """The config a run was made with. Raises RunFolderError when the folder is not a run's."""
+def read_config(
+    folder: Path, overrides: list[str] | tuple[str, ...] = (), *, stages: tuple[Stage, ...] = ()
+) -> Config:
+    """The config a run was made with, with `overrides`, checked for `stages` as by `load_config`.
+
+    Raises RunFolderError when the folder is not a run's, ConfigError.
+    """
     if not (folder / CONFIG).is_file():
         raise RunFolderError(f"{folder}: no {CONFIG} in it, so this is not a run folder")
-    return load_config(folder / CONFIG, overrides)
+    return load_config(folder / CONFIG, overrides, stages=stages)
 
 
 def add_result(folder: Path, result: dict[str, Any]) -> None:

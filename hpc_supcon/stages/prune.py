@@ -9,11 +9,11 @@ from typing import Any
 from torch import Tensor
 
 from .. import checkpoint, run_folder
-from ..config import Config, digest, flatten_data
+from ..config import Config, check_config, digest, flatten_data
 from ..distributed.collectives import gather_objects, together
 from ..distributed.launch import Runtime
-from ..errors import ConfigError, RunFolderError, unknown_name
-from ..evaluation.checks import check_probe, needs_encoder
+from ..errors import RunFolderError
+from ..evaluation.checks import check_probe
 from ..evaluation.encoder import check_classes, load_model
 from ..evaluation.monitor import online_probe
 from ..evaluation.probes.base import input_of
@@ -31,19 +31,11 @@ Masks = dict[str, Tensor]
 
 
 def check_prune(folder: Path, config: Config, *, resume: bool) -> None:
-    """Raise ConfigError or RunFolderError for what can be known to be wrong before any data is read."""
-    settings = config.prune
-    if settings.method not in PRUNERS:
-        raise ConfigError("prune.method: " + unknown_name("pruning method", settings.method, PRUNERS))
-    if not needs_encoder(config):
-        raise ConfigError(
-            f"probe.kind={', '.join(config.probe.kinds)} reads pixels, which pruning does not change: choose "
-            "probes of features, such as probe.kind=linear"
-        )
-    plans = [pruned_config(folder, config, rate) for rate in settings.rates]
-    if len({plan.folder for plan in plans}) < len(plans):
-        raise ConfigError(f"prune.rate names a rate twice: {', '.join(f'{rate:g}' for rate in settings.rates)}")
-    for plan in plans:
+    """Raise ConfigError where the fine-tuning cannot be done, RunFolderError where a folder cannot be written."""
+    for rate in config.prune.rates:
+        plan = pruned_config(folder, config, rate)
+        if plan.prune.finetunes:
+            check_config(plan, stages=("pretrain",))
         _check_folder(plan, resume=resume)
 
 
@@ -62,8 +54,13 @@ def pruned_config(folder: Path, config: Config, rate: float) -> Config:
         # whoever reads this config.yaml sees what was done, not what the dense run did
         changes["model"] = config.model.model_copy(update={"weights": None})
         changes["train"] = config.train.model_copy(
-            # ddp: ZeRO keeps its own copies of the weights, in which the pruned ones would grow again
-            update={"epochs": tune.epochs or config.train.epochs, "iterations": tune.iterations, "engine": "ddp"}
+            update={
+                "epochs": tune.epochs or config.train.epochs,
+                "iterations": tune.iterations,
+                # not ZeRO, which keeps its own copies of the weights, in which the pruned ones would grow again
+                "engine": "ddp",
+                "deepspeed": config.train.deepspeed.model_copy(update={"config": None}),
+            }
         )
         changes["optim"] = config.optim.model_copy(
             update={

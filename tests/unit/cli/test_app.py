@@ -100,7 +100,7 @@ def test_config_prints_yaml_that_reads_back_and_the_schema(capsys):
         (["loss.name=reconstruction", "model.encoder=resnet18", "model.stem=small"], ["resnet18 has no decoder"]),
         (["loss.temperature=0.001"], ["temperature", "0.002"]),
         (["optim.name=adamw", "optim.nesterov=true"], ["optim", "nesterov", "sgd and lars"]),
-        (["optim.warmup_epochs=1", "optim.warmup_iterations=3"], ["warmup_epochs and warmup_iterations"]),
+        (["optim.warmup_epochs=1", "optim.warmup_iterations=3"], ["optim.warmup_epochs and optim.warmup_iterations"]),
     ],
 )
 def test_wrong_settings_end_with_code_2_one_line_and_no_folder(capsys, tmp_path, arguments, parts):
