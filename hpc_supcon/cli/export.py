@@ -1,4 +1,4 @@
-"""The commands `hpc-supcon export | embed | predict`: a trained model outside its run."""
+"""The commands `hpc-supcon export | embed | predict`: a run's trained model, used outside of the run."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from ..export import Pictures, Predictions
 
 SHOWN = 20
-"""Images whose predictions are a table on the terminal; of more, CSV is written."""
+"""Up to this many predictions are printed as a table, more of them as CSV."""
 
 DEVICES = ("auto", "cpu", "cuda")
 
@@ -34,7 +34,7 @@ Force = Annotated[bool, typer.Option("--force", help="Replace a file that exists
 SkipCorrupt = Annotated[
     bool, typer.Option("--skip-corrupt", help="Leave out images that cannot be used, and list them.")
 ]
-BatchSize = Annotated[int, typer.Option(min=1, help="Images worked on at once.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Images per forward pass.")]
 Device = Annotated[str, typer.Option(help="auto | cpu | cuda")]
 
 
@@ -49,7 +49,7 @@ def export(
     force: Force = False,
     debug: Debug = False,
 ) -> None:
-    """Write a run's model to one file that other programs load, and compare the file with the model."""
+    """Write a run's model to a file for other programs, and compare the file's outputs with the model's."""
     _check_alone("export")
     from ..export import export_part
 
@@ -71,7 +71,7 @@ def embed(
     force: Force = False,
     debug: Debug = False,
 ) -> None:
-    """Embed images by a run's encoder; `embeddings`, `paths` and, where they are known, `labels` go into a .npz."""
+    """Embed images with a run's encoder; `embeddings`, `paths` and, where they are known, `labels` go into a .npz."""
     _check_alone("embed")
     from ..export import embed as embed_pictures
     from ..export import load_part, open_pictures
@@ -86,7 +86,7 @@ def embed(
         loaded = load_part(run_dir, part)
         pictures = open_pictures(images, loaded.shape, loaded.classes)
         outputs = embed_pictures(loaded, pictures, out, force=force, **options)
-    _tell_left_out(outputs.problems, pictures)
+    _report_left_out(outputs.problems, pictures)
     labels = "" if pictures.labels is None else ", with labels"
     sys.stdout.write(f"{out}: {len(outputs.rows)} images, {outputs.values.shape[1]} numbers each{labels}\n")
 
@@ -102,7 +102,7 @@ def predict(
     force: Force = False,
     debug: Debug = False,
 ) -> None:
-    """Classify images by a run's fitted probe: the top class and the probabilities of all."""
+    """Classify images with a run's fitted probe: the most probable class, and the probabilities of all classes."""
     _check_alone("predict")
     from ..export import load_part, open_pictures
     from ..export import predict as predict_pictures
@@ -116,7 +116,7 @@ def predict(
         classifier = load_part(run_dir, "classifier", probe)
         pictures = open_pictures(images, classifier.shape, classifier.classes)
         predictions = predict_pictures(classifier, pictures, **options)
-    _tell_left_out(predictions.problems, pictures)
+    _report_left_out(predictions.problems, pictures)
     if out is not None:
         save(predictions, out, checkpoint=classifier.description["checkpoint"], force=force)
         sys.stdout.write(f"{out}: {len(predictions.paths)} images\n")
@@ -129,38 +129,40 @@ def predict(
 
 @contextmanager
 def _working(device: str, batch_size: int, skip_corrupt: bool) -> Iterator[dict[str, Any]]:
-    """What `inference.run` is told, for the length of a command."""
+    """Keyword arguments of `inference.run`, for the duration of a command."""
     from ..distributed import launch as rt
 
     if device not in DEVICES:
         raise ConfigError("--device: " + unknown_name("device", device, DEVICES))
-    with rt.start(device=device) as runtime, progress_bars() as tell:
+    with rt.start(device=device) as runtime, progress_bars() as update:
         yield {
             "device": runtime.device,
             "batch_size": batch_size,
             "skip_corrupt": skip_corrupt,
-            "progress": tell,
+            "progress": update,
         }
 
 
 def _check_alone(command: str) -> None:
-    """Raise LaunchError under torchrun or srun with several ranks, which would all write one file."""
+    """Raise LaunchError under torchrun or srun with several ranks, which would all write the same file."""
     from ..distributed.launch import resolve
 
     world_size = resolve().world_size
     if world_size > 1:
-        raise LaunchError(f"`hpc-supcon {command}` is the work of one process; it was started as {world_size} ranks")
+        raise LaunchError(f"`hpc-supcon {command}` runs as one process, but was started as {world_size} ranks")
 
 
-def _tell_left_out(problems: Sequence[str], pictures: Pictures) -> None:
+def _report_left_out(problems: Sequence[str], pictures: Pictures) -> None:
     for problem in problems:
         sys.stderr.write(f"left out: {problem}\n")
     if pictures.ignored:
-        sys.stderr.write(f"{pictures.ignored} files in these folders are not called like images\n")
+        sys.stderr.write(
+            f"{pictures.ignored} files in these folders are ignored: their names are not those of images\n"
+        )
 
 
 def _print(predictions: Predictions) -> None:
-    """A row for each image: the three most probable classes."""
+    """A row for each image, with its three most probable classes."""
     console = Console(width=None if sys.stdout.isatty() else 160)
     table = Table("image", "class", "probability", "then")
     for path, shares in zip(predictions.paths, predictions.probabilities, strict=True):

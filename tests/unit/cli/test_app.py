@@ -150,7 +150,7 @@ def test_every_loss_trains_by_name_and_goes_down(capsys, tmp_path, settings):
     assert code == 0, err
 
 
-def test_collapsed_embeddings_are_told_once(capsys, tmp_path):
+def test_collapsed_embeddings_are_reported_once(capsys, tmp_path):
     settings = [*FAST, "train.epochs=12", "log.every_steps=1", "optim.momentum=0.9", "loss.name=tcl", "loss.k1=5e4"]
     code, _, err = run(capsys, "pretrain", "default", *settings, "optim.lr=3", f"run_dir={tmp_path}/steep")
     assert code == 0, err

@@ -137,7 +137,7 @@ def test_fine_tuning_goes_on_with_the_runs_own_objective_and_keeps_the_zeros(cap
     assert len(results_of(dense)) == 1
 
 
-def test_whoever_goes_on_training_a_pruned_folder_keeps_it_pruned(capsys, dense):
+def test_resuming_the_fine_tuning_of_a_pruned_folder_keeps_it_pruned(capsys, dense):
     run(capsys, "prune", dense, "prune.rate=0.5", "prune.finetune.iterations=3", "checkpoint.every_steps=1")
     folder = dense / "pruned/l1-global-0.5"
     shutil.rmtree(folder / "checkpoints/step-3")
@@ -175,7 +175,7 @@ def test_a_run_of_deepspeed_is_fine_tuned_without_it():
     assert (plan.train.engine, plan.train.deepspeed.config) == ("ddp", None)
 
 
-def test_a_layer_of_which_nothing_is_left_is_told_and_the_stage_goes_on(capsys, dense):
+def test_a_layer_of_which_nothing_is_left_is_reported_and_pruning_continues(capsys, dense):
     model, _ = load_model(dense)
     smallest = min(prunable(model.encoder).items(), key=lambda item: item[1].numel())
     n = smallest[1].numel()

@@ -283,4 +283,4 @@ def test_several_ranks_do_not_write_one_file(trained, monkeypatch, capsys):
         monkeypatch.setenv(name, value)
     for command in (["export", trained, "--format", "onnx"], ["embed", trained, ".", "-o", "x.npz"]):
         assert quiet(*command, "--debug") == 2
-        assert "the work of one process; it was started as 2 ranks" in capsys.readouterr().err
+        assert "runs as one process, but was started as 2 ranks" in capsys.readouterr().err
