@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from .config import Config, differences, load_config, to_yaml
+from .config import Config, Stage, differences, load_config, to_yaml
 from .errors import RunFolderError
 from .files import write_atomically
 
@@ -52,11 +52,16 @@ def check_still_there(folder: Path) -> None:
         )
 
 
-def read_config(folder: Path, overrides: list[str] | tuple[str, ...] = ()) -> Config:
-    """The configuration of a run, with overrides. Raises RunFolderError if the folder is not a run folder."""
+def read_config(
+    folder: Path, overrides: list[str] | tuple[str, ...] = (), *, stages: tuple[Stage, ...] = ()
+) -> Config:
+    """The configuration of a run, with overrides, checked for `stages` as by `load_config`.
+
+    Raises RunFolderError if the folder is not a run folder, ConfigError.
+    """
     if not (folder / CONFIG).is_file():
         raise RunFolderError(f"{folder}: no {CONFIG} in it, so this is not a run folder")
-    return load_config(folder / CONFIG, overrides)
+    return load_config(folder / CONFIG, overrides, stages=stages)
 
 
 def add_result(folder: Path, result: dict[str, Any]) -> None:

@@ -63,12 +63,11 @@ def settings(encoder: str, precision: str, compiled: bool, batch_size: int, over
         f"train.precision={precision}",
         f"data.batch_size={batch_size}",
     ]
-    return load_config("default", [*rows, "train.compile=true"] if compiled else rows)
+    return load_config("default", [*rows, "train.compile=true"] if compiled else rows, stages=("pretrain",))
 
 
 def check(config: Config, kind: str) -> None:
     """Raise ConfigError or DataError where no step could be taken."""
-    assemble.check_objective(config)
     data = assemble.load_data(config, Runtime(Launch(), torch.device(kind)))
     build_model(assemble.describe_model(config, data.splits))
 
@@ -80,7 +79,6 @@ class Session:
         runtime = Runtime(Launch(), device)
         if device.type == "cpu" and config.runtime.reuse_memory:
             keep_freed_memory()
-        assemble.check_objective(config)
         self.data = assemble.load_data(config, runtime)
         splits = self.data.splits
         order = assemble.build_training_order(config, splits)

@@ -1,4 +1,4 @@
-"""The command line: `hpc-supcon run | pretrain | probe | config`, and those of cli_*.py."""
+"""The root of the command line, and the commands `run | pretrain | probe | config | convert | verify`."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from rich.console import Console
 from rich.table import Table
 
 from .. import __version__
-from ..config import Config, load_config, schema_rows, to_yaml
+from ..config import Config, Stage, load_config, schema_rows, to_yaml
 from ..errors import CorruptSample, HpcSupconError, Preempted, RankLost
+from ..run_folder import read_config
 from .bench import bench
 from .checkpoints import checkpoints
 from .common import Debug, progress_bars, started
@@ -27,13 +28,15 @@ if TYPE_CHECKING:
     from ..training.assemble import Data
 
 QUICKSTART = "quickstart"
+RUN: tuple[Stage, ...] = ("pretrain", "probe")
+"""The stages of `hpc-supcon run`."""
 
 app = typer.Typer(
     name="hpc-supcon",
     help="Supervised contrastive learning of images, from one CPU to a Slurm cluster.",
     epilog="Several ranks: torchrun --nproc_per_node N -m hpc_supcon run CONFIG, or srun hpc-supcon run CONFIG. "
-    "Exit codes: 0 done; 2 wrong input; 3 NaN or Inf; 4 the loader died; 5 another rank was lost or hangs; 75 asked "
-    "to leave (SIGTERM, SIGUSR2) and saved: start again with --resume.",
+    "Exit codes: 0 done; 2 wrong input; 3 NaN or Inf; 4 the loader died; 5 another rank was lost or hangs; 6 out of "
+    "memory; 75 stopped by a signal (SIGTERM, SIGUSR2) and saved: start again with --resume.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -52,21 +55,21 @@ ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A recipe'
 Overrides = Annotated[
     list[str] | None, typer.Argument(metavar="key=value", help="Settings to change, such as optim.lr=0.1.")
 ]
-Resume = Annotated[bool, typer.Option("--resume", help="Go on from the run folder's newest checkpoint.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Resume from the run folder's newest checkpoint.")]
 
 
 @app.command()
 def run(
     config: ConfigArgument = QUICKSTART, overrides: Overrides = None, resume: Resume = False, debug: Debug = False
 ) -> None:
-    """Pre-train an encoder, then evaluate it (pretrain + probe). Probes of pixels need no encoder, and get none."""
-    from ..evaluation.probes import check_probes, needs_encoder
-    from ..stages.probe import probe, start_without_encoder
+    """Pre-train an encoder, then evaluate it (pretrain + probe). Where all probes read pixels, none is trained."""
+    settings = _settings(config, overrides, RUN)
+    with started(settings, RUN, resume=resume) as (runtime, data):
+        from ..evaluation.probes import check_probes
+        from ..stages.probe import probe, start_without_encoder
 
-    settings = _settings(config, overrides)
-    with started(settings, resume) as (runtime, data):
         check_probes(settings, data.splits)
-        if needs_encoder(settings):
+        if settings.probe.needs_encoder:
             folder = _pretrained(settings, runtime, data, resume)
         else:
             folder = start_without_encoder(settings, runtime)
@@ -79,14 +82,14 @@ def run(
 def pretrain_command(
     config: ConfigArgument = QUICKSTART, overrides: Overrides = None, resume: Resume = False, debug: Debug = False
 ) -> None:
-    """Pre-train an encoder with a contrastive loss into a run folder."""
-    settings = _settings(config, overrides)
-    with started(settings, resume) as (runtime, data):
+    """Pre-train an encoder into a run folder."""
+    settings = _settings(config, overrides, ("pretrain",))
+    with started(settings, ("pretrain",), resume=resume) as (runtime, data):
         _pretrained(settings, runtime, data, resume)
 
 
 def _pretrained(settings: Config, runtime: Runtime, data: Data, resume: bool) -> Path:
-    """The run folder after pre-training, with its curves (and an autoencoder's pictures) drawn. Collective."""
+    """Pre-train, draw the curves (and an autoencoder's images); returns the run folder. Collective."""
     from ..distributed.collectives import together
     from ..evaluation.monitor import online_probe
     from ..evaluation.plots import draw_training_curves
@@ -109,15 +112,14 @@ def probe_command(
     debug: Debug = False,
 ) -> None:
     """Evaluate a run folder's encoder, or the pixels, by the probes of probe.kind; writes results.json there."""
-    from ..evaluation.encoder import check_has_encoder
-    from ..evaluation.probes import needs_encoder
-    from ..run_folder import read_config
-    from ..stages.probe import probe
+    settings = read_config(run_dir, overrides or [], stages=("probe",))
+    if settings.probe.needs_encoder:
+        from ..evaluation.encoder import check_has_encoder
 
-    settings = read_config(run_dir, overrides or [])
-    if needs_encoder(settings):
         check_has_encoder(run_dir)  # before minutes of decoding
-    with started(settings, resume=True) as (runtime, data):
+    with started(settings, ("probe",), resume=True) as (runtime, data):
+        from ..stages.probe import probe
+
         results = probe(run_dir, settings, runtime, data)
         if runtime.is_main:
             _print_results(run_dir, results)
@@ -132,9 +134,9 @@ def config_command(
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Print the resolved configuration as YAML, or explain every setting."""
+    """Check a configuration and print it resolved, as YAML; or explain every setting."""
     if not schema:
-        sys.stdout.write(to_yaml(_settings(config, overrides)))
+        sys.stdout.write(to_yaml(_settings(config, overrides, RUN)))
         return
     table = Table("setting", "type", "default", "unit", "meaning", box=None, pad_edge=False, header_style="bold")
     for row in schema_rows():
@@ -146,7 +148,7 @@ def config_command(
 def convert_command(
     data: Annotated[str, typer.Argument(metavar="DATA", help="An image folder, or a source such as cifar10.")],
     out: Annotated[Path, typer.Argument(metavar="OUT.beton", help="Writes OUT.train.beton, OUT.test.beton ...")],
-    root: Annotated[Path | None, typer.Option(help="Where a source other than a folder lies.")] = None,
+    root: Annotated[Path | None, typer.Option(help="Folder of a source other than an image folder.")] = None,
     download: Annotated[bool, typer.Option("--download", help="Fetch the source if it is not there.")] = False,
     max_size: Annotated[int | None, typer.Option(help="Longest side in px; larger images are shrunk.")] = None,
     jpeg_quality: Annotated[int | None, typer.Option(help="1..95; by default JPEG files are copied.")] = None,
@@ -160,10 +162,9 @@ def convert_command(
     name = "image_folder" if is_folder else data
     # a .beton takes mixed sizes: image_size=1 keeps them from being checked, and nothing is resized to it
     splits = open_source(name, data if is_folder else root, download=download, image_size=1 if is_folder else None)
-    with progress_bars() as tell:
-        manifests = convert_splits(
-            name, splits, out, progress=tell, max_size=max_size, jpeg_quality=jpeg_quality, raw_fraction=raw_fraction
-        )
+    options = {"max_size": max_size, "jpeg_quality": jpeg_quality, "raw_fraction": raw_fraction}
+    with progress_bars() as update:
+        manifests = convert_splits(name, splits, out, progress=update, **options)
     for split, manifest in manifests.items():
         sys.stdout.write(f"{split}: {manifest['samples']} images, {manifest['bytes']:,} bytes\n")
     sys.stdout.write(f"use: data.source={name} data.beton={out}\n")
@@ -174,11 +175,11 @@ def verify_command(
     path: Annotated[Path, typer.Argument(metavar="PATH", help="An image folder or a .beton file.")],
     debug: Debug = False,
 ) -> None:
-    """Decode every image: sizes, channels, classes, and each image that training would refuse."""
+    """Decode every image; list sizes, classes, and each image that training would refuse."""
     from ..data.sources.verify import verify
 
-    with progress_bars() as tell:
-        reports = verify(path, progress=lambda done, total: tell(path.name, done, total))
+    with progress_bars() as update:
+        reports = verify(path, progress=lambda done, total: update(path.name, done, total))
     broken = 0
     for name, report in reports.items():
         sizes = ", ".join(f"{w}x{h}: {n}" for (w, h), n in sorted(report.sizes.items(), key=lambda x: -x[1])[:5])
@@ -191,11 +192,11 @@ def verify_command(
         raise CorruptSample(f"{path}: {broken} images cannot be used")
 
 
-def _settings(config: str, overrides: list[str] | None) -> Config:
-    """`hpc-supcon run data.views=3` means the quickstart recipe with an override."""
+def _settings(config: str, overrides: list[str] | None, stages: tuple[Stage, ...]) -> Config:
+    """The configuration, checked for `stages`. `hpc-supcon run data.views=3` is the quickstart with an override."""
     if "=" in config:
-        return load_config(QUICKSTART, [config, *(overrides or [])])
-    return load_config(config, overrides or [])
+        return load_config(QUICKSTART, [config, *(overrides or [])], stages=stages)
+    return load_config(config, overrides or [], stages=stages)
 
 
 def _print_results(folder: Path, results: list[dict[str, Any]]) -> None:
@@ -215,7 +216,7 @@ def _print_results(folder: Path, results: list[dict[str, Any]]) -> None:
 
 
 def _title(results: list[dict[str, Any]]) -> str:
-    """What was probed: the encoder, or the pixels where no probe reads one."""
+    """The encoder that was probed, or the data where all probes read pixels."""
     for result in results:
         if result["encoder"] is not None:
             return f"{result['encoder']}, {result['loss']} ({result['checkpoint']})"
@@ -230,14 +231,14 @@ def main(arguments: list[str] | None = None) -> None:
     except HpcSupconError as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        elif _speaks() or isinstance(error, RankLost):
+        elif _is_first_on_node() or isinstance(error, RankLost):
             kind = "" if isinstance(error, Preempted) else "error: "
             sys.stderr.write(f"hpc-supcon: {kind}{error}\n")
         sys.exit(error.exit_code)
 
 
-def _speaks() -> bool:
-    """One line per node, not one per rank: input errors are equal on all ranks of a node."""
+def _is_first_on_node() -> bool:
+    """Wrong input gives the same error on all ranks of a node: one line per node, not one per rank."""
     return os.environ.get("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0")) in ("", "0")
 
 

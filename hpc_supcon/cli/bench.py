@@ -72,7 +72,8 @@ def bench_step(
     ] = None,
     encoder: Annotated[list[str] | None, typer.Option(help="Encoder; repeat for several.")] = None,
     batch_size: Annotated[
-        list[int] | None, typer.Option(help="Images per step; repeat for several. By default 32, 64, ... to the end.")
+        list[int] | None,
+        typer.Option(help="Images per step; repeat for several. By default 32, 64, ... until memory ends."),
     ] = None,
     precision: Annotated[list[str] | None, typer.Option(help="fp32 | bf16 | auto; repeat for several.")] = None,
     compile_: Annotated[
@@ -80,7 +81,9 @@ def bench_step(
     ] = None,
     device: Annotated[str, typer.Option(help="auto | cpu | cuda")] = "auto",
     seconds: Annotated[float, typer.Option(help="Measured for each row, in three rounds.")] = 3.0,
-    longest: Annotated[float, typer.Option(help="Seconds: a longer step is the last of its row.")] = 5.0,
+    longest: Annotated[
+        float, typer.Option(help="Seconds: no larger batch is tried after a step that takes longer.")
+    ] = 5.0,
     memory: Annotated[float, typer.Option(help="GiB that a step may take; 0: all that is free.")] = 0,
     threads: Annotated[int, typer.Option(help="CPU threads; 0: PyTorch's own choice.")] = 0,
     plain: Annotated[bool, typer.Option(help="Compare with a plain PyTorch loop.")] = True,
@@ -88,7 +91,7 @@ def bench_step(
     out: Annotated[Path, typer.Option(help="Folder for the JSON and PNG files.")] = Path("benchmarks/results"),
     debug: Debug = False,
 ) -> None:
-    """Views/s, peak memory and where the time goes, over batch sizes: which one to take on this machine."""
+    """Views/s, peak memory and where the time goes, over batch sizes; recommends one for this machine."""
     import torch
 
     from ..bench.step import Limits, measure

@@ -1,4 +1,4 @@
-"""The command `hpc-supcon checkpoints`: what a run folder has saved, and whether it is still what was written."""
+"""The command `hpc-supcon checkpoints`: the checkpoints of a run folder, verified."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from .common import Debug
 def checkpoints(
     run_dir: Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run folder.")],
     verify: Annotated[
-        bool, typer.Option("--verify/--no-verify", help="Read every byte; without, manifests and sizes alone.")
+        bool, typer.Option("--verify/--no-verify", help="Read every byte; otherwise only manifests and sizes.")
     ] = True,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON list instead of the table.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print a JSON list instead of the table.")] = False,
     debug: Debug = False,
 ) -> None:
     """List a run's checkpoints, and verify them.
 
-    Leaves with 0 when all are sound (or none is there yet), with 1 when some are damaged, with 2 when all are.
+    Exit code: 0 when all are undamaged (or there is none yet), 1 when some are damaged, 2 when all are.
     """
     rows = describe(run_dir, verify=verify)
     if as_json:
@@ -42,8 +42,8 @@ def checkpoints(
 
 
 def describe(run_dir: Path, *, verify: bool = True) -> list[dict[str, Any]]:
-    """One entry for each checkpoint, oldest first: step, path, written (ISO 8601, local), bytes (on disk),
-    world_size (null where unknown), verified (null where not asked), problem (null: none).
+    """One entry for each checkpoint, oldest first: step, path, written (ISO 8601, local time), bytes (on disk),
+    world_size (null: unknown), verified (null: not checked), problem (null: none).
 
     A checkpoint that a running job deletes meanwhile is left out. Raises RunFolderError.
     """
@@ -90,10 +90,10 @@ def _print(run_dir: Path, rows: list[dict[str, Any]], *, verified: bool) -> None
     table = Table(title=Text(str(run_dir)))
     for heading in ("step", "written", "bytes", "ranks", "state"):
         table.add_column(heading, justify="right" if heading in ("step", "bytes", "ranks") else "left")
-    sound = "verified" if verified else "sizes right"
+    undamaged = "verified" if verified else "sizes match"
     for row in rows:
         ranks = "?" if row["world_size"] is None else str(row["world_size"])
-        state = "damaged" if row["problem"] else sound
+        state = "damaged" if row["problem"] else undamaged
         table.add_row(str(row["step"]), row["written"].replace("T", " "), f"{row['bytes']:,}", ranks, state)
     console.print(table)
     for row in rows:

@@ -1,4 +1,4 @@
-"""What several commands share: options, how a computing command starts, progress bars."""
+"""What several commands share: options, the start of a command that computes, progress bars."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.console import Console
 
-from ..config import Config
+from ..config import Config, Stage, check_ranks
 
 if TYPE_CHECKING:
     from ..distributed.launch import Runtime
@@ -19,10 +19,12 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback with ever
 
 
 @contextmanager
-def started(settings: Config, resume: bool) -> Iterator[tuple[Runtime, Data]]:
-    """The process group and the data, for the length of a command."""
-    from .. import run_folder
+def started(settings: Config, stages: tuple[Stage, ...], *, resume: bool) -> Iterator[tuple[Runtime, Data]]:
+    """The process group and the data, for as long as a command runs these stages."""
     from ..distributed import launch as rt
+
+    check_ranks(settings, rt.resolve().world_size, stages=stages)  # before more is imported, which takes seconds
+    from .. import run_folder
     from ..distributed.collectives import together
     from ..distributed.watchdog import connected, watching
     from ..training import assemble
@@ -46,16 +48,16 @@ def started(settings: Config, resume: bool) -> Iterator[tuple[Runtime, Data]]:
 
 @contextmanager
 def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
-    """A bar for each named job on a terminal, nothing elsewhere."""
+    """`update(name, done, total)`: a progress bar for each name; nothing is shown where stderr is no terminal."""
     from rich.progress import Progress
 
     bars: dict[str, Any] = {}
     console = Console(stderr=True)
     with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
 
-        def tell(name: str, done: int, total: int) -> None:
+        def update(name: str, done: int, total: int) -> None:
             if name not in bars:
                 bars[name] = progress.add_task(name, total=total)
             progress.update(bars[name], completed=done, total=total)
 
-        yield tell
+        yield update

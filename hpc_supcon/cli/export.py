@@ -1,4 +1,4 @@
-"""The commands `hpc-supcon export | embed | predict`: a trained model outside its run."""
+"""The commands `hpc-supcon export | embed | predict`: a run's trained model, used outside of the run."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def _report_left_out(problems: Sequence[str], images: ImageSet) -> None:
 
 
 def _print(predictions: Predictions) -> None:
-    """A row for each image: the three most probable classes."""
+    """A row for each image, with its three most probable classes."""
     console = Console(width=None if sys.stdout.isatty() else 160)
     table = Table("image", "class", "probability", "then")
     for path, shares in zip(predictions.paths, predictions.probabilities, strict=True):

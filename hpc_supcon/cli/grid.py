@@ -19,7 +19,9 @@ if TYPE_CHECKING:
     from ..grid.expand import Plan
     from ..grid.files import Profile
 
-grid = typer.Typer(help="Many runs from one YAML: submit them, watch them, tabulate them.", no_args_is_help=True)
+grid = typer.Typer(
+    help="Many runs from one YAML: submit them, watch them, tabulate their results.", no_args_is_help=True
+)
 
 CLUSTERS = ("slurm", "local", "debug")
 ROWS = 40
@@ -66,7 +68,7 @@ def submit_command(
     folder: Annotated[Path | None, typer.Option("--dir", help="The grid's folder; by default grids/NAME.")] = None,
     debug: Debug = False,
 ) -> None:
-    """Submit what is missing or failed; what is done or in the queue is left alone."""
+    """Submit the runs that are missing or failed, not those that are done or in the queue."""
     from ..grid.folder import freeze, lock
     from ..grid.node_state import UNFINISHED
     from ..grid.submit import check_profile, require_cluster, submit
@@ -78,9 +80,9 @@ def submit_command(
     root = folder or Path("grids") / plan.name
     with lock(root):
         frozen = freeze(root, plan, grid_file.read_text(encoding="utf-8"), kind, settings)
-        count = submit(frozen, UNFINISHED, _tell)
+        count = submit(frozen, UNFINISHED, _report)
     done = "submitted" if kind == "slurm" else "run"
-    _tell(f"{count} of {len(plan.nodes)} nodes {done}; hpc-supcon grid status {root}")
+    _report(f"{count} of {len(plan.nodes)} nodes {done}; hpc-supcon grid status {root}")
     if kind != "slurm":
         _summary(root)
 
@@ -89,12 +91,12 @@ def submit_command(
 def status_command(
     grid_dir: GridDir,
     watch: Annotated[
-        bool, typer.Option("--watch", help="Show it anew every few seconds until all is settled.")
+        bool, typer.Option("--watch", help="Refresh every few seconds until no run waits or runs.")
     ] = False,
     every: All = False,
     debug: Debug = False,
 ) -> None:
-    """Where every node stands, from the scheduler and the run folders."""
+    """Show the state of every run, from the scheduler and the run folders."""
     from ..grid.folder import load
     from ..grid.node_state import WAITING, node_states
     from ..grid.status import render
@@ -129,19 +131,19 @@ def cancel_command(
             cancelled = cancel(frozen, names)
     else:
         cancelled = cancel(frozen, names)
-    _tell(f"{len(cancelled)} nodes cancelled")
+    _report(f"{len(cancelled)} nodes cancelled")
 
 
 @grid.command("retry")
 def retry_command(
     grid_dir: GridDir,
     failed: Annotated[
-        bool, typer.Option("--failed", help="Those that failed, and those that waited for them.")
+        bool, typer.Option("--failed", help="Runs that failed, and those that waited for them.")
     ] = False,
-    cancelled: Annotated[bool, typer.Option("--cancelled", help="Those that were cancelled.")] = False,
+    cancelled: Annotated[bool, typer.Option("--cancelled", help="Runs that were cancelled.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Submit failed (or cancelled) nodes again, as they were frozen, with the same profile."""
+    """Submit failed (or cancelled) runs again, with the same settings and profile."""
     from ..grid.folder import load, lock
     from ..grid.node_state import FAILED
     from ..grid.submit import require_cluster, submit
@@ -152,8 +154,8 @@ def retry_command(
     with lock(grid_dir):
         frozen = load(grid_dir)
         require_cluster(frozen.cluster)
-        count = submit(frozen, again, _tell)
-    _tell(f"{count} nodes {'submitted' if frozen.cluster == 'slurm' else 'run'} again")
+        count = submit(frozen, again, _report)
+    _report(f"{count} nodes {'submitted' if frozen.cluster == 'slurm' else 'run'} again")
     if frozen.cluster != "slurm":
         _summary(grid_dir)
 
@@ -165,7 +167,7 @@ def logs_command(
     lines: Annotated[int, typer.Option(help="Last lines shown of each log; 0: all.")] = 50,
     debug: Debug = False,
 ) -> None:
-    """What a cell's jobs said."""
+    """Show the logs of a cell's jobs."""
     from ..grid.folder import load
     from ..grid.status import find_nodes, logs_of
 
@@ -194,10 +196,10 @@ def _summary(root: Path) -> None:
     from ..grid.node_state import node_states
 
     counts = Counter(state.state for state in node_states(load(root)).values())
-    _tell(", ".join(f"{number} {state}" for state, number in counts.items()))
+    _report(", ".join(f"{number} {state}" for state, number in counts.items()))
 
 
-def _tell(line: str) -> None:
+def _report(line: str) -> None:
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
 

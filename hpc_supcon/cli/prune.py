@@ -1,4 +1,4 @@
-"""The command `hpc-supcon prune`: pruned copies of a run's encoder, fine-tuned, probed and measured."""
+"""The command `hpc-supcon prune`: pruned copies of a run's encoder, fine-tuned, probed, their size measured."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from ..run_folder import read_config
 from .common import Debug, started
 
 
@@ -18,19 +19,18 @@ def prune(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="key=value", help="Settings, such as prune.rate=[0.2,0.5].")
     ] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Continue unfinished prunings.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Resume prunings that were started before.")] = False,
     debug: Debug = False,
 ) -> None:
-    """Prune a run's encoder, each rate from the dense one, into RUN_DIR/pruned/; fine-tune, probe and measure."""
+    """Prune a run's encoder to each rate of prune.rate, into RUN_DIR/pruned/; fine-tune, probe, measure its size."""
+    settings = read_config(run_dir, overrides or [], stages=("prune",))
     from ..evaluation.encoder import check_has_encoder
-    from ..run_folder import read_config
     from ..stages.prune import check_prune
     from ..stages.prune import prune as prune_run
 
-    settings = read_config(run_dir, overrides or [])
     check_prune(run_dir, settings, resume=resume)
     check_has_encoder(run_dir)  # before decoding the data, which takes minutes
-    with started(settings, resume=True) as (runtime, data):
+    with started(settings, ("prune",), resume=True) as (runtime, data):
         results = prune_run(run_dir, settings, runtime, data, resume=resume)
         if runtime.is_main:
             _print(run_dir, results)

@@ -1,7 +1,7 @@
-"""YAML with the 1.2 core rules, so that a configuration means what it looks like.
+"""YAML by the rules of the 1.2 core schema, by which text, numbers and booleans are what they look like.
 
 PyYAML follows YAML 1.1: there `no` is False, `1e-3` is text, `010` is 8, `12:30:45` is 45045, a date is
-an object, and a key given twice silently wins. None of that holds here.
+an object, and the second of two equal keys silently wins. None of this happens here.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from ..errors import ConfigError
 
 
 class _Loader(yaml.SafeLoader):
-    """No tags and no aliases: a tag breaks PyYAML's constructors in many ways, and an alias can hold itself or
-    make a short text a huge value.
+    """Without tags, which crash PyYAML's constructors in many ways, and without aliases, which can contain themselves
+    or expand a short text into a huge value.
     """
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         event: Any = self.peek_event()
         mark, problem = event.start_mark, None
         if isinstance(event, yaml.AliasEvent):
-            problem = f"an alias (*{event.anchor}) has no use here: write the value itself"
+            problem = f"an alias (*{event.anchor}) is not supported: write the value itself"
         elif event.tag is not None:
-            problem = f"the tag {event.tag!r} has no use here"
+            problem = f"the tag {event.tag!r} is not supported"
         if problem:
             raise yaml.constructor.ConstructorError(None, None, problem, mark)
         return super().compose_node(parent, index)
@@ -63,7 +63,7 @@ def _construct_int(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     base = 8 if text.startswith("0o") else 16 if text.startswith("0x") else 10
     value = int(text, base)
     if value.bit_length() > 1024:
-        raise ValueError("a number beyond every float")  # thousands of digits do not print
+        raise ValueError("a number too large for a float")  # Python does not print thousands of digits
     return value
 
 
@@ -101,5 +101,5 @@ def loads(text: str, where: str) -> Any:
 
 
 def dumps(data: Any) -> str:
-    """Block-style YAML that `loads` reads back equal; short lists stay on one line."""
+    """Block-style YAML, equal to `data` when `loads` reads it; short lists are on one line."""
     return yaml.dump(data, Dumper=_Dumper, sort_keys=False, default_flow_style=None, allow_unicode=True, width=110)

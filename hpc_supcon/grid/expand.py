@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from ..config import Stage, check_config
 from ..errors import ConfigError
 from .cells import Choice, Names, Option, choices, matches
 from .files import STAGES, GridConfig, Resources, ResourcesConfig, TableConfig, changed
@@ -74,8 +75,8 @@ class Plan:
 def expand(grids: Sequence[GridConfig], overrides: Sequence[str] = ()) -> Plan:
     """The graph of the first grid and of those it includes. `overrides` (key.sub=value) hold in every cell.
 
-    Raises ConfigError: for an unknown field or a wrong value in any cell, for an empty grid, and for two
-    cells that would compute the same.
+    Raises ConfigError: for an unknown field or a wrong value in any cell, for settings that contradict each other or
+    the number of ranks, for an empty grid, and for two cells that would compute the same.
     """
     builder = _Builder(overrides)
     for grid in grids:
@@ -114,12 +115,12 @@ class _Builder:
         resolver, changes = self._resolver(grid, chosen), [change for option in chosen for change in option.changes]
         unpruned = resolver.resolve(tuple(c for c in changes if c.section != "prune"), where)
         resources = _resources(grid, chosen)
-        nodes = self._trunk(unpruned, shown, resources)
+        nodes = self._trunk(unpruned, shown, resources, where)
         if any(change.section == "prune" for change in changes) and NO_PRUNING not in changes:
             pruned = resolver.resolve(tuple(changes), where)
             identity = f"prune {unpruned.digest} {pruned.after_training}"
             name = self._names.give([option.short for option in shown], identity)
-            nodes.append(self._node(identity, "prune", name, nodes[0], resources.prune, pruned))
+            nodes.append(self._node(identity, "prune", name, nodes[0], resources.prune, pruned, where))
         last = nodes[-1]
         if last.identity in self._seen:
             raise ConfigError(
@@ -129,23 +130,35 @@ class _Builder:
         labels = {option.axis: option.label for option in chosen}
         self.cells.append(Cell(last.folder, labels, unpruned.seed, tuple(node.name for node in nodes)))
 
-    def _trunk(self, resolved: Resolved, shown: list[Option], resources: ResourcesConfig) -> list[Node]:
+    def _trunk(self, resolved: Resolved, shown: list[Option], resources: ResourcesConfig, where: str) -> list[Node]:
         """The nodes that pre-train and probe."""
         trains = [option.short for option in shown if option.trains]
         probes = [option.short for option in shown if option.trains or option.touches("probe")]
         trained, probed = f"pretrain {resolved.digest}", f"probe {resolved.digest} {resolved.after_training}"
         first = trained not in self._made
         name = self._made[trained].folder if not first else self._names.give(trains, trained)
-        parent = self._node(trained, "pretrain", name, None, resources.pretrain, resolved)
+        parent = self._node(trained, "pretrain", name, None, resources.pretrain, resolved, where)
         if probed not in self._made and not (first and trains == probes):
             name = self._names.give(probes, probed)  # beside the pre-training's folder, not in it
-        return [parent, self._node(probed, "probe", name, parent, resources.probe, resolved)]
+        return [parent, self._node(probed, "probe", name, parent, resources.probe, resolved, where)]
 
     def _node(
-        self, identity: str, stage: str, folder: str, parent: Node | None, resources: Resources, resolved: Resolved
+        self,
+        identity: str,
+        stage: Stage,
+        folder: str,
+        parent: Node | None,
+        resources: Resources,
+        resolved: Resolved,
+        where: str,
     ) -> Node:
-        """The node that computes `identity`; an earlier cell may have made it."""
+        """The node that computes `identity`; an earlier cell may have made it. Raises ConfigError."""
         if identity not in self._made:
+            ranks = resources.nodes * resources.tasks_per_node
+            try:
+                check_config(resolved.config, stages=(stage,), world_size=ranks)
+            except ConfigError as error:
+                raise ConfigError(f"{where}: {error}") from None
             above = parent.name if parent else None
             node = Node(f"{folder}.{stage}", stage, folder, above, resources, identity, resolved)
             self._made[identity] = self.nodes[node.name] = node

@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
 from ..config import flatten_data, is_neutral, merge, parse_override, resolve, validated, yaml12
 from ..config.schema import Config
-from ..errors import ConfigError
 
 AFTER_TRAINING = ("probe", "prune")
 """Sections that change nothing in pre-training: cells that differ in them alone share one."""
@@ -79,6 +78,10 @@ class Resolved:
         return int(self.pieces["seed"].value)
 
     @cached_property
+    def config(self) -> Config:
+        return Config.model_construct(**{name: piece.value for name, piece in self.pieces.items()})
+
+    @cached_property
     def digest(self) -> str:
         """Equal to config.digest, put together from the pieces."""
         counted = (self.pieces[name].counted for name in sorted(self.pieces))
@@ -119,8 +122,7 @@ class Resolver:
             if name not in self._data:
                 merge(copy.deepcopy(self._data), _nested(own[0]), own[0].where, {})  # raises, and says what is near
         pieces = {**self._unchanged, **{name: self._piece(name, own) for name, own in by_section.items()}}
-        if all(piece.validated for piece in pieces.values()):
-            _check_whole(pieces, where)
+        if all(piece.validated for piece in pieces.values()):  # the schema has no rule over several of them
             return Resolved(pieces)
         text = ", ".join(f'"{name}": {piece.json}' for name, piece in pieces.items())
         origins = {key: who for piece in pieces.values() for key, who in piece.origins.items()}
@@ -146,15 +148,6 @@ def override_change(override: str) -> Change:
     for part in path.split("."):
         value = value[part]
     return Change(path, json.dumps(value), f"override {override!r}")
-
-
-def _check_whole(pieces: dict[str, Piece], where: str) -> None:
-    """What a configuration says about several sections at once; each by itself is known to be right."""
-    try:
-        Config.model_validate({name: piece.value for name, piece in pieces.items()})
-    except ValidationError as error:
-        message = error.errors(include_url=False)[0]["msg"].removeprefix("Value error, ")
-        raise ConfigError(f"{where}: {message}") from None
 
 
 def _nested(change: Change) -> dict[str, Any]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .. import __version__, checkpoint, run_folder
-from ..config import Config, digest
+from ..config import Config, check_config, digest
 from ..data import EvalTransform, Loader, Views, build_loader
 from ..distributed.collectives import together
 from ..distributed.launch import Runtime, seed_everything
@@ -33,7 +33,7 @@ from ..training.objective import Objective
 from ..training.profile import Breakdown, StepProfile
 from ..training.saving import checkpoint_writer, hold, hold_to_leave, resume_newest, save
 from ..training.state import TrainState
-from ..training.validation import VIEWS_STREAM, OnlineProbe, Validate, build_validate, check_validation
+from ..training.validation import VIEWS_STREAM, OnlineProbe, Validate, build_validate, check_validation_split
 
 
 @dataclass(frozen=True)
@@ -112,9 +112,9 @@ class _Made:
 def _make(config: Config, runtime: Runtime, data: assemble.Data, start: Start | None, *, resume: bool) -> _Made:
     """Check all there is to check, then build. Raises ConfigError, DataError."""
     splits = data.splits
-    assemble.check_objective(config)
+    check_config(config, stages=("pretrain",), world_size=runtime.world_size)
     check_engine(config, runtime)
-    check_validation(config, splits)
+    check_validation_split(config, splits)
     order = assemble.build_training_order(config, splits)
     loader = build_loader(
         data.loader,

@@ -25,8 +25,6 @@ from ..evaluation.probes import (
     ProbeOutcome,
     ProbeTask,
     check_probes,
-    needs_encoder,
-    probe_input,
 )
 from ..evaluation.scores import classification_scores
 from ..training import assemble
@@ -88,7 +86,7 @@ def _tasks(
 ) -> tuple[list[ProbeTask], EncoderCheckpoint | None]:
     """A task for each of `probe.kind`; they share the encoder and the rows computed with it. Collective."""
     loaded, encoder, description, masks = None, None, None, None
-    if needs_encoder(config):
+    if config.probe.needs_encoder:
         model, found = load_model(folder)
         with together():
             check_classes(folder, found, data.splits)
@@ -110,7 +108,7 @@ def _tasks(
 
     rows = SplitRows(data.splits, read)
     tasks = [
-        ProbeTask(kind, probe_input(config, kind), config, runtime, data, rows, description, encoder, masks)
+        ProbeTask(kind, config.probe.input_of(kind), config, runtime, data, rows, description, encoder, masks)
         for kind in config.probe.kinds
     ]
     return tasks, loaded

@@ -9,13 +9,13 @@ from typing import Any
 from torch import Tensor
 
 from .. import checkpoint, run_folder
-from ..config import Config, digest, flatten_data
+from ..config import Config, check_config, digest, flatten_data
 from ..distributed.collectives import gather_objects, together
 from ..distributed.launch import Runtime
-from ..errors import ConfigError, RunFolderError, unknown_name
+from ..errors import RunFolderError
 from ..evaluation.encoder import check_classes, load_model
 from ..evaluation.monitor import online_probe
-from ..evaluation.probes import check_probes, needs_encoder, probe_input
+from ..evaluation.probes import check_probes
 from ..models import PretrainingModel
 from ..pruning import PRUNERS, WeightMasks, build_masks, fully_pruned, masks_digest, measure, prunable
 from ..training import assemble
@@ -32,18 +32,10 @@ Masks = dict[str, Tensor]
 
 def check_prune(folder: Path, config: Config, *, resume: bool) -> None:
     """Raise ConfigError or RunFolderError for mistakes that can be found before any data is read."""
-    settings = config.prune
-    if settings.method not in PRUNERS:
-        raise ConfigError("prune.method: " + unknown_name("pruning method", settings.method, PRUNERS))
-    if not needs_encoder(config):
-        raise ConfigError(
-            f"probe.kind={', '.join(config.probe.kinds)} reads pixels, which pruning does not change: choose "
-            "probes of features, such as probe.kind=linear"
-        )
-    pruned_configs = [pruned_config(folder, config, rate) for rate in settings.rates]
-    if len({pruned.folder for pruned in pruned_configs}) < len(pruned_configs):
-        raise ConfigError(f"prune.rate names a rate twice: {', '.join(f'{rate:g}' for rate in settings.rates)}")
-    for pruned in pruned_configs:
+    for rate in config.prune.rates:
+        pruned = pruned_config(folder, config, rate)
+        if pruned.prune.finetunes:
+            check_config(pruned, stages=("pretrain",))
         _check_folder(pruned, resume=resume)
 
 
@@ -51,7 +43,7 @@ def pruned_config(folder: Path, config: Config, rate: float) -> Config:
     """The settings of one rate's run folder: the run's own, with those of `prune.finetune` for the training."""
     settings, tune = config.prune, config.prune.finetune
     name = "-".join([settings.method, settings.scope, f"{rate:g}", *([settings.label] if settings.label else [])])
-    kinds = tuple(kind for kind in config.probe.kinds if probe_input(config, kind) != "pixels")
+    kinds = tuple(kind for kind in config.probe.kinds if config.probe.input_of(kind) != "pixels")
     changes: dict[str, Any] = {
         "name": f"{config.name}-{name}",
         "run_dir": str(folder / PRUNED / name),
@@ -62,8 +54,13 @@ def pruned_config(folder: Path, config: Config, rate: float) -> Config:
         # the folder's config.yaml says how it was fine-tuned, not how the dense run was trained
         changes["model"] = config.model.model_copy(update={"weights": None})
         changes["train"] = config.train.model_copy(
-            # ddp: ZeRO keeps its own copies of the weights, which masks do not reach
-            update={"epochs": tune.epochs or config.train.epochs, "iterations": tune.iterations, "engine": "ddp"}
+            update={
+                "epochs": tune.epochs or config.train.epochs,
+                "iterations": tune.iterations,
+                # ddp: ZeRO keeps its own copies of the weights, which masks do not reach
+                "engine": "ddp",
+                "deepspeed": config.train.deepspeed.model_copy(update={"config": None}),
+            }
         )
         changes["optim"] = config.optim.model_copy(
             update={

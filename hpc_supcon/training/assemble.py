@@ -25,7 +25,7 @@ from ..data import (
 )
 from ..distributed.collectives import gather_objects, together
 from ..distributed.launch import Runtime
-from ..errors import ConfigError, DataError
+from ..errors import DataError
 from ..losses import loss_spec
 from ..models import PretrainingModel, apply_activation_checkpointing
 from .ema import WeightAverage
@@ -33,7 +33,7 @@ from .engine import ENGINES, LossScale, Parts, autocast, compiler, engine_option
 from .finite_check import Guard
 from .fit import Plan
 from .momentum import MomentumQueue
-from .objective import GRADIENT_RESPONSE_LOSSES, Objective, gradient_response_loss, heads_of
+from .objective import Objective, heads_of
 from .optim import OPTIMIZER_SETTINGS, build_optimizer, learning_rate
 from .state import TrainState
 from .stopping import EarlyStopping
@@ -71,7 +71,8 @@ def load_data(config: Config, runtime: Runtime) -> Data:
             beton=data.beton,
             check_hash=runtime.launch.local_rank == 0,
         )
-    name, reason = data.loader, "as configured"
+    name: str = data.loader
+    reason = "as configured"
     if name == "auto":  # by free memory, which differs between nodes: rank 0's choice is everybody's
         name, reason = gather_objects(choose_loader(splits.train, runtime.device, training))[0]
     if name == "resident" and data.on_corrupt == "fail":
@@ -82,41 +83,17 @@ def load_data(config: Config, runtime: Runtime) -> Data:
 
 
 def loader_options(config: Config) -> LoaderOptions:
-    """What the training loader is told. Raises ConfigError."""
+    """Options of the training loader."""
     data, augment = config.data, config.augment
     crop = None
     if data.crop_while_decoding:
-        if data.image_size is None:
-            raise ConfigError("data.crop_while_decoding needs data.image_size: the side of the crops")
-        if augment.policy == "none":
-            raise ConfigError("data.crop_while_decoding crops at random, which augment.policy=none forbids")
+        assert data.image_size is not None  # see config.check
         crop = CropOptions(data.views, data.image_size, augment.crop_scale, augment.crop_ratio)
     return LoaderOptions(data.workers, data.timeout_s, data.on_corrupt, crop)
 
 
 def _decoded(source: Source) -> ArraySource:
     return source if isinstance(source, ArraySource) else ArraySource(source.stack(), source.labels, source.classes)
-
-
-def check_objective(config: Config) -> None:
-    """Raise ConfigError where loss, views, queue and the two-pass step contradict each other."""
-    terms, name = config.loss.weights, config.loss.label
-    specs = [loss_spec(term) for term in terms]
-    if "simclr" in terms and config.data.views < 2:
-        raise ConfigError("loss.name=simclr pulls an image's views together: it needs data.views of 2 or more")
-    if not config.loss.supervised and not any(spec.pairwise for spec in specs):
-        raise ConfigError(f"loss.supervised=false: {name} compares no images; it needs their labels")
-    if not config.loss.supervised and config.data.views < 2:
-        raise ConfigError("loss.supervised=false pulls an image's views together: it needs data.views of 2 or more")
-    if config.loss.queue_size and not any(spec.contrastive for spec in specs):
-        raise ConfigError(f"loss.queue_size={config.loss.queue_size}: {name} takes no queue; use 0")
-    if config.model.momentum_encoder is not None and not config.loss.queue_size:
-        raise ConfigError("model.momentum_encoder makes the keys of a queue: set loss.queue_size as well")
-    if config.log.gradient_response and gradient_response_loss(terms) is None:
-        known = " and ".join(GRADIENT_RESPONSE_LOSSES)
-        raise ConfigError(f"log.gradient_response is defined for one of {known}, not for {name}")
-    if config.train.micro_batch_size is not None and any(spec.head == "decoder" for spec in specs):
-        raise ConfigError(f"train.micro_batch_size: {name} needs no large batch; lower data.batch_size instead")
 
 
 def build_training_order(config: Config, splits: Splits) -> Order:

@@ -14,7 +14,7 @@ from ..data import EvalOrder, EvalTransform, Order, Splits, TrainOrder, Views, b
 from ..distributed.collectives import all_sum
 from ..distributed.launch import Runtime
 from ..errors import ConfigError
-from ..losses import LOSSES, loss_spec
+from ..losses import LOSSES
 from .assemble import Data
 from .state import TrainState
 
@@ -26,35 +26,23 @@ OnlineProbe = Callable[[nn.Module, EvalTransform], float]
 """(encoder, transform) -> accuracy on validation of a probe of the features as they are; collective."""
 
 
-def check_validation(config: Config, splits: Splits) -> None:
-    """Raise ConfigError where early stopping or validation is asked for and cannot be done."""
-    look, stop = config.validation, config.train.stopping
-    looks = look.every_epochs is not None or look.every_steps is not None
-    stops = stop.patience is not None or stop.target is not None
-    if (looks or stops) and splits.validation is None:
-        asked = "train.stopping" if stops else "validation.every_*"
+def check_validation_split(config: Config, splits: Splits) -> None:
+    """Raise ConfigError where the data has no validation split, or too few images, for what is asked of validation.
+
+    The rules that need no data are in `config.check`.
+    """
+    if config.validation.enabled and splits.validation is None:
+        asked = "train.stopping" if config.train.stopping.enabled else "validation.every_*"
         raise ConfigError(f"{asked} needs a validation split: set data.validation_fraction")
-    if stops and not looks:
-        raise ConfigError(
-            "train.stopping judges by validation: set validation.every_epochs or validation.every_steps"
-        )
-    if look.probe.kind != "none" and not looks:
-        raise ConfigError(f"validation.probe.kind={look.probe.kind}: set validation.every_epochs, when to do it")
-    known = min(look.probe.images, len(splits.train))
-    if look.probe.kind == "knn" and look.probe.k > known:
-        raise ConfigError(f"validation.probe.k={look.probe.k} neighbors, but there are {known} training images")
-    has_accuracy = look.probe.kind != "none" or "classifier" in {loss_spec(term).head for term in config.loss.weights}
-    if stops and stop.monitor == "accuracy" and not has_accuracy:
-        raise ConfigError(
-            f"train.stopping.monitor=accuracy: {config.loss.label} has no classifier; set validation.probe.kind=knn "
-            "or linear"
-        )
+    probe = config.validation.probe
+    if probe.kind == "knn" and probe.k > len(splits.train):
+        raise ConfigError(f"validation.probe.k={probe.k} neighbors, but training has {len(splits.train)} images")
 
 
 def build_validate(
     config: Config, data: Data, views: Views, transform: EvalTransform, runtime: Runtime, probe: OnlineProbe | None
 ) -> Validate | None:
-    """`validate(state)` -> {"loss", "accuracy" ...}, as `check_validation` allows it; None where it is not asked for.
+    """`validate(state)` -> {"loss", "accuracy" ...}; None where it is not asked for.
 
     `views` are the validation's own. The accuracy is the classifier's where the model has one, else `probe`'s.
     """

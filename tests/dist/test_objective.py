@@ -11,7 +11,6 @@ from hpc_supcon.errors import ConfigError
 from hpc_supcon.losses import SupConLoss, TripletLoss
 from hpc_supcon.models import PretrainingModel, build_encoder, build_head
 from hpc_supcon.distributed.launch import Launch, Runtime
-from hpc_supcon.training import assemble
 from hpc_supcon.training.engine import distribute
 from hpc_supcon.training.objective import Objective
 from tests.dist.ranks import run_ranks
@@ -86,7 +85,7 @@ def test_unsupervised_an_images_views_are_its_positives(name):
 @pytest.mark.parametrize(
     ("terms", "more", "message"),
     [
-        ("{supcon: 1.0}", [], "unknown loss 'supcon'"),
+        ("{supcon: 1.0}", [], "unknown loss.terms 'supcon'"),
         ("{simclr: 1.0, cross_entropy: 1.0}", ["data.views=1"], "simclr"),
         ("{cross_entropy: 1.0, triplet: 1.0}", ["loss.queue_size=64"], "takes no queue"),
         ("{cross_entropy: 1.0}", ["loss.supervised=false"], "needs their labels"),
@@ -97,4 +96,4 @@ def test_unsupervised_an_images_views_are_its_positives(name):
 )
 def test_sums_that_contradict_other_settings_are_refused(terms, more, message):
     with pytest.raises(ConfigError, match=message):
-        assemble.check_objective(load_config("default", [f"loss.terms={terms}", *more]))
+        load_config("default", ["model.encoder=conv", f"loss.terms={terms}", *more], stages=("pretrain",))

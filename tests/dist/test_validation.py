@@ -16,7 +16,7 @@ from hpc_supcon.models import build_model
 from hpc_supcon.training import assemble
 from hpc_supcon import checkpoint
 from hpc_supcon.stages.pretrain import pretrain
-from hpc_supcon.training.validation import VIEWS_STREAM, build_validate, check_validation
+from hpc_supcon.training.validation import VIEWS_STREAM, build_validate, check_validation_split
 from tests.dist.ranks import run_ranks
 
 SETTINGS = [
@@ -169,13 +169,28 @@ def test_stops_at_a_target(tmp_path):
         (["validation.every_epochs=1", "train.stopping.target=0.5", "train.stopping.monitor=accuracy"], "no classifier"),
         (["validation.probe.kind=knn"], "validation.every_epochs"),
         (["validation.every_epochs=1", "validation.probe={kind: knn, images: 30, k: 31, temperature: 1}"], "k=31"),
+        (["validation.every_epochs=1", "validation.probe={kind: knn, images: 99, k: 37, temperature: 1}"], "has 36 im"),
     ],
 )
-def test_what_cannot_be_done_is_said_before_training(overrides, message, tmp_path):
+def test_what_cannot_be_done_is_refused_before_training(overrides, message, tmp_path):
     config = load_config("default", [*SETTINGS, f"run_dir={tmp_path}/run", *overrides])
     runtime = Runtime(Launch(rank=0, world_size=1), torch.device("cpu"))
     with pytest.raises(ConfigError, match=message):
         pretrain(config, runtime, assemble.load_data(config, runtime))
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.stopping.patience=3"], r"train\.stopping needs a validation split"),
+        ([], r"validation\.every_\* needs a validation split"),
+    ],
+)
+def test_an_image_folder_without_a_validation_split_is_refused(overrides, message):
+    folder = ["data.source=image_folder", "data.validation_fraction=0", "validation.every_epochs=1"]
+    config = load_config("default", [*folder, *overrides], stages=("pretrain",))
+    source = ArraySource(torch.zeros(4, 3, 8, 8, dtype=torch.uint8), torch.tensor([0, 0, 1, 1]), ("a", "b"))
     with pytest.raises(ConfigError, match=message):
-        check_validation(config, assemble.load_data(config, runtime).splits)
+        check_validation_split(config, Splits(source, None, source))
+    check_validation_split(config, Splits(source, source, source))

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
+from pydantic.fields import FieldInfo
 
 Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
@@ -17,13 +19,26 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
 
+def settings_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """(`section.key`, its field) of every setting of a section and of the sections in it, in order."""
+    for name, info in model.model_fields.items():
+        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
+            yield from settings_of(info.annotation, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", info
+
+
 class StoppingConfig(Section):
     """Early stopping by what is measured on the validation split."""
 
-    monitor: Literal["loss", "accuracy"] = Field(description="what is watched on the validation split")
+    monitor: Literal["loss", "accuracy"] = Field(description="the quantity, measured on the validation split")
     patience: Count | None = Field(
         description="stop after this many evaluations in a row without an improvement; null: never",
         json_schema_extra={"unit": "evaluations"},
     )
     min_change: NonNegative = Field(description="an improvement is a change for the better by more than this")
     target: float | None = Field(description="stop as soon as this value is reached; null: no target")
+
+    @property
+    def enabled(self) -> bool:
+        return self.patience is not None or self.target is not None

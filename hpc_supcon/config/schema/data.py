@@ -7,17 +7,18 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from .base import Count, NonNegative, Positive, Probability, Section
+from .names import AutoAugmentName, LoaderName, PolicyName, SamplerName, SourceName
 
 
 class SyntheticConfig(Section):
-    images: Count = Field(description="training images made", json_schema_extra={"unit": "images"})
-    classes: Annotated[int, Field(ge=2)] = Field(description="classes made")
+    images: Count = Field(description="number of training images", json_schema_extra={"unit": "images"})
+    classes: Annotated[int, Field(ge=2)] = Field(description="number of classes")
     channels: Literal[1, 3] = Field(description="1 is gray, 3 is RGB")
     image_size: Count = Field(description="side of the square images", json_schema_extra={"unit": "px"})
 
 
 class DataConfig(Section):
-    source: str = Field(description="digits | mnist | fashion_mnist | cifar10 | cifar100 | image_folder | synthetic")
+    source: SourceName = Field(description="the data set")
     root: str | None = Field(description="folder that holds the data set (digits and synthetic need none)")
     download: bool = Field(description="fetch a missing torchvision data set into data.root")
     image_size: Count | None = Field(
@@ -25,10 +26,11 @@ class DataConfig(Section):
         json_schema_extra={"unit": "px"},
     )
     channels: Literal[1, 3] | None = Field(
-        description="convert every image to 1 (gray) or 3 (RGB) channels; null demands that all agree"
+        description="convert every image to 1 (gray) or 3 (RGB) channels; null: all must have the same number"
     )
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
-        description="share of train carved off, stratified, where the data set has no validation split"
+        description="share of the training images set aside for validation, stratified, where the data set has no "
+        "validation split of its own; 0: no validation"
     )
     train_images: Count | None = Field(
         description="train on this many images only, as many of each class as their shares give (drawn with seed)",
@@ -39,9 +41,9 @@ class DataConfig(Section):
         json_schema_extra={"unit": "images"},
     )
     views: Count = Field(description="augmented views of each image in a batch")
-    sampler: str = Field(
-        description="random | class_balanced (classes_per_batch x images_per_class) | long_tail_aware: which images "
-        "share a batch"
+    sampler: SamplerName = Field(
+        description="which images share a batch; class_balanced: classes_per_batch x images_per_class; "
+        "long_tail_aware: see long_tail_alpha"
     )
     classes_per_batch: Count | None = Field(description="class_balanced: different classes in every global batch")
     images_per_class: Count | None = Field(
@@ -55,19 +57,19 @@ class DataConfig(Section):
     beton: str | None = Field(
         description="read the images from these .beton files (made of data.source by `hpc-supcon convert`)"
     )
-    loader: str = Field(
-        description="auto | resident (the whole set as uint8 on the device) | torch (worker processes) | ffcv "
-        "(.beton files) | dali"
+    loader: LoaderName = Field(
+        description="resident: the whole set as uint8 on the device; torch: worker processes; ffcv: .beton files; "
+        "dali: image files, decoded by NVIDIA DALI; auto: the fastest one that fits"
     )
     workers: Count = Field(description="processes or threads that decode, per rank")
     timeout_s: Positive = Field(description="longest wait for one batch", json_schema_extra={"unit": "s"})
     on_corrupt: Literal["fail", "replace"] = Field(
-        description="an image that does not decode: stop, or serve another one in its place and count it"
+        description="what happens when an image does not decode; replace: another one is served, and counted"
     )
     crop_while_decoding: bool = Field(
         description="the loader takes the random crops from the stored images, at full resolution (for large images)"
     )
-    synthetic: SyntheticConfig = Field(description="what `source: synthetic` makes")
+    synthetic: SyntheticConfig = Field(description="the images of source=synthetic")
 
 
 class RandAugmentConfig(Section):
@@ -76,9 +78,9 @@ class RandAugmentConfig(Section):
 
 
 class AugmentConfig(Section):
-    policy: str = Field(
-        description="none (resize alone) | flip_crop | simaugment (flip_crop, jitter, gray, blur) | autoaugment | "
-        "randaugment (both after flip_crop)"
+    policy: PolicyName = Field(
+        description="none: resize alone; simaugment: flip_crop, color jitter, gray, blur; autoaugment, randaugment: "
+        "their operations after flip_crop"
     )
     crop_scale: tuple[Positive, Positive] = Field(description="range of the crop's share of the image area")
     crop_ratio: tuple[Positive, Positive] = Field(description="range of the crop's width / height")
@@ -94,7 +96,7 @@ class AugmentConfig(Section):
     blur: Probability = Field(
         description="simaugment: probability of a gaussian blur, sigma 0.1..2 px, kernel a tenth of the image"
     )
-    autoaugment: str = Field(description="autoaugment: cifar10 | imagenet | svhn, the policy learned on that set")
+    autoaugment: AutoAugmentName = Field(description="autoaugment: the policy that was learned on this data set")
     randaugment: RandAugmentConfig = Field(description="randaugment: how many operations, how strong")
 
     @model_validator(mode="after")
@@ -102,7 +104,7 @@ class AugmentConfig(Section):
         for name in ("crop_scale", "crop_ratio"):
             low, high = getattr(self, name)
             if low > high:
-                raise ValueError(f"{name}: {low} is above {high}; give [low, high]")
+                raise ValueError(f"augment.{name}: {low} is above {high}; give [low, high]")
         if self.crop_scale[1] > 1:
-            raise ValueError("crop_scale: a crop cannot be larger than the image (at most 1.0)")
+            raise ValueError("augment.crop_scale: a crop cannot be larger than the image (at most 1.0)")
         return self

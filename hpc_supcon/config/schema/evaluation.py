@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
 from .base import Count, NonNegative, Positive, Section, StoppingConfig
+from .names import PixelProbeName, ProbeName, ProbeOptimizerName
 
 Input = Annotated[
     Literal["auto", "features", "pixels"],
@@ -27,11 +28,11 @@ class FitConfig(Section):
         json_schema_extra={"unit": "iterations"},
     )
     evaluate_every: Count | None = Field(
-        description="iterations between two looks at the validation split; null: once per epoch",
+        description="iterations between two evaluations on the validation split; null: once per epoch",
         json_schema_extra={"unit": "iterations"},
     )
     batch_size: Count = Field(description="images per step, over all ranks", json_schema_extra={"unit": "images"})
-    optimizer: Literal["adam", "adamw", "sgd"] = Field(description="optimizer (sgd: momentum 0.9)")
+    optimizer: ProbeOptimizerName = Field(description="optimizer (sgd: momentum 0.9)")
     weight_decay: NonNegative = Field(description="weight decay of the optimizer; not on biases and norms")
     schedule: Literal["cosine", "constant"] = Field(description="cosine: learning rate falls to 0 at the last step")
     stopping: StoppingConfig
@@ -55,7 +56,7 @@ class SoftmaxConfig(FitConfig):
 
 class LogisticConfig(SoftmaxConfig):
     classes: tuple[str | int, str | int] | None = Field(
-        description="the two classes told apart: names, or indices from 0; null: the data has only two"
+        description="the two classes to tell apart: names, or indices from 0; null: the data has only two"
     )
 
 
@@ -81,9 +82,7 @@ class FinetuneConfig(FitConfig):
 
 
 class ProbeConfig(Section):
-    kind: str | tuple[str, ...] = Field(
-        description="linear | softmax | logistic | mlp | knn | finetune, or a list of them, evaluated in that order"
-    )
+    kind: ProbeName | tuple[ProbeName, ...] = Field(description="the probe, or a list, evaluated in that order")
     linear: LinearConfig
     softmax: SoftmaxConfig
     logistic: LogisticConfig
@@ -92,5 +91,19 @@ class ProbeConfig(Section):
     finetune: FinetuneConfig
 
     @property
-    def kinds(self) -> tuple[str, ...]:
+    def kinds(self) -> tuple[ProbeName, ...]:
         return (self.kind,) if isinstance(self.kind, str) else self.kind
+
+    def input_of(self, kind: ProbeName) -> Literal["features", "pixels", "images"]:
+        """What the probe `kind` reads; `images` for finetune, which trains the encoder."""
+        if kind == "finetune":
+            return "images"
+        setting: Literal["auto", "features", "pixels"] = getattr(self, kind).input
+        if setting == "auto":
+            return "pixels" if kind in get_args(PixelProbeName) else "features"
+        return setting
+
+    @property
+    def needs_encoder(self) -> bool:
+        """Whether any of `kinds` reads more than pixels."""
+        return any(self.input_of(kind) != "pixels" for kind in self.kinds)

@@ -7,12 +7,13 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from .base import Count, NonNegative, Positive, Section
+from .names import PruningMethodName, PruningScopeName
 
 
 class PruneFinetuneConfig(Section):
     epochs: Annotated[int, Field(ge=0)] = Field(
         description="passes over the training split after pruning, by the run's own loss and optimizer, pruned "
-        "weights held at zero; 0: none",
+        "weights kept at zero; 0: none",
         json_schema_extra={"unit": "epochs"},
     )
     iterations: Count | None = Field(
@@ -26,13 +27,13 @@ class PruneFinetuneConfig(Section):
 
 
 class PruneConfig(Section):
-    method: str = Field(description="l1: weights of the smallest absolute value go first")
+    method: PruningMethodName = Field(description="l1: weights of the smallest absolute value go first")
     rate: float | tuple[float, ...] = Field(
         description="share of the encoder's convolution and linear weights to prune, 0 to below 1; or a list of "
         "shares, each pruned from the dense encoder"
     )
-    scope: Literal["global", "layer"] = Field(
-        description="global: the share of all these weights together; layer: of each layer's"
+    scope: PruningScopeName = Field(
+        description="global: `rate` is the share of all these weights together; layer: of the weights of each layer"
     )
     label: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")] | None = Field(
         description="added to the folder's name, RUN_DIR/pruned/METHOD-SCOPE-RATE-LABEL, to keep two prunings of one "
@@ -45,10 +46,10 @@ class PruneConfig(Section):
     def _is_a_share(cls, rate: float | tuple[float, ...]) -> float | tuple[float, ...]:
         rates = rate if isinstance(rate, tuple) else (rate,)
         if not rates:
-            raise ValueError("an empty list: name one rate or more, such as [0.2, 0.5]")
+            raise ValueError("prune.rate is an empty list: name one rate or more, such as [0.2, 0.5]")
         for one in rates:
             if not 0 <= one < 1:
-                raise ValueError(f"{one:g} is no share of weights to prune: 0 or more and below 1")
+                raise ValueError(f"prune.rate={one:g}: the share of weights to prune is 0 or more and below 1")
         return rate
 
     @property

@@ -3,19 +3,28 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
 from .base import Count, NonNegative, Positive, Probability, Section, StoppingConfig
+from .names import (
+    BackendName,
+    EngineName,
+    LossName,
+    MiningName,
+    OnlineProbeName,
+    OptimizerName,
+    OwnEncoderName,
+    ScheduleName,
+    StemName,
+)
 
 
 class ModelConfig(Section):
-    encoder: str = Field(
-        description="conv | resnet9 | resnet9_small | vgg16_bn_embed, or any name in timm.list_models()"
-    )
-    stem: Literal["auto", "small", "standard"] = Field(
-        description="small: 3x3 stride 1 without max-pool, for inputs up to 64 px; auto chooses by image size"
+    encoder: str = Field(description=f"{' | '.join(get_args(OwnEncoderName))}, or any name in timm.list_models()")
+    stem: StemName = Field(
+        description="small: 3x3 stride 1 without max-pool, for inputs up to 64 px; auto: by the size of the images"
     )
     input_size: Count | None = Field(
         description="resize the images to this inside the encoder, for encoders that need larger ones; null: never",
@@ -36,11 +45,8 @@ class ModelConfig(Section):
 
 
 class LossConfig(Section):
-    name: str = Field(
-        description="supcon_out | supcon_in | tcl | simclr | triplet | cross_entropy | cross_entropy_mae | "
-        "reconstruction"
-    )
-    terms: dict[str, Positive] | None = Field(
+    name: LossName = Field(description="what is minimized")
+    terms: dict[LossName, Positive] | None = Field(
         min_length=1,
         description="a weighted sum of losses in place of `name`, such as {supcon_out: 1.0, cross_entropy: 0.5}",
     )
@@ -48,26 +54,31 @@ class LossConfig(Section):
         description="false: an image's views are its positives, whatever its label (contrastive losses, triplet)"
     )
     temperature: Positive = Field(description="tau: similarities are divided by it (contrastive losses)")
-    learnable_temperature: bool = Field(description="train tau along, from `temperature` on (contrastive losses)")
+    learnable_temperature: bool = Field(
+        description="train tau as well, starting from `temperature` (contrastive losses)"
+    )
     base_temperature: Positive | None = Field(
         description="multiply the loss by temperature / this; null: no factor (SupContrast's default is 0.07)"
     )
     k1: NonNegative = Field(description="tcl: weight of the positives' repulsion term")
     k2: NonNegative = Field(description="tcl: weight of the negatives")
     margin: NonNegative = Field(description="triplet: squared distance by which negatives must be farther")
-    mining: Literal["random", "semihard", "hard"] = Field(description="triplet: how positive and negative are chosen")
+    mining: MiningName = Field(description="triplet: how positive and negative are chosen")
     squared: bool = Field(description="triplet: squared Euclidean distance (else the distance itself)")
     alpha: Probability = Field(description="reconstruction: alpha x MSE + (1 - alpha) x MAE")
     queue_size: Annotated[int, Field(ge=0)] = Field(
         description="past embeddings kept as extra columns of a contrastive loss; 0: none",
         json_schema_extra={"unit": "images"},
     )
-    backend: str = Field(description="auto | reference | tiled | triton: how the similarity matrix is walked")
+    backend: BackendName = Field(
+        description="how contrastive losses compute similarities; reference: the whole matrix; tiled: one tile at a "
+        "time; triton: the same by kernels for CUDA; auto: the fastest one that fits"
+    )
 
     @property
     def weights(self) -> dict[str, float]:
-        """Loss -> weight of what is minimized."""
-        return dict(self.terms) if self.terms is not None else {self.name: 1.0}
+        """Loss -> its weight in what is minimized."""
+        return {self.name: 1.0} if self.terms is None else dict[str, float](self.terms.items())
 
     @property
     def label(self) -> str:
@@ -76,7 +87,7 @@ class LossConfig(Section):
 
 
 class OptimConfig(Section):
-    name: Literal["sgd", "adamw", "lars", "lamb"] = Field(description="optimizer")
+    name: OptimizerName = Field(description="optimizer")
     lr: Positive = Field(description="peak learning rate, used as written")
     lr_per_256: Positive | None = Field(
         description="when set, replaces lr by this times data.batch_size / 256 (and the log says so)"
@@ -95,7 +106,7 @@ class OptimConfig(Section):
     )
     weight_decay: NonNegative = Field(description="weight decay; norms, biases and a learned temperature have none")
     clip_norm: Positive | None = Field(description="gradients are scaled down to this global norm; null: never")
-    schedule: Literal["cosine", "step", "constant", "one_cycle"] = Field(
+    schedule: ScheduleName = Field(
         description="learning rate after the warm-up; one_cycle: its rising part is the warm-up"
     )
     warmup_epochs: NonNegative = Field(description="linear warm-up", json_schema_extra={"unit": "epochs"})
@@ -109,29 +120,31 @@ class OptimConfig(Section):
     gamma: Annotated[float, Field(gt=0, le=1)] = Field(description="step: factor at each milestone")
 
     @model_validator(mode="after")
-    def _optimizer_heeds_its_settings(self) -> OptimConfig:
+    def _optimizer_uses_its_settings(self) -> OptimConfig:
         if self.nesterov and (self.name not in ("sgd", "lars") or self.momentum == 0):
-            raise ValueError("nesterov is for sgd and lars with momentum above 0; use false")
+            raise ValueError("optim.nesterov is for sgd and lars with momentum above 0; use false")
         if self.eps is not None and self.name == "sgd":
-            raise ValueError("eps: sgd divides by nothing; use null")
+            raise ValueError("optim.eps: sgd has no denominator to add it to; use null")
         if self.lamb_norm_range is not None and self.name != "lamb":
-            raise ValueError(f"lamb_norm_range is for lamb, not for {self.name}; use null")
+            raise ValueError(f"optim.lamb_norm_range is for lamb, not for {self.name}; use null")
         if self.lamb_norm_range is not None and self.lamb_norm_range[0] > self.lamb_norm_range[1]:
-            raise ValueError(f"lamb_norm_range={list(self.lamb_norm_range)}: the lower end comes first")
+            raise ValueError(f"optim.lamb_norm_range={list(self.lamb_norm_range)}: the lower end comes first")
         return self
 
     @model_validator(mode="after")
     def _schedule_fits(self) -> OptimConfig:
         if self.warmup_epochs and self.warmup_iterations:
             raise ValueError(
-                "warmup_epochs and warmup_iterations are two lengths of one warm-up; set one of them to 0"
+                "optim.warmup_epochs and optim.warmup_iterations both give the length of the warm-up: set one to 0"
             )
         if self.schedule == "one_cycle" and not (self.warmup_epochs or self.warmup_iterations):
-            raise ValueError("one_cycle rises in the warm-up: set warmup_epochs (usual: 0.3 of train.epochs)")
+            raise ValueError(
+                "optim.schedule=one_cycle rises in the warm-up: set optim.warmup_epochs (usual: 0.3 of train.epochs)"
+            )
         if self.final_lr_fraction and self.schedule not in ("cosine", "one_cycle"):
-            raise ValueError(f"final_lr_fraction is where cosine and one_cycle end, not {self.schedule}; use 0")
+            raise ValueError(f"optim.final_lr_fraction is where cosine and one_cycle end, not {self.schedule}; use 0")
         if any(a >= b for a, b in pairwise(self.milestones)):
-            raise ValueError(f"milestones={list(self.milestones)} must increase")
+            raise ValueError(f"optim.milestones={list(self.milestones)} must increase")
         return self
 
 
@@ -140,20 +153,20 @@ class DeepSpeedConfig(Section):
         description="what is partitioned over ranks: nothing (0), the optimizer's state (1), gradients as well (2)"
     )
     config: dict[str, Any] | None = Field(
-        description="DeepSpeed's own JSON section, merged into ours; what other settings decide has no place in it"
+        description="DeepSpeed's own configuration, merged into ours; keys that other settings decide are refused"
     )
 
 
 class TrainConfig(Section):
-    engine: Literal["ddp", "deepspeed"] = Field(
-        description="who averages gradients and holds the optimizer; a run may go on under the other one"
+    engine: EngineName = Field(
+        description="library that averages gradients and keeps the optimizer's state; a run may resume under another"
     )
     deepspeed: DeepSpeedConfig = Field(description="settings of engine=deepspeed")
     epochs: Count = Field(description="passes over the training split", json_schema_extra={"unit": "epochs"})
     iterations: Count | None = Field(
         description="optimizer steps; when set, replaces epochs", json_schema_extra={"unit": "steps"}
     )
-    stopping: StoppingConfig = Field(description="early stopping; it needs validation.every_epochs or every_steps")
+    stopping: StoppingConfig = Field(description="early stopping; needs validation.every_epochs or every_steps")
     precision: Literal["auto", "bf16", "fp16", "fp32"] = Field(
         description="auto: bf16 autocast where the device computes in bf16; fp16 (CUDA): with loss scaling; weights, "
         "optimizer and loss are always fp32"
@@ -161,7 +174,7 @@ class TrainConfig(Section):
     compile: bool = Field(description="torch.compile for the training forward and backward pass; takes minutes once")
     cuda_graphs: bool = Field(description="replay the compiled pass as CUDA graphs (CUDA, with compile)")
     activation_checkpointing: bool = Field(
-        description="keep the inputs of the encoder's blocks only and compute the rest again: less memory, more time"
+        description="keep only the inputs of the encoder's blocks and recompute the rest: less memory, more time"
     )
     micro_batch_size: Count | None = Field(
         description="two-pass step: images per piece and rank, for a contrastive batch beyond memory; null: one pass",
@@ -178,24 +191,24 @@ class TrainConfig(Section):
         json_schema_extra={"unit": "steps"},
     )
     gc_every_steps: Count | None = Field(
-        description="Python's garbage is collected at every n-th step, on all ranks at once; null: when Python likes",
+        description="collect Python's garbage after every n-th step, on all ranks at once; null: when Python does",
         json_schema_extra={"unit": "steps"},
     )
     allow_world_size_change: bool = Field(
-        description="resume on another number of ranks: the same batches go on, but random views differ, and so do "
-        "the last bits; false: an error"
+        description="allow a resume on another number of ranks: batches stay the same, but random views differ, and "
+        "results in their last bits; false: an error"
     )
 
 
 class OnlineProbeConfig(Section):
-    kind: Literal["none", "knn", "linear"] = Field(
-        description="knn, linear: accuracy on validation of that probe on the features as they are, logged"
+    kind: OnlineProbeName = Field(
+        description="log the validation accuracy of this probe, fitted on the features of the moment"
     )
     images: Count = Field(
-        description="at most this many training images are looked at, evenly spaced",
+        description="fit it on at most this many training images, evenly spaced",
         json_schema_extra={"unit": "images"},
     )
-    k: Count = Field(description="knn: neighbors that vote")
+    k: Count = Field(description="knn: number of neighbors that vote")
     temperature: Positive = Field(description="knn: a neighbor's vote is exp(cosine / temperature)")
 
 
@@ -207,7 +220,11 @@ class ValidationConfig(Section):
     every_steps: Count | None = Field(
         description="the same after every n-th step", json_schema_extra={"unit": "steps"}
     )
-    probe: OnlineProbeConfig = Field(description="a probe of the frozen features at the same times")
+    probe: OnlineProbeConfig = Field(description="a probe of the frozen features, at every validation")
+
+    @property
+    def enabled(self) -> bool:
+        return self.every_epochs is not None or self.every_steps is not None
 
 
 class CheckpointConfig(Section):
@@ -215,13 +232,15 @@ class CheckpointConfig(Section):
         description="save after every n-th epoch", json_schema_extra={"unit": "epochs"}
     )
     every_steps: Count | None = Field(description="save after every n-th step", json_schema_extra={"unit": "steps"})
-    keep: Annotated[int, Field(ge=2)] = Field(description="newest checkpoints kept; only whole ones count")
+    keep: Annotated[int, Field(ge=2)] = Field(
+        description="number of newest checkpoints kept; damaged ones do not count"
+    )
     keep_every_steps: Count | None = Field(
-        description="keep the checkpoints of every n-th step for good; null: the newest alone",
+        description="keep the checkpoints of every n-th step for good; null: only the newest ones",
         json_schema_extra={"unit": "steps"},
     )
     asynchronous: bool = Field(
-        description="write while training goes on; needs host memory for one more copy of model and optimizer"
+        description="write while training continues; needs host memory for one more copy of model and optimizer"
     )
     max_failed_saves: Annotated[int, Field(ge=0)] = Field(
         description="saves in a row that may fail (a full disk) before training stops; the last of a run may not",
@@ -234,7 +253,8 @@ class LogConfig(Section):
         description="steps between two lines of metrics.jsonl", json_schema_extra={"unit": "steps"}
     )
     gradient_response: bool = Field(
-        description="log how strongly positives pull and negatives push (supcon_out, tcl); costs two more walks"
+        description="log how strongly positives attract and negatives repel (supcon_out, tcl); costs two more passes "
+        "over the similarities"
     )
     tensorboard: bool = Field(description="write TensorBoard events as well")
     progress: bool = Field(description="show a progress bar (rank 0, on a terminal)")

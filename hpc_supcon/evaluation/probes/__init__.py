@@ -17,8 +17,6 @@ __all__ = [
     "ProbeSpec",
     "ProbeTask",
     "check_probes",
-    "needs_encoder",
-    "probe_input",
 ]
 
 PROBES: dict[str, ProbeSpec] = {
@@ -30,16 +28,6 @@ PROBES: dict[str, ProbeSpec] = {
     "finetune": FINETUNE,
 }
 """`probe.kind` -> the probe."""
-
-
-def probe_input(config: Config, kind: str) -> str:
-    """What the probe `kind` reads under this configuration: `features`, `pixels` or `images`."""
-    return PROBES[kind].input_of(getattr(config.probe, kind))
-
-
-def needs_encoder(config: Config) -> bool:
-    """Whether any probe of `probe.kind` reads more than pixels."""
-    return any(probe_input(config, kind) != "pixels" for kind in config.probe.kinds)
 
 
 def check_probes(config: Config, splits: Splits) -> None:

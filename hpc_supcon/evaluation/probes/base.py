@@ -18,11 +18,9 @@ from ..features import SplitRows, build_prepare, in_chunks
 
 @dataclass(frozen=True)
 class ProbeSpec:
-    """One kind of probe: an entry of PROBES. Its settings are the section `probe.KIND` of the configuration."""
+    """One kind of probe: an entry of PROBES. Its settings are the section `probe.KIND` of the configuration,
+    which also says what it reads."""
 
-    input: str
-    """What it reads where its settings do not say: `features`, `pixels`, or `images` for a probe that trains an
-    encoder of its own."""
     check: Callable[[str, Any, Splits], None]
     """check(section, settings, splits) raises ConfigError, naming `section` (probe.KIND), where these data do not
     allow these settings. What the configuration alone decides is checked when it is loaded."""
@@ -31,11 +29,6 @@ class ProbeSpec:
     head: Callable[..., nn.Module]
     """head(in_dim, classes, **options) -> a classifier [n, in_dim] -> logits [n, classes], not fitted yet; options:
     `description["head"]["options"]` of a fitted probe."""
-
-    def input_of(self, settings: Any) -> str:
-        """What a probe with these settings reads; a kind with a single possible input has no setting for it."""
-        chosen = getattr(settings, "input", "auto")
-        return self.input if chosen == "auto" else chosen
 
 
 @dataclass(frozen=True)

@@ -215,4 +215,4 @@ def _copy_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-FINETUNE = ProbeSpec("images", _check, _fit, nn.Linear)
+FINETUNE = ProbeSpec(_check, _fit, nn.Linear)

@@ -86,6 +86,6 @@ def _fit_mlp(task: ProbeTask) -> ProbeOutcome:
     )
 
 
-LINEAR = ProbeSpec("features", _check_linear, _fit_linear, nn.Linear)
-SOFTMAX = ProbeSpec("pixels", _check_linear, _fit_linear, nn.Linear)
-MLP = ProbeSpec("features", _check_mlp, _fit_mlp, _mlp)
+LINEAR = ProbeSpec(_check_linear, _fit_linear, nn.Linear)
+SOFTMAX = ProbeSpec(_check_linear, _fit_linear, nn.Linear)
+MLP = ProbeSpec(_check_mlp, _fit_mlp, _mlp)

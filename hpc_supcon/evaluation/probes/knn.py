@@ -122,4 +122,4 @@ def _fit(task: ProbeTask) -> ProbeOutcome:
     return ProbeOutcome(fitted.eval(), chosen, facts={"iterations": None})
 
 
-KNN = ProbeSpec("features", _check, _fit, NearestNeighbors)
+KNN = ProbeSpec(_check, _fit, NearestNeighbors)

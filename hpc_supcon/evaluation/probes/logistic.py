@@ -63,4 +63,4 @@ def _head(in_dim: int, classes: int) -> Logistic:
     return Logistic(in_dim)
 
 
-LOGISTIC = ProbeSpec("pixels", _check, _fit, _head)
+LOGISTIC = ProbeSpec(_check, _fit, _head)

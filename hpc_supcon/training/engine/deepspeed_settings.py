@@ -1,4 +1,4 @@
-"""The configuration that DeepSpeed is started with: ours, with the user's own section merged in."""
+"""The configuration that DeepSpeed is started with: ours, with the user's own keys merged in."""
 
 from __future__ import annotations
 
@@ -6,77 +6,21 @@ from collections.abc import Mapping
 from copy import deepcopy
 from typing import Any
 
-from ...errors import ConfigError
-
-OURS = {
-    "train_batch_size": "data.batch_size",
-    "train_micro_batch_size_per_gpu": "data.batch_size over the number of ranks",
-    "gradient_accumulation_steps": "train.micro_batch_size, which makes pieces of a contrastive batch",
-    "gradient_clipping": "optim.clip_norm",
-    "optimizer": "optim.name and its settings",
-    "scheduler": "optim.schedule",
-    "fp16": "train.precision=fp16",
-    "bf16": "train.precision=bf16",
-    "amp": "train.precision",
-    "torch_autocast": "train.precision",
-    "data_types": "train.precision",
-    "activation_checkpointing": "train.activation_checkpointing",
-    "compile": "train.compile",
-    "checkpoint": "the section checkpoint",
-    "zero_optimization.stage": "train.deepspeed.zero",
-    "zero_optimization.compute_grad_norm": "optim.clip_norm; the norm is always logged",
-    "zero_allow_untested_optimizer": "optim.name",
-    "zero_force_ds_cpu_optimizer": "optim.name",
-    "managed_gradient_accumulation": "train.micro_batch_size",
-}
-"""DeepSpeed's keys whose value follows from a setting of this package."""
-
-UNSUPPORTED = (
-    "zero_optimization.offload_optimizer",
-    "zero_optimization.offload_param",
-    "zero_optimization.cpu_offload",
-    "zero_optimization.zenflow",
-    "tensor_parallel",
-    "expert_parallel",
-    "sequence_parallel_size",
-    "elasticity",
-    "autotuning",
-    "data_efficiency",
-    "curriculum_learning",
-    "sparse_gradients",
-    "hybrid_engine",
-    "sparse_attention",
-    "compression_training",
-)
-"""DeepSpeed's keys that change what is trained, or where its state lies, in ways that a checkpoint does not hold."""
-
 BUCKET = 25_000_000
-"""Numbers in one message of gradients; DeepSpeed's own 5e8 would hold 2 GB for it, whatever the model's size."""
-
-
-def check_settings(own: Mapping[str, Any] | None) -> None:
-    """Raise ConfigError for keys of `train.deepspeed.config` that contradict other settings."""
-    flat = set(_paths(own or {}))
-    for key, instead in OURS.items():
-        if key in flat:
-            raise ConfigError(f"train.deepspeed.config: {key} is set by {instead}; leave it out")
-    for key in UNSUPPORTED:
-        if key in flat:
-            raise ConfigError(f"train.deepspeed.config: {key} is not supported; leave it out")
+"""Numbers in one message of gradients; DeepSpeed's default, 5e8, takes 2 GB for it, whatever the model's size."""
 
 
 def deepspeed_settings(
     own: Mapping[str, Any] | None, *, zero: int, images_per_rank: int, parameters: int, scaled: bool
 ) -> dict[str, Any]:
-    """DeepSpeed's JSON for `zero` 0, 1 or 2: our values, over them `own`, which may not contradict them.
+    """DeepSpeed's JSON for `zero` 0, 1 or 2: our values, with `own` merged over them (see `config.deepspeed`).
 
-    parameters: how many numbers are trained. scaled: the loss is scaled, so that DeepSpeed must look for overflows
-    before its update, which costs another norm. Raises ConfigError.
+    parameters: how many numbers are trained. scaled: the loss is scaled, so that DeepSpeed must check for overflows
+    before its update, which costs another norm.
 
     DeepSpeed trains fp32 weights here, under our autocast: its own bf16 and fp16 would cast norms and their
     statistics too, and hold a second copy of the weights that no other engine has.
     """
-    check_settings(own)
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": images_per_rank,
         "gradient_accumulation_steps": 1,
@@ -98,13 +42,3 @@ def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
         nested = isinstance(out.get(key), dict) and isinstance(value, Mapping)
         out[key] = _merged(out[key], value) if nested else deepcopy(value)
     return out
-
-
-def _paths(tree: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Every key of a nested mapping, with dots."""
-    found: list[str] = []
-    for key, value in tree.items():
-        found.append(f"{prefix}{key}")
-        if isinstance(value, Mapping):
-            found += _paths(value, f"{prefix}{key}.")
-    return found

@@ -100,7 +100,7 @@ def test_config_prints_yaml_that_reads_back_and_the_schema(capsys):
         (["loss.name=reconstruction", "model.encoder=resnet18", "model.stem=small"], ["resnet18 has no decoder"]),
         (["loss.temperature=0.001"], ["temperature", "0.002"]),
         (["optim.name=adamw", "optim.nesterov=true"], ["optim", "nesterov", "sgd and lars"]),
-        (["optim.warmup_epochs=1", "optim.warmup_iterations=3"], ["warmup_epochs and warmup_iterations"]),
+        (["optim.warmup_epochs=1", "optim.warmup_iterations=3"], ["optim.warmup_epochs and optim.warmup_iterations"]),
     ],
 )
 def test_wrong_settings_end_with_code_2_one_line_and_no_folder(capsys, tmp_path, arguments, parts):
@@ -150,7 +150,7 @@ def test_every_loss_trains_by_name_and_goes_down(capsys, tmp_path, settings):
     assert code == 0, err
 
 
-def test_collapsed_embeddings_are_told_once(capsys, tmp_path):
+def test_collapsed_embeddings_are_reported_once(capsys, tmp_path):
     settings = [*FAST, "train.epochs=12", "log.every_steps=1", "optim.momentum=0.9", "loss.name=tcl", "loss.k1=5e4"]
     code, _, err = run(capsys, "pretrain", "default", *settings, "optim.lr=3", f"run_dir={tmp_path}/steep")
     assert code == 0, err
@@ -227,7 +227,7 @@ def test_verify_and_convert_and_a_run_from_the_beton_files(capsys, tmp_path, ima
         capsys, tmp_path, images, "data.source=mnist", f"data.beton={tmp_path}/set.beton", f"run_dir={tmp_path}/r2"
     )
     assert code == 2
-    assert "holds 'image_folder/train', not 'mnist/train'" in err
+    assert "contains 'image_folder/train', not 'mnist/train'" in err
 
 
 def test_verify_names_every_image_that_cannot_be_used(capsys, images):

@@ -83,7 +83,7 @@ def test_without_verifying_a_flipped_bit_passes_and_a_missing_file_does_not(caps
     code, out, _ = call(capsys, run_dir, "--no-verify")
     assert code == 1
     assert "state.json: No such file" in out
-    assert "sizes right" in out
+    assert "sizes match" in out
 
 
 @pytest.mark.parametrize("manifest", [b"", b"\xff", b"[]"])

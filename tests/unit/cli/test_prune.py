@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from hpc_supcon import checkpoint, cli
-from hpc_supcon.config import load_config
+from hpc_supcon.config import check_config, load_config
 from hpc_supcon.errors import RunFolderError
 from hpc_supcon.evaluation.encoder import load_model
 from hpc_supcon.evaluation.fitted_probe import load_probe
@@ -167,6 +167,14 @@ def test_the_learning_rate_of_fine_tuning_is_a_tenth_by_default():
     assert pruned_config(untouched.folder, untouched, 0.5).optim == untouched.optim
 
 
+def test_a_run_of_deepspeed_is_fine_tuned_without_it():
+    trained = ["train.engine=deepspeed", "train.deepspeed.config={wall_clock_breakdown: true}"]
+    config = load_config("default", [*trained, "prune.finetune.epochs=1"], stages=("pretrain",))
+    plan = pruned_config(config.folder, config, 0.5)
+    check_config(plan, stages=("pretrain",))
+    assert (plan.train.engine, plan.train.deepspeed.config) == ("ddp", None)
+
+
 def test_a_fully_pruned_layer_is_a_warning(capsys, dense):
     model, _ = load_model(dense)
     smallest = min(prunable(model.encoder).items(), key=lambda item: item[1].numel())
@@ -181,21 +189,25 @@ def test_a_fully_pruned_layer_is_a_warning(capsys, dense):
 @pytest.mark.parametrize(
     ("arguments", "parts"),
     [
-        (["prune.rate=1"], ["prune.rate", "1 is no share"]),
-        (["prune.rate=-0.1"], ["prune.rate", "-0.1 is no share"]),
-        (["prune.rate=[0.5, 1.5]"], ["prune.rate", "1.5 is no share"]),
+        (["prune.rate=1"], ["prune.rate", "prune.rate=1: the share"]),
+        (["prune.rate=-0.1"], ["prune.rate", "prune.rate=-0.1: the share"]),
+        (["prune.rate=[0.5, 1.5]"], ["prune.rate", "prune.rate=1.5: the share"]),
         (["prune.rate=[]"], ["prune.rate", "empty list"]),
         (["prune.rate=half"], ["prune.rate", "number"]),
         (["prune.rate=[0.2, 0.20]"], ["prune.rate names a rate twice", "0.2, 0.2"]),
         (["prune.rate=0.9999999"], ["prune.rate", "leaves no weight"]),
         (["prune.method=l11"], ["prune.method", "did you mean 'l1'"]),
-        (["prune.scope=globl"], ["prune.scope", "'global' or 'layer'"]),
+        (["prune.scope=globl"], ["prune.scope", "did you mean 'global'? known: global, layer"]),
         (["prune.label=a/b"], ["prune.label"]),
         (["prune.finetune.epochs=-1"], ["prune.finetune.epochs"]),
         (["prune.rates=0.1"], ["did you mean 'prune.rate'"]),
         (["probe.kind=softmax"], ["probe.kind=softmax reads pixels"]),
         (["probe.kind=knn", "probe.knn.k=73"], ["probe.knn.k=73"]),
         (["optim.lr=3"], ["other settings", "optim.lr"]),
+        (
+            ["prune.finetune.epochs=1", "train.compile=true", "train.activation_checkpointing=true"],
+            ["train.activation_checkpointing", "use one of them"],
+        ),
     ],
 )
 def test_mistakes_exit_with_2_one_line_and_nothing_pruned(capsys, whole, arguments, parts):

@@ -1,4 +1,4 @@
-"""No bytes in a configuration file give anything but a configuration or a ConfigError of one line."""
+"""Any bytes in a configuration file give a configuration or a ConfigError of one line, nothing else."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def test_aliases_cannot_make_a_small_file_a_large_one(tmp_path):
     lines = ["  - &a0 [0, 0]", *(f"  - &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 11))]
     path = tmp_path / "c.yaml"
     path.write_text("\n".join(["probe:", "  lrs:", *lines]))
-    with pytest.raises(ConfigError, match=r"line 4: not valid YAML: an alias \(\*a0\) has no use here"):
+    with pytest.raises(ConfigError, match=r"line 4: not valid YAML: an alias \(\*a0\) is not supported"):
         cfg.load_config(path)
 
 

@@ -90,10 +90,26 @@ def test_text_that_looks_like_something_else_survives_writing_and_reading(value)
         (["optim.lr=.nan"], ["optim.lr", "finite"]),
         (["optim.lr=1e999"], ["optim.lr", "finite"]),
         (["deterministic=no"], ["deterministic", "valid boolean", "'no'"]),
-        (["model.stem=big"], ["model.stem", "'auto', 'small' or 'standard'", "'big'"]),
+        (["model.stem=big"], ["override 'model.stem=big': unknown model.stem 'big'", "known: auto, small, standard"]),
+        (["model.stem=3"], ["model.stem", "'auto', 'small' or 'standard'", "not 3"]),
+        (["train.deepspeed.zero=3"], ["train.deepspeed.zero", "0, 1 or 2", "not 3"]),
+        (
+            ["loss.name=supcom_out"],
+            ["unknown loss.name 'supcom_out'; did you mean 'supcon_out'? known: cross_entropy, "],
+        ),
+        (["loss.terms={tcl: 1, tlc: 1}"], ["unknown loss.terms 'tlc'; did you mean 'tcl'? known: cross_entropy, "]),
+        (["loss.terms={tcl: 0}"], ["loss.terms: input should be greater than 0"]),
+        (
+            ["probe.kind=[knn, liner]"],
+            ["unknown probe.kind 'liner'; did you mean 'linear'? known: finetune, knn, linear, "],
+        ),
+        (["prune.rate=[0.1, a]"], ["prune.rate: ", "valid number, not 'a'"]),
         (["data=3"], ["data is a section", "batch_size"]),
         (["data.batch_size.x=3"], ["data.batch_size"]),
-        (["augment.crop_scale=[0.5,0.2]"], ["crop_scale", "[low, high]"]),
+        (
+            ["augment.crop_scale=[0.5,0.2]"],
+            ["override 'augment.crop_scale=[0.5,0.2]': augment.crop_scale", "[low, high]"],
+        ),
         (["augment.crop_scale=[0.5,1.2]"], ["crop_scale", "1.0"]),
         (["probe.linear.lrs=[]"], ["probe.linear.lrs"]),
         (["probe.linear.lrs=[a]"], ["probe.linear.lrs", "valid number"]),
@@ -133,6 +149,25 @@ def test_a_wrong_file_is_named_with_its_line(tmp_path, text, parts):
         cfg.load_config(path)
     for part in [str(path), *parts]:
         assert part in str(caught.value)
+
+
+def test_a_wrong_name_is_blamed_on_the_file_or_override_that_gives_it(tmp_path):
+    (tmp_path / "base.yaml").write_text("loss: {name: nonsense}\n")
+    (tmp_path / "mine.yaml").write_text("base: base.yaml\noptim: {lr: 1.0}\n")
+    with pytest.raises(ConfigError, match=rf"^{tmp_path}/base\.yaml: unknown loss\.name 'nonsense'; known: "):
+        cfg.load_config(tmp_path / "mine.yaml", ["optim.lr=0.1"])
+    with pytest.raises(ConfigError, match=r"^override 'loss\.name=no': unknown loss\.name 'no'"):
+        cfg.load_config(tmp_path / "mine.yaml", ["loss.name=no"])
+
+
+def test_settings_that_contradict_each_other_are_blamed_on_those_who_give_them(tmp_path):
+    (tmp_path / "one.yaml").write_text("data: {views: 1}\n")
+    both = rf"^override 'loss\.name=simclr' and {tmp_path}/one\.yaml: loss\.name=simclr .* data\.views of 2 or more$"
+    with pytest.raises(ConfigError, match=both):
+        cfg.load_config(tmp_path / "one.yaml", ["loss.name=simclr"], stages=("pretrain",))
+    assert cfg.load_config(tmp_path / "one.yaml", ["loss.name=simclr"]).data.views == 1, "checked for no stage"
+    with pytest.raises(ConfigError, match=r"^override 'optim\.nesterov=true': optim\.nesterov is for sgd and lars"):
+        cfg.load_config("default", ["optim.nesterov=true", "optim.name=adamw"])
 
 
 def test_a_missing_or_binary_file_and_an_unknown_recipe_are_named(tmp_path):

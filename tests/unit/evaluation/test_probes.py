@@ -15,7 +15,7 @@ from sklearn.linear_model import LogisticRegression
 from hpc_supcon.config import load_config
 from hpc_supcon.evaluation.features import Standardize, select_classes
 from hpc_supcon.evaluation.fitted_probe import build_probe
-from hpc_supcon.evaluation.probes import PROBES, needs_encoder, probe_input
+from hpc_supcon.evaluation.probes import PROBES
 from hpc_supcon.evaluation.probes.optimization import FitPlan, FitProgress, batches, best_head, steps_per_epoch
 from hpc_supcon.evaluation.probes.training import evaluate_heads, seeded, train_heads
 from hpc_supcon.models import LinearHeads, Logistic, Mlp, SingleHead
@@ -223,21 +223,21 @@ def test_an_mlp_learns_what_a_linear_head_cannot_and_dropout_depends_on_the_seed
 
 def test_inputs_are_the_default_of_the_kind_unless_the_settings_say_otherwise():
     default = load_config()
-    inputs = {kind: probe_input(default, kind) for kind in PROBES}
+    inputs = {kind: default.probe.input_of(kind) for kind in PROBES}
     assert inputs == {
         "linear": "features", "softmax": "pixels", "logistic": "pixels", "mlp": "features", "knn": "features",
         "finetune": "images",
     }  # fmt: skip
     for kind in PROBES:
         config = load_config("default", [f"probe.kind={kind}"])
-        assert needs_encoder(config) == (inputs[kind] != "pixels")
+        assert config.probe.needs_encoder == (inputs[kind] != "pixels")
         if kind == "finetune":
             continue
         for chosen in ("features", "pixels"):
             config = load_config("default", [f"probe.kind={kind}", f"probe.{kind}.input={chosen}"])
-            assert probe_input(config, kind) == chosen
-            assert needs_encoder(config) == (chosen == "features")
-    assert needs_encoder(load_config("default", ["probe.kind=[softmax, knn]"]))
+            assert config.probe.input_of(kind) == chosen
+            assert config.probe.needs_encoder == (chosen == "features")
+    assert load_config("default", ["probe.kind=[softmax, knn]"]).probe.needs_encoder
 
 
 def test_every_probe_has_a_section_of_the_configuration_and_no_section_is_without_a_probe():

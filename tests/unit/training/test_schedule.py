@@ -105,7 +105,7 @@ def test_an_unknown_schedule_is_named_with_the_known_ones():
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["optim.warmup_epochs=1", "optim.warmup_iterations=10"], "two lengths of one warm-up"),
+        (["optim.warmup_epochs=1", "optim.warmup_iterations=10"], "both give the length of the warm-up"),
         (["optim.final_lr_fraction=0.1", "optim.schedule=step"], "where cosine and one_cycle end, not step"),
         (["optim.final_lr_fraction=0.1", "optim.schedule=constant"], "where cosine and one_cycle end, not constant"),
         (["optim.schedule=one_cycle"], "one_cycle rises in the warm-up"),

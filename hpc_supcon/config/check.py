@@ -1,0 +1,305 @@
+"""Rules between settings: what can be wrong with a configuration, as far as its data and device do not matter.
+
+What depends on the data (numbers of images and classes, image sizes) is checked once it is loaded; what depends on
+the machine (GPUs, compilers, optional packages) when training is set up.
+"""
+
+from __future__ import annotations
+
+from pathlib import PurePath
+from typing import Any, Literal, get_args
+
+from ..errors import ConfigError
+from .deepspeed import check_own_keys
+from .encoders import OWN_ENCODERS, check_encoder
+from .schema import Config, names
+from .schema.names import ProbeName
+
+Stage = Literal["pretrain", "probe", "prune"]
+
+CONTRASTIVE = frozenset(get_args(names.ContrastiveName))
+PAIRWISE = frozenset(get_args(names.PairwiseName))
+CLASSIFYING = frozenset(get_args(names.ClassifierLossName))
+DECODING = frozenset(get_args(names.DecoderLossName))
+WITH_RESPONSE = frozenset(get_args(names.ResponseLossName))
+MIN_TEMPERATURE, MIN_TRITON_TEMPERATURE, MAX_TRITON_DIM = 0.002, 0.025, 2048
+"""What the contrastive losses take: see losses.pairwise."""
+
+
+def check_config(
+    config: Config, *, stages: tuple[Stage, ...] = ("pretrain", "probe"), world_size: int | None = None
+) -> None:
+    """Raise ConfigError where settings contradict each other. Reads neither data nor device.
+
+    stages: those that will run; what only others use is not checked. (The fine-tuning of `prune` is a pre-training
+    with settings of its own.) world_size: number of ranks, where it is known.
+    """
+    if stages:
+        _check_loader(config)
+    if "pretrain" in stages:
+        check_encoder(config.model.encoder)
+    if _pretrains(config, stages):
+        _check_encoder_options(config)
+        _check_loss(config)
+        _check_queue(config)
+        _check_sampler(config)
+        _check_validation(config)
+        _check_stopping(config)
+        _check_device(config)
+        _check_engine(config)
+        _check_compilation(config)
+    if "probe" in stages or "prune" in stages:
+        _check_probes(config)
+    if "prune" in stages:
+        _check_pruning(config)
+    if world_size is not None:
+        check_ranks(config, world_size, stages=stages)
+
+
+def check_ranks(config: Config, world_size: int, *, stages: tuple[Stage, ...]) -> None:
+    """The rules of `check_config` that need the number of ranks. Raises ConfigError."""
+    if _pretrains(config, stages) or ("prune" in stages and config.prune.finetunes):
+        _check_shares("data.batch_size", config.data.batch_size, world_size)
+        _check_pieces(config, world_size)
+    if ("probe" in stages or "prune" in stages) and "finetune" in config.probe.kinds:
+        _check_shares("probe.finetune.batch_size", config.probe.finetune.batch_size, world_size)
+
+
+def _pretrains(config: Config, stages: tuple[Stage, ...]) -> bool:
+    """A run whose probes all read pixels trains no encoder."""
+    return "pretrain" in stages and (config.probe.needs_encoder or "probe" not in stages)
+
+
+def _check_shares(setting: str, batch_size: int, world_size: int) -> None:
+    if batch_size % world_size:
+        below = batch_size // world_size * world_size
+        valid = f"{below} or {below + world_size}" if below else f"{world_size}"
+        raise ConfigError(
+            f"{setting}={batch_size} is the global batch and cannot be shared equally by {world_size} ranks: "
+            f"use {valid}"
+        )
+
+
+def _check_pieces(config: Config, world_size: int) -> None:
+    images, piece = config.data.batch_size // world_size, config.train.micro_batch_size
+    if config.train.cuda_graphs and piece is not None and images % piece:
+        raise ConfigError(
+            f"train.cuda_graphs=true needs pieces of equal size, but {images} images per rank in pieces of "
+            f"train.micro_batch_size={piece} leave a smaller last one; use a divisor of {images}"
+        )
+
+
+def _check_loader(config: Config) -> None:
+    data = config.data
+    if data.beton is not None and PurePath(data.beton).suffix != ".beton":
+        raise ConfigError(f"data.beton={data.beton}: must end in .beton")
+    if data.loader == "ffcv" and data.beton is None:
+        raise ConfigError(
+            "data.loader=ffcv reads .beton files: make them with `hpc-supcon convert DATA OUT.beton`, set data.beton"
+        )
+    if data.loader == "dali" and (data.source != "image_folder" or data.beton is not None):
+        raise ConfigError("data.loader=dali reads image files: use data.source=image_folder and no data.beton")
+    if data.crop_while_decoding and data.image_size is None:
+        raise ConfigError("data.crop_while_decoding needs data.image_size: the side of the crops")
+    if data.crop_while_decoding and config.augment.policy == "none":
+        raise ConfigError("data.crop_while_decoding crops at random, which augment.policy=none forbids")
+    made = data.synthetic
+    if data.source == "synthetic" and data.beton is None and made.images < made.classes:
+        raise ConfigError(
+            f"data.synthetic.images={made.images}: data.synthetic.classes={made.classes} need at least one image each"
+        )
+
+
+def _check_encoder_options(config: Config) -> None:
+    """Whether an encoder of timm has two stems is known once it is built."""
+    model = config.model
+    if model.encoder in OWN_ENCODERS and model.stem != "auto":
+        raise ConfigError(f"model.stem={model.stem}: {model.encoder} has only its own stem; use auto")
+    if DECODING & config.loss.weights.keys() and model.encoder != "conv":
+        raise ConfigError(f"model.encoder={model.encoder} has no decoder, which reconstruction needs; use conv")
+
+
+def _check_loss(config: Config) -> None:
+    loss, terms, views = config.loss, config.loss.weights.keys(), config.data.views
+    if "simclr" in terms and views < 2:
+        raise ConfigError("loss.name=simclr pulls an image's views together: it needs data.views of 2 or more")
+    if not loss.supervised and not terms & PAIRWISE:
+        raise ConfigError(f"loss.supervised=false: {loss.label} compares no images; it needs their labels")
+    if not loss.supervised and views < 2:
+        raise ConfigError("loss.supervised=false pulls an image's views together: it needs data.views of 2 or more")
+    if config.log.gradient_response and len(terms & WITH_RESPONSE) != 1:
+        raise ConfigError(
+            f"log.gradient_response is defined for one of {' and '.join(sorted(WITH_RESPONSE))}, not for {loss.label}"
+        )
+    if config.train.micro_batch_size is not None and terms & DECODING:
+        raise ConfigError(f"train.micro_batch_size: {loss.label} needs no large batch; lower data.batch_size instead")
+    if not terms & CONTRASTIVE:
+        return
+    if loss.temperature < MIN_TEMPERATURE:
+        raise ConfigError(
+            f"loss.temperature={loss.temperature:g} is below {MIN_TEMPERATURE}, where exp(1 / temperature) overflows"
+        )
+    dim = config.model.projection_dim
+    if loss.backend == "triton" and (loss.temperature < MIN_TRITON_TEMPERATURE or dim > MAX_TRITON_DIM):
+        raise ConfigError(
+            f"loss.backend=triton: loss.temperature={loss.temperature:g} and model.projection_dim={dim} must be at "
+            f"least {MIN_TRITON_TEMPERATURE} and at most {MAX_TRITON_DIM}; use loss.backend=tiled"
+        )
+
+
+def _check_queue(config: Config) -> None:
+    loss = config.loss
+    if loss.queue_size and not CONTRASTIVE & loss.weights.keys():
+        raise ConfigError(f"loss.queue_size={loss.queue_size}: {loss.label} takes no queue; use 0")
+    if config.model.momentum_encoder is not None and not loss.queue_size:
+        raise ConfigError("model.momentum_encoder makes the keys of a queue: set loss.queue_size as well")
+
+
+def _check_sampler(config: Config) -> None:
+    """Whether there are enough classes, and images of each, is known once the data is loaded."""
+    data = config.data
+    if data.sampler != "class_balanced":
+        return
+    if data.classes_per_batch is None or data.images_per_class is None:
+        raise ConfigError(
+            "data.sampler=class_balanced needs data.classes_per_batch and data.images_per_class, whose product is "
+            f"data.batch_size={data.batch_size}"
+        )
+    product = data.classes_per_batch * data.images_per_class
+    if product != data.batch_size:
+        raise ConfigError(
+            f"data.classes_per_batch={data.classes_per_batch} times data.images_per_class={data.images_per_class} is "
+            f"{product}, not data.batch_size={data.batch_size}"
+        )
+
+
+def _has_no_validation(config: Config) -> bool:
+    """Only an image folder, or the .beton files made of one, may have a validation split of its own."""
+    return config.data.validation_fraction == 0 and config.data.source != "image_folder"
+
+
+def _check_validation(config: Config) -> None:
+    enabled, probe = config.validation.enabled, config.validation.probe
+    if enabled and _has_no_validation(config):
+        raise ConfigError("validation.every_* needs a validation split: set data.validation_fraction")
+    if probe.kind != "none" and not enabled:
+        raise ConfigError(
+            f"validation.probe.kind={probe.kind} is fitted at every validation: set validation.every_epochs or "
+            "validation.every_steps"
+        )
+    if probe.kind == "knn" and probe.k > probe.images:
+        raise ConfigError(f"validation.probe.k={probe.k} neighbors, but validation.probe.images={probe.images}")
+
+
+def _check_stopping(config: Config) -> None:
+    stopping = config.train.stopping
+    if not stopping.enabled:
+        return
+    if not config.validation.enabled:
+        raise ConfigError("train.stopping needs validation: set validation.every_epochs or validation.every_steps")
+    if stopping.monitor != "accuracy":
+        return
+    if config.validation.probe.kind == "none" and not CLASSIFYING & config.loss.weights.keys():
+        raise ConfigError(
+            f"train.stopping.monitor=accuracy: {config.loss.label} has no classifier; set validation.probe.kind=knn "
+            "or linear"
+        )
+    _check_target("train", stopping.monitor, stopping.target)
+
+
+def _check_target(section: str, monitor: str, target: float | None) -> None:
+    if monitor == "accuracy" and target is not None and not 0 <= target <= 1:
+        raise ConfigError(f"{section}.stopping.target={target:g}: an accuracy is a fraction, 0 to 1")
+
+
+def _check_device(config: Config) -> None:
+    if config.runtime.device != "cpu":
+        return
+    if config.train.precision == "fp16":
+        raise ConfigError("train.precision=fp16 needs a CUDA device; use bf16 or fp32 with runtime.device=cpu")
+    if config.train.cuda_graphs:
+        raise ConfigError("train.cuda_graphs=true needs a CUDA device, not runtime.device=cpu")
+
+
+def _check_engine(config: Config) -> None:
+    train, zero = config.train, config.train.deepspeed.zero
+    if train.engine != "deepspeed":
+        if train.deepspeed.config is not None:
+            raise ConfigError("train.deepspeed.config is for train.engine=deepspeed alone; use null")
+        return
+    check_own_keys(train.deepspeed.config or {})
+    if zero == 2 and train.micro_batch_size is not None:
+        raise ConfigError(
+            "train.micro_batch_size with train.deepspeed.zero=2: partitioned gradients would be exchanged for every "
+            "piece; use zero 0 or 1, or train.engine=ddp"
+        )
+    if zero and config.optim.name in ("lars", "lamb"):
+        raise ConfigError(
+            f"optim.name={config.optim.name} needs the norm of every weight, which train.deepspeed.zero={zero} cuts "
+            "into parts; use zero 0, or train.engine=ddp"
+        )
+
+
+def _check_compilation(config: Config) -> None:
+    train = config.train
+    if train.cuda_graphs and not train.compile:
+        raise ConfigError("train.cuda_graphs=true replays the compiled pass: set train.compile=true as well")
+    if train.cuda_graphs and train.engine == "deepspeed":
+        raise ConfigError("train.cuda_graphs=true: deepspeed changes gradients in place; use train.engine=ddp")
+    if train.compile and train.activation_checkpointing:
+        raise ConfigError("train.activation_checkpointing: train.compile decides what to recompute; use one of them")
+
+
+def _check_probes(config: Config) -> None:
+    """Whether there are enough images, and the classes of logistic regression, is known once the data is loaded."""
+    kinds = config.probe.kinds
+    if not kinds:
+        raise ConfigError(f"probe.kind is an empty list: name one or more of {', '.join(get_args(ProbeName))}")
+    if len(set(kinds)) < len(kinds):
+        raise ConfigError(f"probe.kind names a probe twice: {', '.join(kinds)}")
+    for kind in kinds:
+        if kind != "knn":
+            _check_fit(config, kind, getattr(config.probe, kind))
+
+
+def _check_fit(config: Config, kind: ProbeName, settings: Any) -> None:
+    stopping, every = settings.stopping, settings.evaluate_every
+    _check_target(f"probe.{kind}", stopping.monitor, stopping.target)
+    if every is not None and settings.iterations is not None and every > settings.iterations:
+        raise ConfigError(
+            f"probe.{kind}.evaluate_every={every} but training has only {settings.iterations} iterations: the "
+            f"validation split would be evaluated only once; lower it, or raise probe.{kind}.iterations"
+        )
+    if kind == "mlp" and settings.batch_norm and settings.batch_size < 2:
+        raise ConfigError("probe.mlp.batch_norm needs at least two images per step; raise probe.mlp.batch_size")
+    if kind == "logistic" and settings.classes is not None and len(set(settings.classes)) < 2:
+        raise ConfigError(f"probe.logistic.classes: twice the same class, {settings.classes[0]!r}; name two")
+    if _has_no_validation(config):
+        _check_choices(kind, settings)
+
+
+def _check_choices(kind: ProbeName, settings: Any) -> None:
+    """What a probe chooses on a validation split, of which there is none."""
+    if kind == "linear" and len(settings.lrs) > 1:
+        raise ConfigError(
+            f"probe.linear.lrs has {len(settings.lrs)} learning rates but there is no validation split to choose on: "
+            "give one rate, or set data.validation_fraction"
+        )
+    for name in ("patience", "target"):
+        value = getattr(settings.stopping, name)
+        if value is not None:
+            raise ConfigError(
+                f"probe.{kind}.stopping.{name}={value:g} but there is no validation split: make it null, or set "
+                "data.validation_fraction"
+            )
+
+
+def _check_pruning(config: Config) -> None:
+    if not config.probe.needs_encoder:
+        raise ConfigError(
+            f"probe.kind={', '.join(config.probe.kinds)} reads pixels, which pruning does not change: choose "
+            "probes of features, such as probe.kind=linear"
+        )
+    rates = [f"{rate:g}" for rate in config.prune.rates]  # as they are written in the names of folders
+    if len(set(rates)) < len(rates):
+        raise ConfigError(f"prune.rate names a rate twice: {', '.join(rates)}")

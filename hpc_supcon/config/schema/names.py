@@ -1,0 +1,42 @@
+"""Every closed set of names, as a Literal. Tests compare each one with the registry whose keys it repeats."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+SourceName = Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "image_folder", "synthetic"]
+SamplerName = Literal["random", "class_balanced", "long_tail_aware"]
+LoaderName = Literal["auto", "resident", "torch", "ffcv", "dali"]
+PolicyName = Literal["none", "flip_crop", "simaugment", "autoaugment", "randaugment"]
+AutoAugmentName = Literal["cifar10", "imagenet", "svhn"]
+
+OwnEncoderName = Literal["conv", "resnet9", "resnet9_small", "vgg16_bn_embed"]
+"""Encoders of this package; every other name is timm's."""
+StemName = Literal["auto", "small", "standard"]
+
+ContrastiveName = Literal["supcon_out", "supcon_in", "tcl", "simclr"]
+"""Losses over the embeddings of all ranks, and of a queue."""
+PairwiseName = Literal[ContrastiveName, "triplet"]
+"""Losses that compare images; all others look at one image at a time."""
+ClassifierLossName = Literal["cross_entropy", "cross_entropy_mae"]
+"""Losses that train a classifier beside the encoder."""
+DecoderLossName = Literal["reconstruction"]
+"""Losses that train a decoder beside the encoder."""
+LossName = Literal[PairwiseName, ClassifierLossName, DecoderLossName]
+ResponseLossName = Literal["supcon_out", "tcl"]
+"""Losses that `log.gradient_response` is defined for."""
+MiningName = Literal["random", "semihard", "hard"]
+BackendName = Literal["auto", "reference", "tiled", "triton"]
+
+OptimizerName = Literal["sgd", "adamw", "lars", "lamb"]
+ScheduleName = Literal["cosine", "step", "constant", "one_cycle"]
+EngineName = Literal["ddp", "deepspeed"]
+OnlineProbeName = Literal["none", "knn", "linear"]
+
+ProbeName = Literal["linear", "softmax", "logistic", "mlp", "knn", "finetune"]
+PixelProbeName = Literal["softmax", "logistic"]
+"""Probes that read pixels where their setting `input` is `auto`."""
+ProbeOptimizerName = Literal["adam", "adamw", "sgd"]
+
+PruningMethodName = Literal["l1"]
+PruningScopeName = Literal["global", "layer"]

@@ -1,0 +1,220 @@
+"""`config`, `run` and `grid` refuse every wrong setting before any data is read: exit code 2, one line, no folder."""
+
+from __future__ import annotations
+
+import subprocess
+
+import pytest
+
+from hpc_supcon import cli
+from hpc_supcon.config import yaml12
+from hpc_supcon.training import assemble
+
+DEEPSPEED = ["train.engine=deepspeed", "train.deepspeed.zero=2"]
+VALIDATE = "validation.every_epochs=1"
+NO_VALIDATION = ["data.source=mnist", "data.validation_fraction=0", "probe.linear.lrs=[0.1]"]
+
+# what is wrong: (overrides, part of the line that is shown)
+WRONG = {
+    "unknown loss": (["loss.name=nonsense"], "unknown loss.name 'nonsense'; known: cross_entropy,"),
+    "unknown loss in a sum": (["loss.terms={tcl: 1.0, tcll: 1.0}"], "unknown loss.terms 'tcll'; did you mean 'tcl'?"),
+    "unknown encoder": (["model.encoder=resnet19"], "unknown model.encoder 'resnet19'; did you mean 'resnet9'"),
+    "unknown data": (["data.source=imagenet"], "unknown data.source 'imagenet'"),
+    "unknown sampler": (["data.sampler=balanced"], "unknown data.sampler 'balanced'; did you mean 'class_balanced'?"),
+    "unknown loader": (["data.loader=ffvc"], "unknown data.loader 'ffvc'; did you mean 'ffcv'?"),
+    "unknown policy": (["augment.policy=simaug"], "unknown augment.policy 'simaug'; did you mean 'simaugment'?"),
+    "unknown autoaugment": (
+        ["augment.autoaugment=cifar"],
+        "unknown augment.autoaugment 'cifar'; did you mean 'cifar10'?",
+    ),
+    "unknown backend": (["loss.backend=cuda"], "unknown loss.backend 'cuda'; known: auto, reference, tiled, triton"),
+    "unknown optimizer": (["optim.name=adam"], "unknown optim.name 'adam'; did you mean 'adamw'?"),
+    "unknown engine": (["train.engine=dpp"], "unknown train.engine 'dpp'; did you mean 'ddp'?"),
+    "unknown stem": (["model.stem=tiny"], "unknown model.stem 'tiny'; known: auto, small, standard"),
+    "unknown probe": (["probe.kind=[knn, liner]"], "unknown probe.kind 'liner'; did you mean 'linear'?"),
+    "unknown online probe": ([VALIDATE, "validation.probe.kind=kmn"], "unknown validation.probe.kind 'kmn'"),
+    "unknown pruning": (["prune.method=l2"], "unknown prune.method 'l2'; did you mean 'l1'?"),
+    "unknown input of a probe": (
+        ["probe.linear.input=pixel"],
+        "unknown probe.linear.input 'pixel'; did you mean 'pixels'?",
+    ),
+    "simclr with one view": (
+        ["loss.name=simclr", "data.views=1"],
+        "loss.name=simclr pulls an image's views together",
+    ),
+    "unsupervised with one view": (
+        ["loss.supervised=false", "data.views=1"],
+        "loss.supervised=false pulls an image's views",
+    ),
+    "a queue without a contrastive term": (
+        ["loss.name=triplet", "loss.queue_size=64"],
+        "loss.queue_size=64: triplet",
+    ),
+    "a momentum encoder without a queue": (["model.momentum_encoder=0.9"], "set loss.queue_size as well"),
+    "responses of another loss": (
+        ["log.gradient_response=true", "loss.name=simclr"],
+        "log.gradient_response is defined",
+    ),
+    "a temperature that overflows": (["loss.temperature=1e-3"], "loss.temperature=0.001 is below 0.002"),
+    "an encoder without a decoder": (
+        ["loss.name=reconstruction", "model.encoder=resnet18"],
+        "resnet18 has no decoder",
+    ),
+    "the other stem of an encoder that has one": (
+        ["model.stem=small"],
+        "model.stem=small: conv has only its own stem",
+    ),
+    "ZeRO-2 with micro-batches": (
+        [*DEEPSPEED, "train.micro_batch_size=8"],
+        "train.micro_batch_size with train.deepspeed.zero=2",
+    ),
+    "ZeRO with LARS": ([*DEEPSPEED, "optim.name=lars"], "optim.name=lars needs the norm of every weight"),
+    "a key of DeepSpeed that we set": (
+        [*DEEPSPEED, "train.deepspeed.config={optimizer: {}}"],
+        "optimizer is set by optim.name",
+    ),
+    "CUDA graphs without compilation": (["train.cuda_graphs=true"], "set train.compile=true as well"),
+    "fp16 on a CPU": (["train.precision=fp16", "runtime.device=cpu"], "train.precision=fp16 needs a CUDA device"),
+    "recomputation with compilation": (
+        ["train.compile=true", "train.activation_checkpointing=true"],
+        "train.activation_checkpointing: train.compile decides",
+    ),
+    "crops while decoding without a size": (
+        ["data.crop_while_decoding=true"],
+        "data.crop_while_decoding needs data.image_size",
+    ),
+    "crops that are larger than the image": (
+        ["augment.crop_scale=[0.5, 1.5]"],
+        "augment.crop_scale: a crop cannot be larger than the image",
+    ),
+    "ffcv without its files": (["data.loader=ffcv"], "data.loader=ffcv reads .beton files"),
+    "classes times images": (
+        ["data.sampler=class_balanced", "data.classes_per_batch=5", "data.images_per_class=7"],
+        "data.classes_per_batch=5 times data.images_per_class=7 is 35, not data.batch_size=512",
+    ),
+    "stopping without validation": (["train.stopping.patience=3"], "train.stopping needs validation"),
+    "validation without a split": ([VALIDATE, *NO_VALIDATION], "validation.every_* needs a validation split"),
+    "learning rates without a split": (
+        NO_VALIDATION[:2],
+        "probe.linear.lrs has 6 learning rates but there is no validation split",
+    ),
+    "no probe": (["probe.kind=[]"], "probe.kind is an empty list"),
+    "a probe twice": (["probe.kind=[knn, knn]"], "probe.kind names a probe twice: knn, knn"),
+    "a probe's target beyond 1": (
+        ["probe.linear.stopping.target=90"],
+        "probe.linear.stopping.target=90: an accuracy is a fraction",
+    ),
+    "Nesterov of AdamW": (["optim.name=adamw", "optim.nesterov=true"], "optim.nesterov is for sgd and lars"),
+}
+
+
+@pytest.fixture(autouse=True)
+def _no_data(monkeypatch):
+    """Whoever asks for the data has gone too far."""
+
+    def load_data(*_: object) -> None:
+        raise AssertionError("the data was read")
+
+    monkeypatch.setattr(assemble, "load_data", load_data)
+
+
+def run(capsys, *arguments):
+    """(exit code, stdout, stderr) of a command, in this process."""
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([*arguments])
+    out, err = capsys.readouterr()
+    return stopped.value.code or 0, out, err
+
+
+def settings_of(overrides):
+    """As a grid file gives them."""
+    pairs = (override.partition("=") for override in overrides)
+    return {key: yaml12.loads(text, key) for key, _, text in pairs}
+
+
+def grid(folder, overrides, **keys):
+    """A grid file of one cell with these settings."""
+    path = folder / "grid.yaml"
+    path.write_text(yaml12.dumps({"name": "one", "base": "quickstart", "set": settings_of(overrides), **keys}))
+    return str(path)
+
+
+@pytest.mark.parametrize("command", ["config", "run", "grid expand", "grid submit"])
+@pytest.mark.parametrize("case", WRONG)
+def test_refused(capsys, tmp_path, monkeypatch, case, command):
+    monkeypatch.chdir(tmp_path)
+    overrides, said = WRONG[case]
+    if command.startswith("grid"):
+        code, out, err = run(capsys, *command.split(), grid(tmp_path, overrides))
+    else:
+        code, out, err = run(capsys, command, "quickstart", *overrides, "run_dir=here")
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert said in err
+    assert [path.name for path in tmp_path.iterdir()] in ([], ["grid.yaml"])
+
+
+def test_a_right_configuration_goes_on_to_the_data(capsys, tmp_path):
+    with pytest.raises(AssertionError, match="the data was read"):
+        cli.main(["run", "quickstart", "runtime.device=cpu", f"run_dir={tmp_path}/r"])
+
+
+@pytest.mark.parametrize(
+    ("stage", "overrides", "said"),
+    [
+        ("pretrain", [], "data.batch_size=512 is the global batch and cannot be shared equally by 6 ranks: use 510"),
+        ("probe", ["probe.kind=finetune"], "probe.finetune.batch_size=256 is the global batch and cannot be shared"),
+        (
+            "prune",
+            ["prune.finetune.epochs=1"],
+            "data.batch_size=512 is the global batch and cannot",
+        ),
+    ],
+)
+def test_a_batch_that_the_ranks_of_a_grids_job_cannot_share(capsys, tmp_path, stage, overrides, said):
+    axes = {"prune.rate": [0.5]} if stage == "prune" else {}
+    path = grid(tmp_path, overrides, axes=axes, resources={stage: {"nodes": 2, "gpus": 3}})
+    code, out, err = run(capsys, "grid", "expand", path)
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert f"hpc-supcon: error: grid 'one': cell quickstart: {said}" in err
+
+
+@pytest.mark.parametrize("command", ["run", "pretrain"])
+def test_a_batch_that_the_ranks_of_a_launch_cannot_share(capsys, tmp_path, monkeypatch, command):
+    launch = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 3, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
+    for name, value in launch.items():
+        monkeypatch.setenv(name, str(value))
+    code, out, err = run(capsys, command, "quickstart", f"run_dir={tmp_path}/r")
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert "data.batch_size=512 is the global batch and cannot be shared equally by 3 ranks: use 510 or 513" in err
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["probe.kind=softmax"], "probe.kind=softmax reads pixels, which pruning does not change"),
+        (["prune.rate=[0.5, 0.50]"], "prune.rate names a rate twice: 0.5, 0.5"),
+    ],
+)
+def test_a_cell_that_cannot_be_pruned(capsys, tmp_path, overrides, said):
+    axes = {"pruning": {"some": {"prune.scope": "layer", **settings_of(overrides)}}}
+    code, out, err = run(capsys, "grid", "expand", grid(tmp_path, [], axes=axes))
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert said in err
+
+
+@pytest.mark.parametrize("command", ["config", "run", "grid expand"])
+@pytest.mark.parametrize("case", ["unknown loss", "unknown encoder", "simclr with one view"])
+def test_refused_without_importing_torch(python, tmp_path, case, command):
+    overrides, said = WRONG[case]
+    more = [grid(tmp_path, overrides)] if command == "grid expand" else ["quickstart", *overrides]
+    code = (
+        "import sys; from hpc_supcon.cli import main\n"
+        f"try: main({[*command.split(), *more]!r})\n"
+        "except SystemExit as stopped: code = stopped.code\n"
+        "assert not {'torch', 'timm', 'hpc_supcon.data'} & set(sys.modules)\n"
+        "sys.exit(code)"
+    )
+    done = subprocess.run([python, "-c", code], capture_output=True, text=True, check=False, cwd=tmp_path)
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1), done.stderr
+    assert said in done.stderr
