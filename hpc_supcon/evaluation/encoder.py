@@ -9,7 +9,7 @@ from ..data import EvalTransform, Splits
 from ..distributed.collectives import gather_objects, rank, together
 from ..errors import CheckpointCorrupt, DataError, RunFolderError
 from ..models import PretrainingModel
-from ..training import assemble
+from ..training.build import build_model
 from ..training.metrics import console
 
 
@@ -44,8 +44,8 @@ def load_model(folder: Path) -> tuple[PretrainingModel, checkpoint.Checkpoint]:
     assert path is not None
     with together():
         found = found or checkpoint.load_checkpoint(path)
-        with checkpoint.understood(found.path):
-            model = assemble.build_model(found.state)
+        with checkpoint.mismatch_is_corrupt(found.path):
+            model = build_model(found.state)
             model.load_state_dict(found.tensors.get("ema", found.tensors["model"]))
             EvalTransform(**found.state["normalization"])  # read later: wrong ones are found here
             tuple(found.state["classes"])
@@ -57,7 +57,7 @@ def _choose(checkpoints: Path) -> checkpoint.Checkpoint:
     assert newest is not None
     for line in refused:
         console.print(f"not used: {line}", soft_wrap=True, style="yellow")
-    with checkpoint.understood(newest.path):
+    with checkpoint.mismatch_is_corrupt(newest.path):
         best_at = newest.state["stopping"]["best_at"] if "stopping" in newest.state else None
         if best_at is None or int(best_at) == newest.state["step"]:
             return newest

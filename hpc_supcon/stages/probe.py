@@ -23,7 +23,7 @@ from ..evaluation.plots import draw_probe_curves
 from ..evaluation.probes import PROBES, Outcome, Task
 from ..evaluation.probes.base import only
 from ..evaluation.scores import classification_scores
-from ..training import assemble
+from ..training.data import Data
 from ..training.engine import place
 from ..training.metrics import MetricLog, console
 
@@ -48,7 +48,7 @@ def start_without_encoder(config: Config, runtime: Runtime, *, resume: bool) -> 
     return folder
 
 
-def probe(folder: Path, config: Config, runtime: Runtime, data: assemble.Data) -> list[dict[str, Any]]:
+def probe(folder: Path, config: Config, runtime: Runtime, data: Data) -> list[dict[str, Any]]:
     """Fit every probe of `probe.kind` in turn; the entries written into results.json. Collective.
 
     Whatever is chosen (learning rate, iteration) is chosen on validation; the test set is read once, at the end of
@@ -74,7 +74,7 @@ def probe(folder: Path, config: Config, runtime: Runtime, data: assemble.Data) -
     return results
 
 
-def _task(folder: Path, config: Config, runtime: Runtime, data: assemble.Data) -> tuple[Task, Origin | None]:
+def _task(folder: Path, config: Config, runtime: Runtime, data: Data) -> tuple[Task, Origin | None]:
     origin, encoder, description, masks = None, None, None, None
     if needs_encoder(config):
         model, found = load_model(folder)

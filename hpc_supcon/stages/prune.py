@@ -19,9 +19,11 @@ from ..evaluation.monitor import online_probe
 from ..evaluation.probes.base import input_of
 from ..models import PretrainingModel
 from ..pruning import PRUNERS, WeightMasks, build_masks, emptied, masks_digest, measure, prunable
-from ..training import assemble
+from ..training.build import Start
+from ..training.data import Data
 from ..training.metrics import console
-from .pretrain import Start, pretrain
+from ..training.plan import peak_lr
+from .pretrain import pretrain
 from .probe import probe
 
 PRUNED, SPARSE = "pruned", "model.sparse.safetensors"
@@ -67,7 +69,7 @@ def pruned_config(folder: Path, config: Config, rate: float) -> Config:
         )
         changes["optim"] = config.optim.model_copy(
             update={
-                "lr": tune.lr if tune.lr is not None else DEFAULT_LR_SHARE * assemble.peak_lr(config),
+                "lr": tune.lr if tune.lr is not None else DEFAULT_LR_SHARE * peak_lr(config),
                 "lr_per_256": None,
                 "schedule": tune.schedule,
                 "warmup_epochs": tune.warmup_epochs,
@@ -79,7 +81,7 @@ def pruned_config(folder: Path, config: Config, rate: float) -> Config:
 
 
 def prune(
-    folder: Path, config: Config, runtime: Runtime, data: assemble.Data, *, resume: bool = False
+    folder: Path, config: Config, runtime: Runtime, data: Data, *, resume: bool = False
 ) -> list[dict[str, Any]]:
     """Prune, fine-tune, probe and weigh at every rate of `prune.rate`; the entries written into results.json.
 
@@ -157,13 +159,13 @@ def _make(
     found: checkpoint.Checkpoint,
     masks: Masks,
     runtime: Runtime,
-    data: assemble.Data,
+    data: Data,
     *,
     resume: bool,
 ) -> None:
     """The run folder of one pruning, with its checkpoint: fine-tuned, or as it is, at step 0. Collective."""
     if plan.prune.finetunes:
-        start = Start(dict(dense.state_dict()), found.tensors.get("objective", {}), masks)
+        start = Start(copy.deepcopy(dense), found.tensors.get("objective", {}), masks)
         probing = online_probe(plan, runtime, data)
         pretrain(plan, runtime, data, resume=resume, online_probe=probing, start=start)
         return

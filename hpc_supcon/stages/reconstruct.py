@@ -17,7 +17,7 @@ from ..evaluation.encoder import load_model
 from ..evaluation.features import extract
 from ..evaluation.plots import save_tiles
 from ..models import PretrainingModel
-from ..training import assemble
+from ..training.data import Data
 from ..training.engine import place
 from ..training.metrics import MetricLog
 
@@ -63,7 +63,7 @@ def pixels_of(x: Tensor, transform: EvalTransform) -> Tensor:
 
 
 @torch.no_grad()
-def evaluate_autoencoder(folder: Path, config: Config, runtime: Runtime, data: assemble.Data) -> dict[str, Any]:
+def evaluate_autoencoder(folder: Path, config: Config, runtime: Runtime, data: Data) -> dict[str, Any]:
     """MAE and MSE on validation and test into results.json, pictures into plots/. Collective.
 
     Reads the run's best checkpoint. Raises RunFolderError, CheckpointCorrupt, and what the loader raises.

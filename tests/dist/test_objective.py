@@ -11,7 +11,7 @@ from hpc_supcon.errors import ConfigError
 from hpc_supcon.losses import SupConLoss, TripletLoss
 from hpc_supcon.models import PretrainingModel, build_encoder
 from hpc_supcon.distributed.launch import Launch, Runtime
-from hpc_supcon.training import assemble
+from hpc_supcon.training import build
 from hpc_supcon.training.engine import distribute
 from hpc_supcon.training.objective import Objective, build_head
 from tests.dist.ranks import run_ranks
@@ -97,4 +97,4 @@ def test_unsupervised_an_images_views_are_its_positives(name):
 )
 def test_sums_that_cannot_be_are_named(terms, more, message):
     with pytest.raises(ConfigError, match=message):
-        assemble.check_objective(load_config("default", [f"loss.terms={terms}", *more]))
+        build.check_objective(load_config("default", [f"loss.terms={terms}", *more]))

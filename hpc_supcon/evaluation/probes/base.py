@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...config import Config
 from ...distributed.launch import Runtime
 from ...errors import ConfigError, unknown_name
-from ...training import assemble
+from ...training.data import Data
 from ..features import Inputs, Part
 from ..fitted_probe import FittedProbe
 
@@ -23,10 +23,10 @@ class Task:
 
     config: Config
     runtime: Runtime
-    data: assemble.Data
+    data: Data
     inputs: Inputs
     description: Mapping[str, Any]
-    """As `assemble.describe_model`; a run without an encoder has only `classes` and `normalization`."""
+    """As `build.describe_model`; a run without an encoder has only `classes` and `normalization`."""
     encoder: nn.Module | None
     masks: Mapping[str, Tensor] | None = None
     """Of a pruned encoder, packed (see pruning.WeightMasks): who trains the encoder keeps it pruned."""

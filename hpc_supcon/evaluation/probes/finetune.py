@@ -19,7 +19,7 @@ from ...data import Batch, EvalTransform, Loader, LoaderOptions, Source, TrainOr
 from ...distributed.collectives import all_sum, together
 from ...errors import NonFinite
 from ...pruning import WeightMasks
-from ...training import assemble
+from ...training.build import build_views
 from ...training.engine import autocast, distribute, unscaled
 from ..features import extract, in_chunks
 from ..fitted_probe import FittedProbe
@@ -200,7 +200,7 @@ def _views(task: Task) -> Callable[[Tensor], Tensor]:
     if not config.probe.finetune.augment:
         return EvalTransform(**task.description["normalization"]).to(task.runtime.device)
     one = config.model_copy(update={"data": config.data.model_copy(update={"views": 1})})
-    views = assemble.build_views(one, dict(task.description), task.runtime).to(task.runtime.device)
+    views = build_views(one, dict(task.description), task.runtime).to(task.runtime.device)
     return lambda images: views(images).flatten(0, 1)
 
 

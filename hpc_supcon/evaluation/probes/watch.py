@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ...training.optim import learning_rate
-from ...training.stopping import EarlyStopping
+from ...training.plan import EarlyStopping
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ def _check_compile(config: Config, runtime: Runtime) -> None:
 
 
 def engine_options(config: Config, runtime: Runtime) -> dict[str, Any]:
-    """What `train.engine` takes beside its Parts."""
+    """What `train.engine` takes besides its EngineParts."""
     if config.train.engine != "deepspeed":
         return {}
     deepspeed = config.train.deepspeed

@@ -1,4 +1,4 @@
-"""The plain engine: PyTorch's DistributedDataParallel, and a single process without it."""
+"""The default engine: PyTorch's DistributedDataParallel, or a single process without it."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from ..optim import clip_gradients, set_learning_rate
-from .base import Parts, gradients_of, load_optimizer, named_parameters, optimizer_tensors, unscale
+from .base import EngineParts, gradients_of, load_optimizer, named_parameters, optimizer_tensors, unscale
 from .placement import distribute
 
 
 class DdpEngine:
-    """Every rank holds the whole model and optimizer. See Engine."""
+    """Every rank has the whole model and optimizer. Methods: see Engine."""
 
-    def __init__(self, parts: Parts) -> None:
+    def __init__(self, parts: EngineParts) -> None:
         self.parallel = distribute(parts.model, parts.runtime, sync_bn=parts.sync_bn)
-        self.scaler, self.takes_pieces = parts.scaler, True
+        self.scaler, self.can_accumulate = parts.scaler, True
         self._forward = parts.compile(self.parallel)
         self._parameters = named_parameters(parts.model, parts.objective)
         self._optimizer = parts.make_optimizer(list(self._parameters.values()))
@@ -26,10 +26,10 @@ class DdpEngine:
     def forward(self, views: Tensor) -> dict[str, Tensor]:
         return self._forward(views)
 
-    def no_exchange(self) -> AbstractContextManager[None]:
+    def no_sync(self) -> AbstractContextManager[None]:
         return self.parallel.no_sync() if isinstance(self.parallel, DistributedDataParallel) else nullcontext()
 
-    def scaled(self, loss: Tensor) -> Tensor:
+    def scale_loss(self, loss: Tensor) -> Tensor:
         return loss if self.scaler is None else loss * self.scaler.scale
 
     def backward(self, loss: Tensor) -> None:
@@ -46,11 +46,11 @@ class DdpEngine:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         if self.scaler is not None:
-            self.scaler.good()
+            self.scaler.after_finite_step()
 
-    def skip(self) -> bool:
+    def skip_step(self) -> bool:
         self._optimizer.zero_grad(set_to_none=True)
-        return self.scaler is not None and self.scaler.overflow()
+        return self.scaler is not None and self.scaler.after_overflow()
 
     def set_learning_rate(self, lr: float) -> None:
         set_learning_rate(self._optimizer, lr)

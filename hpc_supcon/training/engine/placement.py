@@ -18,8 +18,10 @@ M = TypeVar("M", bound=nn.Module)
 
 
 def place(model: M, runtime: Runtime, *, channels_last: bool = False, sync_bn: bool = False) -> M:
-    """`model` on this rank's device, in the wanted memory layout; `sync_bn`: BatchNorm over all ranks, for what
-    is copied before it is distributed."""
+    """Move `model` to this rank's device, and to the memory layout.
+
+    sync_bn: make BatchNorm span all ranks already here, for a model that is copied before `distribute`.
+    """
     layout = torch.channels_last if channels_last else torch.preserve_format
     placed = model.to(runtime.device).to(memory_format=layout)
     if sync_bn and runtime.world_size > 1:
@@ -28,19 +30,20 @@ def place(model: M, runtime: Runtime, *, channels_last: bool = False, sync_bn: b
 
 
 def distribute(model: nn.Module, runtime: Runtime, *, sync_bn: bool) -> nn.Module:
-    """`model` wrapped for data-parallel training: gradients are averaged over ranks in backward."""
+    """Wrap `model` for data-parallel training: gradients are averaged over ranks in backward."""
     if runtime.world_size == 1:
         return model
     options: dict[str, Any] = {"gradient_as_bucket_view": True}
     if runtime.device.type == "cuda":
         options["device_ids"] = [runtime.device]
     if torch.are_deterministic_algorithms_enabled() and runtime.world_size > 2:
-        # Else the second step of a process lays gradients out anew, in the order in which they came in the first. An
-        # all-reduce of three or more ranks adds by position: the first step after a resume would round differently.
+        # Otherwise DDP rebuilds its buckets in the second step of a process, in the order in which gradients became
+        # ready in the first one. The order in which an all-reduce of three or more ranks adds depends on the position
+        # in a bucket, so that the first step after a resume would round differently.
         options["find_unused_parameters"] = True
     if sync_bn:
-        model = synchronize_batchnorm(model, runtime.device)  # no change to what `place` has made so
-        options[_BUFFER_SYNC] = False  # synchronized statistics are equal already
+        model = synchronize_batchnorm(model, runtime.device)  # changes nothing after `place` with sync_bn
+        options[_BUFFER_SYNC] = False  # synchronized statistics are equal on all ranks
     return DistributedDataParallel(model, **options)
 
 
@@ -50,9 +53,9 @@ _BUFFER_SYNC = "forward_sync_buffers" if "forward_sync_buffers" in _PARAMETERS e
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
-    """The forward pass's precision: `auto` is bf16 where the device computes it natively, else fp32.
+    """The number format of the forward pass: `auto` is bf16 where the device computes it natively, else fp32.
 
-    What is trained in `fp16` needs its loss scaled (see LossScale).
+    Training in `fp16` needs a scaled loss (see LossScale).
     """
     if precision == "fp16":
         return torch.autocast(device.type, dtype=torch.float16)
@@ -62,15 +65,15 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
 
 
 def unscaled(precision: str) -> str:
-    """`precision` for training without loss scaling: fp16 is asked for where there is no bf16."""
+    """`precision` for training without loss scaling: `auto` in place of fp16."""
     return "auto" if precision == "fp16" else precision
 
 
 def compiler(*, enabled: bool, cuda_graphs: bool) -> Compile:
-    """What makes a module's call faster; the module itself, its names and its other callers stay as they are.
+    """A function that compiles the forward pass of a module; the module itself stays as it is.
 
-    Every shape has its own code (`dynamic=False`): training has one, or two where the last piece of a batch is
-    smaller. cuda_graphs: replayed as CUDA graphs, which need shapes that never change.
+    Every shape is compiled by itself (`dynamic=False`): training has one, or two where the last piece of a batch is
+    smaller. cuda_graphs: replay the pass as CUDA graphs, which need shapes that never change.
     """
     if not enabled:
         return lambda call: call
@@ -81,7 +84,7 @@ def compiler(*, enabled: bool, cuda_graphs: bool) -> Compile:
         replay = torch.compile(call, dynamic=False, mode="reduce-overhead")
 
         def run(*args: Any) -> Any:
-            # what the last step's graphs returned is overwritten from here on
+            # the outputs of the last step's graphs may be overwritten from here on
             torch.compiler.cudagraph_mark_step_begin()
             return replay(*args)
 
