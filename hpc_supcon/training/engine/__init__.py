@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .base import Engine, EngineParts, LossScale
+from .base import Engine, EngineParts, LossScale, autocast, compiler, place, unscaled
 from .checks import check_engine, engine_options
-from .ddp import DdpEngine
+from .ddp import DdpEngine, distribute
 from .deepspeed import DeepSpeedEngine
-from .placement import autocast, compiler, distribute, place, unscaled
 
 __all__ = [
     "ENGINES",

@@ -1,21 +1,22 @@
-"""What an engine is, and what the engines share: loss scaling, gradients, the optimizer's state in a checkpoint."""
+"""What an engine is, and what the engines share: device, number format, gradients, the optimizer's state."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ...distributed.launch import Runtime
+from ...distributed.launch import Runtime, has_fast_bf16
 from ...errors import CheckpointCorrupt
-from ...models import PretrainingModel
+from ...models import PretrainingModel, synchronize_batchnorm
 
 Compile = Callable[[Callable[..., dict[str, Tensor]]], Callable[..., dict[str, Tensor]]]
 """A forward pass -> a compiled one."""
+M = TypeVar("M", bound=nn.Module)
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 INITIAL_SCALE = 2.0**16
@@ -142,6 +143,59 @@ class Engine(Protocol):
         ...
 
 
+def place(model: M, runtime: Runtime, *, channels_last: bool = False, sync_bn: bool = False) -> M:
+    """Move `model` to this rank's device, and to the memory layout.
+
+    sync_bn: make BatchNorm span all ranks already here, for a model that is copied before `distribute`.
+    """
+    layout = torch.channels_last if channels_last else torch.preserve_format
+    placed = model.to(runtime.device).to(memory_format=layout)
+    if sync_bn and runtime.world_size > 1:
+        synchronize_batchnorm(placed, runtime.device)
+    return placed
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """The number format of the forward pass: `auto` is bf16 where the device computes it natively, else fp32.
+
+    Training in `fp16` needs a scaled loss (see LossScale).
+    """
+    if precision == "fp16":
+        return torch.autocast(device.type, dtype=torch.float16)
+    if precision == "bf16" or (precision == "auto" and has_fast_bf16(device)):
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+def unscaled(precision: str) -> str:
+    """`precision` for training without loss scaling: `auto` in place of fp16."""
+    return "auto" if precision == "fp16" else precision
+
+
+def compiler(*, enabled: bool, cuda_graphs: bool) -> Compile:
+    """A function that compiles the forward pass of a module; the module itself stays as it is.
+
+    Every shape is compiled by itself (`dynamic=False`): training has one, or two where the last piece of a batch is
+    smaller. cuda_graphs: replay the pass as CUDA graphs, which need shapes that never change.
+    """
+    if not enabled:
+        return lambda call: call
+    if not cuda_graphs:
+        return lambda call: torch.compile(call, dynamic=False)
+
+    def graphed(call: Any) -> Any:
+        replay = torch.compile(call, dynamic=False, mode="reduce-overhead")
+
+        def run(*args: Any) -> Any:
+            # the outputs of the last step's graphs may be overwritten from here on
+            torch.compiler.cudagraph_mark_step_begin()
+            return replay(*args)
+
+        return run
+
+    return graphed
+
+
 def named_parameters(model: nn.Module, objective: nn.Module) -> dict[str, nn.Parameter]:
     """All trained parameters by their names in a checkpoint: the model's, then the loss's own."""
     own = {f"objective.{name}": p for name, p in objective.named_parameters()}
@@ -157,6 +211,14 @@ def unscale(gradients: Sequence[Tensor], scaler: LossScale | None) -> None:
     """Divide `gradients` by the loss scale, in place."""
     if scaler is not None and gradients:
         torch._foreach_mul_(list(gradients), 1 / scaler.scale)
+
+
+def clip_gradients(gradients: list[Tensor], norm: Tensor, limit: float) -> None:
+    """Scale `gradients` in place so that their global norm, now `norm` (0-dim), is at most `limit`.
+
+    As torch.nn.utils.clip_grad_norm_, with a norm that is known already. The host does not wait for the device.
+    """
+    torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
 
 
 def optimizer_tensors(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

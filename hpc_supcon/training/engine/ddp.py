@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+import inspect
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from ..optim import clip_gradients, set_learning_rate
-from .base import EngineParts, gradients_of, load_optimizer, named_parameters, optimizer_tensors, unscale
-from .placement import distribute
+from ...distributed.launch import Runtime
+from ...models import synchronize_batchnorm
+from ..optim import set_learning_rate
+from .base import (
+    EngineParts,
+    clip_gradients,
+    gradients_of,
+    load_optimizer,
+    named_parameters,
+    optimizer_tensors,
+    unscale,
+)
+
+# renamed in PyTorch 2.15
+_PARAMETERS = inspect.signature(DistributedDataParallel).parameters
+_BUFFER_SYNC = "forward_sync_buffers" if "forward_sync_buffers" in _PARAMETERS else "broadcast_buffers"
 
 
 class DdpEngine:
@@ -63,3 +78,21 @@ class DdpEngine:
 
     def load(self, tensors: dict[str, Tensor]) -> None:
         load_optimizer(self._parameters, self._optimizer, tensors)
+
+
+def distribute(model: nn.Module, runtime: Runtime, *, sync_bn: bool) -> nn.Module:
+    """Wrap `model` for data-parallel training: gradients are averaged over ranks in backward."""
+    if runtime.world_size == 1:
+        return model
+    options: dict[str, Any] = {"gradient_as_bucket_view": True}
+    if runtime.device.type == "cuda":
+        options["device_ids"] = [runtime.device]
+    if torch.are_deterministic_algorithms_enabled() and runtime.world_size > 2:
+        # Otherwise DDP rebuilds its buckets in the second step of a process, in the order in which gradients became
+        # ready in the first one. The order in which an all-reduce of three or more ranks adds depends on the position
+        # in a bucket, so that the first step after a resume would round differently.
+        options["find_unused_parameters"] = True
+    if sync_bn:
+        model = synchronize_batchnorm(model, runtime.device)  # changes nothing after `place` with sync_bn
+        options[_BUFFER_SYNC] = False  # synchronized statistics are equal on all ranks
+    return DistributedDataParallel(model, **options)

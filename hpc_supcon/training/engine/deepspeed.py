@@ -19,8 +19,16 @@ from torch import Tensor, nn
 
 from ...distributed.launch import Launch
 from ...errors import ConfigError
-from ..optim import clip_gradients, set_learning_rate
-from .base import EngineParts, gradients_of, load_optimizer, named_parameters, optimizer_tensors, unscale
+from ..optim import set_learning_rate
+from .base import (
+    EngineParts,
+    clip_gradients,
+    gradients_of,
+    load_optimizer,
+    named_parameters,
+    optimizer_tensors,
+    unscale,
+)
 from .deepspeed_settings import deepspeed_settings
 from .zero import Partitions
 

@@ -1,4 +1,4 @@
-"""Optimizers by name, gradient clipping, and the learning-rate schedules."""
+"""Optimizers by name, and the learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...errors import ConfigError, unknown_name
 from .adaptive import Groups, Lamb, Lars
@@ -18,7 +18,6 @@ __all__ = [
     "Lamb",
     "Lars",
     "build_optimizer",
-    "clip_gradients",
     "learning_rate",
     "set_learning_rate",
 ]
@@ -108,11 +107,3 @@ def build_optimizer(
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
-
-
-def clip_gradients(gradients: list[Tensor], norm: Tensor, limit: float) -> None:
-    """Scale `gradients` in place so that their global norm, now `norm` (0-dim), is at most `limit`.
-
-    As torch.nn.utils.clip_grad_norm_, with a norm that is known already. The host does not wait for the device.
-    """
-    torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
