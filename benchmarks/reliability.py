@@ -29,12 +29,13 @@ from hpc_supcon.bench.common import machine  # noqa: E402
 from hpc_supcon.checkpoint.load import problem_of  # noqa: E402
 from hpc_supcon.checkpoint.writer import CheckpointWriter  # noqa: E402
 from hpc_supcon.distributed.watch import Watch  # noqa: E402
-from hpc_supcon.training.finite_check import Guard  # noqa: E402
+from hpc_supcon.training import step as step_module  # noqa: E402
+from hpc_supcon.training.finite_check import FiniteCheck  # noqa: E402
 from hpc_supcon.training.step import train_step  # noqa: E402
 from tests.dist.ranks import run_ranks  # noqa: E402
 from tests.dist.test_step import build  # noqa: E402
 from tests.fault import chances, runs  # noqa: E402
-from tests.unit.test_checkpoint_damage import DAMAGE, FILES  # noqa: E402
+from tests.unit.checkpoint.test_damage import DAMAGE, FILES  # noqa: E402
 
 
 def kills(root: Path, number: int) -> list[str]:
@@ -71,36 +72,33 @@ def soak(root: Path, number: int) -> list[str]:
 
 
 def _costs(rank: int, world: int, steps: int) -> dict[str, Any]:
-    """Seconds: steps of ResNet-18 (24 images of 8 px, two views) with and without watch and guard in turn, and the
-    calls by themselves. A larger step makes the share smaller."""
+    """Seconds: steps of ResNet-18 (24 images of 8 px, two views) with and without watch and finite check in turns,
+    and the calls by themselves. A larger step makes the share smaller."""
     torch.manual_seed(0)
-    state, batches = build(rank, world, ["model.encoder=resnet18"])
-    watch, guard = Watch(step_s=600.0, first_step_s=600.0), Guard(state.device)
+    state, options, batches = build(rank, world, ["model.encoder=resnet18"])
+    watch = Watch(step_s=600.0, first_step_s=600.0)
     taken: dict[bool, list[float]] = {True: [], False: []}
     with watch.training():
         for i in range(2 * steps):
             on = i % 2 == 0
-            state.guard = guard if on else _NoGuard()  # type: ignore[assignment]
+            step_module.FiniteCheck = FiniteCheck if on else _NoCheck  # type: ignore[assignment, misc]
             began = time.perf_counter()
-            result = train_step(state, batches[i % len(batches)])
+            result = train_step(state, batches[i % len(batches)], options)
             if on:
                 watch.edge(state.step)
             taken[on].append(time.perf_counter() - began)
 
         def both() -> None:
-            guard.begin(state.changing)
-            guard.check(1, result.loss, result.gradient_norm, result.outputs)
-            guard.end()
+            FiniteCheck(1, result.loss, result.gradient_norm, result.outputs).confirm()
             watch.edge(1)
 
         alone = _median(both, 2000)
     return {"with": taken[True][5:], "without": taken[False][5:], "alone": alone}
 
 
-class _NoGuard:
-    def begin(self, changing: object) -> None: ...
-    def check(self, *args: object) -> None: ...
-    def end(self) -> None: ...
+class _NoCheck:
+    def __init__(self, *args: object) -> None: ...
+    def confirm(self) -> None: ...
 
 
 def _median(call: Callable[[], object], times: int) -> float:
@@ -209,7 +207,7 @@ def main() -> None:
         parts = {
             "Random kills": kills(root, 3 if given.quick else 20),
             "Soak": soak(root, 2 if given.quick else 10),
-            "Agreement and guard": costs(20 if given.quick else 60),
+            "Agreement and finite check": costs(20 if given.quick else 60),
             "Save": stall(root),
             "Damage": detection(root, 100 if given.quick else 1000),
         }

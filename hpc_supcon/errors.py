@@ -67,7 +67,7 @@ class MissingExtra(HpcSupconError):
 
 
 class NonFinite(HpcSupconError):
-    """Loss or gradients became NaN or Inf; training stopped before the optimizer step."""
+    """Loss or gradients became NaN or Inf; training ended, and the step was not saved."""
 
     exit_code = 3
 

@@ -1,9 +1,9 @@
-"""The phases of a training step, named where they happen: for the profiler's trace and for a clock.
+"""Names for the phases of a training step, for the profiler's trace and for a clock:
 
     with phase("loss"):
         ...
 
-costs next to nothing while nobody measures: no message to the device, no range.
+While nothing is measured this costs next to nothing: no event on the device, no range in a trace.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ import torch
 from torch import Tensor, nn
 
 REST = "rest"
-"""What runs while no phase does."""
+"""The time outside all phases."""
 ENCODER, PROJECTION, LOSS = "encoder", "projection", "loss"
 BACKWARD = " backward"
-"""Ends the names of phases that are parts of the backward pass."""
+"""Suffix of the phases of the backward pass."""
 
 
 class Clock:
-    """Divides time among phases: at every moment exactly one runs, so that they add up to the whole.
+    """Divides time among phases: at every moment exactly one is running, so that they add up to the total.
 
-    On CUDA the borders are events in the current stream: the time is the device's, and the host goes on.
+    On CUDA their borders are events in the current stream: the time is the device's, and the host does not wait.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -36,14 +36,14 @@ class Clock:
         self.switch(REST)
 
     def switch(self, name: str) -> str:
-        """From now on `name` runs; returns what ran before."""
+        """Start phase `name`, which ends the current one; returns the current one."""
         before, self._running = self._running, name
         self.seen.add(name)
         self._borders.append((name, self._now()))
         return before
 
     def read(self) -> dict[str, float]:
-        """Seconds of every phase since the clock began. Waits for the device."""
+        """Seconds of every phase since the clock was created. Waits for the device."""
         self.switch(self._running)
         if self._on_cuda:
             torch.cuda.synchronize()
@@ -69,12 +69,12 @@ def _between(start: float | torch.cuda.Event, end: float | torch.cuda.Event) -> 
 
 
 _clocks: list[Clock] = []
-"""The one that measures, if any does."""
+"""At most one: the clock that measures at the moment."""
 
 
 @contextmanager
 def phase(name: str) -> Iterator[None]:
-    """The block is phase `name`; a phase inside it takes its time out of this one's."""
+    """The block is phase `name`; the time of a phase inside it does not count for this one."""
     clock, traced = _clocks[0] if _clocks else None, torch._C._autograd._profiler_enabled()
     if clock is None and not traced:
         yield
@@ -93,10 +93,10 @@ def phase(name: str) -> Iterator[None]:
 
 @contextmanager
 def measured_by(clock: Clock, model: nn.Module) -> Iterator[None]:
-    """Inside, phases are timed by `clock`, and `model`'s encoder is told from its heads in both directions.
+    """Inside, phases are timed by `clock`, and the time of `model`'s encoder is separated from that of its heads.
 
-    model: a PretrainingModel. Its encoder's output is where the projection begins; the gradient's arrival
-    there is where the encoder's backward pass does. Hooks only look: nothing that is computed changes.
+    model: a PretrainingModel. The projection phase starts with the encoder's output; the encoder's backward phase
+    starts with the gradient of that output. The hooks change no result.
     """
     assert not _clocks, "one clock at a time"
 
@@ -116,12 +116,12 @@ def measured_by(clock: Clock, model: nn.Module) -> Iterator[None]:
 
 
 def on_gradient(tensor: Tensor, name: str) -> None:
-    """Once the gradient of `tensor` is known, the backward pass is in phase `name`: what made `tensor`."""
+    """Start the backward phase of `name`, which computed `tensor`, when the gradient of `tensor` is ready."""
     if not _clocks or not tensor.requires_grad:
         return
     clock = _clocks[0]
     if name == PROJECTION and PROJECTION not in clock.seen:
-        name = ENCODER  # compiled into one graph, where no border is to be seen
+        name = ENCODER  # both are compiled into one graph, which has no border between them
 
     def enter(_gradient: Tensor) -> None:
         clock.switch(name + BACKWARD)

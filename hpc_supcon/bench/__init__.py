@@ -1,1 +1,1 @@
-"""Benchmarks that the command line offers; benchmarks/results/ in the repository holds what they found."""
+"""The benchmarks of the command line; benchmarks/results/ in the repository has their results."""

@@ -1,4 +1,4 @@
-"""What the benchmarks share: the machine they ran on, and its memory."""
+"""Shared by the benchmarks: facts about the machine, and memory in use."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ import torch
 from torch import Tensor
 
 
-def wait_for(z: Tensor) -> None:
-    """Until the device that holds z has done all its work."""
+def synchronize(z: Tensor) -> None:
+    """Wait until the device of z has done all its work."""
     if z.is_cuda:
         torch.cuda.synchronize(z.device)
 
 
 def matmul_rate(device: str) -> float:
-    """TFLOP/s of a square matmul in fp32 (bf16 on CUDA): what the machine could do at best."""
+    """TFLOP/s of a square matmul in fp32 (bf16 on CUDA), as the machine's peak."""
     size, dtype = (2048, torch.float32) if device == "cpu" else (8192, torch.bfloat16)
     a = torch.randn(size, size, device=device, dtype=dtype)
     best = float("inf")
     for _ in range(6):
-        wait_for(a)
+        synchronize(a)
         start = time.perf_counter()
         a @ a
-        wait_for(a)
+        synchronize(a)
         best = min(best, time.perf_counter() - start)
     return 2 * size**3 / best / 1e12
 
 
 def machine(device: str) -> dict[str, Any]:
+    """Facts about the machine and its software; `device`: cpu or cuda."""
     names = subprocess.run(["lscpu"], check=False, capture_output=True, text=True).stdout.splitlines()
     model = next(
         (line.split(":", 1)[1].strip() for line in names if line.startswith("Model name")), platform.machine()
@@ -52,7 +53,7 @@ def resident(field: str) -> int:
 
 
 def memory_available() -> int:
-    """Bytes that this machine's processes could still take."""
+    """Bytes that are still free for processes of this machine."""
     return _kilobytes(Path("/proc/meminfo"), "MemAvailable")
 
 

@@ -1,9 +1,9 @@
-"""Images/s of every loader, two augmented views delivered, normalized, on the device; against torchvision's way.
+"""Images/s of every loader, each as two augmented, normalized views on the device, compared with torchvision.
 
     hpc-supcon bench loader --data /data/cifar10 --batch-size 512 --workers 2
 
 The baseline is what most code does: torchvision's ImageFolder with per-sample transforms applied twice, in a
-DataLoader. All contenders take the same files, batch sizes and workers, side by side in one process.
+DataLoader. All contenders read the same files with the same batch sizes and workers, in turns in one process.
 """
 
 from __future__ import annotations
@@ -46,9 +46,8 @@ from .common import machine
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LARGE, LARGEST_BATCH = 224, 512
-"""Side in px of the views of large images, and images in their largest batch; small ones keep their size."""
+"""For large images: side of the views in px, and images in the largest batch. Small images keep their size."""
 CONTENDERS = ("torchvision", "resident", "torch", "ffcv", "ffcv-decode-twice", "dali")
-
 
 Batches = Generator[Tensor, None, None]
 """float32 [B, 2, 3, S, S]"""
@@ -56,10 +55,10 @@ _TORCHVISION_COLOR = [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8
 
 
 @dataclass(frozen=True)
-class Result:
-    """Images/s, each as two views: the best and the worst of `rounds` rounds.
+class LoaderRow:
+    """One loader at one batch size and number of workers: images/s of the best and the worst of `rounds` rounds.
 
-    cpu_ms_per_image: CPU time of all processes together; other users of the machine hardly change it.
+    cpu_ms_per_image: CPU time of all processes together, which hardly depends on what else runs on the machine.
     """
 
     data: str
@@ -73,9 +72,9 @@ class Result:
 
 
 def make_large_set(folder: Path, images: int = 1024, side: int = 256) -> Path:
-    """An image folder of random JPEGs of side x side px, made without a download.
+    """Write an image folder of random JPEGs of side x side px, without a download; returns `folder`.
 
-    They take 3.3 bits a pixel, as photographs of this size do at quality 90 to 95: decoding costs as much.
+    They have 3.3 bits per pixel, as photographs of this size at quality 90 to 95, so that decoding costs the same.
     """
     rng = np.random.default_rng(0)
     for i in range(images):
@@ -119,7 +118,7 @@ def _twice(transform: Callable[[Any], Tensor], image: Any) -> Tensor:
 def our_batches(
     name: str, source: Source, size: int, batch_size: int, workers: int, device: str, policy: str, *, crop: bool
 ) -> Batches:
-    """The same through one of our loaders; endless. `crop`: the loader crops while decoding."""
+    """Two views per image by one of our loaders; endless. `crop`: the loader crops while decoding."""
     loader_name, _, twice = name.partition("-")
     views_per_decode = 1 if twice else 2
     options = LoaderOptions(workers=workers, crop=CropOptions(views_per_decode, size) if crop else None)
@@ -132,15 +131,15 @@ def our_batches(
             if twice:
                 for first, second in zip(batches, batches, strict=False):
                     both = views(first.images), views(second.images)
-                    yield both[0]  # not put together: that would be one more copy
+                    yield both[0]  # concatenating them would be one more copy
             else:
                 yield from (views(batch.images) for batch in batches)
 
 
 def rate(batches: Batches, seconds: float, workers: int, device: str) -> tuple[float, float]:
-    """(images/s, CPU seconds per image) after one batch of each worker as warm-up.
+    """(images/s, CPU seconds per image), after one batch of each worker as warm-up.
 
-    Whole rounds of workers are timed: their first batches, begun together, end together.
+    One batch of each worker at a time, because workers that started together deliver together.
     """
     for _ in range(workers):
         next(batches)
@@ -153,7 +152,7 @@ def rate(batches: Batches, seconds: float, workers: int, device: str) -> tuple[f
 
 
 def cpu_seconds() -> float:
-    """User and system time of this process and of all those below it, so far."""
+    """User and system time so far of this process and all its descendants."""
     parents, ticks = {}, {}
     for path in Path("/proc").glob("[0-9]*/stat"):
         with suppress(OSError):  # processes come and go
@@ -180,8 +179,8 @@ def measure(
 ) -> None:
     """Run, print, and write out/DATE-loader-DEVICE[TAG].json and .png. Raises ConfigError, DataError.
 
-    data: an image folder of small images (None: large ones only). A contender whose package is missing is
-    left out, and the table says so.
+    data: an image folder of small images (None: large ones only). A contender whose package is missing is skipped,
+    with a message.
     """
     if policy not in ("flip_crop", "simaugment"):
         raise ConfigError(f"the comparison knows the policies flip_crop and simaugment, not {policy}")
@@ -191,7 +190,7 @@ def measure(
     print(f"{about['device']}, {about['threads']} threads, {policy}")
     if device == "cpu":  # as in training
         keep_freed_memory()
-    results: list[Result] = []
+    results: list[LoaderRow] = []
     with tempfile.TemporaryDirectory() as scratch:
         sets = [("256-px JPEG", make_large_set(Path(scratch) / "large"), LARGE)]
         if data is not None:
@@ -200,8 +199,10 @@ def measure(
             sources = _sources(folder, Path(scratch) / f"{label}.beton", size)
             for batch_size, n_workers in product(batch_sizes, workers):
                 if batch_size <= min(len(sources["torch"]), LARGEST_BATCH if size else batch_size):
-                    contest = partial(_contest, label, folder, sources, size, batch_size, n_workers, device, policy)
-                    results += contest(names=names, seconds=seconds, rounds=rounds)
+                    in_turns = partial(
+                        _measure_in_turns, label, folder, sources, size, batch_size, n_workers, device, policy
+                    )
+                    results += in_turns(names=names, seconds=seconds, rounds=rounds)
     out.mkdir(parents=True, exist_ok=True)
     stem = out / f"{date.today().isoformat()}-loader-{device}{tag}"
     text = json.dumps({"machine": about, "policy": policy, "results": [asdict(r) for r in results]}, indent=1)
@@ -211,7 +212,7 @@ def measure(
 
 
 def _sources(folder: Path, beton: Path, size: int) -> dict[str, Source]:
-    """What each loader reads: files, the same as a .beton, the same in memory (small images only)."""
+    """Each loader's source: image files, the same as a .beton file, or the same in memory (small images only)."""
     splits = open_source("image_folder", folder, image_size=size or None)
     train = splits.train
     convert_splits("image_folder", splits, beton)
@@ -222,11 +223,11 @@ def _sources(folder: Path, beton: Path, size: int) -> dict[str, Source]:
     return sources
 
 
-def _contest(
+def _measure_in_turns(
     label: str, folder: Path, sources: dict[str, Source], size: int, batch_size: int, workers: int, device: str,
     policy: str, *, names: Iterable[str], seconds: float, rounds: int,
-) -> list[Result]:  # fmt: skip
-    """Rounds of all contenders in turn: a machine that slows down slows all of them."""
+) -> list[LoaderRow]:  # fmt: skip
+    """Rounds of all contenders in turns, so that drift of the machine affects all of them."""
     side = size or sources["torch"].image_size
     makers: dict[str, Callable[[], Batches]] = {}
     for name in names:
@@ -236,21 +237,21 @@ def _contest(
             ours = partial(our_batches, name, sources[name], side, batch_size, workers, device, policy)
             makers[name] = partial(ours, crop=bool(size))
     measured: dict[str, list[tuple[float, float]]] = {name: [] for name in makers}
-    left_out: dict[str, MissingExtra] = {}
+    skipped: dict[str, MissingExtra] = {}
     for _, (name, make) in product(range(rounds), makers.items()):
         try:
             with closing(make()) as batches:
                 measured[name].append(rate(batches, seconds, workers, device))
         except MissingExtra as missing:
-            left_out[name] = missing
-    for name, reason in left_out.items():
-        print(f"{label}: {name} left out: {reason}")
+            skipped[name] = missing
+    for name, reason in skipped.items():
+        print(f"{label}: {name} skipped: {reason}")
     results = []
     for name, own in measured.items():
         if own:
             speeds, costs = zip(*own, strict=True)
             best, worst, cpu_ms = max(speeds), min(speeds), 1e3 * min(costs)
-            results.append(Result(label, name, batch_size, workers, best, worst, cpu_ms, rounds))
+            results.append(LoaderRow(label, name, batch_size, workers, best, worst, cpu_ms, rounds))
     baseline = next((r for r in results if r.name == "torchvision"), None)
     for r in results:
         ratio = f" {r.images_per_s / baseline.images_per_s:6.1f}x torchvision" if baseline else ""
@@ -259,8 +260,8 @@ def _contest(
     return results
 
 
-def plot(results: Sequence[Result], path: Path) -> None:
-    """One panel a data set, one line (or, for one batch size, bar) a contender and number of workers."""
+def plot(results: Sequence[LoaderRow], path: Path) -> None:
+    """One panel for each data set; a line, or for a single batch size a bar, for each contender and worker number."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -2,11 +2,11 @@
 
     hpc-supcon bench loss --size 4096 --size 8192 --only dense --only tiled
 
-Contenders: `dense` (the plain PyTorch form of SupContrast), `compiled` (the same under torch.compile), `pml`
-(pytorch-metric-learning), and the backends of hpc_supcon. Times are taken side by side in one process, in
-rounds, so that drift of the machine hits all alike; CPU memory in a fresh process each, as the high-water
-mark of the resident set over what it was before the call. Extra memory counts everything beside the
-features themselves, the gradient included. Writes JSON and PNG.
+Contenders: `dense` (SupContrast's loss in plain PyTorch), `compiled` (the same under torch.compile), `pml`
+(pytorch-metric-learning), and the backends of hpc_supcon. Times are measured in rounds of all contenders in one
+process, so that drift of the machine affects all of them; CPU memory is measured in a new process for each, as the
+peak resident set minus that before the call. Extra memory is everything except the features, including the gradient.
+Writes JSON and PNG.
 """
 
 from __future__ import annotations
@@ -26,17 +26,19 @@ from torch import Tensor
 
 from ..errors import MissingExtra
 from ..losses import SupConLoss
-from .common import machine, resident, wait_for
+from .common import machine, resident, synchronize
 
 TEMPERATURE = 0.1
 CLASSES = 100
-# N x N fp32 matrices that the dense contenders hold at their peak, roughly: sizes beyond the limit are skipped.
 DENSE_COPIES = 10
+"""About the number of fp32 N x N matrices that the dense contenders hold at their peak; sizes above the memory limit
+are skipped."""
 Loss = Callable[[Tensor, Tensor], Tensor]
+"""(features [N, D], labels [N]) -> loss."""
 
 
 def dense_supcon(z: Tensor, labels: Tensor) -> Tensor:
-    """SupCon "out" as SupContrast computes it: full matrices, the row maximum subtracted."""
+    """SupCon "out" as SupContrast computes it: with full matrices, and the row maximum subtracted."""
     z = torch.nn.functional.normalize(z, dim=1)
     mask = torch.eq(labels[:, None], labels[None, :]).float()
     logits = z @ z.T / TEMPERATURE
@@ -63,20 +65,24 @@ def contender(name: str) -> Loss:
 
 
 @dataclass(frozen=True)
-class Result:
-    """One contender at one size. Seconds per forward + backward (the best of `runs`), bytes beyond the features."""
+class LossRow:
+    """The measurement of one contender at one size, forward + backward."""
 
     name: str
     n: int
     d: int
     seconds: float
+    """The best of `runs`."""
     seconds_median: float
     seconds_worst: float
     runs: int
     extra_bytes: int
-    tflops: float  # 6 N^2 D / time: the arithmetic of three dense matmuls, whoever does less
+    """Peak memory without the features."""
+    tflops: float
+    """6 N^2 D / seconds: as if every contender did the arithmetic of three dense matmuls."""
     loss: float
-    gradient_error: float | None  # relative, against the first contender of the same size
+    gradient_error: float | None
+    """Relative difference from the first contender of the same size; None for that one."""
 
 
 def make_batch(n: int, d: int, device: str) -> tuple[Tensor, Tensor]:
@@ -85,20 +91,20 @@ def make_batch(n: int, d: int, device: str) -> tuple[Tensor, Tensor]:
 
 
 def one_call(loss: Loss, z: Tensor, labels: Tensor) -> tuple[float, float]:
-    """(seconds, value) of forward + backward; z.grad is replaced."""
+    """(seconds, value) of forward + backward; replaces z.grad."""
     z.grad = None
-    wait_for(z)
+    synchronize(z)
     start = time.perf_counter()
     value = loss(z, labels)
     value.backward()
-    wait_for(z)
+    synchronize(z)
     return time.perf_counter() - start, float(value.detach())
 
 
 def _cpu_memory(name: str, n: int, d: int, threads: int, answer: Any) -> None:
     torch.set_num_threads(threads)
     loss = contender(name)
-    one_call(loss, *make_batch(CLASSES * 2, d, "cpu"))  # what libraries allocate once is not the loss's
+    one_call(loss, *make_batch(CLASSES * 2, d, "cpu"))  # libraries allocate some memory once, which is not the loss's
     if name == "compiled":
         one_call(loss, *make_batch(n, d, "cpu"))
     z, labels = make_batch(n, d, "cpu")
@@ -109,7 +115,7 @@ def _cpu_memory(name: str, n: int, d: int, threads: int, answer: Any) -> None:
 
 
 def peak_extra(name: str, n: int, d: int, device: str) -> int:
-    """Peak bytes of one forward + backward beyond what the batch itself occupies."""
+    """Peak bytes of one forward + backward, without the batch itself."""
     if device == "cpu":
         context = multiprocessing.get_context("spawn")
         answer = context.Queue()
@@ -136,8 +142,8 @@ def run(
     device: str = "cpu",
     runs: int = 3,
     dense_limit_bytes: int = 4 << 30,
-) -> list[Result]:
-    """Measure every contender at every size; a dense one is left out where its matrices exceed the limit."""
+) -> list[LossRow]:
+    """Measure every contender at every size, except the dense ones where their matrices exceed the limit."""
     results = []
     for n in sizes:
         fits = DENSE_COPIES * n * n * 4 <= dense_limit_bytes
@@ -148,7 +154,7 @@ def run(
         values: dict[str, float] = {}
         errors: dict[str, float | None] = {}
         baseline: Tensor | None = None
-        for turn in range(runs + 1):  # the first turn warms up: compilation, tuning, fresh pages
+        for turn in range(runs + 1):  # the first round is the warm-up: compilation, tuning, new pages
             for name, loss in losses.items():
                 seconds, values[name] = one_call(loss, z, labels)
                 assert z.grad is not None
@@ -158,11 +164,11 @@ def run(
                 else:
                     times[name].append(seconds)
         for name in chosen:
-            # The best run: on a machine that others use too, the rest measures them.
+            # the best run: the others also measure what else runs on the machine
             seconds, median, worst = min(times[name]), statistics.median(times[name]), max(times[name])
             extra = peak_extra(name, n, d, device)
             rate = 6 * n * n * d / seconds / 1e12
-            results.append(Result(name, n, d, seconds, median, worst, runs, extra, rate, values[name], errors[name]))
+            results.append(LossRow(name, n, d, seconds, median, worst, runs, extra, rate, values[name], errors[name]))
             print(
                 f"{name:>16} N {n:>7} D {d:>5}  {seconds:9.4f} s (median {median:.4f})  {extra / 2**20:9.1f} MiB  "
                 f"{rate:8.3f} TFLOP/s  {seconds / n / n * 1e9:7.3f} ns/pair  loss {values[name]:.6f}"
@@ -170,7 +176,7 @@ def run(
     return results
 
 
-def plot(results: Sequence[Result], path: Path) -> None:
+def plot(results: Sequence[LossRow], path: Path) -> None:
     import matplotlib
 
     matplotlib.use("Agg")
@@ -198,7 +204,7 @@ def measure(
     """Run, print, and write out/DATE-loss-DEVICE[TAG].json and .png. Raises ConfigError, MissingExtra."""
     torch.set_num_threads(threads)
     for name in names:
-        contender(name)  # an unknown name or a missing package is met before minutes of measuring
+        contender(name)  # raises for an unknown name or a missing package, before minutes of measuring
     about = machine(device)
     print(f"{about['device']}, {about['threads']} threads, matmul {about['matmul_tflops']:.3f} TFLOP/s")
     results = run(sizes, d, names, device, runs)

@@ -1,8 +1,8 @@
-"""The loop that most code for this task is: the baseline of `hpc-supcon bench step`.
+"""A plain PyTorch training loop: the baseline of `hpc-supcon bench step`.
 
-Written after the way of SupContrast (Khosla et al. 2020, their released code): torchvision's transforms sample by
-sample in DataLoader workers, twice; views concatenated; encoder, head, unit length; the dense loss over a mask of
-positives; SGD; the loss read in every step.
+It follows the released code of SupContrast (Khosla et al. 2020): torchvision's transforms on single samples in
+DataLoader workers, twice; concatenated views; encoder, head, normalization; the dense loss with a mask of positives;
+SGD; the loss is read in every step.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ POLICIES = ("flip_crop", "simaugment")
 
 
 class TwoCrops:
-    """Two views of one PIL image."""
+    """A transform that makes two views of one PIL image."""
 
     def __init__(self, transform: Any) -> None:
         self.transform = transform
@@ -34,7 +34,7 @@ class TwoCrops:
 
 
 class PilImages(Dataset[tuple[list[Tensor], int]]):
-    """Images in memory, uint8 [N, C, H, W], served as torchvision's CIFAR10 serves its own."""
+    """Images in memory, uint8 [N, C, H, W], as a dataset of PIL images like torchvision's CIFAR10."""
 
     def __init__(self, images: Tensor, labels: Tensor, transform: TwoCrops) -> None:
         self.arrays = images.permute(0, 2, 3, 1).squeeze(3).contiguous().numpy()
@@ -49,7 +49,7 @@ class PilImages(Dataset[tuple[list[Tensor], int]]):
 
 
 def sample_transform(size: int, mean: Sequence[float], std: Sequence[float], policy: str) -> Any:
-    """torchvision's form of this package's policies `flip_crop` and `simaugment`, at their default strengths."""
+    """This package's policies `flip_crop` and `simaugment` at their default strengths, as torchvision transforms."""
     assert policy in POLICIES
     color: list[Any] = []
     if policy == "simaugment":
@@ -67,7 +67,7 @@ def sample_transform(size: int, mean: Sequence[float], std: Sequence[float], pol
 
 
 class PlainLoop:
-    """`run()` trains for `steps` steps, to the last batch that the workers made."""
+    """`run()` trains for `steps` steps."""
 
     def __init__(
         self,

@@ -1,11 +1,11 @@
-"""Views/s, peak memory and the breakdown of the training step, over batch size, encoder, precision and compile.
+"""Views/s, peak memory and time per phase of the training step, for batch sizes, encoders, precisions and compile.
 
     hpc-supcon bench step --encoder resnet18 --precision fp32 --precision bf16 augment.policy=flip_crop
 
-Batch sizes double from 32 until memory ends, or until a step takes too long to be worth waiting for. Every encoder,
-precision and compile is measured in a process of its own, which may die of its last batch size. Then the step is set
-beside a plain loop (see plain_loop.py) on the same model, images and augmentation, in turns within one process.
-Writes JSON and PNG, and says which batch size to take on this machine.
+Batch sizes double from 32 until memory is full, or until a step takes too long. Each combination of encoder,
+precision and compile is measured in a separate process, because the last batch size may end it. Then the step is
+compared with a plain loop (see plain_loop.py) on the same model, images and augmentation; both run in turns. Writes
+JSON and PNG, and recommends a batch size for this machine.
 """
 
 from __future__ import annotations
@@ -26,37 +26,40 @@ from typing import Any
 
 import torch
 
-from ..phases import ENCODER
+from ..phases import BACKWARD, ENCODER
+from ..training.profile import ORDER
 from .common import machine, memory_available, resident
 from .step_compare import check_comparable, compare
-from .step_plot import plot
-from .step_session import OUT_OF_MEMORY, ROUNDS, WARM_UP, Result, Session, check, settings
+from .step_session import OUT_OF_MEMORY, ROUNDS, WARM_UP, StepRow, StepSession, check, step_config
 
 SMALLEST, LARGEST = 32, 1 << 17
 ENOUGH = 0.95
-"""Of the best throughput: the smallest batch that gives it is recommended."""
+"""Share of the best throughput: the smallest batch size that reaches it is recommended."""
 
 
 @dataclass(frozen=True)
 class Limits:
-    """`seconds` measured for each row; a step of more than `longest` s is the last; `memory` in bytes, None: all."""
+    """How much is measured."""
 
     seconds: float = 3.0
+    """Measured time of each row."""
     longest: float = 5.0
+    """Seconds; larger batch sizes are not tried after a step that took longer."""
     memory: int | None = None
+    """Bytes that a step may use; None: all that is free."""
 
 
 def measure_row(
-    row: Result, overrides: Sequence[str], device: torch.device, seconds: float, empty: int = 0
-) -> Result:
+    row: StepRow, overrides: Sequence[str], device: torch.device, seconds: float, empty: int = 0
+) -> StepRow:
     """`row` with its numbers, or as out of memory. empty: bytes of this process before the first row, on a CPU."""
     if device.type == "cpu":
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     else:
         torch.cuda.reset_peak_memory_stats(device)
     try:
-        config = settings(row.encoder, row.precision, row.compile, row.batch_size, overrides)
-        with closing(Session(config, device)) as session:
+        config = step_config(row.encoder, row.precision, row.compile, row.batch_size, overrides)
+        with closing(StepSession(config, device)) as session:
             session.run(WARM_UP - 1)
             once = session.measure(1).total
             steps = max(1, math.ceil(seconds / ROUNDS / once))
@@ -68,26 +71,26 @@ def measure_row(
     peak = resident("VmHWM") - empty if device.type == "cpu" else torch.cuda.max_memory_allocated(device)
     best, worst = min(rounds, key=lambda b: b.total), max(rounds, key=lambda b: b.total)
     views = row.batch_size * config.data.views
-    return Result(
+    return StepRow(
         row.encoder, row.precision, row.compile, row.batch_size, "ok",
         views_per_s=views / best.total, views_per_s_worst=views / worst.total, encoder_share=best.share(ENCODER),
         peak_bytes=peak, steps=steps, seconds=best.seconds,
     )  # fmt: skip
 
 
-def _without_numbers(row: Result, status: str) -> Result:
-    return Result(row.encoder, row.precision, row.compile, row.batch_size, status)
+def _without_numbers(row: StepRow, status: str) -> StepRow:
+    return StepRow(row.encoder, row.precision, row.compile, row.batch_size, status)
 
 
 def _child(
-    pipe: Connection, rows: list[Result], overrides: list[str], kind: str, limits: Limits, threads: int
+    pipe: Connection, rows: list[StepRow], overrides: list[str], kind: str, limits: Limits, threads: int
 ) -> None:
-    """Measures the rows in turn and sends each; stops after memory or patience has ended."""
+    """Measures the rows one by one and sends each; stops when memory is full or a step takes too long."""
     torch.set_num_threads(threads)
     device, empty = torch.device(kind), 0
     if kind == "cpu":
         empty = resident("VmRSS")
-        # torch then fails by itself, where the kernel would end any process of the machine
+        # allocations then fail in this process; otherwise the kernel would kill some process of the machine
         most = resident("VmData") + (limits.memory or int(0.9 * memory_available()))
         resource.setrlimit(resource.RLIMIT_DATA, (most, resource.getrlimit(resource.RLIMIT_DATA)[1]))
     elif limits.memory:
@@ -100,22 +103,22 @@ def _child(
             return
 
 
-def run_rows(rows: list[Result], overrides: Sequence[str], kind: str, limits: Limits, threads: int) -> list[Result]:
-    """The rows, of growing batch size, measured in a process of their own as far as memory and patience go."""
+def run_rows(rows: list[StepRow], overrides: Sequence[str], kind: str, limits: Limits, threads: int) -> list[StepRow]:
+    """Measure the rows, ordered by batch size, in a separate process, up to the first one that exceeds the limits."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     arguments = (theirs, rows, list(overrides), kind, limits, threads)
     child = context.Process(target=_child, args=arguments)
     child.start()
     theirs.close()
-    results: list[Result] = []
+    results: list[StepRow] = []
     try:
         while True:
             results.append(ours.recv())
             print(line(results[-1]), flush=True)
     except EOFError:
         child.join()
-    if child.exitcode == -9:  # the kernel's answer to a full memory
+    if child.exitcode == -9:  # killed by the kernel because memory was full
         results.append(_without_numbers(rows[len(results)], OUT_OF_MEMORY))
         print(line(results[-1]), flush=True)
     elif child.exitcode:
@@ -123,7 +126,7 @@ def run_rows(rows: list[Result], overrides: Sequence[str], kind: str, limits: Li
     return results
 
 
-def line(r: Result) -> str:
+def line(r: StepRow) -> str:
     start = f"{r.label:>24} batch {r.batch_size:>6}  "
     if not r.seconds:
         return start + r.status
@@ -135,8 +138,8 @@ def line(r: Result) -> str:
     )
 
 
-def recommend(results: Sequence[Result]) -> list[str]:
-    """One line for each encoder: the smallest batch that is as good as the best, and the largest that fits."""
+def recommend(results: Sequence[StepRow]) -> list[str]:
+    """One line for each encoder: the smallest batch size that is nearly the fastest, and the largest that fits."""
     lines = []
     for encoder in dict.fromkeys(r.encoder for r in results):
         fitting = [r for r in results if r.encoder == encoder and r.fits]
@@ -163,16 +166,16 @@ def measure(
     torch.set_num_threads(threads)
     sizes = sorted(batch_sizes or [SMALLEST << k for k in range(LARGEST.bit_length()) if SMALLEST << k <= LARGEST])
     grid = list(product(encoders, precisions, compiles))
-    for encoder, precision, compiled in grid:  # a mistake is met before minutes of measuring
-        check(settings(encoder, precision, compiled, sizes[0], overrides), kind)
+    for encoder, precision, compiled in grid:  # before minutes of measuring
+        check(step_config(encoder, precision, compiled, sizes[0], overrides), kind)
     if plain:
-        check_comparable(settings(encoders[0], "fp32", False, sizes[0], overrides))
+        check_comparable(step_config(encoders[0], "fp32", False, sizes[0], overrides))
     about = machine(kind)
     print(f"{about['device']}, {threads} threads, matmul {about['matmul_tflops']:.3f} TFLOP/s")
     began = time.perf_counter()
-    results: list[Result] = []
+    results: list[StepRow] = []
     for encoder, precision, compiled in grid:
-        rows = [Result(encoder, precision, compiled, size, "") for size in sizes]
+        rows = [StepRow(encoder, precision, compiled, size, "") for size in sizes]
         results += run_rows(rows, overrides, kind, limits, threads)
     compared = [compare(e, results, overrides, torch.device(kind), limits.seconds) for e in encoders] if plain else []
     advice = recommend(results)
@@ -187,3 +190,55 @@ def measure(
     stem.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     plot(results, stem.with_suffix(".png"))
     print(f"written: {stem}.json, {stem}.png")
+
+
+def plot(results: Sequence[StepRow], path: Path) -> None:
+    """Draw views/s and memory over the batch size, and the shares of the phases at each line's best batch size."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(15, 4.2), layout="constrained")
+    labels = list(dict.fromkeys(r.label for r in results))
+    best: list[StepRow] = []
+    for label in labels:
+        mine = [r for r in results if r.label == label and r.seconds]
+        if not mine:
+            continue
+        best.append(max(mine, key=lambda r: r.views_per_s))
+        axes[0].plot([r.batch_size for r in mine], [r.views_per_s for r in mine], marker="o", label=label)
+        axes[1].plot([r.batch_size for r in mine], [r.peak_bytes / 2**20 for r in mine], marker="o", label=label)
+    sizes = sorted({r.batch_size for r in results})
+    for axis, title in zip(axes, ("views/s", "peak memory, MiB"), strict=False):
+        axis.set(xscale="log", yscale="log", xlabel="batch size, images", title=title)
+        axis.set_xticks(sizes, labels=[str(n) for n in sizes], rotation=45)
+        axis.xaxis.minorticks_off()
+        axis.grid(alpha=0.3)
+        if best:
+            axis.legend()
+    _draw_shares(axes[2], best)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _draw_shares(axis: object, rows: Sequence[StepRow]) -> None:
+    """A bar for each row, divided among the phases."""
+    from matplotlib.axes import Axes
+
+    assert isinstance(axis, Axes)
+    names = [f"{r.label}, {r.batch_size}" for r in rows]
+    left = [0.0] * len(rows)
+    for k, name in enumerate(ORDER):
+        shares = []
+        for r in rows:
+            seconds = r.seconds or {}
+            own = seconds.get(name, 0.0) + seconds.get(name + BACKWARD, 0.0)
+            shares.append(100 * own / sum(seconds.values()))
+        if any(share > 0 for share in shares):
+            axis.barh(names, shares, left=left, label=name, color=f"C{k}")
+            left = [a + b for a, b in zip(left, shares, strict=True)]
+    axis.set(title="share of the step at the best batch size, %", xlim=(0, 100))
+    axis.invert_yaxis()
+    if rows:
+        axis.legend(loc="upper center", bbox_to_anchor=(0.5, -0.1), ncols=4)

@@ -1,7 +1,7 @@
-"""The step of this package beside a plain loop: same model, images, augmentation and precision, in turns.
+"""Comparison of this package's step with a plain loop: same model, images, augmentation and precision, in turns.
 
-The plain loop has a process of its own, for this one is set up as the package sets up its own (see
-allocator.keep_freed_memory); while one works, the other waits.
+The plain loop has a separate process, because this one has the package's own memory settings (see
+allocator.keep_freed_memory). While one works, the other waits.
 """
 
 from __future__ import annotations
@@ -21,19 +21,22 @@ from ..distributed.launch import Launch, Runtime
 from ..errors import ConfigError
 from ..models import build_model
 from ..phases import ENCODER
-from ..training import assemble
+from ..training.build import describe_model
+from ..training.data import load_data
+from ..training.plan import peak_lr
 from .plain_loop import POLICIES, PilImages, PlainLoop, TwoCrops, sample_transform
-from .step_session import ROUNDS, WARM_UP, Result, Session, settings
+from .step_session import ROUNDS, WARM_UP, StepRow, StepSession, step_config
 
-AFFORDABLE = 64
-"""Images of the batch that both are compared at, or the largest measured below that."""
+LARGEST_COMPARED = 64
+"""Both are compared at the largest measured batch size up to this one, in images."""
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """Views/s of both over the same rounds, fp32: the best and the worst round, and the ratio of the best ones.
+    """Views/s of both in fp32: of the best and the worst round, and the ratio of the best ones.
 
-    `compile`: whether this package's step was compiled, as the faster of what was measured; the plain loop is not.
+    `compile`: whether this package's step was compiled, which it is where that was measured to be faster. The plain
+    loop is not compiled.
     """
 
     encoder: str
@@ -49,7 +52,7 @@ class Comparison:
 
 
 def check_comparable(config: Config) -> None:
-    """Raise ConfigError where the plain loop has no form of what is measured."""
+    """Raise ConfigError where the plain loop cannot do the same as the step."""
     if config.augment.policy not in POLICIES or config.augment.blur or config.data.views != 2:
         raise ConfigError(
             f"the plain loop knows two views of {' and '.join(POLICIES)} without blur, not {config.data.views} of "
@@ -60,18 +63,18 @@ def check_comparable(config: Config) -> None:
 
 
 def compare(
-    encoder: str, results: Sequence[Result], overrides: Sequence[str], device: torch.device, seconds: float
+    encoder: str, results: Sequence[StepRow], overrides: Sequence[str], device: torch.device, seconds: float
 ) -> Comparison | None:
-    """At the batch size that AFFORDABLE names; None where none was measured."""
+    """None where no batch size of `encoder` was measured."""
     rows = [r for r in results if r.encoder == encoder and r.seconds]
     if not rows:
         return None
     batch_size = max(
-        (r.batch_size for r in rows if r.batch_size <= AFFORDABLE), default=min(r.batch_size for r in rows)
+        (r.batch_size for r in rows if r.batch_size <= LARGEST_COMPARED), default=min(r.batch_size for r in rows)
     )
     compiled = max((r for r in rows if r.batch_size == batch_size), key=lambda r: r.views_per_s).compile
-    config = settings(encoder, "fp32", compiled, batch_size, overrides)
-    with closing(Session(config, device)) as session:
+    config = step_config(encoder, "fp32", compiled, batch_size, overrides)
+    with closing(StepSession(config, device)) as session:
         session.run(WARM_UP - 1)
         share = session.measure(1)
         steps = max(3, math.ceil(seconds / ROUNDS / share.total))
@@ -98,7 +101,7 @@ def compare(
 
 @contextmanager
 def plain_loop(config: Config, steps: int, device: torch.device) -> Iterator[Connection]:
-    """A process with the plain loop, warmed up: send anything, and receive the seconds of `steps` steps."""
+    """A process with the plain loop, warmed up: send any object, and receive the seconds that `steps` steps took."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     child = context.Process(target=_child, args=(theirs, config, steps, device, torch.get_num_threads()))
@@ -130,14 +133,14 @@ def _child(pipe: Connection, config: Config, steps: int, device: torch.device, t
 
 
 def build_plain_loop(config: Config, steps: int, device: torch.device) -> PlainLoop:
-    """With the model, images, augmentation and learning rate that a Session of `config` has."""
-    splits = assemble.load_data(config, Runtime(Launch(), device)).splits
-    description = assemble.describe_model(config, splits)
+    """The plain loop with the model, images, augmentation and learning rate of a StepSession of `config`."""
+    splits = load_data(config, Runtime(Launch(), device)).splits
+    description = describe_model(config, splits)
     norm, size = description["normalization"], description["encoder"]["image_size"]
-    assemble.seed_models(config)
+    torch.manual_seed(config.seed)
     model = build_model(description).to(device)
     transform = TwoCrops(sample_transform(size, norm["mean"], norm["std"], config.augment.policy))
     return PlainLoop(
         model.encoder, model.heads["projection"], PilImages(splits.train.stack(), splits.train.labels, transform),
-        batch_size=config.data.batch_size, steps=steps, lr=assemble.peak_lr(config), device=device,
+        batch_size=config.data.batch_size, steps=steps, lr=peak_lr(config), device=device,
     )  # fmt: skip

@@ -1,6 +1,6 @@
-"""Checkpoints: complete or absent, verified on loading, nothing pickled. Knows tensors and folders, not training."""
+"""Checkpoints: complete or absent, verified on loading, nothing pickled. This package does not depend on training."""
 
-from .load import Checkpoint, list_steps, load_checkpoint, load_newest, understood
+from .load import Checkpoint, list_steps, load_checkpoint, load_newest, mismatch_is_corrupt
 from .save import save_checkpoint
 from .writer import CheckpointWriter
 
@@ -10,6 +10,6 @@ __all__ = [
     "list_steps",
     "load_checkpoint",
     "load_newest",
+    "mismatch_is_corrupt",
     "save_checkpoint",
-    "understood",
 ]

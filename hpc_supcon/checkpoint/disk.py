@@ -1,4 +1,4 @@
-"""Bytes to and from disk: streamed and hashed on the way, flushed, and named when the disk says no."""
+"""Bytes to and from disk: hashed while they are written, flushed, and with named errors when the disk fails."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..errors import CheckpointCorrupt, RunFolderError
 
 PIECE = 16 << 20
-"""Bytes handed to the kernel at once: what is hashed is still in the processor's cache when it is written."""
+"""Bytes of one write: what was hashed is then still in the processor's cache when it is written."""
 
 # https://github.com/huggingface/safetensors#format
 _DTYPES = {
@@ -42,7 +42,7 @@ _DTYPES = {
 
 @dataclass(frozen=True)
 class Content:
-    """What one file will hold: its length, and its bytes piece by piece, so that no second copy is made."""
+    """The content of a file to write: its length, and its bytes in pieces, so that no second copy is made."""
 
     size: int
     """Bytes."""
@@ -57,8 +57,8 @@ def json_content(data: Mapping[str, Any]) -> Content:
 def tensor_content(named: Mapping[str, Tensor]) -> Content:
     """A safetensors file of tensors of any shape, device and layout (written row-major).
 
-    Pieces are made when they are asked for: a contiguous tensor on the CPU is written from where it lies.
-    Tensors that share memory are written once each.
+    Pieces are made when they are read; a contiguous tensor on the CPU is not copied. Tensors that share memory are
+    each written.
     """
     # wide dtypes first, so that every tensor is aligned
     ordered = sorted(named.items(), key=lambda item: (-item[1].element_size(), item[0]))
@@ -90,7 +90,7 @@ def write_file(path: Path, content: Content) -> dict[str, Any]:
             for start in range(0, len(whole), PIECE):
                 part = whole[start : start + PIECE]
                 digest.update(part)
-                while part:  # a nearly full disk takes less than it was given
+                while part:  # a nearly full disk may write only a part
                     part = part[os.write(handle, part) :]
         os.fsync(handle)
     finally:
@@ -99,10 +99,8 @@ def write_file(path: Path, content: Content) -> dict[str, Any]:
 
 
 def open_plain(path: Path) -> tuple[int, int]:
-    """(handle, bytes) of an ordinary file. Raises CheckpointCorrupt for a link, a pipe, a folder or a missing one.
-
-    No link is followed: what a checkpoint's folder names must lie in it.
-    """
+    """(handle, size in bytes) of an ordinary file. Raises CheckpointCorrupt for a link, a pipe, a folder or a missing
+    file: links are not followed, because a checkpoint's files must be in its folder."""
     try:
         handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError as error:
@@ -128,7 +126,7 @@ def read_file(path: Path, *, limit: int | None = None) -> bytes:
 
 
 def hash_file(path: Path) -> str:
-    """sha256 of an ordinary file in little memory. Raises CheckpointCorrupt."""
+    """sha256 of an ordinary file, read in pieces. Raises CheckpointCorrupt."""
     digest = hashlib.sha256()
     handle, _ = open_plain(path)
     with open(handle, "rb", buffering=0) as file:  # noqa: PTH123
@@ -141,7 +139,7 @@ def hash_file(path: Path) -> str:
 
 
 def free_bytes(folder: Path) -> int | None:
-    """Bytes an ordinary user may still write on the folder's disk; None where it does not say."""
+    """Bytes that an ordinary user can still write on the folder's disk; None where this is unknown."""
     try:
         disk = os.statvfs(folder)
     except OSError:
@@ -150,14 +148,14 @@ def free_bytes(folder: Path) -> int | None:
 
 
 def check_space(folder: Path, needed: int) -> None:
-    """Raise the OSError of a full disk before anything is written, when `needed` bytes cannot fit."""
+    """Raise the OSError of a full disk when `needed` bytes cannot fit, before anything is written."""
     free = free_bytes(folder)
     if free is not None and free < needed:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
 def not_written(path: Path, error: OSError, needed: int) -> RunFolderError:
-    """The one line a user reads when a save failed."""
+    """The error for a save that failed."""
     free = free_bytes(path.parent)
     return RunFolderError(
         f"{path}: checkpoint not written: {error.strerror or error}; it needs {needed:,} bytes, "
@@ -166,14 +164,14 @@ def not_written(path: Path, error: OSError, needed: int) -> RunFolderError:
 
 
 def to_json(data: Mapping[str, Any]) -> bytes:
-    """The one byte form of JSON in a checkpoint: `from_json` refuses every other."""
+    """JSON as bytes, in the only form that `from_json` accepts."""
     return json.dumps(data, indent=1, sort_keys=True).encode()
 
 
 def from_json(payload: bytes) -> dict[str, Any]:
-    """The mapping that `to_json` wrote as exactly these bytes. Raises ValueError.
+    """The mapping for which `to_json` returns exactly these bytes. Raises ValueError.
 
-    Comparing bytes closes what parsing leaves open: duplicate keys, other encodings, spaces.
+    Comparing bytes also refuses duplicate keys, other encodings and spaces, which parsing accepts.
     """
     try:
         data = json.loads(payload)
@@ -185,12 +183,12 @@ def from_json(payload: bytes) -> dict[str, Any]:
 
 
 def seal(data: Mapping[str, Any]) -> dict[str, Any]:
-    """`data` with the sha256 of its own JSON: a changed byte then shows without another file."""
+    """`data` with the sha256 of its own JSON, so that a changed byte can be detected."""
     return {**data, "sha256": hashlib.sha256(to_json(data)).hexdigest()}
 
 
 def unseal(payload: bytes) -> dict[str, Any]:
-    """What was sealed. Raises ValueError when it is not that any more."""
+    """The data that `seal` was given. Raises ValueError when it has changed since."""
     data = from_json(payload)
     claimed = data.pop("sha256", None)
     if seal(data)["sha256"] != claimed:

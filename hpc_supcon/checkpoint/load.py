@@ -1,4 +1,4 @@
-"""Reading checkpoints: nothing is believed before it is verified, nothing outside the folder is opened."""
+"""Reading checkpoints: everything is verified before it is used, and nothing outside the folder is opened."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What was read back: tensors by file stem (`model`, `optimizer`, `rng`) and the plain `state`."""
+    """A checkpoint that was read: tensors by file stem (`model`, `optimizer`, `rng`), and the plain `state`."""
 
     path: Path
     tensors: dict[str, dict[str, Tensor]]
@@ -53,7 +53,7 @@ def list_steps(folder: Path) -> list[int]:
 def load_checkpoint(path: Path) -> Checkpoint:
     """Read and verify one checkpoint folder. Raises CheckpointCorrupt naming the file that differs.
 
-    A file that the manifest does not name is neither opened nor missed.
+    Files that the manifest does not name are ignored.
     """
     manifest = read_manifest(path)
     payloads = {name: _read_verified(path / name, entry) for name, entry in manifest["files"].items()}
@@ -66,13 +66,13 @@ def load_checkpoint(path: Path) -> Checkpoint:
 
 
 def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
-    """The newest checkpoint that verifies, and one line for each newer one that did not.
+    """The newest checkpoint that verifies, and a message for each newer one that did not.
 
-    None when the folder holds no checkpoint at all. Raises CheckpointCorrupt when it holds some and none
-    verifies: a used folder never starts from step 0.
+    None when the folder has no checkpoints. Raises CheckpointCorrupt when it has some and none verifies: a run that
+    was saved never starts again from step 0.
     """
     refused: dict[int, str] = {}
-    # listed anew each time: a run that is still going deletes old checkpoints while they are read here
+    # listed again each time: a run that is still training deletes old checkpoints while they are read here
     while left := [step for step in list_steps(folder) if step not in refused]:
         path = path_of(folder, left[-1])
         try:
@@ -89,7 +89,7 @@ def load_newest(folder: Path) -> tuple[Checkpoint | None, list[str]]:
 
 
 def problem_of(path: Path, *, hashes: bool = True) -> str | None:
-    """What is wrong with a checkpoint folder, or None. Without `hashes` only manifest and sizes are looked at."""
+    """What is wrong with a checkpoint folder, or None. Without `hashes` only the manifest and sizes are checked."""
     try:
         manifest = read_manifest(path)
         for name, entry in manifest["files"].items():
@@ -103,8 +103,8 @@ def problem_of(path: Path, *, hashes: bool = True) -> str | None:
 
 
 @contextmanager
-def understood(path: Path) -> Iterator[None]:
-    """What is verified, but not what this program or this model writes, is CheckpointCorrupt as well."""
+def mismatch_is_corrupt(path: Path) -> Iterator[None]:
+    """Turns errors inside, from using the verified checkpoint `path` for another model, into CheckpointCorrupt."""
     try:
         yield
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
@@ -113,7 +113,7 @@ def understood(path: Path) -> Iterator[None]:
 
 
 def read_manifest(path: Path) -> dict[str, Any]:
-    """The manifest of a checkpoint folder, of the right form and unchanged. Raises CheckpointCorrupt.
+    """The manifest of a checkpoint folder, checked for its form and hash. Raises CheckpointCorrupt.
 
     `step` int >= 0 (that of the folder's name), `world_size` int >= 1, `config_digest` text,
     `files` name -> {"bytes": int >= 0, "sha256": 64 hex digits}.

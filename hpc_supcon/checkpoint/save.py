@@ -1,7 +1,7 @@
-"""Checkpoints: complete or absent, verified on loading, nothing pickled.
+"""Writing checkpoints, and deleting old ones.
 
-A checkpoint is a folder `step-N` of safetensors and JSON files with a manifest (sha256 and size of each).
-It is written beside its final place, flushed to disk and renamed: it exists when its manifest does.
+A checkpoint is a folder `step-N` of safetensors and JSON files with a manifest (sha256 and size of each file). It is
+written under another name, flushed to disk and renamed: a checkpoint that exists is complete.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from .disk import Content, check_space, json_content, not_written, seal, tensor_
 from .layout import DELETED, MANIFEST, PARTIAL, REPLACED, STATE, TENSORS, path_of, step_of
 from .load import FORMAT, list_steps, problem_of
 
-BESIDES = 64 << 10
-"""Bytes a save needs besides its files' contents: manifest, folder, and the last block of each file."""
+OVERHEAD = 64 << 10
+"""Bytes a save needs in addition to its files' contents: manifest, folder, and the last block of each file."""
 
 
 def save_checkpoint(
@@ -36,19 +36,19 @@ def save_checkpoint(
     protect: Collection[int] = (),
     trusted: set[int] | None = None,
 ) -> Path:
-    """Publish `folder/step-N`, then delete those that `retain` does not spare. state.json holds `step` as well.
+    """Write `folder/step-N`, then delete old checkpoints (see `retain`). state.json has `step` as well as `state`.
 
-    Call on one rank only. `trusted` are the steps that this process has written or verified, and is added
-    to: the others are read once before they count as kept.
+    Call on one rank only. trusted: the steps that this process has written or verified, which is updated; the
+    checkpoints of other steps are read once before they count as kept.
 
-    Raises RunFolderError naming path, bytes needed and bytes free when the disk is full, read-only or broken;
-    earlier checkpoints stay.
+    Raises RunFolderError, with the path, the bytes needed and the bytes free, when the disk is full, read-only or
+    broken; earlier checkpoints are kept.
     """
     final, partial = folder / f"step-{step}", folder / f"{PARTIAL}step-{step}"
     files = {f"{stem}{TENSORS}": tensor_content(named) for stem, named in tensors.items()}
     files[STATE] = json_content({**state, "step": step})
     about = {"format": FORMAT, "step": step, "world_size": world_size, "config_digest": config_digest}
-    needed = sum(content.size for content in files.values()) + BESIDES
+    needed = sum(content.size for content in files.values()) + OVERHEAD
     trusted = set() if trusted is None else trusted
     try:
         _prepare(folder)
@@ -65,27 +65,27 @@ def save_checkpoint(
 
 
 def retain(folder: Path, keep: int, *, keep_every: int | None, protect: Collection[int], trusted: set[int]) -> None:
-    """Delete what is older than the newest `keep` checkpoints that are whole.
+    """Delete checkpoints older than the newest `keep` complete ones.
 
-    Only whole ones count, so that a damaged one never pushes out the last that loads. Whole means: manifest
-    and sizes are right, and this process wrote it or has verified it. Spared are the steps in `protect` and
-    the multiples of `keep_every`. Damaged ones are deleted with the others of their age. What cannot be
-    deleted now is tried again after the next save.
+    Only complete ones count, so that a damaged one never replaces the last one that loads. Complete means: manifest
+    and sizes are right, and this process wrote it or has verified it. The steps in `protect` and the multiples of
+    `keep_every` are kept. Damaged ones are deleted when they are as old as the others that are deleted. What cannot
+    be deleted now is tried again after the next save.
     """
-    whole = 0
+    complete = 0
     for step in reversed(list_steps(folder)):
         path = path_of(folder, step)
-        if whole < keep:
+        if complete < keep:
             if problem_of(path, hashes=step not in trusted) is None:
                 trusted.add(step)
-                whole += 1
+                complete += 1
         elif step not in protect and not (keep_every and step % keep_every == 0):
             with contextlib.suppress(OSError):
                 _delete(path)
 
 
 def _prepare(folder: Path) -> None:
-    """Make the folder; finish or undo what a killed save left. Raises OSError."""
+    """Make the folder; finish or undo a save that was killed. Raises OSError."""
     if not folder.is_dir():
         folder.mkdir(parents=True)
         sync_folder(folder.parent)
@@ -100,7 +100,7 @@ def _prepare(folder: Path) -> None:
 
 
 def _write(partial: Path, files: Mapping[str, Content], about: Mapping[str, Any]) -> None:
-    """All files of a checkpoint, the manifest last, flushed. Raises OSError."""
+    """Write and flush all files of a checkpoint, the manifest last. Raises OSError."""
     partial.mkdir()
     written = {name: write_file(partial / name, content) for name, content in files.items()}
     write_file(partial / MANIFEST, json_content(seal({**about, "files": written})))
@@ -108,23 +108,23 @@ def _write(partial: Path, files: Mapping[str, Content], about: Mapping[str, Any]
 
 
 def _publish(partial: Path, final: Path) -> None:
-    """Rename into place. Raises OSError.
+    """Give a written checkpoint its final name. Raises OSError.
 
-    A checkpoint of the same step (saved before a fall-back to an older one) steps aside first and stands for
-    the step until the new one does: there is no moment without either.
+    A checkpoint of the same step, which exists when a run was resumed from an older one, is renamed first. It remains
+    the checkpoint of this step until the new one has its name, so that at every moment one of the two exists.
     """
-    aside = final.with_name(f"{REPLACED}{final.name}")
+    replaced = final.with_name(f"{REPLACED}{final.name}")
     replaces = final.exists()
     if replaces:
-        final.rename(aside)
+        final.rename(replaced)
     partial.rename(final)
     sync_folder(final.parent)
     if replaces:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(replaced, ignore_errors=True)
 
 
 def _delete(path: Path) -> None:
-    """Rename, then delete: a kill in between leaves no checkpoint with half of its files. Raises OSError."""
+    """Rename, then delete, so that a kill cannot leave a checkpoint with half of its files. Raises OSError."""
     gone = path.with_name(f"{DELETED}step-{step_of(path.name)}")
     path.rename(gone)
     shutil.rmtree(gone, ignore_errors=True)

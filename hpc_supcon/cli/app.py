@@ -25,7 +25,7 @@ from .prune import prune
 
 if TYPE_CHECKING:
     from ..distributed.launch import Runtime
-    from ..training.assemble import Data
+    from ..training.data import Data
 
 QUICKSTART = "quickstart"
 RUN: tuple[Stage, ...] = ("pretrain", "probe")

@@ -13,7 +13,7 @@ from ..config import Config, Stage, check_ranks
 
 if TYPE_CHECKING:
     from ..distributed.launch import Runtime
-    from ..training.assemble import Data
+    from ..training.data import Data
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback with every error.")]
 
@@ -27,7 +27,7 @@ def started(settings: Config, stages: tuple[Stage, ...], *, resume: bool) -> Ite
     from .. import run_folder
     from ..distributed.collectives import together
     from ..distributed.watchdog import connected, watching
-    from ..training import assemble
+    from ..training.data import load_data
 
     limits = settings.runtime
     with (
@@ -43,7 +43,7 @@ def started(settings: Config, stages: tuple[Stage, ...], *, resume: bool) -> Ite
     ):
         with together():
             run_folder.check_usable(settings.folder, settings, resume=resume)  # before minutes of decoding
-        yield runtime, assemble.load_data(settings, runtime)
+        yield runtime, load_data(settings, runtime)
 
 
 @contextmanager

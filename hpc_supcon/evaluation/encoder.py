@@ -43,7 +43,7 @@ def load_model(folder: Path) -> tuple[PretrainingModel, checkpoint.Checkpoint]:
     assert path is not None
     with together():
         found = found or checkpoint.load_checkpoint(path)
-        with checkpoint.understood(found.path):
+        with checkpoint.mismatch_is_corrupt(found.path):
             model = build_model(found.state)
             model.load_state_dict(found.tensors.get("ema", found.tensors["model"]))
             EvalTransform(**found.state["normalization"])  # used later: checked here, where an error names the file
@@ -56,7 +56,7 @@ def _choose(checkpoints: Path) -> checkpoint.Checkpoint:
     assert newest is not None
     for line in refused:
         console.print(f"not used: {line}", soft_wrap=True, style="yellow")
-    with checkpoint.understood(newest.path):
+    with checkpoint.mismatch_is_corrupt(newest.path):
         best_at = newest.state["stopping"]["best_at"] if "stopping" in newest.state else None
         if best_at is None or int(best_at) == newest.state["step"]:
             return newest

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import random
-from collections.abc import Iterator
-from contextlib import contextmanager
-
-import numpy as np
 import torch
 from torch import nn
 
@@ -16,8 +11,8 @@ from ..distributed.collectives import gather_rows
 from ..distributed.launch import Runtime
 from ..errors import ConfigError, unknown_name
 from ..models import LinearHeads
-from ..training.assemble import Data
-from ..training.validation import OnlineProbe
+from ..training.data import Data
+from ..training.validation import OnlineProbe, undisturbed
 from .features import LabeledRows, build_prepare, extract, fit_standardization
 from .probes.knn import knn_accuracy
 from .probes.optimization import FitPlan
@@ -106,18 +101,3 @@ def online_probe(config: Config, runtime: Runtime, data: Data) -> OnlineProbe | 
         )["accuracy"]
 
     return accuracy
-
-
-@contextmanager
-def undisturbed(module: nn.Module, device: torch.device) -> Iterator[None]:
-    """Without gradients inside; afterwards each submodule's training mode and all generators are as before."""
-    modes = [(part, part.training) for part in module.modules()]
-    python, numpy = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
-            yield
-    finally:
-        for part, training in modes:
-            part.training = training
-        random.setstate(python)
-        np.random.set_state(numpy)

@@ -27,7 +27,7 @@ from ..evaluation.probes import (
     check_probes,
 )
 from ..evaluation.scores import classification_scores
-from ..training import assemble
+from ..training.data import Data
 from ..training.engine import place
 from ..training.metrics import MetricLog, console
 
@@ -54,7 +54,7 @@ def start_without_encoder(config: Config, runtime: Runtime) -> Path:
     return folder
 
 
-def probe(folder: Path, config: Config, runtime: Runtime, data: assemble.Data) -> list[dict[str, Any]]:
+def probe(folder: Path, config: Config, runtime: Runtime, data: Data) -> list[dict[str, Any]]:
     """Fit every probe of `probe.kind` in turn; returns the entries written into results.json. Collective.
 
     Every choice (learning rate, iteration) is made on validation; the test set is read once, at the end of each
@@ -82,7 +82,7 @@ def probe(folder: Path, config: Config, runtime: Runtime, data: assemble.Data) -
 
 
 def _tasks(
-    folder: Path, config: Config, runtime: Runtime, data: assemble.Data
+    folder: Path, config: Config, runtime: Runtime, data: Data
 ) -> tuple[list[ProbeTask], EncoderCheckpoint | None]:
     """A task for each of `probe.kind`; they share the encoder and the rows computed with it. Collective."""
     loaded, encoder, description, masks = None, None, None, None

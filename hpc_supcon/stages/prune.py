@@ -18,9 +18,11 @@ from ..evaluation.monitor import online_probe
 from ..evaluation.probes import check_probes
 from ..models import PretrainingModel
 from ..pruning import PRUNERS, WeightMasks, build_masks, fully_pruned, masks_digest, measure, prunable
-from ..training import assemble
+from ..training.build import Start
+from ..training.data import Data
 from ..training.metrics import console
-from .pretrain import Start, pretrain
+from ..training.plan import peak_lr
+from .pretrain import pretrain
 from .probe import probe
 
 PRUNED, SPARSE = "pruned", "model.sparse.safetensors"
@@ -64,7 +66,7 @@ def pruned_config(folder: Path, config: Config, rate: float) -> Config:
         )
         changes["optim"] = config.optim.model_copy(
             update={
-                "lr": tune.lr if tune.lr is not None else DEFAULT_LR_FACTOR * assemble.peak_lr(config),
+                "lr": tune.lr if tune.lr is not None else DEFAULT_LR_FACTOR * peak_lr(config),
                 "lr_per_256": None,
                 "schedule": tune.schedule,
                 "warmup_epochs": tune.warmup_epochs,
@@ -76,7 +78,7 @@ def pruned_config(folder: Path, config: Config, rate: float) -> Config:
 
 
 def prune(
-    folder: Path, config: Config, runtime: Runtime, data: assemble.Data, *, resume: bool = False
+    folder: Path, config: Config, runtime: Runtime, data: Data, *, resume: bool = False
 ) -> list[dict[str, Any]]:
     """Prune at every rate of `prune.rate`, fine-tune, probe, and measure the size on disk. Collective.
 
@@ -157,13 +159,13 @@ def _build_run_folder(
     found: checkpoint.Checkpoint,
     masks: Masks,
     runtime: Runtime,
-    data: assemble.Data,
+    data: Data,
     *,
     resume: bool,
 ) -> None:
     """The run folder of one pruning, with a checkpoint: fine-tuned, or at step 0 without fine-tuning. Collective."""
     if pruned.prune.finetunes:
-        start = Start(dict(dense.state_dict()), found.tensors.get("objective", {}), masks)
+        start = Start(copy.deepcopy(dense), found.tensors.get("objective", {}), masks)
         pretrain(pruned, runtime, data, resume=resume, online_probe=online_probe(pruned, runtime, data), start=start)
         return
     with together():

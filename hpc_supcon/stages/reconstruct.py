@@ -16,7 +16,7 @@ from ..evaluation.encoder import load_model
 from ..evaluation.plots import draw_image_rows
 from ..evaluation.reconstruction import interpolate, reconstruct, reconstruction_errors, to_pixels
 from ..models import PretrainingModel
-from ..training.assemble import Data
+from ..training.data import Data
 from ..training.engine import place
 from ..training.metrics import MetricLog
 

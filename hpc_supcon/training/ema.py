@@ -1,25 +1,29 @@
-"""Exponential moving averages of weights."""
+"""Exponential moving averages of a model's weights: for evaluation, and as the momentum encoder of a queue (MoCo)."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
 
+from ..distributed.collectives import gather_rows
+from ..models import PretrainingModel
+
 
 @torch.no_grad()
-def follow(own: Iterable[Tensor], target: Iterable[Tensor], decay: float) -> None:
-    """own = decay own + (1 - decay) target, in place."""
-    torch._foreach_lerp_(list(own), [t.detach() for t in target], 1 - decay)
+def update_average(average: Iterable[Tensor], weights: Iterable[Tensor], decay: float) -> None:
+    """average = decay average + (1 - decay) weights, in place."""
+    torch._foreach_lerp_(list(average), [t.detach() for t in weights], 1 - decay)
 
 
 class WeightAverage:
-    """The average of a model's parameters over its steps, of about the last 1 / (1 - decay).
+    """The moving average of a model's parameters, over about the last 1 / (1 - decay) steps.
 
-    Starts as the parameters are. BatchNorm's statistics and other buffers are the model's own: they are
-    averages already.
+    It starts as a copy of the parameters. BatchNorm's running statistics and other buffers are not averaged: they
+    are averages already.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -27,12 +31,9 @@ class WeightAverage:
         self._model = model
         self._average = {name: p.detach().clone() for name, p in model.named_parameters()}
 
-    def averages(self) -> list[Tensor]:
-        return list(self._average.values())
-
     def update(self) -> None:
-        """After an optimizer step."""
-        follow(self._average.values(), self._model.parameters(), self.decay)
+        """Call after each optimizer step."""
+        update_average(self._average.values(), self._model.parameters(), self.decay)
 
     @contextmanager
     def applied(self) -> Iterator[None]:
@@ -48,9 +49,64 @@ class WeightAverage:
             p.data, self._average[name] = self._average[name], p.data
 
     def state_dict(self) -> dict[str, Tensor]:
-        """As the model's own, with the average in the place of the parameters: any such model can load it."""
+        """As the model's own, with the average in place of the parameters: any such model can load it."""
         return {**self._model.state_dict(), **self._average}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         for name, average in self._average.items():
             average.copy_(state[name])
+
+
+class MomentumQueue(nn.Module):
+    """A queue of the newest `size` keys of all ranks, with their labels (He et al. 2020, MoCo).
+
+    They are extra columns of the loss, without gradient, and equal on every rank. Keys are projections of each
+    image's first view, made by a momentum encoder, a copy of the model whose weights are the moving average
+    copy = m copy + (1 - m) model (`momentum` m), or by the model itself when `momentum` is None.
+    """
+
+    features: Tensor
+    labels: Tensor
+    pushed: Tensor
+
+    def __init__(self, model: PretrainingModel, size: int, dim: int, momentum: float | None) -> None:
+        super().__init__()
+        self.momentum = momentum
+        self.key_model = copy.deepcopy(model).requires_grad_(False) if momentum is not None else None
+        device = next(model.parameters()).device
+        self.register_buffer("features", torch.zeros(size, dim, device=device))
+        self.register_buffer("labels", torch.zeros(size, dtype=torch.int64, device=device))
+        # number of keys since the start, kept on the CPU; modulo the size it is the place of the next one
+        self.register_buffer("pushed", torch.zeros((), dtype=torch.int64))
+
+    def columns(self) -> tuple[Tensor, Tensor] | None:
+        """(features [k, D], labels [k]) of the keys in the queue, None before the first push."""
+        filled = min(int(self.pushed), len(self.labels))
+        return (self.features[:filled], self.labels[:filled]) if filled else None
+
+    @torch.no_grad()
+    def keys(self, views: Tensor, outputs: Tensor) -> Tensor:
+        """Keys [B, D] of views [B, V, C, H, W], of which `outputs` [B, V, D] are the model's projections."""
+        if self.key_model is None:
+            return outputs[:, 0].detach().float()
+        return self.key_model(views[:, :1])["projection"][:, 0].float()
+
+    @torch.no_grad()
+    def push(self, keys: Tensor, labels: Tensor, images_per_rank: list[int] | None = None) -> None:
+        """Replace the oldest keys by the keys [B, D] of all ranks. Collective.
+
+        images_per_rank: B of every rank, where it is known (saves a message and a wait for the device).
+        """
+        keys, labels = gather_rows(keys, images_per_rank), gather_rows(labels, images_per_rank)
+        size = len(self.labels)
+        start = int(self.pushed) + max(0, len(keys) - size)
+        keys, labels = keys[-size:], labels[-size:]
+        places = torch.arange(start, start + len(keys), device=keys.device).remainder(size)
+        self.features.index_copy_(0, places, keys)
+        self.labels.index_copy_(0, places, labels)
+        self.pushed.fill_(start + len(keys))
+
+    def update_key_model(self, model: nn.Module) -> None:
+        """Move the momentum encoder's weights, after each optimizer step. Its BatchNorm statistics are its own."""
+        if self.key_model is not None and self.momentum is not None:
+            update_average(self.key_model.parameters(), model.parameters(), self.momentum)

@@ -1,219 +1,194 @@
-"""The training loop: batches in order, learning rate, logging, saving."""
+"""The training loop: batches in order, learning rate, logging, validation, saving."""
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Iterable, Iterator
+import gc
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from ..data import Batch, Loader, replaced_on_all_ranks
+from ..data import Batch, replaced_on_all_ranks
 from ..distributed.collectives import gather_objects
 from ..distributed.watch import current
 from ..phases import phase
+from .checkpointer import Checkpointer
 from .memory import memory_advice
-from .metrics import MetricLog, ProgressLine
-from .state import TrainState
+from .metrics import Meter, MetricLog, ProgressLine
+from .state import Training
 from .step import StepResult, train_step
+from .validation import Validate
 
 COLLAPSED = 0.99
-"""Mean cosine similarity of a batch's embeddings from which on the loss cannot tell them apart."""
-
-
-@dataclass(frozen=True)
-class Plan:
-    """How long to train and when to speak, look and save, in optimizer steps; `lr(step)` is the schedule."""
-
-    steps: int
-    steps_per_epoch: int
-    images_per_step: int
-    lr: Callable[[int], float]
-    log_every: int
-    save_at: Callable[[int], bool]
-    validate_at: Callable[[int], bool] = lambda step: False
-    gradient_response: bool = False
-
-    @property
-    def epochs(self) -> int:
-        """Epochs begun."""
-        return -(-self.steps // self.steps_per_epoch)
-
-
-class Meter:
-    """Mean loss, throughput and the share of time spent waiting for data since it was last read.
-
-    The loss stays on the device until `read`, so that a step never waits for it.
-    """
-
-    def __init__(self, images_per_step: int) -> None:
-        self._images_per_step = images_per_step
-        self._reset()
-
-    def _reset(self) -> None:
-        self._steps, self._waited, self._since = 0, 0.0, time.perf_counter()
-        self._stepped = self._since
-        self._loss: Tensor | float = 0.0
-
-    def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
-        iterator = iter(batches)
-        while True:
-            asked = time.perf_counter()
-            with phase("data"):
-                batch = next(iterator, None)
-            self._waited += time.perf_counter() - asked
-            if batch is None:
-                return
-            yield batch
-
-    def add(self, loss: Tensor) -> None:
-        self._loss = self._loss + loss
-        self._steps += 1
-        self._stepped = time.perf_counter()
-
-    def skip(self) -> None:
-        """Leave out the time since the last step: it was spent on something else."""
-        self._since += time.perf_counter() - self._stepped
-
-    def read(self, steps_left: int) -> dict[str, float]:
-        loss = float(self._loss) / max(1, self._steps)  # waits for the device: the time below is real
-        elapsed = time.perf_counter() - self._since
-        numbers = {
-            "loss": loss,
-            "images_per_s": round(self._steps * self._images_per_step / elapsed, 1),
-            "data_wait": round(self._waited / elapsed, 4),
-            "time_left_s": round(steps_left * elapsed / max(1, self._steps), 1),
-        }
-        self._reset()
-        return numbers
-
-
-@dataclass(frozen=True)
-class Calls:
-    """What the loop calls; all are collective and may raise."""
-
-    save: Callable[[TrainState], None]
-    validate: Callable[[TrainState], dict[str, float]] | None = None
-    hold: Callable[[TrainState], Callable[[], None]] | None = None
-    """Returns what saves the state of now, from any thread."""
-    stepped: Callable[[int], None] = lambda step: None
-    """Told of every step once all that belongs to it is done."""
+"""Mean cosine similarity of a batch's embeddings above which the loss cannot tell them apart."""
 
 
 def fit(
-    state: TrainState, loader: Loader, plan: Plan, calls: Calls, *, log: MetricLog, progress: ProgressLine
+    training: Training,
+    checkpointer: Checkpointer,
+    validate: Validate | None = None,
+    *,
+    log: MetricLog,
+    progress: ProgressLine,
+    after_step: Callable[[], None] = lambda: None,
 ) -> bool:
-    """Train from `state.step` to `plan.steps`, or until `state.stopping` has seen enough.
+    """Train from `state.step` to `plan.steps`, or until early stopping ends the run.
 
-    True when it was asked to leave (see watch.py) and did so earlier, having saved. Raises NonFinite, OutOfMemory,
-    and what loader and calls raise.
+    after_step: called after each completed step. Returns True when the run was asked to leave (see
+    distributed/watch.py) and has saved before its end. Raises NonFinite, OutOfMemory, and what the loader,
+    `checkpointer` and `validate` raise. Collective.
     """
+    loop = _Loop(training, checkpointer, validate, log, progress)
+    state, plan = training.state, training.plan
     state.parallel.train()
     meter, watch = Meter(plan.images_per_step), current()
     numbers: dict[str, float] = {}
     leaving = collapsed = False
-    with watch.training():
-        if state.step and _look_is_due(state, plan, calls):
-            _settle(state, plan, calls, log, progress, leaving=False)  # the run left between this step and its look
-        while not _done(state, plan) and not leaving:
+    with watch.training(), collect_garbage_every(plan.gc_every_steps) as collect_garbage:
+        if state.step and loop.validation_is_due:
+            loop.validate_and_save()  # the run left after this step and before its validation
+        while not loop.done and not leaving:
             epoch, start = divmod(state.step, plan.steps_per_epoch)
-            for batch in meter.timed(loader.epoch(epoch, start)):
+            for batch in meter.timed(training.loader.epoch(epoch, start)):
                 lr = plan.lr(state.step)
                 state.engine.set_learning_rate(lr)
-                with memory_advice(state, batch):
-                    result = train_step(state, batch)
+                with memory_advice(state, batch, training.options):
+                    result = train_step(state, batch, training.options)
                 meter.add(result.loss)
                 leaving = watch.edge(state.step) and state.step < plan.steps
                 if state.step % plan.log_every == 0 or state.step == plan.steps:
-                    state.guard.settle()
-                    numbers = meter.read(plan.steps - state.step)
-                    more = _details(state, loader, batch, result, plan)
+                    state.confirm_finite()
+                    numbers, more = meter.read(plan.steps - state.step), loop.measure(batch, result)
                     log.log("train", state.step, epoch=epoch, lr=lr, **numbers, **more)
                     progress.update(state.step, numbers)
-                    collapsed = collapsed or _tell_of_collapse(state, plan, more, log, progress)
-                if _settle(state, plan, calls, log, progress, leaving=leaving):
+                    collapsed = collapsed or loop.warn_if_collapsed(more)
+                if loop.validate_and_save(leaving=leaving):
                     meter.skip()
-                calls.stepped(state.step)
-                if leaving or _done(state, plan):
+                collect_garbage(state.step)
+                after_step()
+                if leaving or loop.done:
                     break
-            progress.epoch_done(epoch + 1, numbers or meter.read(plan.steps - state.step))
+            state.confirm_finite()
+            progress.end_epoch(epoch + 1, numbers or meter.read(plan.steps - state.step))
     if state.device.type == "cuda":
         torch.cuda.synchronize(state.device)
     return leaving
 
 
-def _tell_of_collapse(
-    state: TrainState, plan: Plan, numbers: dict[str, float], log: MetricLog, progress: ProgressLine
-) -> bool:
-    """Whether all embeddings have become one, as they may after steps that are too large: nothing crashes then."""
-    # an encoder that has learned nothing yet also answers everything alike, and may still part its answers
-    first = max(20, min(plan.steps, max(plan.steps_per_epoch, 500)))
-    if state.step < first or numbers.get("mean_similarity", 0.0) < COLLAPSED:
-        return False
-    log.log("collapsed", state.step, mean_similarity=numbers["mean_similarity"])
-    progress.say(
-        f"step {state.step}: the embeddings have collapsed: the mean cosine similarity of two is "
-        f"{numbers['mean_similarity']:.4f}; try a lower optim.lr or a longer optim.warmup_epochs"
-    )
-    return True
+@dataclass(frozen=True)
+class _Loop:
+    """The parts of the loop that do not belong to every step."""
 
+    training: Training
+    checkpointer: Checkpointer
+    validate: Validate | None
+    log: MetricLog
+    progress: ProgressLine
 
-def _settle(
-    state: TrainState, plan: Plan, calls: Calls, log: MetricLog, progress: ProgressLine, *, leaving: bool
-) -> bool:
-    """Look at validation, then save, where this step is one for it; whether it looked. On the way out it does not."""
-    watch, improved = current(), False
-    looks = _look_is_due(state, plan, calls) and not leaving
-    if looks and calls.validate is not None:
-        with watch.phase("validation", may_leave=True, held=calls.hold and calls.hold(state)):
-            improved = _look(state, calls.validate, log, progress)
-    if improved or leaving or plan.save_at(state.step) or _done(state, plan):
-        with watch.phase("saving"):
-            calls.save(state)
-    return looks
+    @property
+    def done(self) -> bool:
+        state = self.training.state
+        return state.step >= self.training.plan.steps or (state.stopping is not None and state.stopping.stop)
 
+    @property
+    def validation_is_due(self) -> bool:
+        state = self.training.state
+        is_step = self.validate is not None and self.training.plan.validate_at(state.step)
+        return is_step and state.last_validated_step < state.step
 
-def _look_is_due(state: TrainState, plan: Plan, calls: Calls) -> bool:
-    return calls.validate is not None and plan.validate_at(state.step) and state.last_validated_step < state.step
+    def validate_and_save(self, *, leaving: bool = False) -> bool:
+        """Validate, then save, where either is due after this step; whether it validated. Collective.
 
+        A run that is leaving saves without validation; it validates when it is resumed.
+        """
+        state, watch, improved = self.training.state, current(), False
+        validates = self.validation_is_due and not leaving
+        if validates:
+            snapshot = self.checkpointer.snapshot(state)
+            with watch.phase("validation", may_leave=True, held=snapshot):
+                improved = self.run_validation()
+        if improved or leaving or self.training.plan.save_at(state.step) or self.done:
+            with watch.phase("saving"):
+                self.checkpointer.save(state)
+        return validates
 
-def _done(state: TrainState, plan: Plan) -> bool:
-    return state.step >= plan.steps or (state.stopping is not None and state.stopping.stop)
+    @phase("validation")
+    def run_validation(self) -> bool:
+        """Validate and log the numbers; whether early stopping finds them the best so far. Collective."""
+        assert self.validate is not None
+        state = self.training.state
+        numbers = gather_objects(self.validate())[0]  # rank 0's, to the bit: all ranks must decide alike
+        self.log.log("validation", state.step, **numbers)
+        self.progress.print_validation(state.step, numbers)
+        state.last_validated_step = state.step
+        stopping = state.stopping
+        if stopping is None:
+            return False
+        improved = stopping.update(numbers[stopping.monitor], state.step)
+        if stopping.stop:
+            evaluations = stopping.without_improvement
+            why = "target reached" if stopping.reached else f"no improvement in {evaluations} evaluations"
+            self.log.log("stopped", state.step, reason=why, best=stopping.best, best_step=stopping.best_at)
+            self.progress.print(
+                f"stopped at step {state.step}: {why}; best {stopping.monitor} {stopping.best} at {stopping.best_at}"
+            )
+        return improved
 
+    def measure(self, batch: Batch, result: StepResult) -> dict[str, float]:
+        """Numbers that cost too much for every step. Collective."""
+        state = self.training.state
+        replaced = replaced_on_all_ranks(self.training.loader, state.device)
+        numbers: dict[str, Tensor | float] = {"replaced_images": replaced} if replaced else {}
+        numbers |= {**state.engine.statistics(), **state.objective.statistics()}
+        numbers |= state.objective.mean_similarity(result.outputs)
+        if torch.isfinite(result.gradient_norm):  # it is not in a step that was skipped because fp16 overflowed
+            numbers["grad_norm"] = result.gradient_norm
+        if self.training.plan.gradient_response:
+            numbers |= state.objective.gradient_response(result.outputs, batch.labels)
+        return {name: float(value) for name, value in numbers.items()}
 
-@phase("validation")
-def _look(
-    state: TrainState, validate: Callable[[TrainState], dict[str, float]], log: MetricLog, progress: ProgressLine
-) -> bool:
-    """Measure on validation; whether early stopping calls it the best so far. Collective."""
-    numbers = gather_objects(validate(state))[0]  # rank 0's, to the bit: all must decide alike
-    log.log("validation", state.step, **numbers)
-    progress.validated(state.step, numbers)
-    state.last_validated_step = state.step
-    stopping = state.stopping
-    if stopping is None:
-        return False
-    improved = stopping.update(numbers[stopping.monitor], state.step)
-    if stopping.stop:
-        why = (
-            "target reached" if stopping.reached else f"no improvement in {stopping.without_improvement} evaluations"
+    def warn_if_collapsed(self, numbers: dict[str, float]) -> bool:
+        """Warn when the encoder maps all images to nearly the same embedding; whether it does.
+
+        This can happen after steps that are too large, and raises no error.
+        """
+        state, plan = self.training.state, self.training.plan
+        # embeddings are as similar at the start, when the encoder has not learned anything yet
+        first = max(20, min(plan.steps, max(plan.steps_per_epoch, 500)))
+        if state.step < first or numbers.get("mean_similarity", 0.0) < COLLAPSED:
+            return False
+        self.log.log("collapsed", state.step, mean_similarity=numbers["mean_similarity"])
+        self.progress.print(
+            f"step {state.step}: the embeddings have collapsed: the mean cosine similarity of two is "
+            f"{numbers['mean_similarity']:.4f}; try a lower optim.lr or a longer optim.warmup_epochs"
         )
-        log.log("stopped", state.step, reason=why, best=stopping.best, best_step=stopping.best_at)
-        progress.say(
-            f"stopped at step {state.step}: {why}; best {stopping.monitor} {stopping.best} at {stopping.best_at}"
-        )
-    return improved
+        return True
 
 
-def _details(state: TrainState, loader: Loader, batch: Batch, result: StepResult, plan: Plan) -> dict[str, float]:
-    """What only a logged step pays for. Collective."""
-    replaced = replaced_on_all_ranks(loader, state.device)
-    numbers: dict[str, Tensor | float] = {"replaced_images": replaced} if replaced else {}
-    numbers |= {**state.engine.statistics(), **state.objective.statistics()}
-    numbers |= state.objective.mean_similarity(result.outputs)
-    if torch.isfinite(result.gradient_norm):  # not so in a step that fp16's loss scaling skipped
-        numbers["grad_norm"] = result.gradient_norm
-    if plan.gradient_response:
-        numbers |= state.objective.gradient_response(result.outputs, batch.labels)
-    return {name: float(value) for name, value in numbers.items()}
+@contextmanager
+def collect_garbage_every(steps: int | None) -> Iterator[Callable[[int], None]]:
+    """Inside, Python's garbage collector runs only in the function given, which takes the step and collects at every
+    `steps`-th one; with None nothing changes.
+
+    Otherwise each rank would pause at another step, and all ranks would wait for it in the next collective. Objects
+    that exist at the start are not examined again (gc.freeze), so that a collection takes milliseconds.
+    """
+    if steps is None or not gc.isenabled():
+        yield lambda step: None
+        return
+
+    def collect(step: int) -> None:
+        if step % steps == 0:
+            with phase("garbage"):
+                gc.collect()
+
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+    try:
+        yield collect
+    finally:
+        gc.enable()
+        gc.unfreeze()

@@ -1,4 +1,4 @@
-"""Out of memory: which setting to change to what, from a measurement of the model at hand."""
+"""Out of memory: which setting to change, and to what value, from a measurement of the model."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..allocator import give_freed_memory_back
+from ..allocator import release_freed_memory
 from ..data import Batch
 from ..distributed.collectives import world_size
 from ..errors import OutOfMemory
-from .state import TrainState
+from .state import StepOptions, TrainState
 
 GIB = 2**30
 SHARE = {"cuda": 0.9, "cpu": 0.6}
-"""Of the memory there is, what a proposal may take: fragmentation and library workspaces are not measured. On a CPU,
-freed memory that is kept for the next step was seen to make a process hold 1.7 times as much."""
+"""The share of the memory that a proposal may take: fragmentation and library workspaces are not measured. On a CPU,
+keeping freed memory for the next step was seen to make a process hold 1.7 times as much."""
 SAMPLES = (2, 4)
-"""Images of the two measurements that the line through memory over images is drawn through."""
+"""Numbers of images at which memory is measured; a line through both gives it at other numbers."""
 
 
 @contextmanager
-def memory_advice(state: TrainState, batch: Batch) -> Iterator[None]:
-    """A step on `batch` in this block that runs out of memory raises OutOfMemory, which says what to set instead."""
+def memory_advice(state: TrainState, batch: Batch, options: StepOptions) -> Iterator[None]:
+    """Raises OutOfMemory, which says what to set instead, when a step on `batch` inside runs out of memory."""
     try:
         yield
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
-        traceback.clear_frames(error.__traceback__)  # they hold all that the step had made so far
-        raise OutOfMemory(_advice(state, batch)) from None
+        traceback.clear_frames(error.__traceback__)  # their variables hold the tensors of the step
+        raise OutOfMemory(_advice(state, batch, options)) from None
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """PyTorch names it on CUDA; on the CPU it is a RuntimeError like any other."""
+    """On CUDA there is an error class for it; on the CPU it is a RuntimeError like any other."""
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     text = str(error)
@@ -53,7 +53,7 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 @dataclass(frozen=True)
 class Estimate:
-    """Bytes of a step as a line over the images that one forward pass sees: `fixed + per_image n`."""
+    """Bytes of a step as a function of the number of images n in one forward pass: `fixed + per_image n`."""
 
     fixed: float
     per_image: float
@@ -67,19 +67,18 @@ class Estimate:
         return 2 ** (most.bit_length() - 1) if most else 0
 
 
-def estimate(state: TrainState, batch: Batch, used: int) -> Estimate:
-    """Measured on this rank alone, by forward and backward passes over a few images; `used` bytes are held now."""
+def estimate(state: TrainState, batch: Batch, options: StepOptions, used: int) -> Estimate:
+    """Measured on this rank alone, by forward and backward passes over a few images; `used`: bytes in use now."""
     low, high = (min(n, len(batch.images)) for n in SAMPLES)
-    at_low, at_high = (peak_bytes(state, batch, n) for n in (low, high))
+    at_low, at_high = (peak_bytes(state, batch, options, n) for n in (low, high))
     per_image = (at_high - at_low) / (high - low) if high > low else at_low / low
     return Estimate(used + at_low - per_image * low, max(per_image, 1.0))
 
 
-def peak_bytes(state: TrainState, batch: Batch, images: int) -> int:
-    """Most bytes alive at once while gradients of the first `images` of `batch` are computed.
+def peak_bytes(state: TrainState, batch: Batch, options: StepOptions, images: int) -> int:
+    """Most bytes alive at once while gradients for the first `images` of `batch` are computed; they are not stored.
 
-    In evaluation mode, which keeps the same activations but takes no statistics over ranks: no other rank takes
-    part. Gradients go nowhere.
+    In evaluation mode, which keeps the same activations but computes no statistics over ranks: not collective.
     """
     weights = [p for p in state.model.parameters() if p.requires_grad]
     training = state.model.training
@@ -88,7 +87,7 @@ def peak_bytes(state: TrainState, batch: Batch, images: int) -> int:
         with _LiveBytes() as live:
             own = batch.images[:images]
             x = state.views.render(own, state.views.draw(len(own), *own.shape[-2:]))
-            with state.autocast():
+            with options.autocast():
                 outputs = state.model(x)
             total = torch.stack([out.float().sum() for out in outputs.values()]).sum()
             torch.autograd.grad(total, weights, allow_unused=True)
@@ -98,7 +97,7 @@ def peak_bytes(state: TrainState, batch: Batch, images: int) -> int:
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Counts the bytes of all tensors made inside that are alive, on any device."""
+    """Counts the bytes of all live tensors that were made inside, on any device."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -127,12 +126,12 @@ class _LiveBytes(TorchDispatchMode):
 
 
 def used_and_limit(device: torch.device) -> tuple[int, int]:
-    """Bytes that this process holds on `device`, and that it could hold in all."""
+    """(bytes that this process uses on `device`, bytes that it could use at most)."""
     if device.type == "cuda":
         torch.cuda.empty_cache()
         used = torch.cuda.memory_allocated(device)
         return used, torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
-    give_freed_memory_back()
+    release_freed_memory()
     pages = Path("/proc/self/statm").read_text(encoding="utf-8").split()
     virtual, used = (int(n) * os.sysconf("SC_PAGE_SIZE") for n in pages[:2])
     lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
@@ -141,18 +140,18 @@ def used_and_limit(device: torch.device) -> tuple[int, int]:
     return used, limit if allowed == resource.RLIM_INFINITY else min(limit, used + max(0, allowed - virtual))
 
 
-def _advice(state: TrainState, batch: Batch) -> str:
+def _advice(state: TrainState, batch: Batch, options: StepOptions) -> str:
     used, limit = used_and_limit(state.device)
-    images = min(state.micro_batch_size or len(batch.images), len(batch.images))
+    images = min(options.micro_batch_size or len(batch.images), len(batch.images))
     where = f"step {state.step}: out of memory on {state.device} with {images} images in one pass"
     try:
-        found = estimate(state, batch, used)
+        found = estimate(state, batch, options, used)
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
         return f"{where}: not even {SAMPLES[1]} fit; take a smaller model.encoder, or smaller images"
     where += f" (about {_gib(found.of(images))} of {_gib(limit)})"
-    # a pass that the estimate calls small enough was too large all the same
+    # less than what was too large just now, whatever the estimate says
     piece = min(
         found.images(SHARE[state.device.type] * limit), 2 ** ((images - 1).bit_length() - 1) if images > 1 else 0
     )
@@ -162,7 +161,7 @@ def _advice(state: TrainState, batch: Batch) -> str:
             "or smaller images"
         )
     how = f"about {_gib(found.of(piece))}"
-    if state.engine.takes_pieces and "decoder" not in state.objective.heads:
+    if state.engine.can_accumulate and "decoder" not in state.objective.heads:
         return f"{where}; set train.micro_batch_size={piece} ({how})"
     whole = piece * world_size()
     return f"{where}; set data.batch_size={whole} ({how}), or train.activation_checkpointing=true"

@@ -1,24 +1,80 @@
-"""What a run says: metrics.jsonl (always), TensorBoard events, and a progress line on the terminal."""
+"""The numbers of a run: how they are measured, and metrics.jsonl, TensorBoard events and a progress bar."""
 
 from __future__ import annotations
 
 import json
 import time
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
+
+from ..data import Batch
+from ..phases import phase
 
 console = Console(stderr=True, highlight=False)
 
 
-class MetricLog:
-    """Appends one JSON line per event to `folder/metrics.jsonl`, and numbers to TensorBoard.
+class Meter:
+    """Mean loss, throughput, and the share of time spent waiting for data, over the steps since the last `read`.
 
-    On ranks other than 0 (`folder=None`) every call does nothing.
+    The loss stays on the device until `read`, so that no other step waits for it.
+    """
+
+    def __init__(self, images_per_step: int) -> None:
+        self._images_per_step = images_per_step
+        self._reset()
+
+    def _reset(self) -> None:
+        self._steps, self._waited, self._start = 0, 0.0, time.perf_counter()
+        self._last_step = self._start
+        self._loss: Tensor | float = 0.0
+
+    def timed(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """`batches`; the time in which the loop waits for them is measured."""
+        iterator = iter(batches)
+        while True:
+            asked = time.perf_counter()
+            with phase("data"):
+                batch = next(iterator, None)
+            self._waited += time.perf_counter() - asked
+            if batch is None:
+                return
+            yield batch
+
+    def add(self, loss: Tensor) -> None:
+        """Call after each step, with its loss (0-dim)."""
+        self._loss = self._loss + loss
+        self._steps += 1
+        self._last_step = time.perf_counter()
+
+    def skip(self) -> None:
+        """Do not count the time since the last step: it was spent on validation."""
+        self._start += time.perf_counter() - self._last_step
+
+    def read(self, steps_left: int) -> dict[str, float]:
+        """The numbers since the last `read`, and the time that `steps_left` more steps take. Waits for the device."""
+        loss = float(self._loss) / max(1, self._steps)  # read first: the time below then includes the device's work
+        elapsed = time.perf_counter() - self._start
+        numbers = {
+            "loss": loss,
+            "images_per_s": round(self._steps * self._images_per_step / elapsed, 1),
+            "data_wait": round(self._waited / elapsed, 4),
+            "time_left_s": round(steps_left * elapsed / max(1, self._steps), 1),
+        }
+        self._reset()
+        return numbers
+
+
+class MetricLog:
+    """Appends one JSON line for each event to `folder/metrics.jsonl`, and writes numbers to TensorBoard.
+
+    On ranks other than 0 (`folder=None`) all methods do nothing.
     """
 
     def __init__(self, folder: Path | None, *, tensorboard: bool = True) -> None:
@@ -26,7 +82,7 @@ class MetricLog:
         self._writer = SummaryWriter(str(folder / "tensorboard")) if folder is not None and tensorboard else None
 
     def log(self, event: str, step: int, **values: Any) -> None:
-        """One event. Floats in `values` also go to TensorBoard as `event/name`."""
+        """Write one event. Floats in `values` also go to TensorBoard as `event/name`."""
         if self._file is None:
             return
         line = {"event": event, "step": step, "time": round(time.time(), 3), **values}
@@ -49,18 +105,18 @@ class MetricLog:
 
 
 class ProgressLine:
-    """A live bar on a terminal; elsewhere (a log file) a plain line after an epoch, at most every 10 s.
+    """A progress bar on a terminal; elsewhere (a log file) a line after an epoch, at most one every 10 s.
 
-    Silent on other ranks.
+    Prints nothing where `shown` is False, as on ranks other than 0.
     """
 
-    QUIET_S = 10.0
+    MIN_INTERVAL_S = 10.0
 
     def __init__(self, total_steps: int, epochs: int, *, shown: bool) -> None:
         self._epochs = epochs
         self._shown = shown
         self._live = shown and console.is_terminal
-        self._spoke = time.monotonic()
+        self._last_line = time.monotonic()
         self._progress = Progress(
             TextColumn("[bold]{task.description}"),
             BarColumn(),
@@ -73,21 +129,24 @@ class ProgressLine:
         self._task = self._progress.add_task("pretrain", total=total_steps, numbers="")
 
     def update(self, step: int, numbers: dict[str, float]) -> None:
+        """Show the numbers of a logged step (see Meter.read) on the bar."""
         text = f"loss {numbers['loss']:.4f}  {numbers['images_per_s']:,.0f} images/s  "
         text += f"data wait {numbers['data_wait']:.1%}"
         self._progress.update(self._task, completed=step, numbers=text)
 
-    def validated(self, step: int, numbers: dict[str, float]) -> None:
-        self.say(f"step {step}  validation " + "  ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
+    def print_validation(self, step: int, numbers: dict[str, float]) -> None:
+        self.print(f"step {step}  validation " + "  ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
 
-    def say(self, line: str) -> None:
+    def print(self, line: str) -> None:
+        """Print one line above the bar."""
         if self._shown:
             console.print(line, soft_wrap=True)
 
-    def epoch_done(self, epoch: int, numbers: dict[str, float]) -> None:
-        due = time.monotonic() - self._spoke >= self.QUIET_S or epoch == self._epochs
+    def end_epoch(self, epoch: int, numbers: dict[str, float]) -> None:
+        """Print the numbers of an epoch where there is no bar; `epoch` counts from 1."""
+        due = time.monotonic() - self._last_line >= self.MIN_INTERVAL_S or epoch == self._epochs
         if self._shown and not self._live and due:
-            self._spoke = time.monotonic()
+            self._last_line = time.monotonic()
             console.print(
                 f"epoch {epoch}/{self._epochs}  loss {numbers['loss']:.4f}  {numbers['images_per_s']:,.0f} images/s  "
                 f"data wait {numbers['data_wait']:.1%}  {numbers['time_left_s']:.0f} s left"

@@ -1,6 +1,6 @@
-"""Where the time of a step goes: measured over some steps of a run, printed, logged, and traced.
+"""Where the time of a training step goes: measured over some steps of a run, printed, logged, and traced.
 
-Nothing that is computed changes, so a run with `train.profile` ends with the same weights as one without.
+Measuring changes no result: a run with `train.profile` ends with the same weights as one without.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from ..phases import BACKWARD, ENCODER, LOSS, PROJECTION, REST, Clock, measured_
 
 WARM_UP, TRACED = 5, 3
 """Steps before the measured ones (allocations, compilation, tuning), and after them for the profiler's trace."""
-ORDER = ("data", "views", ENCODER, PROJECTION, "gather", LOSS, "optimizer", "guard", "queue", REST)
-"""Of the printed rows."""
+ORDER = ("data", "views", ENCODER, PROJECTION, "gather", LOSS, "optimizer", "finite check", "queue", REST)
+"""Order of the printed rows."""
 OUTSIDE = ("validation", "checkpoint")
-"""Phases of the loop that are no part of a step."""
+"""Phases of the training loop that do not belong to a step."""
 MEANING = {
     "data": "waiting for the loader",
-    "views": "drawn and rendered",
+    "views": "random parameters and rendering",
     PROJECTION: "and other heads",
-    "gather": "messages of the loss, and waiting for other ranks",
-    "optimizer": "norm, update",
-    "guard": "against NaN and Inf",
+    "gather": "collectives of the loss, and waiting for other ranks",
+    "optimizer": "gradient norm and update",
+    "finite check": "for NaN and Inf",
     REST: "logging, Python",
 }
 
 
 @dataclass(frozen=True)
 class Breakdown:
-    """Seconds of each phase per step, a mean over `steps` steps. Phases leave no gap: they add up to `total`."""
+    """Seconds of each phase per step, averaged over `steps` steps. The phases add up to `total`, without gaps."""
 
     seconds: dict[str, float]
     steps: int
@@ -48,20 +48,20 @@ class Breakdown:
         return sum(self.seconds.values())
 
     def both(self, name: str) -> float:
-        """Seconds per step of forward and backward together."""
+        """Seconds per step of a phase, forward and backward together."""
         return self.seconds.get(name, 0.0) + self.seconds.get(name + BACKWARD, 0.0)
 
     def share(self, name: str) -> float:
-        """Of the step's time, forward and backward: 0..1."""
+        """Share of a phase in the step's time, forward and backward together: 0..1."""
         return self.both(name) / self.total
 
     def names(self) -> list[str]:
-        """Phases that ran, in the order in which they are shown."""
+        """Phases that ran, in the order of the table."""
         known = {name.removesuffix(BACKWARD) for name in self.seconds}
         return [name for name in ORDER if name in known] + sorted(known - set(ORDER))
 
     def numbers(self) -> dict[str, float]:
-        """For the log: ms per step of every phase, and of all."""
+        """For the log: ms per step of every phase, and of all together."""
         named = {f"{name.replace(' ', '_')}_ms": round(1e3 * s, 4) for name, s in self.seconds.items()}
         return {"step_ms": round(1e3 * self.total, 4), **named}
 
@@ -80,16 +80,16 @@ class Breakdown:
 
 
 def breakdown(clock: Clock, steps: int) -> Breakdown:
-    """Of the `steps` steps that the clock has seen. Waits for the device."""
+    """The breakdown of the `steps` steps that the clock has measured. Waits for the device."""
     seconds = {name: total / steps for name, total in clock.read().items() if name not in OUTSIDE}
     return Breakdown(seconds, steps)
 
 
 class StepProfile:
-    """Told of every step's end, it measures `steps` of them after WARM_UP others and traces TRACED more.
+    """Measures `steps` training steps after WARM_UP others, calls `report`, and then traces TRACED more.
 
-    Every rank has one, and they count alike; the one with a `folder` measures, and writes the trace there
-    (Chrome's format, gzipped: chrome://tracing or ui.perfetto.dev). A run that ends early has no trace.
+    Every rank has one and calls `step` after each training step; the one with a `folder` measures, and writes the
+    trace there (Chrome's format, gzipped: chrome://tracing or ui.perfetto.dev). A run that ends early has no trace.
     """
 
     def __init__(
@@ -107,8 +107,9 @@ class StepProfile:
         self._trace: torch.profiler.profile | None = None
         self._open = ExitStack()
 
-    def stepped(self) -> None:
-        """A step is over. Collective after the last traced one; raises RunFolderError where the disk refuses it."""
+    def step(self) -> None:
+        """Call after each training step. Collective after the last traced one; raises RunFolderError when the trace
+        cannot be written."""
         self._done += 1
         if self._done == WARM_UP and self._folder is not None:
             self._clock = Clock(self._device)

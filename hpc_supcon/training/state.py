@@ -1,75 +1,86 @@
-"""Everything that must survive: what a training step changes, and its way to and from a checkpoint."""
+"""A training run in memory: its state, the settings of its step, and all that the training loop needs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..data import Views
+from ..data import Loader, Views
 from ..distributed.collectives import gather_rows, rank
-from ..models import PretrainingModel
+from ..models import LoadedWeights, PretrainingModel
 from ..pruning import WeightMasks
-from .ema import WeightAverage
+from .ema import MomentumQueue, WeightAverage
 from .engine import Engine
-from .finite_check import Guard
-from .momentum import MomentumQueue
+from .finite_check import FiniteCheck
 from .objective import Objective
-from .stopping import EarlyStopping
+from .plan import EarlyStopping, TrainingPlan
+
+
+@dataclass(frozen=True)
+class StepOptions:
+    """Settings of the training step: the same in every step, and not saved."""
+
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+    """Context of the forward passes: their number format."""
+    clip_norm: float | None = None
+    """Largest global norm of the gradients that the optimizer gets; None: no clipping."""
+    micro_batch_size: int | None = None
+    """Images per piece of the two-pass step; None: one pass."""
+    images_per_rank: list[int] | None = None
+    """Number of images in every rank's batch; None: the ranks exchange these numbers in every step."""
+    defer_finite_check: bool = False
+    """Read the check for NaN and Inf one step later, so that the host does not wait for the device."""
 
 
 @dataclass
 class TrainState:
-    """The parts of one training run on this rank. Only `step` is ever rebound, and `masks` by `load`."""
+    """What a training step changes on this rank. Saved in checkpoints, except for `pending_check`."""
 
     model: PretrainingModel
-    """The bare model: what is saved."""
+    """The bare model, whose weights are saved."""
     engine: Engine
     """Runs that model on all ranks, and updates it."""
     views: Views
     objective: Objective
-    autocast: Callable[[], AbstractContextManager[object]]
     device: torch.device
     queue: MomentumQueue | None = None
     ema: WeightAverage | None = None
-    clip_norm: float | None = None
-    """Largest global norm of the gradients that the optimizer sees; None: any."""
-    micro_batch_size: int | None = None
-    """Images per piece of the two-pass step; None for one pass."""
-    images_per_rank: list[int] | None = None
-    """Images of every rank's batch, the same in every step; None: the ranks agree on them anew in each."""
     stopping: EarlyStopping | None = None
-    """What early stopping has seen; None without it."""
     masks: WeightMasks | None = None
-    """The encoder's pruned weights, held at zero; None where nothing was pruned."""
-    guard: Guard = field(default_factory=lambda: Guard(torch.device("cpu")))
+    """Keeps the encoder's pruned weights at zero; None where nothing was pruned."""
+    pending_check: FiniteCheck | None = None
+    """The check of the last step for NaN and Inf, as long as it is not known to be finite."""
     step: int = 0
-    """Optimizer steps done."""
+    """Number of completed optimizer steps."""
     last_validated_step: int = 0
-    """The last step that validation has last_validated_step at; a run may leave between a step and its look."""
+    """The last step after which the run was validated. A run may leave after a step and before its validation."""
 
     @property
     def parallel(self) -> nn.Module:
-        """The same model as the engine wraps it, in training or evaluation mode."""
+        """The same model as the engine wraps it; its training mode is that of the run."""
         return self.engine.parallel
-
-    def parameters(self) -> list[nn.Parameter]:
-        """All that is trained: the model's, then the loss's own (a learned temperature)."""
-        return [p for module in (self.model, self.objective) for p in module.parameters() if p.requires_grad]
 
     def queue_columns(self) -> tuple[Tensor, Tensor] | None:
         return None if self.queue is None else self.queue.columns()
 
-    def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """Tensors by checkpoint file. Collective: every rank's generators are in `rng`.
+    def confirm_finite(self) -> None:
+        """Wait until the last step is known to be finite. Raises NonFinite, on all ranks, now and in every later call
+        when it is not: this state can no longer be saved. Collective."""
+        if self.pending_check is not None:
+            self.pending_check.confirm()
+            self.pending_check = None
 
-        Raises NonFinite where the last step was not finite: nothing of it is saved.
+    def tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The tensors of a checkpoint, by file. Collective: `rng` holds every rank's generators.
+
+        Raises NonFinite where the last step was not finite.
         """
-        self.guard.settle()
+        self.confirm_finite()
         tensors = {
             "model": dict(self.model.state_dict()),
             "optimizer": self.engine.tensors(),
@@ -86,7 +97,7 @@ class TrainState:
         return tensors
 
     def numbers(self) -> dict[str, Any]:
-        """The plain part of a checkpoint: what `tensors` does not hold."""
+        """The plain values of a checkpoint, for its state.json."""
         numbers: dict[str, Any] = {"step": self.step, "last_validated_step": self.last_validated_step}
         if self.stopping is not None:
             numbers["stopping"] = self.stopping.state()
@@ -95,14 +106,17 @@ class TrainState:
         return numbers
 
     def best_steps(self) -> list[int]:
-        """Steps whose checkpoints must outlive newer ones: the best that early stopping has seen."""
+        """Steps whose checkpoints are kept for good: the best one that early stopping knows."""
         return [] if self.stopping is None or self.stopping.best_at is None else [self.stopping.best_at]
 
     def load(self, tensors: dict[str, dict[str, Tensor]], numbers: dict[str, Any]) -> None:
-        """Go back to what `tensors` and `numbers` returned (same model, any engine). Ranks that did not exist then
-        keep their generators as they are."""
+        """Continue from what `tensors` and `numbers` returned (same model, any engine).
+
+        A rank that did not exist then keeps its generators as they are.
+        """
+        self.pending_check = None
         self.model.load_state_dict(tensors["model"])
-        if "masks" in tensors:  # a pruned model stays pruned, whoever goes on with it
+        if "masks" in tensors:  # a pruned model stays pruned, also in a run that does not prune itself
             self.masks = WeightMasks.from_packed(self.model.encoder, tensors["masks"])
         self.objective.load_state_dict(tensors.get("objective", {}))
         if self.queue is not None:
@@ -111,7 +125,7 @@ class TrainState:
             self.ema.load_state_dict(tensors["ema"])
         self.engine.load(tensors["optimizer"])
         own = {name.partition(".")[2]: t for name, t in tensors["rng"].items() if name.startswith(f"rank{rank()}.")}
-        if own:  # a rank that did not exist when this was saved has none
+        if own:
             torch.set_rng_state(own["torch"])
             self.views.load_state(own["views"])
         if "cuda" in own:
@@ -123,17 +137,23 @@ class TrainState:
         self.step = numbers["step"]
         self.last_validated_step = numbers.get("last_validated_step", self.step)
 
-    def changing(self) -> list[Tensor]:
-        """All tensors on the device that a step may change: what of a step that was not finite is taken back."""
-        modules = [m for m in (self.model, self.objective, self.queue) if m is not None]
-        tensors = [t for module in modules for t in (*module.parameters(), *module.buffers())]
-        tensors += self.engine.tensors().values()
-        tensors += [] if self.ema is None else self.ema.averages()
-        return [t.detach() for t in tensors if t.device.type == self.device.type and t.numel()]
-
     def _rng(self) -> dict[str, Tensor]:
         own = {"torch": torch.get_rng_state(), "views": self.views.state()}
         if self.device.type == "cuda":
             own["cuda"] = torch.cuda.get_rng_state(self.device)
         gathered = {name: gather_rows(state[None].cpu()) for name, state in own.items()}
         return {f"rank{r}.{name}": row for name, rows in gathered.items() for r, row in enumerate(rows)}
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training run that is ready to start: what `build_training` makes and `fit` takes."""
+
+    state: TrainState
+    options: StepOptions
+    loader: Loader
+    plan: TrainingPlan
+    description: dict[str, Any]
+    """What a checkpoint holds to build its model again, see `describe_model`."""
+    weights: LoadedWeights | None = None
+    """The pretrained weights that the encoder was given, if any."""

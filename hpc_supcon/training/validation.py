@@ -1,29 +1,33 @@
-"""The objective on the validation split, during training: nothing that training draws or counts is touched."""
+"""The objective on the validation split, measured during training without changing it."""
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager, nullcontext
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ..config import Config
-from ..data import EvalOrder, EvalTransform, Order, Splits, TrainOrder, Views, build_loader
+from ..data import EvalOrder, EvalTransform, Order, Source, Splits, TrainOrder, Views, build_loader
 from ..distributed.collectives import all_sum
 from ..distributed.launch import Runtime
 from ..errors import ConfigError
 from ..losses import LOSSES
-from .assemble import Data
-from .state import TrainState
+from .build import build_views
+from .data import Data
+from .state import Training
 
 VIEWS_STREAM = 2
-"""Random stream of the validation views; training's is another."""
+"""Random stream of the validation views; that of training is another."""
 
-Validate = Callable[[TrainState], dict[str, float]]
+Validate = Callable[[], dict[str, float]]
+"""Returns {"loss", "accuracy" ...}; collective."""
 OnlineProbe = Callable[[nn.Module, EvalTransform], float]
-"""(encoder, transform) -> accuracy on validation of a probe of the features as they are; collective."""
+"""(encoder, transform) -> accuracy on the validation split of a probe of the current features; collective."""
 
 
 def check_validation_split(config: Config, splits: Splits) -> None:
@@ -40,62 +44,76 @@ def check_validation_split(config: Config, splits: Splits) -> None:
 
 
 def build_validate(
-    config: Config, data: Data, views: Views, transform: EvalTransform, runtime: Runtime, probe: OnlineProbe | None
+    config: Config, data: Data, training: Training, runtime: Runtime, probe: OnlineProbe | None
 ) -> Validate | None:
-    """`validate(state)` -> {"loss", "accuracy" ...}; None where it is not asked for.
+    """The function that validates `training`, None where the configuration asks for no validation.
 
-    `views` are the validation's own. The accuracy is the classifier's where the model has one, else `probe`'s.
+    The accuracy is the classifier's where the model has one, else the probe's. The averaged weights are evaluated
+    where there are any.
     """
-    look, source = config.validation, data.splits.validation
-    if source is None or (look.every_epochs is None and look.every_steps is None):
+    validation, source = config.validation, data.splits.validation
+    if source is None or (validation.every_epochs is None and validation.every_steps is None):
         return None
+    state = training.state
     pairwise = [name for name in config.loss.weights if LOSSES[name].pairwise]
     pointwise = [name for name in config.loss.weights if not LOSSES[name].pairwise]
-    serve = partial(
-        build_loader,
-        data.loader,
-        source,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-        device=runtime.device,
-        options=data.evaluation,
-    )
-    whole = len(source) - len(source) % runtime.world_size
-    batch_size = min(config.data.batch_size, whole)
+    transform = EvalTransform(**training.description["normalization"]).to(runtime.device)
+    views = build_views(config, training.description, runtime, stream=VIEWS_STREAM).to(runtime.device)
+    views_start = views.state()
+    batches = partial(_batches, data, source, runtime)
+    batch_size = min(config.data.batch_size, len(source) - len(source) % runtime.world_size)
 
-    def batches(order: Order, seed: int) -> Iterator[tuple[Tensor, Tensor]]:
-        with closing(serve(order, seed=seed)) as loader:
-            for batch in loader.epoch(0):
-                yield batch.images, batch.labels
-
-    first = views.state()
-
-    def validate(state: TrainState) -> dict[str, float]:
-        views.load_state(first)  # the same views at every evaluation: losses compare
-        with _undisturbed(state):
-            numbers: dict[str, float] = {}
+    def validate() -> dict[str, float]:
+        views.load_state(views_start)  # the same views in every validation, so that losses can be compared
+        numbers: dict[str, float] = {}
+        values: dict[str, float] = {}
+        averaged = nullcontext() if state.ema is None else state.ema.applied()
+        with undisturbed(state.parallel, runtime.device), averaged:
+            state.parallel.eval()
             if probe is not None:
-                numbers["accuracy"] = numbers[f"{look.probe.kind}_accuracy"] = probe(state.model.encoder, transform)
-            values: dict[str, float] = {}
-            if pointwise:
-                order = EvalOrder(len(source), max(1, batch_size // runtime.world_size))
-                values, more = _pointwise_terms(state, pointwise, batches(order, 0), transform)
-                numbers |= more
-            if pairwise:
-                # shuffled, for files are sorted by class; the same global batches on any number of ranks
-                values |= _pairwise_terms(
-                    state, pairwise, batches(TrainOrder(len(source), batch_size), config.seed), views
+                numbers["accuracy"] = numbers[f"{validation.probe.kind}_accuracy"] = probe(
+                    state.model.encoder, transform
                 )
+            torch.manual_seed(0)  # triplets are drawn: the same ones in every validation
+            with torch.no_grad():
+                if pointwise:
+                    order = EvalOrder(len(source), max(1, batch_size // runtime.world_size))
+                    values, more = _pointwise_losses(training, pointwise, batches(order, 0), transform)
+                    numbers |= more
+                if pairwise:
+                    # shuffled, because files are sorted by class; the same global batches on any number of ranks
+                    shuffled = batches(TrainOrder(len(source), batch_size), config.seed)
+                    values |= _pairwise_losses(training, pairwise, shuffled, views)
         loss = sum(weight * values[name] for name, weight in config.loss.weights.items())
         return {"loss": loss, **numbers}
 
     return validate
 
 
-def _pointwise_terms(
-    state: TrainState, names: list[str], batches: Iterator[tuple[Tensor, Tensor]], transform: EvalTransform
+def _batches(
+    data: Data, source: Source, runtime: Runtime, order: Order, seed: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """(images, labels) of this rank's batches, one epoch of `order`."""
+    loader = build_loader(
+        data.loader,
+        source,
+        order,
+        seed=seed,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        device=runtime.device,
+        options=data.evaluation,
+    )
+    with closing(loader):
+        for batch in loader.epoch(0):
+            yield batch.images, batch.labels
+
+
+def _pointwise_losses(
+    training: Training, names: list[str], batches: Iterator[tuple[Tensor, Tensor]], transform: EvalTransform
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Losses of one image at a time, on every image as it is: (means by loss, accuracy or MAE and MSE)."""
+    """Losses of single images, on every image without augmentation: (means by loss, accuracy or MAE and MSE)."""
+    state = training.state
     sums: dict[str, Tensor] = {}
     count = 0
 
@@ -104,7 +122,7 @@ def _pointwise_terms(
 
     for images, labels in batches:
         x = transform(images).unsqueeze(1)  # one view
-        with state.autocast():
+        with training.options.autocast():
             outputs = state.model(x)
         count += len(labels)
         for name in names:
@@ -119,21 +137,22 @@ def _pointwise_terms(
             add("mse", error.square().mean(), len(labels))
     keys = [*names, *(["accuracy"] if "classifier" in state.objective.heads else [])]
     keys += ["mae", "mse"] if "decoder" in state.objective.heads else []
-    zero = torch.zeros((), dtype=torch.float64, device=state.device)  # a rank may have had no image
+    zero = torch.zeros((), dtype=torch.float64, device=state.device)  # this rank may have no image
     message = torch.stack([*(sums.get(key, zero) for key in keys), zero + count])
     *totals, images_seen = all_sum(message).tolist()
     means = {key: total / images_seen for key, total in zip(keys, totals, strict=True)}
     return {key: means.pop(key) for key in names}, means
 
 
-def _pairwise_terms(
-    state: TrainState, names: list[str], batches: Iterator[tuple[Tensor, Tensor]], views: Views
+def _pairwise_losses(
+    training: Training, names: list[str], batches: Iterator[tuple[Tensor, Tensor]], views: Views
 ) -> dict[str, float]:
-    """Losses that compare images: means over global batches of random views; the incomplete last one is left out."""
+    """Losses that compare images: means over global batches of random views, without the incomplete last batch."""
+    state = training.state
     sums, steps = dict.fromkeys(names, 0.0), 0
     for images, labels in batches:
         x = views(images)
-        with state.autocast():
+        with training.options.autocast():
             outputs = state.model(x)
         for name in names:
             output = outputs[state.objective.specs[name].head]
@@ -143,18 +162,16 @@ def _pairwise_terms(
 
 
 @contextmanager
-def _undisturbed(state: TrainState) -> Iterator[None]:
-    """Evaluation mode without gradients, with the averaged weights where there are any.
-
-    Afterwards modes, weights and global generators are as they were.
-    """
-    was = state.parallel.training
-    devices = [state.device] if state.device.type == "cuda" else []
-    averaged = nullcontext() if state.ema is None else state.ema.applied()
-    with torch.random.fork_rng(devices), torch.no_grad(), averaged:
-        torch.manual_seed(0)  # triplets are drawn: the same at every evaluation
-        state.parallel.eval()
-        try:
+def undisturbed(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Restores at the end what an evaluation inside may change: the training mode of each submodule of `module`, and
+    the random generators of Python, NumPy and PyTorch (on the CPU and on `device`)."""
+    modes = [(part, part.training) for part in module.modules()]
+    python_state, numpy_state = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             yield
-        finally:
-            state.parallel.train(was)
+    finally:
+        for part, training in modes:
+            part.training = training
+        random.setstate(python_state)
+        np.random.set_state(numpy_state)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
+from dataclasses import replace
 
 import pytest
 import torch
@@ -31,18 +32,18 @@ class Case:
 def run_case(rank, world_size, case):
     torch.manual_seed(0)
     encoder = None if case.smooth is None else DoubleEncoder().to(case.smooth)
-    state, batches = build(rank, world_size, case.overrides, encoder=encoder)
+    state, options, batches = build(rank, world_size, case.overrides, encoder=encoder)
     if case.saved is not None:
         state.load(*torch.load(case.saved, weights_only=True))
     if "train.precision=fp16" in case.overrides:
-        state.autocast = nullcontext  # loss scaling alone: the CPU has no fast fp16
+        options = replace(options, autocast=nullcontext)  # loss scaling alone: the CPU has no fast fp16
     broken = []
     weight = next(state.model.parameters())
     weight.register_hook(lambda g: g * float("inf") if broken else g)
     losses, norms = [], []
     for step in range(case.start, case.stop):
         broken[:] = [True] * (case.overflow_at == step and rank == world_size - 1)
-        result = train_step(state, (batches * 2)[step])
+        result = train_step(state, (batches * 2)[step], options)
         losses.append(float(result.loss))
         norms.append(float(result.gradient_norm))
     tensors = {part: copied(named) for part, named in state.tensors().items()}

@@ -15,7 +15,7 @@ from hpc_supcon.distributed.launch import Launch, Runtime
 from hpc_supcon.evaluation.encoder import load_model
 from hpc_supcon.evaluation.reconstruction import interpolate, reconstruct, to_pixels
 from hpc_supcon.stages.reconstruct import evaluate_autoencoder
-from hpc_supcon.training import assemble
+from hpc_supcon.training.data import load_data
 from tests.dist.ranks import run_ranks
 
 SETTINGS = [
@@ -36,7 +36,7 @@ def trained(tmp_path_factory):
 def evaluate_again(rank, world_size, folder):
     config = load_config("default", [*SETTINGS, f"run_dir={folder}"])
     runtime = Runtime(Launch(rank=rank, world_size=world_size), torch.device("cpu"))
-    return evaluate_autoencoder(folder, config, runtime, assemble.load_data(config, runtime))
+    return evaluate_autoencoder(folder, config, runtime, load_data(config, runtime))
 
 
 def results(folder):

@@ -8,7 +8,7 @@ from torch import nn
 
 from hpc_supcon.errors import NonFinite
 from hpc_supcon.models import build_encoder
-from hpc_supcon.training.engine.loss_scale import GROWTH_STEPS, INITIAL, MOST_SKIPS, LossScale
+from hpc_supcon.training.engine.base import GROWTH_STEPS, INITIAL_SCALE, MOST_SKIPS, LossScale
 from hpc_supcon.training.step import train_step
 from tests.dist.engine_runs import Case, assert_same, run_all, run_case
 from tests.dist.test_step import build
@@ -48,38 +48,38 @@ def test_loss_scaling_changes_no_weight():
     got = run_case(0, 1, Case(PLAIN, ["optim.clip_norm=0.1", "train.precision=fp16"], smooth=torch.float64))
     assert_same(got, want, 1e-12)
     assert got["norms"] == pytest.approx(want["norms"], rel=1e-12)
-    assert got["statistics"] == {"loss_scale": INITIAL, "skipped_steps": 0}
+    assert got["statistics"] == {"loss_scale": INITIAL_SCALE, "skipped_steps": 0}
 
 
 def test_a_step_whose_gradients_overflow_on_one_rank_is_left_out_on_all():
     scaled = Case(PLAIN, ["train.precision=fp16"], smooth=torch.float64, overflow_at=4)
     for got, want in zip(*run_all(2, [scaled, Case(PLAIN, smooth=torch.float64, stop=4)]), strict=True):
         assert_same({**got, "losses": got["losses"][:4]}, want, 1e-12)
-        assert got["statistics"] == {"loss_scale": INITIAL / 2, "skipped_steps": 1}
+        assert got["statistics"] == {"loss_scale": INITIAL_SCALE / 2, "skipped_steps": 1}
         assert got["saved"][1]["step"] == 5  # its batch is not seen again
-        assert got["saved"][1]["loss_scale"] == {"scale": INITIAL / 2, "good": 0, "in_a_row": 1, "skipped": 1}
+        assert got["saved"][1]["loss_scale"] == {"scale": INITIAL_SCALE / 2, "good": 0, "in_a_row": 1, "skipped": 1}
 
 
 def test_too_many_overflows_in_a_row_stop_the_run():
-    state, batches = build(0, 1, [*PLAIN, "train.precision=fp16"])
+    state, options, batches = build(0, 1, [*PLAIN, "train.precision=fp16"])
     next(state.model.parameters()).register_hook(lambda g: g * float("inf"))
     state.engine.scaler.load_state({"scale": 2.0, "good": 3, "in_a_row": MOST_SKIPS - 1, "skipped": 40})
-    train_step(state, batches[0])
+    train_step(state, batches[0], options)
     with pytest.raises(NonFinite, match="gradients became NaN or Inf"):
-        train_step(state, batches[1])
+        train_step(state, batches[1], options)
 
 
 def test_the_scale_doubles_after_enough_good_steps_and_survives_a_checkpoint():
     scale = LossScale()
     for _ in range(GROWTH_STEPS - 1):
-        scale.good()
+        scale.after_finite_step()
     other = LossScale()
     other.load_state(scale.state())
-    other.good()
-    assert other.scale == 2 * INITIAL
-    assert other.overflow()
-    assert other.scale == INITIAL
-    assert scale.scale == INITIAL
+    other.after_finite_step()
+    assert other.scale == 2 * INITIAL_SCALE
+    assert other.after_overflow()
+    assert other.scale == INITIAL_SCALE
+    assert scale.scale == INITIAL_SCALE
 
 
 @pytest.mark.parametrize("more", [[], ["train.micro_batch_size=10"]])
@@ -113,9 +113,9 @@ def test_channels_last_gives_the_weights_of_the_plain_layout():
     weights = {}
     for layout in (True, False):
         torch.manual_seed(0)
-        state, batches = build(0, 1, [f"train.channels_last={str(layout).lower()}"], encoder=DoubleConv())
+        state, options, batches = build(0, 1, [f"train.channels_last={str(layout).lower()}"], encoder=DoubleConv())
         for batch in batches:
-            train_step(state, batch)
+            train_step(state, batch, options)
         kernels = [p for p in state.model.parameters() if p.ndim == 4 and p.shape[1] > 1]
         assert all(p.is_contiguous(memory_format=torch.channels_last) is layout for p in kernels)
         weights[layout] = state.model.encoder.state_dict()
@@ -124,13 +124,13 @@ def test_channels_last_gives_the_weights_of_the_plain_layout():
 
 
 def test_a_compiled_pass_gives_the_weights_of_the_plain_one():
-    state, batches = build(0, 1, ["train.compile=true", "model.momentum_encoder=0.9", "loss.queue_size=30"])
-    plain, _ = build(0, 1, ["model.momentum_encoder=0.9", "loss.queue_size=30"])
+    state, options, batches = build(0, 1, ["train.compile=true", "model.momentum_encoder=0.9", "loss.queue_size=30"])
+    plain, plain_options, _ = build(0, 1, ["model.momentum_encoder=0.9", "loss.queue_size=30"])
     graphs = []
     torch._dynamo.reset()
     torch._dynamo.callback_handler.register_start_callback(lambda *_: graphs.append(1))
     for batch in batches:
-        got, want = train_step(state, batch), train_step(plain, batch)
+        got, want = train_step(state, batch, options), train_step(plain, batch, plain_options)
         assert float(got.loss) == pytest.approx(float(want.loss), rel=1e-5)
     assert graphs
     names = plain.model.state_dict()

@@ -28,7 +28,7 @@ from hpc_supcon.evaluation.scores import classification_scores
 from hpc_supcon.models import build_encoder
 from hpc_supcon.stages.pretrain import pretrain
 from hpc_supcon.stages.probe import probe
-from hpc_supcon.training import assemble
+from hpc_supcon.training.data import load_data
 from hpc_supcon.training.engine import distribute
 from tests.dist.ranks import run_ranks
 
@@ -50,7 +50,7 @@ def on_cpu(rank, world_size):
 
 def shared_features(rank, world_size, folder, n):
     config = settings(folder)
-    source = assemble.load_data(config, on_cpu(rank, world_size)).splits.test.subset(list(range(n)))
+    source = load_data(config, on_cpu(rank, world_size)).splits.test.subset(list(range(n)))
     model, found = load_model(config.folder)
     features, labels = extract(
         model.encoder, source, EvalTransform(**found.state["normalization"]), on_cpu(rank, world_size), batch_size=5
@@ -63,7 +63,7 @@ def trained(tmp_path_factory):
     torch.set_num_threads(1)
     folder = tmp_path_factory.mktemp("trained") / "run"
     config = settings(folder)
-    pretrain(config, on_cpu(0, 1), assemble.load_data(config, on_cpu(0, 1)))
+    pretrain(config, on_cpu(0, 1), load_data(config, on_cpu(0, 1)))
     return folder
 
 
@@ -82,7 +82,7 @@ def test_metrics_are_identical_on_1_2_and_3_ranks(trained):
 def evaluate_odd(rank, world_size, folder):
     """353 test images and 143 for validation: divisible by neither 2 nor 3."""
     config = settings(folder)
-    data = assemble.load_data(config, on_cpu(rank, world_size))
+    data = load_data(config, on_cpu(rank, world_size))
     splits = data.splits
     splits = type(splits)(splits.train, splits.validation, splits.test.subset(list(range(353))))
     assert all(len(s) % n for s in (splits.test, splits.validation) for n in (2, 3))
@@ -171,7 +171,7 @@ def finetune_run(rank, world_size, folder):
         folder, "probe.kind=finetune", "probe.finetune.augment=false", "probe.finetune.epochs=2",
         "probe.finetune.batch_size=64",
     )  # fmt: skip
-    return probe(folder, config, on_cpu(rank, world_size), assemble.load_data(config, on_cpu(rank, world_size)))[0]
+    return probe(folder, config, on_cpu(rank, world_size), load_data(config, on_cpu(rank, world_size)))[0]
 
 
 def test_a_finetuned_encoder_is_saved_and_scores_the_same_from_the_file_alone(trained):
@@ -179,7 +179,7 @@ def test_a_finetuned_encoder_is_saved_and_scores_the_same_from_the_file_alone(tr
     assert {**two, "seconds": 0} == {**also, "seconds": 0}
     assert one["test"]["accuracy"] == pytest.approx(two["test"]["accuracy"], abs=0.02)  # fp32, 40 updates
     fitted = load_probe(trained / "probes/finetune")
-    source = assemble.load_data(settings(trained), on_cpu(0, 1)).splits.test
+    source = load_data(settings(trained), on_cpu(0, 1)).splits.test
     logits = fitted.logits(source.stack())
     assert fitted.input == "images"
     assert float((logits.argmax(1) == source.labels).double().mean()) == pytest.approx(two["test"]["accuracy"])
@@ -235,7 +235,7 @@ def test_training_rows_of_all_ranks_vote():
 
 def monitored(rank, world_size, folder, kind):
     config = settings(folder)
-    splits = assemble.load_data(config, on_cpu(rank, world_size)).splits
+    splits = load_data(config, on_cpu(rank, world_size)).splits
     model, found = load_model(folder)
     model.train()
     model.encoder.latent.eval()  # a module in eval mode must stay in eval mode
@@ -265,7 +265,7 @@ def test_monitoring_changes_nothing_and_gives_the_same_on_any_number_of_ranks(tr
 def test_monitoring_by_knn_equals_scikit_learn(trained):
     """One neighbor among 301 evenly strided images."""
     config = settings(trained)
-    splits = assemble.load_data(config, on_cpu(0, 1)).splits
+    splits = load_data(config, on_cpu(0, 1)).splits
     model, found = load_model(trained)
     transform = EvalTransform(**found.state["normalization"])
     rows = [i * len(splits.train) // 301 for i in range(301)]

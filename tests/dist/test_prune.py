@@ -8,6 +8,8 @@ import signal
 import pytest
 import torch
 
+from hpc_supcon.training.checkpointer import Checkpointer
+from hpc_supcon.training.data import load_data
 from hpc_supcon import checkpoint
 from hpc_supcon.config import load_config
 from hpc_supcon.distributed.launch import Launch, Runtime
@@ -15,7 +17,6 @@ from hpc_supcon.evaluation.encoder import load_model
 from hpc_supcon.run_folder import read_config
 from hpc_supcon.stages import pretrain
 from hpc_supcon.stages.prune import prune
-from hpc_supcon.training import assemble
 from tests.dist.ranks import run_ranks
 from tests.unit.pruning.test_pruning import assert_pruned, torch_masks
 
@@ -35,19 +36,19 @@ def stage(rank, world_size, folder, label=None, resume=False, kill_at=None):
     torch.use_deterministic_algorithms(True)
     if label is None:
         config = load_config("default", [*SETTINGS, f"run_dir={folder}"])
-        pretrain.pretrain(config, runtime, assemble.load_data(config, runtime))
+        pretrain.pretrain(config, runtime, load_data(config, runtime))
         return None
     tune = ["prune.rate=[0.7, 0.3]", f"prune.finetune.iterations={STEPS}", f"prune.label={label}"]
     config = read_config(folder, tune)
-    save = pretrain.save
+    save = Checkpointer.save
 
-    def save_and_die(held, state):
-        save(held, state)
+    def save_and_die(checkpointer, state):
+        save(checkpointer, state)
         if state.step == kill_at:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    pretrain.save = save_and_die
-    return prune(folder, config, runtime, assemble.load_data(config, runtime), resume=resume)
+    Checkpointer.save = save_and_die
+    return prune(folder, config, runtime, load_data(config, runtime), resume=resume)
 
 
 def test_two_ranks_prune_the_same_weights_and_killed_fine_tuning_resumes_bit_for_bit(tmp_path):

@@ -12,12 +12,13 @@ from torch import nn
 
 from hpc_supcon.bench.common import resident
 from hpc_supcon.config import load_config
-from hpc_supcon.data import ArraySource, Batch, Splits
+from hpc_supcon.data import ArraySource, Batch, LoaderOptions, Splits
 from hpc_supcon.errors import NonFinite
-from hpc_supcon.models import PretrainingModel, Projection, build_model
-from hpc_supcon.distributed.launch import Launch, Runtime, seed_everything
-from hpc_supcon.training import assemble
-from hpc_supcon.training.momentum import MomentumQueue
+from hpc_supcon.models import PretrainingModel, Projection
+from hpc_supcon.distributed.launch import Launch, Runtime
+from hpc_supcon.training.build import Start, build_training
+from hpc_supcon.training.data import Data
+from hpc_supcon.training.ema import MomentumQueue
 from hpc_supcon.training.step import train_step
 from tests.dist.ranks import run_ranks
 
@@ -43,35 +44,36 @@ class DoubleEncoder(nn.Module):
         return self.layers(x.to(self.layers[1].weight.dtype))
 
 
+def in_memory(splits):
+    """These splits, kept in memory and served without random crops."""
+    return Data(splits, "resident", "", LoaderOptions(), LoaderOptions())
+
+
 def build(rank, world_size, overrides, *, encoder=None, runtime=None):
-    """(state, this rank's batches): 5 global batches with another class mix on every rank."""
+    """(state, options of the step, this rank's batches): 5 global batches with another class mix on every rank."""
     config = load_config("default", [*SETTINGS, *overrides], stages=("pretrain",))
     generator = torch.Generator().manual_seed(3)
     images = torch.randint(0, 256, (120, 3, 8, 8), dtype=torch.uint8, generator=generator)
     labels = (torch.arange(120) // 7) % 4
     labels[5] = 4  # an image without partner
     source = ArraySource(images, labels, tuple("abcde"))
-    splits = Splits(source, source, source)
+    data = in_memory(Splits(source, source, source))
     runtime = runtime or Runtime(Launch(rank=rank, world_size=world_size), torch.device("cpu"))
-    description = assemble.describe_model(config, splits)
-    assemble.seed_models(config)
-    model = build_model(description)
+    start = None
     if encoder is not None:
+        torch.manual_seed(config.seed)
         heads = {"projection": Projection(encoder.feature_dim, 16, 8).to(next(encoder.parameters()).dtype)}
-        model = PretrainingModel(encoder, heads)
-    views = assemble.build_views(config, description, runtime)
-    objective = assemble.build_objective(config, views)
-    seed_everything(0, rank)
-    state = assemble.build_state(config, model, objective, views, runtime)
+        start = Start(PretrainingModel(encoder, heads))
+    training = build_training(config, data, runtime, start=start)
     size = 24 // world_size
     rows = [torch.arange(step * 24 + rank * size, step * 24 + (rank + 1) * size) for step in range(5)]
-    return state, [Batch(images[r], labels[r], r) for r in rows]
+    return training.state, training.options, [Batch(images[r], labels[r], r) for r in rows]
 
 
 def five_steps(rank, world_size, overrides, views_seed=None):
     torch.manual_seed(0)
-    state, batches = build(rank, world_size, overrides, encoder=DoubleEncoder())
-    losses = [float(train_step(state, batch).loss) for batch in batches]
+    state, options, batches = build(rank, world_size, overrides, encoder=DoubleEncoder())
+    losses = [float(train_step(state, batch, options).loss) for batch in batches]
     return losses, {k: v.clone() for k, v in state.model.state_dict().items()}, dict(state.objective.state_dict())
 
 
@@ -97,10 +99,10 @@ def test_five_steps_in_two_passes_equal_five_in_one(loss, piece):
 
 def five_plain_steps(overrides):
     torch.manual_seed(0)
-    state, batches = build(0, 1, overrides)
+    state, options, batches = build(0, 1, overrides)
     for norm in (m for m in state.model.modules() if isinstance(m, nn.BatchNorm2d)):
         norm.eval()
-    return [float(train_step(state, batch).loss) for batch in batches]
+    return [float(train_step(state, batch, options).loss) for batch in batches]
 
 
 @pytest.mark.parametrize("more", [[], ["train.micro_batch_size=5"]])
@@ -109,10 +111,10 @@ def test_a_step_takes_images_that_a_loader_has_cropped(more):
     losses = []
     for cropped in (False, True):
         torch.manual_seed(0)
-        state, batches = build(0, 1, overrides, encoder=DoubleEncoder())
+        state, options, batches = build(0, 1, overrides, encoder=DoubleEncoder())
         if cropped:
             batches = [Batch(b.images[:, None].expand(-1, 2, -1, -1, -1), b.labels, b.index) for b in batches]
-        losses.append([float(train_step(state, batch).loss) for batch in batches])
+        losses.append([float(train_step(state, batch, options).loss) for batch in batches])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
@@ -127,7 +129,7 @@ def test_two_passes_over_ranks_equal_one_pass_over_ranks(world_size):
 
 
 def exchanges(rank, world_size, overrides):
-    state, batches = build(rank, world_size, overrides, encoder=DoubleEncoder())
+    state, options, batches = build(rank, world_size, overrides, encoder=DoubleEncoder())
     buckets = []
 
     def hook(_, bucket):
@@ -137,7 +139,7 @@ def exchanges(rank, world_size, overrides):
         )
 
     state.parallel.register_comm_hook(None, hook)
-    train_step(state, batches[0])
+    train_step(state, batches[0], options)
     return sum(buckets), sum(p.numel() for p in state.model.parameters())
 
 
@@ -150,18 +152,18 @@ def test_dropout_is_the_same_in_both_passes():
     torch.manual_seed(0)
     encoder = DoubleEncoder()
     encoder.layers[3] = nn.Dropout(0.5)
-    state, batches = build(0, 1, ["train.micro_batch_size=7"], encoder=encoder)
+    state, options, batches = build(0, 1, ["train.micro_batch_size=7"], encoder=encoder)
     seen = []
     encoder.layers[3].register_forward_hook(lambda m, i, o: seen.append((o == 0) & (i[0] != 0)))
-    train_step(state, batches[0])
+    train_step(state, batches[0], options)
     first, second = seen[: len(seen) // 2], seen[len(seen) // 2 :]
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert not torch.equal(first[0], first[1])
 
 
 def test_running_statistics_move_once_per_step_in_two_passes():
-    state, batches = build(0, 1, ["train.micro_batch_size=12"])
-    train_step(state, batches[0])
+    state, options, batches = build(0, 1, ["train.micro_batch_size=12"])
+    train_step(state, batches[0], options)
     counts = {int(m.num_batches_tracked) for m in state.model.modules() if isinstance(m, nn.BatchNorm2d)}
     assert counts == {2}  # two pieces, second pass only
 
@@ -180,14 +182,10 @@ def big_step(images, piece):
     config = load_config("default", ["model.encoder=resnet9_small", "train.precision=fp32", *sizes])
     pixels = torch.zeros(images, 3, 32, 32, dtype=torch.uint8)
     source = ArraySource(pixels, torch.arange(images) % 10, tuple("abcdefghij"))
-    splits = Splits(source, source, source)
     runtime = Runtime(Launch(), torch.device("cpu"))
-    description = assemble.describe_model(config, splits)
-    views = assemble.build_views(config, description, runtime)
-    objective = assemble.build_objective(config, views)
-    state = assemble.build_state(config, build_model(description), objective, views, runtime)
-    before = resident("VmHWM")  # unlike ru_maxrss not inherited from whoever started this process
-    train_step(state, Batch(pixels, source.labels, source.labels))
+    training = build_training(config, in_memory(Splits(source, source, source)), runtime)
+    before = resident("VmHWM")  # unlike ru_maxrss not inherited from the process that started this one
+    train_step(training.state, Batch(pixels, source.labels, source.labels), training.options)
     return (resident("VmHWM") - before) / 2**20
 
 
@@ -226,16 +224,16 @@ def test_the_queue_holds_the_newest_keys_of_all_ranks(size):
 
 def test_the_momentum_encoder_follows_and_gets_no_gradient():
     overrides = ["model.momentum_encoder=0.9", "loss.queue_size=40"]
-    state, batches = build(0, 1, overrides)
+    state, options, batches = build(0, 1, overrides)
     before = copy.deepcopy(state.queue.key_model)
-    train_step(state, batches[0])
+    train_step(state, batches[0], options)
     for old, new, online in zip(
         before.parameters(), state.queue.key_model.parameters(), state.model.parameters(), strict=True
     ):
         torch.testing.assert_close(new, 0.9 * old + 0.1 * online)
         assert new.grad is None
     assert int(state.queue.pushed) == 24
-    train_step(state, batches[1])
+    train_step(state, batches[1], options)
     features, labels = state.queue.columns()
     assert features.shape == (40, 8)
     assert set(labels[:8].tolist()) == set(batches[1].labels[-8:].tolist())
@@ -243,8 +241,8 @@ def test_the_momentum_encoder_follows_and_gets_no_gradient():
 
 def queue_steps(rank, world_size):
     overrides = ["model.momentum_encoder=0.9", "loss.queue_size=30", "loss.name=tcl", "loss.k1=10"]
-    state, batches = build(rank, world_size, overrides)
-    losses = [float(train_step(state, batch).loss) for batch in batches]
+    state, options, batches = build(rank, world_size, overrides)
+    losses = [float(train_step(state, batch, options).loss) for batch in batches]
     return losses, {k: v.clone() for k, v in state.queue.state_dict().items()}
 
 
@@ -257,25 +255,25 @@ def test_ranks_hold_the_same_queue_and_see_the_same_loss():
 
 def test_a_queue_state_survives_a_checkpoint():
     overrides = ["model.momentum_encoder=0.9", "loss.queue_size=30", "loss.learnable_temperature=true"]
-    state, batches = build(0, 1, overrides)
+    state, options, batches = build(0, 1, overrides)
     for batch in batches[:2]:
-        train_step(state, batch)
+        train_step(state, batch, options)
     saved = {part: {k: t.clone() for k, t in named.items()} for part, named in state.tensors().items()}
     assert set(saved) == {"model", "optimizer", "rng", "objective", "queue"}
-    want = [float(train_step(state, batch).loss) for batch in batches[2:]]
-    other, _ = build(0, 1, overrides)
+    want = [float(train_step(state, batch, options).loss) for batch in batches[2:]]
+    other, other_options, _ = build(0, 1, overrides)
     other.load(saved, {"step": 2})
-    assert [float(train_step(other, batch).loss) for batch in batches[2:]] == want
+    assert [float(train_step(other, batch, other_options).loss) for batch in batches[2:]] == want
 
 
 def poisoned(rank, world_size):
-    state, batches = build(rank, world_size, [])
-    train_step(state, batches[0])
+    state, options, batches = build(rank, world_size, [])
+    train_step(state, batches[0], options)
     before = {k: v.clone() for k, v in state.model.state_dict().items()}
     if rank == 1:
         state.model.heads["projection"].hidden.register_forward_hook(lambda m, i, o: o * float("nan"))
     with pytest.raises(NonFinite) as caught:
-        train_step(state, batches[1])
+        train_step(state, batches[1], options)
     parameters = dict(state.model.named_parameters())
     assert all(torch.equal(before[name], p) for name, p in parameters.items()), "stopped before the update"
     return str(caught.value)

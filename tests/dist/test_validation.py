@@ -1,4 +1,4 @@
-"""Validation during training: exact over ranks, and training goes on as if nobody had looked."""
+"""Validation during training: exact over ranks, and without influence on training."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ import torch.nn.functional as F
 from hpc_supcon.config import load_config
 from hpc_supcon.data import ArraySource, EvalTransform, Splits, TrainOrder
 from hpc_supcon.errors import ConfigError
+from hpc_supcon.evaluation.monitor import online_probe
 from hpc_supcon.distributed.launch import Launch, Runtime
 from hpc_supcon.models import build_model
-from hpc_supcon.training import assemble
+from hpc_supcon.training.build import build_training
+from hpc_supcon.training.data import load_data
 from hpc_supcon import checkpoint
 from hpc_supcon.stages.pretrain import pretrain
-from hpc_supcon.training.validation import VIEWS_STREAM, build_validate, check_validation_split
+from hpc_supcon.training.validation import build_validate, check_validation_split
 from tests.dist.ranks import run_ranks
+from tests.dist.test_step import in_memory
 
 SETTINGS = [
     "data.source=synthetic", "data.synthetic={images: 60, classes: 3, channels: 3, image_size: 8}",
@@ -31,7 +34,8 @@ SUM = "loss.terms={supcon_out: 0.5, cross_entropy: 2.0, reconstruction: 0.25}"
 def train(folder, *more, rank=0, world_size=1, resume=False):
     config = load_config("default", [*SETTINGS, f"run_dir={folder}", *more])
     runtime = Runtime(Launch(rank=rank, world_size=world_size), torch.device("cpu"))
-    pretrain(config, runtime, assemble.load_data(config, runtime), resume=resume)
+    data = load_data(config, runtime)
+    pretrain(config, runtime, data, resume=resume, online_probe=online_probe(config, runtime, data))
     return config, [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
@@ -40,7 +44,7 @@ def events(lines, name):
 
 
 def validated(rank, world_size, overrides):
-    """What validation says of a fresh model on an odd number of images."""
+    """The numbers of validation for a new model on an odd number of images."""
     config = load_config("default", [*SETTINGS, "validation.every_epochs=1", *overrides])
     generator = torch.Generator().manual_seed(1)
     images = torch.randint(0, 256, (23, 3, 8, 8), dtype=torch.uint8, generator=generator)
@@ -48,19 +52,14 @@ def validated(rank, world_size, overrides):
     source = ArraySource(images, labels, ("a", "b", "c"))
     splits = Splits(source, source, source)
     runtime = Runtime(Launch(rank=rank, world_size=world_size), torch.device("cpu"))
-    options = assemble.loader_options(config)
-    data = assemble.Data(splits, "resident", "", options, options)
-    description = assemble.describe_model(config, splits)
-    assemble.seed_models(config)
-    model = build_model(description)
-    views = assemble.build_views(config, description, runtime, stream=VIEWS_STREAM)
-    state = assemble.build_state(config, model, assemble.build_objective(config, views), views, runtime)
-    transform = EvalTransform(**description["normalization"])
-    validate = build_validate(config, data, views, transform, runtime, None)
-    first = validate(state)
-    assert validate(state) == first, "two looks at the same weights must agree"
-    assert state.parallel.training
-    return first, {k: v.clone() for k, v in model.state_dict().items()}, (images, labels, description)
+    data = in_memory(splits)
+    training = build_training(config, data, runtime)
+    validate = build_validate(config, data, training, runtime, None)
+    first = validate()
+    assert validate() == first, "two validations of the same weights must agree"
+    assert training.state.parallel.training
+    weights = {k: v.clone() for k, v in training.state.model.state_dict().items()}
+    return first, weights, (images, labels, training.description)
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
@@ -89,7 +88,7 @@ def test_losses_of_single_images_equal_a_plain_loop_on_any_number_of_ranks(world
 
 
 @pytest.mark.parametrize("world_size", [1, 2])
-def test_a_contrastive_loss_sees_mixed_global_batches(world_size):
+def test_a_contrastive_loss_is_validated_on_shuffled_global_batches(world_size):
     # without random views every rank count must give the same loss: that of shuffled batches of 12 (23 // 12 = 1)
     overrides = ["augment.policy=none"]
     numbers, weights, (images, labels, description) = run_ranks(validated, world_size, overrides)[0]
@@ -115,14 +114,28 @@ def supcon_brute_force(z, y, tau):
     return float(sum(values) / len(values))
 
 
-def test_looking_changes_nothing_in_training(tmp_path):
-    for name, look in {"plain": [], "looked": ["validation.every_steps=1"]}.items():
-        train(tmp_path / name, SUM, "train.ema=0.9", *look)
-    plain, looked = (checkpoint.load_newest(tmp_path / name / "checkpoints")[0] for name in ("plain", "looked"))
-    assert plain.path.name == looked.path.name
+def test_validation_changes_nothing_in_training(tmp_path):
+    for name, more in {"plain": [], "validated": ["validation.every_steps=1"]}.items():
+        train(tmp_path / name, SUM, "train.ema=0.9", *more)
+    plain, validated = (checkpoint.load_newest(tmp_path / name / "checkpoints")[0] for name in ("plain", "validated"))
+    assert plain.path.name == validated.path.name
     for stem, tensors in plain.tensors.items():
         for key, value in tensors.items():
-            assert torch.equal(value, looked.tensors[stem][key]), f"{stem}: {key}"
+            assert torch.equal(value, validated.tensors[stem][key]), f"{stem}: {key}"
+
+
+@pytest.mark.parametrize("kind", ["knn", "linear"])
+def test_a_probe_is_fitted_in_every_validation_and_changes_nothing_in_training(tmp_path, kind):
+    probe = [f"validation.probe={{kind: {kind}, images: 36, k: 5, temperature: 0.1}}", "validation.every_steps=2"]
+    train(tmp_path / "plain", "train.ema=0.9")
+    _, lines = train(tmp_path / "probed", "train.ema=0.9", *probe)
+    accuracies = [line[f"{kind}_accuracy"] for line in events(lines, "validation")]
+    assert len(accuracies) == 4
+    assert all(0 <= accuracy <= 1 for accuracy in accuracies)
+    plain, probed = (checkpoint.load_newest(tmp_path / name / "checkpoints")[0] for name in ("plain", "probed"))
+    for stem, tensors in plain.tensors.items():
+        for key, value in tensors.items():
+            assert torch.equal(value, probed.tensors[stem][key]), f"{stem}: {key}"
 
 
 def test_iterations_replace_epochs_and_span_them(tmp_path):
@@ -136,18 +149,18 @@ STOP = ["validation.every_steps=1", "train.epochs=40", "train.stopping.patience=
 
 
 def test_stops_by_patience_and_keeps_the_best(tmp_path):
-    # a learning rate that ruins the model: the first look is the best
+    # a learning rate that ruins the model: the first validation is the best
     _, lines = train(tmp_path / "run", *STOP, "optim.lr=3.0", "optim.warmup_epochs=0")
     losses = [line["loss"] for line in events(lines, "validation")]
     steps = [line["step"] for line in events(lines, "validation")]
     best = min(range(len(losses)), key=losses.__getitem__)
-    assert len(losses) == best + 3, "two looks without improvement end it"
+    assert len(losses) == best + 3, "two validations without improvement end it"
     stopped = events(lines, "stopped")[0]
     assert stopped["best_step"] == steps[best]
     newest, _ = checkpoint.load_newest(tmp_path / "run" / "checkpoints")
     assert newest.state["stopping"]["best_at"] == steps[best]
     assert steps[best] in checkpoint.list_steps(tmp_path / "run" / "checkpoints")
-    # started again, it knows that it is done
+    # a resumed run knows that it has finished
     before = (tmp_path / "run" / "metrics.jsonl").read_text().count('"event": "train"')
     train(tmp_path / "run", *STOP, "optim.lr=3.0", "optim.warmup_epochs=0", resume=True)
     assert (tmp_path / "run" / "metrics.jsonl").read_text().count('"event": "train"') == before
@@ -172,11 +185,11 @@ def test_stops_at_a_target(tmp_path):
         (["validation.every_epochs=1", "validation.probe={kind: knn, images: 99, k: 37, temperature: 1}"], "has 36 im"),
     ],
 )
-def test_what_cannot_be_done_is_refused_before_training(overrides, message, tmp_path):
+def test_impossible_settings_are_refused_before_training(overrides, message, tmp_path):
     config = load_config("default", [*SETTINGS, f"run_dir={tmp_path}/run", *overrides])
     runtime = Runtime(Launch(rank=0, world_size=1), torch.device("cpu"))
     with pytest.raises(ConfigError, match=message):
-        pretrain(config, runtime, assemble.load_data(config, runtime))
+        pretrain(config, runtime, load_data(config, runtime))
     assert not (tmp_path / "run").exists()
 
 

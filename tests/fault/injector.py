@@ -13,7 +13,7 @@ model.safetensors) and `phase`:
     open write fsync rename mkdir unlink rmdir    before the `call`-th such system call of that step's save
     save                                          before the `call`-th system call of any of these kinds
     saved                                         after that step's save
-    look                                          before the validation after that step
+    validation                                    before the validation after that step
     probe                                         before the probes (step 0)
 
 Actions: kill stop abort usr2 term (signals to itself), hang (for ever), raise (an exception with no name), enospc
@@ -43,7 +43,7 @@ SIGNALS = {
 }
 ERRORS = ("enospc", "edquot", "erofs", "eacces", "eio")
 ACTIONS = (*SIGNALS, "hang", "abort", "raise", *ERRORS, "half", "truncate", "flip")
-PHASES = ("step", *CALLS, "save", "saved", "look", "probe")
+PHASES = ("step", *CALLS, "save", "saved", "validation", "probe")
 
 
 class InjectedError(Exception):
@@ -135,10 +135,10 @@ class Injector:
 
         return wrapped
 
-    def around_look(self, look: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapped(state: Any, *args: Any, **kwargs: Any) -> Any:
-            self.at("look", state.step)
-            return look(state, *args, **kwargs)
+    def around_validation(self, run_validation: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapped(loop: Any) -> Any:
+            self.at("validation", loop.training.state.step)
+            return run_validation(loop)
 
         return wrapped
 
@@ -192,7 +192,7 @@ def main() -> None:
     injector = Injector(parse(os.environ.get("HPC_SUPCON_FAULT", "")), rank)
     checkpoint.save_checkpoint = injector.around_save(checkpoint.save_checkpoint)  # type: ignore[assignment]
     fit.train_step = injector.around_step(fit.train_step)
-    fit._look = injector.around_look(fit._look)
+    fit._Loop.run_validation = injector.around_validation(fit._Loop.run_validation)
     probe.probe = injector.around_probe(probe.probe)
     with system_calls(injector.before_call):
         cli.main(sys.argv[1:])

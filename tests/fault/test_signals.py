@@ -10,8 +10,11 @@ from hpc_supcon.distributed import preemption
 from .runs import STEPS, events, hashes, newest, run, steps
 
 LEFT = preemption.EXIT_CODE
-# every third step is looked at; what is best is chosen among them
-LOOKING = ("validation.every_steps=3", "train.stopping={monitor: loss, patience: 50, min_change: 0.0, target: null}")
+# the run is validated after every third step; the best step is one of them
+VALIDATING = (
+    "validation.every_steps=3",
+    "train.stopping={monitor: loss, patience: 50, min_change: 0.0, target: null}",
+)
 
 
 def resume_and_compare(ranks, folder, whole, *more):
@@ -64,16 +67,15 @@ def test_twice_in_a_row(tmp_path, uninterrupted):
 
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_in_the_middle_of_validation_the_state_before_it_is_saved_at_once(tmp_path, uninterrupted, ranks):
-    """A validation that never ends: the step before it is kept, and looked at when the run goes on."""
-    folder, whole = tmp_path / "r", uninterrupted(ranks, *LOOKING)
+    """A validation that never ends: the step before it is saved, and validated when the run is resumed."""
+    folder, whole = tmp_path / "r", uninterrupted(ranks, *VALIDATING)
     last = ranks - 1
-    said = run(
-        ranks, folder, *LOOKING, fault=f"usr2@rank={last},step=9,phase=look;hang@rank=0,step=9,phase=look", code=LEFT
-    )
+    fault = f"usr2@rank={last},step=9,phase=validation;hang@rank=0,step=9,phase=validation"
+    said = run(ranks, folder, *VALIDATING, fault=fault, code=LEFT)
     assert newest(folder) == 9
     assert "validation): saved at step 9" in said
     assert steps(folder, "validation") == [3, 6]
-    resume_and_compare(ranks, folder, whole, *LOOKING)
+    resume_and_compare(ranks, folder, whole, *VALIDATING)
     assert steps(folder, "validation") == list(range(3, STEPS + 1, 3))
 
     def seen(folder):
@@ -86,14 +88,14 @@ def test_in_the_middle_of_validation_the_state_before_it_is_saved_at_once(tmp_pa
     assert state(folder) == state(whole)
 
 
-def test_a_look_that_was_put_off_by_leaving_is_made_up_for(tmp_path, uninterrupted):
-    """Asked so early that the last common step is one to look at."""
-    whole = uninterrupted(1, *LOOKING)
+def test_a_validation_that_was_skipped_by_leaving_is_done_on_resume(tmp_path, uninterrupted):
+    """The run is asked to leave so that its last step is one to validate."""
+    whole = uninterrupted(1, *VALIDATING)
     folder = tmp_path / "r"
-    run(1, folder, *LOOKING, fault="usr2@step=6", code=LEFT)
+    run(1, folder, *VALIDATING, fault="usr2@step=6", code=LEFT)
     assert newest(folder) == 6
     assert steps(folder, "validation") == [3]
-    resume_and_compare(1, folder, whole, *LOOKING)
+    resume_and_compare(1, folder, whole, *VALIDATING)
     assert steps(folder, "validation") == steps(whole, "validation")
 
 

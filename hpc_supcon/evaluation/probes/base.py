@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ...config import Config
 from ...data import Splits
 from ...distributed.launch import Runtime
-from ...training.assemble import Data
+from ...training.data import Data
 from ..features import SplitRows, build_prepare, in_chunks
 
 
@@ -43,7 +43,7 @@ class ProbeTask:
     data: Data
     rows: SplitRows
     description: Mapping[str, Any]
-    """As `assemble.describe_model`; a run without an encoder has only `classes` and `normalization`."""
+    """As `build.describe_model`; a run without an encoder has only `classes` and `normalization`."""
     encoder: nn.Module | None
     masks: Mapping[str, Tensor] | None = None
     """Packed masks of a pruned encoder (see pruning.WeightMasks): a probe that trains the encoder keeps it pruned."""

@@ -19,7 +19,7 @@ from ...data import Batch, EvalTransform, Loader, LoaderOptions, Source, Splits,
 from ...distributed.collectives import all_sum, together
 from ...errors import ConfigError, NonFinite
 from ...pruning import WeightMasks
-from ...training import assemble
+from ...training.build import build_views
 from ...training.engine import autocast, distribute, unscaled
 from ..features import extract, in_chunks
 from .base import FittedProbe, ProbeOutcome, ProbeSpec, ProbeTask
@@ -202,7 +202,7 @@ def _preprocess(task: ProbeTask) -> Callable[[Tensor], Tensor]:
     if not task.settings.augment:
         return EvalTransform(**task.description["normalization"]).to(task.runtime.device)
     one = config.model_copy(update={"data": config.data.model_copy(update={"views": 1})})
-    views = assemble.build_views(one, dict(task.description), task.runtime).to(task.runtime.device)
+    views = build_views(one, dict(task.description), task.runtime).to(task.runtime.device)
     return lambda images: views(images).flatten(0, 1)
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from ...data import Splits
 from ...errors import ConfigError
 from ...training.optim import learning_rate
-from ...training.stopping import EarlyStopping
+from ...training.plan import EarlyStopping
 
 _SAME_NAMES = ("epochs", "iterations", "evaluate_every", "batch_size", "optimizer", "weight_decay", "schedule")
 _ONLY_SOME = ("l2_lambda", "clip_norm")

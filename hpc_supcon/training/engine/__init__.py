@@ -1,21 +1,19 @@
-"""Engines by name: how a model is spread over ranks, run, and updated; in which number format; compiled or not."""
+"""Engines by name: how a model is distributed over ranks, run in which number format, and updated."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-from .base import Engine, Parts
+from .base import Engine, EngineParts, LossScale, autocast, compiler, place, unscaled
 from .checks import check_engine, engine_options
-from .ddp import DdpEngine
+from .ddp import DdpEngine, distribute
 from .deepspeed import DeepSpeedEngine
-from .loss_scale import LossScale
-from .placement import autocast, compiler, distribute, place, unscaled
 
 __all__ = [
     "ENGINES",
     "Engine",
+    "EngineParts",
     "LossScale",
-    "Parts",
     "autocast",
     "check_engine",
     "compiler",

@@ -1,27 +1,76 @@
-"""What an engine is, and what engines share."""
+"""What an engine is, and what the engines share: device, number format, gradients, the optimizer's state."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from ...distributed.launch import Runtime
+from ...distributed.launch import Runtime, has_fast_bf16
 from ...errors import CheckpointCorrupt
-from ...models import PretrainingModel
-from .loss_scale import LossScale
+from ...models import PretrainingModel, synchronize_batchnorm
 
 Compile = Callable[[Callable[..., dict[str, Tensor]]], Callable[..., dict[str, Tensor]]]
+"""A forward pass -> a compiled one."""
+M = TypeVar("M", bound=nn.Module)
 MakeOptimizer = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+INITIAL_SCALE = 2.0**16
+LARGEST_SCALE = 2.0**24
+GROWTH_STEPS = 2000
+MOST_SKIPS = 20
+"""Skipped steps in a row that count as the search for a scale; after one more, training has diverged."""
+
+
+class LossScale:
+    """A factor on the loss that keeps small gradients above the smallest fp16 number.
+
+    It halves when gradients overflow and doubles after 2000 steps without an overflow (Micikevicius et al. 2018,
+    section 3.2). It depends on numbers that are equal on every rank, so it is equal on every rank as well. As a power
+    of two it causes no rounding.
+    """
+
+    def __init__(self) -> None:
+        self.scale = INITIAL_SCALE
+        self._good = 0
+        self._in_a_row = 0
+        self._skipped = 0
+
+    def after_finite_step(self) -> None:
+        """Call after a step whose gradients were finite."""
+        self._in_a_row = 0
+        self._good += 1
+        if self._good == GROWTH_STEPS:
+            self.scale, self._good = min(2 * self.scale, LARGEST_SCALE), 0
+
+    def after_overflow(self) -> bool:
+        """Call after a step whose gradients were not finite; False when this happened too often in a row."""
+        self.scale, self._good = self.scale / 2, 0
+        self._in_a_row += 1
+        self._skipped += 1
+        return self._in_a_row <= MOST_SKIPS
+
+    def statistics(self) -> dict[str, float]:
+        """Numbers for the log."""
+        return {"loss_scale": self.scale, "skipped_steps": self._skipped}
+
+    def state(self) -> dict[str, Any]:
+        """Plain values for a checkpoint's state.json."""
+        return {"scale": self.scale, "good": self._good, "in_a_row": self._in_a_row, "skipped": self._skipped}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state` returned."""
+        self.scale = float(state["scale"])
+        self._good, self._in_a_row, self._skipped = (int(state[key]) for key in ("good", "in_a_row", "skipped"))
 
 
 @dataclass(frozen=True)
-class Parts:
-    """What every engine is built from. `compile` makes the forward pass a faster one of the same meaning."""
+class EngineParts:
+    """What every engine is built from."""
 
     model: PretrainingModel
     objective: nn.Module
@@ -34,44 +83,49 @@ class Parts:
 
 
 class Engine(Protocol):
-    """Trains one model on all ranks: a step is forward, scaled, backward, gradient_norm, then step or skip.
+    """Trains one model on all ranks. The order of calls in a step: forward, scale_loss, backward, gradient_norm, then
+    step or skip_step.
 
-    All but `forward` is called by all ranks in the same order. Losses give gradients whose average over ranks is
-    that of the global batch; `backward` takes it.
+    All methods but `forward` are called by all ranks in the same order. The average over ranks of the gradients of
+    their losses is the gradient of the global batch; `backward` computes this average.
     """
 
     parallel: nn.Module
-    """What `forward` runs, to be put into training mode; the bare model is inside."""
+    """The module that `forward` runs, to be set to training mode; it contains the bare model."""
     scaler: LossScale | None
-    takes_pieces: bool
-    """Whether gradients of several passes can be added up before they are exchanged."""
+    can_accumulate: bool
+    """Whether gradients of several passes can be accumulated before they are averaged over ranks."""
 
     def forward(self, views: Tensor) -> dict[str, Tensor]:
         """The model's outputs for views [B, V, C, H, W]."""
         ...
 
-    def no_exchange(self) -> AbstractContextManager[None]:
-        """Inside, `backward` adds to this rank's gradients; the first one outside averages the sum over ranks."""
+    def no_sync(self) -> AbstractContextManager[None]:
+        """Inside, `backward` adds to this rank's gradients; the first one outside averages the sums over ranks."""
         ...
 
-    def scaled(self, loss: Tensor) -> Tensor:
-        """What to take gradients of in the place of `loss` (0-dim)."""
+    def scale_loss(self, loss: Tensor) -> Tensor:
+        """`loss` (0-dim) times the loss scale: what `backward` takes."""
         ...
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of `loss` (0-dim), a function of what `forward` gave."""
+        """Compute the gradients of `loss` (0-dim), a function of the outputs of `forward`."""
         ...
 
     def gradient_norm(self) -> Tensor:
-        """Global norm (0-dim, equal on all ranks) of the gradients of all that is trained; not finite if one is."""
+        """Global norm (0-dim, equal on all ranks) of the gradients of all trained parameters; not finite if one of
+        them is not."""
         ...
 
     def step(self, norm: Tensor, clip_norm: float | None) -> None:
-        """Update, with gradients scaled down to the norm `clip_norm`, and forget them."""
+        """Update the parameters with gradients clipped to the norm `clip_norm`, and reset the gradients.
+
+        `norm`: what `gradient_norm` returned.
+        """
         ...
 
-    def skip(self) -> bool:
-        """Forget gradients that overflowed; False where that is no matter of the loss's scale."""
+    def skip_step(self) -> bool:
+        """Reset gradients that overflowed; False where another loss scale cannot help."""
         ...
 
     def set_learning_rate(self, lr: float) -> None: ...
@@ -81,19 +135,72 @@ class Engine(Protocol):
         ...
 
     def tensors(self) -> dict[str, Tensor]:
-        """The optimizer's state as `parameter/slot` -> tensor, the same under every engine. Collective."""
+        """The optimizer's state as `parameter/slot` -> tensor, in the same form for every engine. Collective."""
         ...
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Go on from `tensors`, after the model's own weights have been loaded. Collective."""
+        """Continue from `tensors`; call after the model's own weights were loaded. Collective."""
         ...
 
 
+def place(model: M, runtime: Runtime, *, channels_last: bool = False, sync_bn: bool = False) -> M:
+    """Move `model` to this rank's device, and to the memory layout.
+
+    sync_bn: make BatchNorm span all ranks already here, for a model that is copied before `distribute`.
+    """
+    layout = torch.channels_last if channels_last else torch.preserve_format
+    placed = model.to(runtime.device).to(memory_format=layout)
+    if sync_bn and runtime.world_size > 1:
+        synchronize_batchnorm(placed, runtime.device)
+    return placed
+
+
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """The number format of the forward pass: `auto` is bf16 where the device computes it natively, else fp32.
+
+    Training in `fp16` needs a scaled loss (see LossScale).
+    """
+    if precision == "fp16":
+        return torch.autocast(device.type, dtype=torch.float16)
+    if precision == "bf16" or (precision == "auto" and has_fast_bf16(device)):
+        return torch.autocast(device.type, dtype=torch.bfloat16)
+    return nullcontext()
+
+
+def unscaled(precision: str) -> str:
+    """`precision` for training without loss scaling: `auto` in place of fp16."""
+    return "auto" if precision == "fp16" else precision
+
+
+def compiler(*, enabled: bool, cuda_graphs: bool) -> Compile:
+    """A function that compiles the forward pass of a module; the module itself stays as it is.
+
+    Every shape is compiled by itself (`dynamic=False`): training has one, or two where the last piece of a batch is
+    smaller. cuda_graphs: replay the pass as CUDA graphs, which need shapes that never change.
+    """
+    if not enabled:
+        return lambda call: call
+    if not cuda_graphs:
+        return lambda call: torch.compile(call, dynamic=False)
+
+    def graphed(call: Any) -> Any:
+        replay = torch.compile(call, dynamic=False, mode="reduce-overhead")
+
+        def run(*args: Any) -> Any:
+            # the outputs of the last step's graphs may be overwritten from here on
+            torch.compiler.cudagraph_mark_step_begin()
+            return replay(*args)
+
+        return run
+
+    return graphed
+
+
 def named_parameters(model: nn.Module, objective: nn.Module) -> dict[str, nn.Parameter]:
-    """All that is trained, by the names of the checkpoint: the model's, then the loss's own."""
+    """All trained parameters by their names in a checkpoint: the model's, then the loss's own."""
     own = {f"objective.{name}": p for name, p in objective.named_parameters()}
-    every = dict(model.named_parameters()) | own
-    return {name: p for name, p in every.items() if p.requires_grad}
+    both = dict(model.named_parameters()) | own
+    return {name: p for name, p in both.items() if p.requires_grad}
 
 
 def gradients_of(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
@@ -101,12 +208,21 @@ def gradients_of(parameters: Iterable[nn.Parameter]) -> list[Tensor]:
 
 
 def unscale(gradients: Sequence[Tensor], scaler: LossScale | None) -> None:
+    """Divide `gradients` by the loss scale, in place."""
     if scaler is not None and gradients:
         torch._foreach_mul_(list(gradients), 1 / scaler.scale)
 
 
+def clip_gradients(gradients: list[Tensor], norm: Tensor, limit: float) -> None:
+    """Scale `gradients` in place so that their global norm, now `norm` (0-dim), is at most `limit`.
+
+    As torch.nn.utils.clip_grad_norm_, with a norm that is known already. The host does not wait for the device.
+    """
+    torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))
+
+
 def optimizer_tensors(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """`parameter/slot` -> tensor: safetensors holds names and tensors, no nested objects."""
+    """`parameter/slot` -> tensor: safetensors files hold names and tensors, no nested objects."""
     slots = [(name, optimizer.state[p]) for name, p in parameters.items() if p in optimizer.state]
     return {f"{name}/{key}": t for name, state in slots for key, t in state.items() if isinstance(t, Tensor)}
 
@@ -114,7 +230,7 @@ def optimizer_tensors(parameters: dict[str, nn.Parameter], optimizer: torch.opti
 def load_optimizer(
     parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]
 ) -> None:
-    """What `optimizer_tensors` gave, back into `optimizer`. Raises CheckpointCorrupt."""
+    """Load what `optimizer_tensors` returned into `optimizer`. Raises CheckpointCorrupt."""
     optimizer.state.clear()
     for full_name, value in tensors.items():
         name, _, key = full_name.rpartition("/")
@@ -124,7 +240,7 @@ def load_optimizer(
 
 
 def like_slot(p: Tensor, key: str, value: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
-    """`value` where and as the optimizer wants the slot `key` of p."""
-    if key == "step":  # counted on the CPU, but for fused kernels
+    """`value` on the device and in the memory layout that the optimizer's slot `key` of p has."""
+    if key == "step":  # on the CPU, except for fused kernels
         return value.to(p.device, copy=True) if optimizer.defaults.get("fused") else value.clone()
-    return torch.empty_like(p, dtype=value.dtype).copy_(value)  # its parameter's device and memory layout
+    return torch.empty_like(p, dtype=value.dtype).copy_(value)

@@ -39,7 +39,7 @@ def _check_compiler(runtime: Runtime) -> None:
 
 
 def engine_options(config: Config, runtime: Runtime) -> dict[str, Any]:
-    """Keyword arguments of the engine `train.engine` beside its Parts."""
+    """What `train.engine` takes besides its EngineParts."""
     if config.train.engine != "deepspeed":
         return {}
     deepspeed = config.train.deepspeed

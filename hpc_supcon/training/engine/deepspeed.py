@@ -1,7 +1,7 @@
 """The engine on DeepSpeed: ZeRO 0 (nothing partitioned), 1 (the optimizer's state), 2 (gradients as well).
 
-Schedule, clipping and the check of gradients are the same as everywhere else; DeepSpeed averages gradients and
-holds each rank's share of the optimizer. It is given fp32 weights (see deepspeed_settings).
+Schedule, clipping and the check of gradients are this package's own, as with the other engine; DeepSpeed averages
+gradients and partitions the optimizer. It trains fp32 weights (see deepspeed_settings).
 """
 
 from __future__ import annotations
@@ -19,22 +19,30 @@ from torch import Tensor, nn
 
 from ...distributed.launch import Launch
 from ...errors import ConfigError
-from ..optim import clip_gradients, set_learning_rate
-from .base import Parts, gradients_of, load_optimizer, named_parameters, optimizer_tensors, unscale
+from ..optim import set_learning_rate
+from .base import (
+    EngineParts,
+    clip_gradients,
+    gradients_of,
+    load_optimizer,
+    named_parameters,
+    optimizer_tensors,
+    unscale,
+)
 from .deepspeed_settings import deepspeed_settings
 from .zero import Partitions
 
 
 class DeepSpeedEngine:
-    """DeepSpeed's engine around the model; the loss's own parameters have an optimizer of their own. See Engine.
+    """DeepSpeed's engine around the model; the loss's own parameters have a separate optimizer. Methods: see Engine.
 
-    Raises ConfigError for what DeepSpeed refuses in `own`.
+    `own`: the user's DeepSpeed configuration. Raises ConfigError for what DeepSpeed refuses in it.
     """
 
-    def __init__(self, parts: Parts, *, zero: int, own: Mapping[str, Any] | None, images_per_rank: int) -> None:
-        model, self.scaler, self.takes_pieces = parts.model, parts.scaler, zero < 2
+    def __init__(self, parts: EngineParts, *, zero: int, own: Mapping[str, Any] | None, images_per_rank: int) -> None:
+        model, self.scaler, self.can_accumulate = parts.model, parts.scaler, zero < 2
         self._model = model
-        for p in model.parameters():  # DeepSpeed sends bytes and flattens; channels_last views keep convolutions fast
+        for p in model.parameters():  # DeepSpeed flattens and sends them; channels_last inputs keep convolutions fast
             p.data = p.data.contiguous()
         self._parameters = named_parameters(model, nn.Module())
         self._objective = named_parameters(nn.Module(), parts.objective)
@@ -47,26 +55,26 @@ class DeepSpeedEngine:
             parameters=sum(p.numel() for p in self._parameters.values()),
             scaled=parts.scaler is not None,
         )
-        self._engine = _started(_Called(model, parts.compile(model)), self._optimizer, settings, parts)
+        self._engine = _initialize(_CompiledForward(model, parts.compile(model)), self._optimizer, settings, parts)
         self.parallel: nn.Module = self._engine.module
         self._partitions = Partitions(self._engine.optimizer, self._parameters) if zero else None
-        # synchronized statistics are equal already; without, rank 0's are everybody's, as under DDP
-        self._follows_rank_0 = parts.runtime.world_size > 1 and not parts.sync_bn
+        # without synchronized statistics all ranks take rank 0's, as under DDP
+        self._broadcast_buffers = parts.runtime.world_size > 1 and not parts.sync_bn
 
     def forward(self, views: Tensor) -> dict[str, Tensor]:
-        if self._follows_rank_0 and self.parallel.training:
-            _send_from_rank_0(list(self._model.buffers()))
+        if self._broadcast_buffers and self.parallel.training:
+            _broadcast_from_rank_0(list(self._model.buffers()))
         return self._engine(views)
 
     @contextmanager
-    def no_exchange(self) -> Iterator[None]:
+    def no_sync(self) -> Iterator[None]:
         self._engine.set_gradient_accumulation_boundary(False)
         try:
             yield
         finally:
             self._engine.set_gradient_accumulation_boundary(True)
 
-    def scaled(self, loss: Tensor) -> Tensor:
+    def scale_loss(self, loss: Tensor) -> Tensor:
         return loss if self.scaler is None else loss * self.scaler.scale
 
     def backward(self, loss: Tensor) -> None:
@@ -89,19 +97,19 @@ class DeepSpeedEngine:
             self._objective_optimizer.step()
             self._objective_optimizer.zero_grad(set_to_none=True)
         if self.scaler is not None:
-            self.scaler.good()
+            self.scaler.after_finite_step()
 
-    def skip(self) -> bool:
+    def skip_step(self) -> bool:
         if self.scaler is None:
             return False
         if self._partitions is None:
             self._engine.zero_grad()
         else:
-            self._engine.step()  # it sees the overflow too and drops every buffer it holds
+            self._engine.step()  # it detects the overflow too, and resets its buffers
             assert not self._engine.was_step_applied()
         if self._objective_optimizer is not None:
             self._objective_optimizer.zero_grad(set_to_none=True)
-        return self.scaler.overflow()
+        return self.scaler.after_overflow()
 
     def set_learning_rate(self, lr: float) -> None:
         for optimizer in (self._optimizer, self._objective_optimizer):
@@ -131,26 +139,26 @@ class DeepSpeedEngine:
             self._partitions.load(others)
 
     def _gradients(self) -> tuple[list[Tensor], list[Tensor]]:
-        """(this rank's of the model, the loss's own)."""
+        """(gradients of the model on this rank, gradients of the loss's own parameters)."""
         parts = self._partitions
         gradients = gradients_of(self._parameters.values()) if parts is None else parts.gradients()
         return gradients, gradients_of(self._objective.values())
 
 
-class _Called(nn.Module):
-    """`model`, called as `call`: a compiled form stays out of the model's own names."""
+class _CompiledForward(nn.Module):
+    """`model` with the forward pass `forward`, a compiled form that does not change the names of its parameters."""
 
-    def __init__(self, model: nn.Module, call: Callable[..., dict[str, Tensor]]) -> None:
+    def __init__(self, model: nn.Module, forward: Callable[..., dict[str, Tensor]]) -> None:
         super().__init__()
         self.model = model
-        self._call = [call]  # in a list, or a module in it would be a child
+        self._forward = [forward]  # in a list: a module would be registered as a child
 
     def forward(self, views: Tensor) -> dict[str, Tensor]:
-        return self._call[0](views)
+        return self._forward[0](views)
 
 
-def _send_from_rank_0(tensors: list[Tensor]) -> None:
-    """One message for each dtype."""
+def _broadcast_from_rank_0(tensors: list[Tensor]) -> None:
+    """Copy rank 0's tensors to all ranks, in one message for each dtype."""
     for dtype in sorted({t.dtype for t in tensors}, key=str):
         same = [t for t in tensors if t.dtype == dtype]
         flat = torch.cat([t.reshape(-1) for t in same])
@@ -159,8 +167,10 @@ def _send_from_rank_0(tensors: list[Tensor]) -> None:
         torch._foreach_copy_(same, [part.view_as(t) for part, t in zip(parts, same, strict=True)])
 
 
-def _started(module: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], parts: Parts) -> Any:
-    """DeepSpeed's engine. Raises ConfigError."""
+def _initialize(
+    module: nn.Module, optimizer: torch.optim.Optimizer, settings: dict[str, Any], parts: EngineParts
+) -> Any:
+    """DeepSpeed's own engine. Raises ConfigError."""
     device = parts.runtime.device
     if not dist.is_initialized():  # a single process
         backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -170,9 +180,9 @@ def _started(module: nn.Module, optimizer: torch.optim.Optimizer, settings: dict
         from deepspeed.runtime.config import DeepSpeedConfigError
 
         logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-        # of PyTorch to DeepSpeed, in every step: nothing that our users could change
+        # PyTorch warns about DeepSpeed in every step; users of this package cannot change it
         warnings.filterwarnings("ignore", message=r"`torch\.distributed\.\w+` is deprecated", category=FutureWarning)
-        # messages in shared memory would be compiled at the first start; gloo is there
+        # this extension would be compiled at the first start; gloo serves as well
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         try:
             return deepspeed.initialize(model=module, optimizer=optimizer, config=settings, dist_init_required=False)[
@@ -185,7 +195,7 @@ def _started(module: nn.Module, optimizer: torch.optim.Optimizer, settings: dict
 
 @contextmanager
 def _environment(launch: Launch, device: torch.device) -> Iterator[None]:
-    """What DeepSpeed reads from the environment, for the time of its start."""
+    """Inside, the environment variables that DeepSpeed reads when it starts are set."""
     local_rank = device.index if device.index is not None else launch.local_rank
     ours = {"DS_ACCELERATOR": device.type, "LOCAL_RANK": str(local_rank)}
     before = {name: os.environ.get(name) for name in ours}

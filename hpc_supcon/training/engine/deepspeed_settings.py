@@ -1,4 +1,4 @@
-"""The configuration that DeepSpeed is started with: ours, with the user's own keys merged in."""
+"""The configuration that DeepSpeed is started with: this package's settings, with the user's merged into them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from copy import deepcopy
 from typing import Any
 
 BUCKET = 25_000_000
-"""Numbers in one message of gradients; DeepSpeed's default, 5e8, takes 2 GB for it, whatever the model's size."""
+"""Numbers in one message of gradients; DeepSpeed's default, 5e8, would take 2 GB for a model of any size."""
 
 
 def deepspeed_settings(
@@ -15,16 +15,16 @@ def deepspeed_settings(
 ) -> dict[str, Any]:
     """DeepSpeed's JSON for `zero` 0, 1 or 2: our values, with `own` merged over them (see `config.deepspeed`).
 
-    parameters: how many numbers are trained. scaled: the loss is scaled, so that DeepSpeed must check for overflows
+    parameters: number of trained parameters. scaled: the loss is scaled, so that DeepSpeed must check for overflows
     before its update, which costs another norm.
 
-    DeepSpeed trains fp32 weights here, under our autocast: its own bf16 and fp16 would cast norms and their
-    statistics too, and hold a second copy of the weights that no other engine has.
+    DeepSpeed trains fp32 weights here, under our autocast: its own bf16 and fp16 modes would also cast norm layers
+    and their statistics, and keep a second copy of the weights that no other engine has.
     """
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": images_per_rank,
         "gradient_accumulation_steps": 1,
-        "gradient_clipping": 0.0,  # by itself DeepSpeed clips to 1
+        "gradient_clipping": 0.0,  # DeepSpeed's default clips to 1
         "zero_optimization": {"stage": zero},
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,

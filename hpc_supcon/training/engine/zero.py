@@ -1,7 +1,7 @@
-"""The partitioned state of ZeRO 1 and 2 (Rajbhandari et al. 2020), in the layout of a whole model and back.
+"""Conversion between the partitioned state of ZeRO 1 and 2 (Rajbhandari et al. 2020) and that of a whole model.
 
-DeepSpeed lays the weights of each parameter group end to end in one flat buffer, of which every rank holds an
-equal part in its optimizer (with the slots of that part), and of whose averaged gradient every rank holds its part.
+DeepSpeed concatenates the weights of each parameter group in one flat buffer. Every rank has an equal part of it in
+its optimizer (with the slots of that part), and the same part of the averaged gradient.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from .base import like_slot
 
 
 class Partitions:
-    """What DeepSpeed's optimizer `zero` holds on this rank; `parameters` by their names in a checkpoint."""
+    """The parts that DeepSpeed's optimizer `zero` has on this rank; `parameters` by their names in a checkpoint."""
 
     def __init__(self, zero: Any, parameters: dict[str, nn.Parameter]) -> None:
         self._zero = zero
@@ -29,13 +29,13 @@ class Partitions:
         return [g for part in self._zero.averaged_gradients.values() if part is not None for g in part]
 
     def squared_norm(self) -> Tensor:
-        """Of the whole averaged gradient (0-dim). Collective."""
+        """Squared norm of the whole averaged gradient (0-dim). Collective."""
         parts = self.gradients()
         own = torch.stack(torch._foreach_norm(parts)).square().sum()
         return all_sum(own)
 
     def tensors(self) -> dict[str, Tensor]:
-        """The optimizer's state as `parameter/slot` -> tensor, whole, on every rank. Collective."""
+        """The whole optimizer's state as `parameter/slot` -> tensor, on every rank. Collective."""
         out: dict[str, Tensor] = {}
         for group, state in self._groups():
             for key in sorted(state):
@@ -50,7 +50,7 @@ class Partitions:
         return out
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Take this rank's part of `tensors`, and of the weights as they are now. Raises ConfigError."""
+        """Load this rank's part of `tensors`, and of the model's current weights. Raises ConfigError."""
         self._zero.refresh_fp32_params()
         optimizer = self._zero.optimizer
         optimizer.state.clear()
@@ -58,18 +58,18 @@ class Partitions:
             members = list(self._members(i))
             keys = sorted({key for name, _, _ in members for key in _slots(tensors, name)})
             for key in keys:
-                held = [(tensors.get(f"{name}/{key}"), p, start) for name, p, start in members]
+                values = [(tensors.get(f"{name}/{key}"), p, start) for name, p, start in members]
                 if key == "step":
                     value = _common_count([(name, tensors.get(f"{name}/step")) for name, _, _ in members])
                 else:
-                    value = self._own_part(i, held)
+                    value = self._own_part(i, values)
                 optimizer.state[master][key] = like_slot(master, key, value, optimizer)
 
-    def _own_part(self, group: int, held: list[tuple[Tensor | None, nn.Parameter, int]]) -> Tensor:
-        """This rank's part of the flat buffer that `held`, (value, parameter, start), fills; zeros where nothing."""
+    def _own_part(self, group: int, values: list[tuple[Tensor | None, nn.Parameter, int]]) -> Tensor:
+        """This rank's part of the flat buffer with these `values`, (value, parameter, start), zeros elsewhere."""
         flat = self._zero.bit16_groups_flat[group]
         whole = torch.zeros(flat.numel(), dtype=torch.float32)
-        for value, p, start in held:
+        for value, p, start in values:
             if value is not None:
                 whole[start : start + p.numel()] = value.reshape(-1).cpu()
         size = self._zero.single_partition_of_fp32_groups[group].numel()
@@ -91,12 +91,12 @@ def _slots(tensors: dict[str, Tensor], name: str) -> list[str]:
 
 
 def _common_count(steps: list[tuple[str, Tensor | None]]) -> Tensor:
-    """The number of steps of a whole group, which ZeRO counts once. Raises ConfigError where they differ."""
+    """The number of steps of a group, for which ZeRO has one counter. Raises ConfigError where its members differ."""
     counts = {name: 0.0 if t is None else float(t) for name, t in steps}
     if len(set(counts.values())) > 1:
         few, many = min(counts, key=lambda n: counts[n]), max(counts, key=lambda n: counts[n])
         raise ConfigError(
-            f"train.deepspeed.zero counts the steps of all weights together, but this checkpoint has "
+            f"train.deepspeed.zero has one step counter for all weights, but this checkpoint has "
             f"{counts[many]:g} of {many} and {counts[few]:g} of {few}; go on with train.engine=ddp"
         )
     return torch.tensor(next(iter(counts.values())))

@@ -1,4 +1,4 @@
-"""Optimizers by name, gradient clipping, and (in `schedule`) the learning rate of every step."""
+"""Optimizers by name, and the learning-rate schedules."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from ...errors import ConfigError, unknown_name
-from .adaptive import Lamb, Lars
+from .adaptive import Groups, Lamb, Lars
 from .schedule import learning_rate
 
 __all__ = [
@@ -18,16 +18,13 @@ __all__ = [
     "Lamb",
     "Lars",
     "build_optimizer",
-    "clip_gradients",
     "learning_rate",
     "set_learning_rate",
 ]
 
-Groups = list[dict[str, Any]]
-
 
 def _sgd(groups: Groups, settings: dict[str, Any]) -> torch.optim.Optimizer:
-    # not fused: the fused form fails where a parameter gets its first gradient later than others
+    # not fused: the fused form fails when a parameter gets its first gradient later than others
     return torch.optim.SGD(groups, momentum=settings["momentum"], nesterov=settings["nesterov"], foreach=True)
 
 
@@ -63,7 +60,7 @@ OPTIMIZERS: dict[str, Callable[[Groups, dict[str, Any]], torch.optim.Optimizer]]
 }
 
 OPTIMIZER_SETTINGS = {"name", "momentum", "nesterov", "weight_decay", "beta2", "eps", "lars_eta", "lamb_norm_range"}
-"""Settings of the configuration's optim section that `build_optimizer` takes as they are."""
+"""Settings of the configuration's optim section that are arguments of `build_optimizer`."""
 
 
 def build_optimizer(
@@ -81,9 +78,9 @@ def build_optimizer(
 ) -> torch.optim.Optimizer:
     """The optimizer called `name` with two groups: weights, and norms and biases.
 
-    Whatever has one dimension or none (biases, the scales of BatchNorm and LayerNorm, a learned temperature)
-    neither decays nor, by LARS and LAMB, has its rate adapted to its norm. `momentum` is beta 1 of AdamW and
-    LAMB; `eps` None is the optimizer's own.
+    Parameters with at most one dimension (biases, the scales of BatchNorm and LayerNorm, a learned temperature)
+    have no weight decay, and LARS and LAMB do not adapt their learning rate. `momentum` is beta 1 of AdamW and LAMB;
+    `eps` None is the optimizer's own default.
 
     Raises ConfigError for an unknown name.
     """
@@ -110,11 +107,3 @@ def build_optimizer(
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         group["lr"] = lr
-
-
-def clip_gradients(gradients: list[Tensor], norm: Tensor, limit: float) -> None:
-    """Scale `gradients` in place so that their global norm is at most `limit`; `norm` (0-dim) is their norm now.
-
-    As torch.nn.utils.clip_grad_norm_, with a norm that is known already: the host learns nothing of it.
-    """
-    torch._foreach_mul_(gradients, (limit / (norm + 1e-6)).clamp(max=1.0))

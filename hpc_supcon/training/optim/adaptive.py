@@ -1,11 +1,10 @@
-"""LARS and LAMB: learning rates that follow each weight's norm.
+"""LARS and LAMB: optimizers that scale each weight's step to the weight's norm.
 
-Everything is done on lists of tensors (torch._foreach_*), and what is decided by a norm is decided on the
-device: a step never makes the host wait. Each weight's own factor enters through `_foreach_addcmul_` as a 0-dim
-first operand, for which CUDA has a multi-tensor kernel; a `_foreach_mul_` by a list of 0-dim tensors would be
-one launch for each weight.
+All operations are on lists of tensors (torch._foreach_*), and conditions on norms are evaluated on the device, so
+that a step never makes the host wait. Each weight's own factor is the 0-dim first operand of `_foreach_addcmul_`, for
+which CUDA has a multi-tensor kernel; `_foreach_mul_` by a list of 0-dim tensors would be one launch for each weight.
 
-Parameter groups take `lr`, `weight_decay` and `adapt` (False: the plain optimizer, with no trust ratio).
+Parameter groups take `lr`, `weight_decay` and `adapt` (False: no trust ratio, as in SGD and Adam).
 """
 
 from __future__ import annotations
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor
 
 Groups = list[dict[str, Any]]
-Tensors = tuple[Tensor, ...] | list[Tensor]
+TensorList = tuple[Tensor, ...] | list[Tensor]
 
 
 class Lars(torch.optim.Optimizer):
@@ -25,7 +24,7 @@ class Lars(torch.optim.Optimizer):
     For each weight w with gradient g, u = g + weight_decay w:
         ratio = eta |w| / (|g| + weight_decay |w| + eps), 1 where |w| or |g| is 0
         v = momentum v + ratio u,   w = w - lr v   (Nesterov: w - lr (ratio u + momentum v))
-    Unlike there, the learning rate stands outside the momentum, as in PyTorch's SGD: a schedule acts at once.
+    Unlike in the paper, the learning rate is outside the momentum, as in PyTorch's SGD: a schedule acts at once.
     """
 
     def __init__(
@@ -57,7 +56,7 @@ class Lars(torch.optim.Optimizer):
             ratio = torch.where((w > 0) & (g > 0), self.eta * w / (g + decay * w + self.eps), 1.0)
             self._move(params, updates, ratio.unbind(), group["lr"])
 
-    def _move(self, params: list[Tensor], updates: Tensors, ratio: Tensors | None, lr: float) -> None:
+    def _move(self, params: list[Tensor], updates: TensorList, ratio: TensorList | None, lr: float) -> None:
         """One step of SGD with momentum along ratio x updates."""
         if self.momentum == 0:
             _add_scaled(params, ratio, updates, -lr)
@@ -109,8 +108,8 @@ class Lamb(torch.optim.Optimizer):
             ratio = self._trust_ratios(params, updates) if group["adapt"] else None
             _add_scaled(params, ratio, updates, -group["lr"])
 
-    def _adam_directions(self, params: list[Tensor], grads: list[Tensor]) -> Tensors:
-        """Move the moments; returns m / (1 - beta1^t) / (sqrt(s / (1 - beta2^t)) + eps)."""
+    def _adam_directions(self, params: list[Tensor], grads: list[Tensor]) -> TensorList:
+        """Update m and s; returns m / (1 - beta1^t) / (sqrt(s / (1 - beta2^t)) + eps)."""
         beta1, beta2 = self.betas
         mean, square = _slots(self.state, params, "exp_avg"), _slots(self.state, params, "exp_avg_sq")
         torch._foreach_lerp_(mean, grads, 1 - beta1)
@@ -125,7 +124,7 @@ class Lamb(torch.optim.Optimizer):
         return torch._foreach_div(mean, denominator)
 
     def _count(self, params: list[Tensor]) -> list[int]:
-        """Steps of each parameter, this one included. They are kept on the CPU: reading them waits for nothing."""
+        """Number of steps of each parameter, including this one. Kept on the CPU, to be read without waiting."""
         for p in params:
             if "step" not in self.state[p]:
                 self.state[p]["step"] = torch.zeros((), device="cpu")
@@ -133,7 +132,7 @@ class Lamb(torch.optim.Optimizer):
         torch._foreach_add_(steps, 1.0)
         return [int(t.numpy()) for t in steps]
 
-    def _trust_ratios(self, params: list[Tensor], updates: list[Tensor]) -> Tensors:
+    def _trust_ratios(self, params: list[Tensor], updates: list[Tensor]) -> TensorList:
         w, u = _norms(params, updates)
         if self.norm_range is not None:
             w = w.clamp(*self.norm_range)
@@ -152,15 +151,15 @@ def _norms(a: list[Tensor], b: list[Tensor]) -> tuple[Tensor, Tensor]:
 
 
 def _slots(state: dict[Any, dict[str, Any]], params: list[Tensor], name: str) -> list[Tensor]:
-    """What the optimizer remembers of each parameter under `name`, zeros at first."""
+    """The state `name` of each parameter, zeros at first."""
     for p in params:
         if name not in state[p]:
             state[p][name] = torch.zeros_like(p)
     return [state[p][name] for p in params]
 
 
-def _add_scaled(to: list[Tensor], factors: Tensors | None, what: Tensors, scale: float) -> None:
-    """to += scale factor what, with a 0-dim factor for each tensor."""
+def _add_scaled(to: list[Tensor], factors: TensorList | None, what: TensorList, scale: float) -> None:
+    """to += scale factor what, with a 0-dim factor for each tensor; None: factor 1."""
     if factors is None:
         torch._foreach_add_(to, what, alpha=scale)
     else:

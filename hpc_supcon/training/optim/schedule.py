@@ -9,7 +9,7 @@ from ...errors import ConfigError, unknown_name
 
 SCHEDULES = ("cosine", "step", "constant", "one_cycle")
 ONE_CYCLE_START = 1 / 25
-"""A one-cycle schedule begins at this share of the peak (OneCycleLR's div_factor)."""
+"""A one-cycle schedule starts at this fraction of the peak (1 / OneCycleLR's div_factor)."""
 
 
 def learning_rate(
@@ -23,17 +23,17 @@ def learning_rate(
     milestones: Sequence[float] = (),
     gamma: float = 1.0,
 ) -> float:
-    """The rate of `step` (from 0) of `steps`. Raises ConfigError for an unknown schedule.
+    """The learning rate of `step` (counted from 0) of `steps`. Raises ConfigError for an unknown schedule.
 
     After a linear warm-up (peak / warmup_steps, ..., peak):
         cosine     from peak to final_fraction * peak
-        step       times gamma at each milestone (share of `steps`)
+        step       times gamma at each milestone (fraction of `steps`)
         constant   peak
-    one_cycle (Smith and Topin 2018): half a cosine up to the peak during the warm-up, half a cosine down to
-    final_fraction * peak, which the last step has.
+    one_cycle (Smith and Topin 2018): half a cosine up to the peak during the warm-up, then half a cosine down to
+    final_fraction * peak in the last step.
     """
     if schedule == "one_cycle":
-        top = max(0, warmup_steps - 1)  # the step that has the peak
+        top = max(0, warmup_steps - 1)  # the step at the peak
         if step < top:
             return peak * _half_cosine(ONE_CYCLE_START, 1.0, step / top)
         return peak * _half_cosine(1.0, final_fraction, (step - top) / max(1, steps - 1 - top))

@@ -1,4 +1,4 @@
-"""The benchmark of the step: its rows, its end of memory, its advice, and the plain loop beside it."""
+"""The benchmark of the step: its rows, a full memory, its recommendation, and the comparison with a plain loop."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch import nn
 
 from hpc_supcon.bench import step
 from hpc_supcon.bench.plain_loop import PilImages, PlainLoop, TwoCrops, sample_transform
-from hpc_supcon.bench.step import Limits, Result, recommend, run_rows
+from hpc_supcon.bench.step import Limits, StepRow, recommend, run_rows
 from hpc_supcon.bench.step_compare import build_plain_loop
 from hpc_supcon.cli import main
 from hpc_supcon.losses import SupConLoss
@@ -20,10 +20,10 @@ SMALL = ["data.synthetic={images: 64, image_size: 8}", "model.projection_hidden=
 
 
 def row(encoder, batch_size, rate, status="ok", precision="fp32"):
-    return Result(encoder, precision, False, batch_size, status, views_per_s=rate)
+    return StepRow(encoder, precision, False, batch_size, status, views_per_s=rate)
 
 
-def test_the_smallest_batch_that_is_nearly_the_best_is_recommended():
+def test_the_smallest_batch_that_is_nearly_the_fastest_is_recommended():
     rows = [
         row("conv", 32, 80.0),
         row("conv", 64, 95.5),
@@ -38,8 +38,8 @@ def test_the_smallest_batch_that_is_nearly_the_best_is_recommended():
     assert big == "big: no batch size fits this machine"
 
 
-def test_the_end_of_memory_is_a_row_and_not_a_crash():
-    rows = [Result("conv", "fp32", False, size, "") for size in (8, 1 << 16, 1 << 17)]
+def test_a_full_memory_gives_a_row_and_no_crash():
+    rows = [StepRow("conv", "fp32", False, size, "") for size in (8, 1 << 16, 1 << 17)]
     overrides = ["data.synthetic={images: 131072, image_size: 8, channels: 1}"]
     found = run_rows(rows, overrides, "cpu", Limits(0.01, 600.0, 512 << 20), 1)
     assert [(r.batch_size, r.status) for r in found] == [(8, "ok"), (1 << 16, "out of memory")]
@@ -90,7 +90,7 @@ def test_the_command_writes_rows_comparison_and_advice(tmp_path, capsys, monkeyp
         (["loss.name=tcl"], "--no-plain"),
     ],
 )
-def test_mistakes_end_before_anything_is_measured(arguments, fragment, capsys, monkeypatch):
+def test_wrong_arguments_are_refused_before_anything_is_measured(arguments, fragment, capsys, monkeypatch):
     monkeypatch.setattr(step, "machine", None)
     monkeypatch.setattr(step, "run_rows", None)
     with pytest.raises(SystemExit) as done:
@@ -113,10 +113,10 @@ def test_the_plain_loop_minimizes_the_same_loss():
 
 
 def test_the_plain_loop_starts_from_the_same_weights_on_the_same_images():
-    config = step.settings("conv", "fp32", False, 16, SMALL)
+    config = step.step_config("conv", "fp32", False, 16, SMALL)
     loop = build_plain_loop(config, 1, torch.device("cpu"))
-    with closing(step.Session(config, torch.device("cpu"))) as session:
-        model, train = session.state.model, session.data.splits.train
+    with closing(step.StepSession(config, torch.device("cpu"))) as session:
+        model, train = session.training.state.model, session.data.splits.train
     assert torch.equal(torch.from_numpy(loop.loader.dataset.arrays).permute(0, 3, 1, 2), train.stack())
     ours = model.encoder.state_dict() | model.heads["projection"].state_dict(prefix="head.")
     for name, plain in (loop.encoder.state_dict() | loop.head.state_dict(prefix="head.")).items():

@@ -17,7 +17,7 @@ from hpc_supcon.errors import CheckpointCorrupt, RunFolderError
 from hpc_supcon.evaluation.encoder import load_model
 from hpc_supcon.evaluation.fitted_probe import load_probe
 from hpc_supcon.evaluation.plots import draw_training_curves
-from hpc_supcon.training import assemble
+from hpc_supcon.training.data import load_data
 
 FAST = [
     "data.source=synthetic", "data.synthetic={images: 90, classes: 4, channels: 1, image_size: 8}",
@@ -102,7 +102,7 @@ def test_every_evaluation_is_logged_and_plotted(whole):
 def test_a_saved_probe_reproduces_the_scores(whole, kind):
     fitted = load_probe(whole / "probes" / kind)
     config = load_config(whole / "config.yaml")
-    test = assemble.load_data(config, Runtime(Launch(), torch.device("cpu"))).splits.test
+    test = load_data(config, Runtime(Launch(), torch.device("cpu"))).splits.test
     x, labels = test.stack(), test.labels
     if fitted.input == "features":
         model, found = load_model(whole)

@@ -8,7 +8,7 @@ import pytest
 
 from hpc_supcon import cli
 from hpc_supcon.config import yaml12
-from hpc_supcon.training import assemble
+from hpc_supcon.training import data as training_data
 
 DEEPSPEED = ["train.engine=deepspeed", "train.deepspeed.zero=2"]
 VALIDATE = "validation.every_epochs=1"
@@ -115,7 +115,7 @@ def _no_data(monkeypatch):
     def load_data(*_: object) -> None:
         raise AssertionError("the data was read")
 
-    monkeypatch.setattr(assemble, "load_data", load_data)
+    monkeypatch.setattr(training_data, "load_data", load_data)
 
 
 def run(capsys, *arguments):

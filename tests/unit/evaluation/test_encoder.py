@@ -9,8 +9,10 @@ from hpc_supcon import checkpoint, run_folder
 from hpc_supcon.config import load_config
 from hpc_supcon.distributed.launch import Launch, Runtime
 from hpc_supcon.evaluation.encoder import load_model
+from hpc_supcon.models import build_model
 from hpc_supcon.stages.probe import probe
-from hpc_supcon.training import assemble
+from hpc_supcon.training.build import describe_model
+from hpc_supcon.training.data import load_data
 
 SETTINGS = [
     "data.source=synthetic", "data.synthetic={images: 60, classes: 3, channels: 1, image_size: 8}",
@@ -24,15 +26,15 @@ RUNTIME = Runtime(Launch(), torch.device("cpu"))
 def run(tmp_path):
     """(folder, config, data) of a run stopped early: checkpoints of steps 2 and 4, of which step 2 was the best."""
     config = load_config("default", [*SETTINGS, f"run_dir={tmp_path / 'run'}"])
-    data = assemble.load_data(config, RUNTIME)
-    description = assemble.describe_model(config, data.splits)
+    data = load_data(config, RUNTIME)
+    description = describe_model(config, data.splits)
     run_folder.create(config.folder, config)
     for step in (2, 4):
         torch.manual_seed(step)
         checkpoint.save_checkpoint(
             config.folder / "checkpoints",
             step,
-            {"model": assemble.build_model(description).state_dict()},
+            {"model": build_model(description).state_dict()},
             {**description, "stopping": {"best_at": 2}},
             world_size=1,
             config_digest="",

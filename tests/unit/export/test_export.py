@@ -23,7 +23,8 @@ from hpc_supcon.evaluation.encoder import load_model
 from hpc_supcon.evaluation.fitted_probe import load_probe, save_probe
 from hpc_supcon.export import export_part, exporter, load_part
 from hpc_supcon.export.formats import FORMATS, METADATA
-from hpc_supcon.training import assemble
+from hpc_supcon.training.build import describe_model
+from hpc_supcon.training.data import load_data
 
 FAST = [
     "data.batch_size=256", "model.encoder=conv", "model.projection_hidden=16", "model.projection_dim=8",
@@ -57,8 +58,8 @@ def untrained(folder, *overrides):
     """A run folder with one checkpoint of random weights and random BatchNorm statistics."""
     synthetic = "data.synthetic={images: 24, classes: 3, channels: 3, image_size: 32}"
     config = load_config("default", ["data.source=synthetic", synthetic, f"run_dir={folder}", *overrides])
-    data = assemble.load_data(config, Runtime(Launch(), torch.device("cpu")))
-    description = assemble.describe_model(config, data.splits)
+    data = load_data(config, Runtime(Launch(), torch.device("cpu")))
+    description = describe_model(config, data.splits)
     model = hpc_supcon.models.build_model(description)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d):

@@ -20,8 +20,9 @@ from hpc_supcon.distributed.collectives import world_size
 from hpc_supcon.distributed.launch import Launch, Runtime
 from hpc_supcon.errors import ConfigError
 from hpc_supcon.models import build_encoder, build_model, synchronize_batchnorm
-from hpc_supcon.training import assemble
+from hpc_supcon.training.build import build_training, describe_model
 from hpc_supcon.training.step import train_step
+from tests.dist.test_step import in_memory
 
 # name -> (published parameters with the 1000-class layer, width of the features below it)
 PUBLISHED = {
@@ -62,13 +63,12 @@ def test_every_encoder_does_a_training_step_and_an_evaluation_on_real_digits(nam
          "train.channels_last=false"],
     )  # fmt: skip
     splits, runtime = digits(), Runtime(Launch(rank=0, world_size=1), torch.device("cpu"))
-    description = assemble.describe_model(config, splits)
-    model, views = build_model(description), assemble.build_views(config, description, runtime)
-    state = assemble.build_state(config, model, assemble.build_objective(config, views), views, runtime)
+    training = build_training(config, in_memory(splits), runtime)
+    model = training.state.model
     before = {k: v.clone() for k, v in model.encoder.named_parameters()}
     index = torch.arange(4)
     images = torch.stack([splits.train.read(i) for i in index])
-    result = train_step(state, Batch(images, splits.train.labels[:4], index))
+    result = train_step(training.state, Batch(images, splits.train.labels[:4], index), training.options)
     assert result.loss.isfinite()
     assert result.gradient_norm > 0
     moved = [k for k, p in model.encoder.named_parameters() if not torch.equal(p, before[k])]
@@ -215,7 +215,7 @@ def test_resizing_works_in_bf16_and_keeps_the_memory_layout():
 
 def test_an_encoder_with_an_input_size_is_rebuilt_from_the_description_in_a_checkpoint():
     config = cfg.load_config("default", ["model.encoder=resnet18", "model.input_size=80"])
-    description = assemble.describe_model(config, digits())
+    description = describe_model(config, digits())
     assert description["encoder"]["input_size"] == 80
     encoder = build_model(description).encoder
     assert encoder.stem_kind == "standard"

@@ -160,12 +160,12 @@ RUNS = [
 
 
 def pruned_state(overrides, rate=0.6):
-    state, batches = build(0, 1, overrides)
+    state, options, batches = build(0, 1, overrides)
     masks = masks_of(state.model.encoder, rate)
     state.masks = WeightMasks(state.model.encoder, masks)
     if state.ema is not None:  # as in a run, where weights are masked before the state is built
         state.ema.load_state_dict(state.model.state_dict())
-    return state, batches, masks
+    return state, options, batches, masks
 
 
 def assert_pruned(tensors, masks, prefix="encoder."):
@@ -177,7 +177,7 @@ def assert_pruned(tensors, masks, prefix="encoder."):
 
 @pytest.mark.parametrize("overrides", RUNS)
 def test_pruned_weights_stay_zero_through_100_steps_and_a_resume(tmp_path, overrides):
-    state, batches, masks = pruned_state(overrides)
+    state, options, batches, masks = pruned_state(overrides)
     before = copy.deepcopy(state.model.state_dict())
     for step in range(100):
         if step == 50:
@@ -185,9 +185,9 @@ def test_pruned_weights_stay_zero_through_100_steps_and_a_resume(tmp_path, overr
                 tmp_path, 50, state.tensors(), state.numbers(), world_size=1, config_digest="", trusted=set()
             )
             found = checkpoint.load_checkpoint(path)
-            state, _ = build(0, 1, overrides)  # without masks
+            state, _, _ = build(0, 1, overrides)  # without masks
             state.load(found.tensors, found.state)
-        train_step(state, batches[step % len(batches)])
+        train_step(state, batches[step % len(batches)], options)
     assert_pruned(state.model.state_dict(), masks)
     if state.ema is not None:
         assert_pruned(state.ema.state_dict(), masks)
@@ -205,8 +205,8 @@ def test_pruned_weights_stay_zero_through_100_steps_and_a_resume(tmp_path, overr
 
 def test_steps_of_a_masked_model_equal_those_of_torchs_reparametrization():
     """torch.nn.utils.prune's weight_orig * weight_mask, trained beside it, has the same kept weights."""
-    state, batches, masks = pruned_state(["optim.weight_decay=0.01"])
-    other, _ = build(0, 1, ["optim.weight_decay=0.01"])
+    state, options, batches, masks = pruned_state(["optim.weight_decay=0.01"])
+    other, _, _ = build(0, 1, ["optim.weight_decay=0.01"])
     with torch.no_grad():
         for name, mask in masks.items():
             dict(other.model.encoder.named_parameters())[name].mul_(mask)
@@ -214,8 +214,8 @@ def test_steps_of_a_masked_model_equal_those_of_torchs_reparametrization():
     for name, module in others.items():
         reference.custom_from_mask(module, "weight", masks[f"{name}.weight"])
     for batch in batches:
-        train_step(state, batch)
-        train_step(other, batch)
+        train_step(state, batch, options)
+        train_step(other, batch, options)
     for name, module in others.items():
         mine = dict(state.model.encoder.named_parameters())[f"{name}.weight"]
         torch.testing.assert_close(mine, module.weight_orig * module.weight_mask, rtol=1e-5, atol=1e-7)

@@ -13,7 +13,7 @@ from hpc_supcon import checkpoint
 from hpc_supcon.config import load_config
 from hpc_supcon.data import ArraySource, Splits
 from hpc_supcon.stages.probe import load_model
-from hpc_supcon.training import assemble
+from hpc_supcon.training.build import describe_model
 from hpc_supcon.training.ema import WeightAverage
 from hpc_supcon.training.engine.base import load_optimizer
 from hpc_supcon.training.step import train_step
@@ -75,17 +75,17 @@ RUNS = [
 
 @pytest.mark.parametrize("overrides", RUNS)
 def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, overrides):
-    state, batches = build(0, 1, overrides)
+    state, options, batches = build(0, 1, overrides)
     for batch in batches[:2]:
-        train_step(state, batch)
+        train_step(state, batch, options)
     path = checkpoint.save_checkpoint(tmp_path, 2, state.tensors(), {"step": 2}, world_size=1, config_digest="")
     assert (path / "ema.safetensors").exists() == (state.ema is not None)
     for batch in batches[2:]:
-        train_step(state, batch)
-    other, _ = build(0, 1, overrides)
+        train_step(state, batch, options)
+    other, other_options, _ = build(0, 1, overrides)
     other.load(checkpoint.load_checkpoint(path).tensors, {"step": 2})
     for batch in batches[2:]:
-        train_step(other, batch)
+        train_step(other, batch, other_options)
     want, got = state.tensors(), other.tensors()
     assert want.keys() == got.keys()
     for part, named in want.items():
@@ -95,12 +95,12 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, overrid
 
 
 def test_evaluation_takes_the_average_where_there_is_one(tmp_path):
-    state, batches = build(0, 1, ["train.ema=0.9"])
+    state, options, batches = build(0, 1, ["train.ema=0.9"])
     for batch in batches[:2]:
-        train_step(state, batch)
+        train_step(state, batch, options)
     source = ArraySource(torch.zeros(5, 3, 8, 8, dtype=torch.uint8), torch.arange(5), tuple("abcde"))
     config = load_config("default", SETTINGS)
-    description = assemble.describe_model(config, Splits(source, source, source))
+    description = describe_model(config, Splits(source, source, source))
     for tensors, want in ((state.tensors(), state.ema.state_dict()), (None, state.model.state_dict())):
         parts = tensors or {"model": state.model.state_dict()}
         folder = tmp_path / ("with" if tensors else "without")
@@ -117,9 +117,9 @@ def test_evaluation_takes_the_average_where_there_is_one(tmp_path):
 def test_clipping_bounds_the_update_and_the_norm_reported_is_the_one_before():
     moved = []
     for overrides in ([], ["optim.clip_norm=0.01"]):
-        state, batches = build(0, 1, ["optim.momentum=0", "optim.weight_decay=0", *overrides])
+        state, options, batches = build(0, 1, ["optim.momentum=0", "optim.weight_decay=0", *overrides])
         before = [p.detach().clone() for p in state.model.parameters()]
-        norm = train_step(state, batches[0]).gradient_norm
+        norm = train_step(state, batches[0], options).gradient_norm
         moved.append((norm, [p.detach() - b for p, b in zip(state.model.parameters(), before, strict=True)]))
     (free_norm, free), (clipped_norm, clipped) = moved
     assert free_norm == clipped_norm > 0.01

@@ -10,7 +10,9 @@ from torch import nn
 
 from hpc_supcon.errors import OutOfMemory
 from hpc_supcon.training import memory
-from hpc_supcon.training.fit import Calls, fit
+from hpc_supcon.training.fit import fit
+from hpc_supcon.training.plan import TrainingPlan
+from hpc_supcon.training.state import Training
 from tests.dist.test_step import build
 
 GIB = 2**30
@@ -47,9 +49,9 @@ def short_of_memory(monkeypatch):
     """fail(error, used, limit, overrides) -> the message of a training step on a machine with `limit` bytes."""
 
     def fail(error, used, limit, overrides=()):
-        state, batches = build(0, 1, overrides)
+        state, options, batches = build(0, 1, overrides)
         monkeypatch.setattr(memory, "used_and_limit", lambda device: (used, limit))
-        with pytest.raises(OutOfMemory) as caught, memory.memory_advice(state, batches[0]):
+        with pytest.raises(OutOfMemory) as caught, memory.memory_advice(state, batches[0], options):
             raise error
         assert caught.value.__context__ is None or caught.value.__suppress_context__
         return str(caught.value), state, batches[0]
@@ -63,9 +65,9 @@ CPU_ERROR = RuntimeError("[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultC
 
 @pytest.mark.parametrize("error", [CUDA_ERROR, CPU_ERROR, MemoryError()])
 def test_the_piece_proposed_fits_and_twice_as_large_does_not(short_of_memory, error):
-    state, batches = build(0, 1, [])
+    state, options, batches = build(0, 1, [])
     used = 10_000_000
-    need = [memory.peak_bytes(state, batches[0], n) for n in (4, 8)]
+    need = [memory.peak_bytes(state, batches[0], options, n) for n in (4, 8)]
     limit = round((used + (need[0] + need[1]) / 2) / memory.SHARE["cpu"])  # room for 4 images, not for 8
     message, _, _ = short_of_memory(error, used, limit)
     assert re.search(r"step 0: out of memory on cpu with 24 images in one pass \(about ", message)
@@ -91,32 +93,28 @@ def test_where_nothing_fits_recomputing_is_proposed(short_of_memory):
 
 
 def test_other_errors_are_left_alone():
-    state, batches = build(0, 1, [])
-    with pytest.raises(RuntimeError, match="sizes of tensors"), memory.memory_advice(state, batches[0]):
+    state, options, batches = build(0, 1, [])
+    with pytest.raises(RuntimeError, match="sizes of tensors"), memory.memory_advice(state, batches[0], options):
         raise RuntimeError("sizes of tensors must match")
 
 
 def test_the_training_loop_gives_the_advice(monkeypatch):
-    state, batches = build(0, 1, [])
+    state, options, batches = build(0, 1, [])
 
-    def step(state, batch):
+    def step(state, batch, options):
         raise CPU_ERROR
-
-    class Plan:
-        steps, steps_per_epoch, images_per_step, epochs = 5, 5, 24, 1
-
-        @staticmethod
-        def lr(step):
-            return 0.1
 
     class Loader:
         @staticmethod
         def epoch(epoch, start):
             return iter(batches)
 
+    plan = TrainingPlan(
+        steps=5, steps_per_epoch=5, images_per_step=24, lr=lambda step: 0.1, log_every=1, save_at=lambda step: False
+    )
     monkeypatch.setattr("hpc_supcon.training.fit.train_step", step)
     with pytest.raises(OutOfMemory, match=r"set train\.micro_batch_size="):
-        fit(state, Loader(), Plan(), Calls(save=None), log=None, progress=None)
+        fit(Training(state, options, Loader(), plan, {}), None, log=None, progress=None)
 
 
 def test_memory_of_this_process_is_between_nothing_and_the_machine():

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpc_supcon.errors import ConfigError
 from hpc_supcon.models import build_encoder
-from hpc_supcon.training.optim import build_optimizer, clip_gradients, set_learning_rate
+from hpc_supcon.training.engine.base import clip_gradients
+from hpc_supcon.training.optim import build_optimizer, set_learning_rate
 
 SHAPES = [(4, 3), (2, 3, 3, 3), (5, 1, 1, 1), (3, 2), (7, 2), (4,), (1,), ()]
 ZERO_WEIGHT, ZERO_GRADIENT, SOMETIMES, SOMETIMES_TOO = 3, 4, 1, 5

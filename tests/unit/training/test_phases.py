@@ -1,4 +1,4 @@
-"""The phases of a step: every moment belongs to one of them, and measuring changes nothing."""
+"""The phases of a step: every moment belongs to one of them, and measuring changes no result."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import gzip
 import json
 import weakref
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -17,8 +18,8 @@ from hpc_supcon import phases
 from hpc_supcon.distributed.launch import Launch, Runtime
 from hpc_supcon.errors import NonFinite, RunFolderError
 from hpc_supcon.phases import Clock, measured_by, phase
-from hpc_supcon.training.finite_check import Guard
-from hpc_supcon.training.garbage_collection import collected_every
+from hpc_supcon.training import finite_check
+from hpc_supcon.training.fit import collect_garbage_every
 from hpc_supcon.training.profile import TRACED, WARM_UP, Breakdown, StepProfile, breakdown
 from hpc_supcon.training.step import train_step
 from tests.dist.ranks import run_ranks
@@ -28,7 +29,7 @@ CPU = torch.device("cpu")
 
 
 class Time:
-    """A clock that goes on only where it is told to."""
+    """A clock that advances only by `passes`."""
 
     def __init__(self, monkeypatch):
         self.now = 0.0
@@ -59,7 +60,7 @@ def taking(module, time, forward, backward):
 
 
 def timed_state(time, overrides):
-    state, batches = build(0, 1, overrides)
+    state, options, batches = build(0, 1, overrides)
     taking(state.model.encoder, time, 3.0, 7.0)
     taking(state.model.heads["projection"], time, 2.0, 5.0)
     taking(state.objective, time, 11.0, 13.0)
@@ -67,41 +68,41 @@ def timed_state(time, overrides):
     state.views.draw = lambda *size: (time.passes(0.5), draw(*size))[1]
     state.views.render = lambda *some: (time.passes(1.0), render(*some))[1]
     state.engine.step = lambda *some: (time.passes(17.0), step(*some))[1]
-    return state, batches
+    return state, options, batches
 
 
-def measured(state, batches):
+def measured(state, options, batches):
     clock = Clock(CPU)
     with measured_by(clock, state.model):
         for batch in batches:
-            train_step(state, batch)
+            train_step(state, batch, options)
     return breakdown(clock, len(batches))
 
 
-def test_every_part_of_a_step_is_charged_to_its_phase(monkeypatch):
+def test_the_time_of_every_part_of_a_step_is_counted_for_its_phase(monkeypatch):
     time = Time(monkeypatch)
     found = measured(*timed_state(time, []))
     assert found.seconds == {
         "views": 1.5, "encoder": 3.0, "projection": 2.0, "loss": 11.0, "loss backward": 13.0,
-        "projection backward": 5.0, "encoder backward": 7.0, "optimizer": 17.0, "guard": 0.0, "rest": 0.0,
+        "projection backward": 5.0, "encoder backward": 7.0, "optimizer": 17.0, "finite check": 0.0, "rest": 0.0,
     }  # fmt: skip
     assert found.total == time.now / 5
     assert found.share("encoder") == 10 / 59.5
-    assert found.names() == ["views", "encoder", "projection", "loss", "optimizer", "guard", "rest"]
+    assert found.names() == ["views", "encoder", "projection", "loss", "optimizer", "finite check", "rest"]
 
 
-def test_the_two_passes_of_a_step_are_charged_to_the_same_phases(monkeypatch):
+def test_the_time_of_both_passes_of_a_step_is_counted_for_the_same_phases(monkeypatch):
     found = measured(*timed_state(Time(monkeypatch), ["train.micro_batch_size=8"]))  # three pieces, each twice
     assert found.seconds == {
         "views": 6.5, "encoder": 18.0, "projection": 12.0, "loss": 11.0, "loss backward": 13.0,
-        "projection backward": 15.0, "encoder backward": 21.0, "optimizer": 17.0, "guard": 0.0, "rest": 0.0,
+        "projection backward": 15.0, "encoder backward": 21.0, "optimizer": 17.0, "finite check": 0.0, "rest": 0.0,
     }  # fmt: skip
 
 
 @phase("gather")
-def leave_by_an_error(time):
+def ended_by_an_error(time):
     time.passes(16)
-    raise NonFinite("leaves no phase open")
+    raise NonFinite("the phase ends as well")
 
 
 def test_nested_phases_add_up_to_the_whole(monkeypatch):
@@ -115,7 +116,7 @@ def test_nested_phases_add_up_to_the_whole(monkeypatch):
                 time.passes(4)
             time.passes(8)
             with pytest.raises(NonFinite):
-                leave_by_an_error(time)
+                ended_by_an_error(time)
         time.passes(32)
     assert clock.read() == {"rest": 33, "loss": 10, "gather": 20}
 
@@ -136,14 +137,14 @@ def test_measuring_and_tracing_change_no_bit(overrides, tmp_path):
     ends = []
     for watched in (False, True):
         torch.manual_seed(0)
-        state, batches = build(0, 1, overrides)
+        state, options, batches = build(0, 1, overrides)
         reports = []
         profile = StepProfile(3, state.model, CPU, tmp_path, reports.append) if watched else nullcontext()
-        with profile as told:
+        with profile as active:
             for k in range(WARM_UP + 3 + TRACED + 2):
-                train_step(state, batches[k % 5])
-                if told is not None:
-                    told.stepped()
+                train_step(state, batches[k % 5], options)
+                if active is not None:
+                    active.step()
         ends.append(state.model.state_dict())
     assert [r.steps for r in reports] == [3]
     assert {"encoder backward", "projection backward", "views", "loss"} <= set(reports[0].seconds)
@@ -158,26 +159,26 @@ def test_measuring_and_tracing_change_no_bit(overrides, tmp_path):
 
 
 def test_a_run_that_ends_early_reports_what_it_measured(tmp_path):
-    state, batches = build(0, 1, [])
+    state, options, batches = build(0, 1, [])
     reports = []
     with StepProfile(100, state.model, CPU, tmp_path / "none", reports.append) as profile:
         for k in range(WARM_UP + 2):
-            train_step(state, batches[k % 5])
-            profile.stepped()
+            train_step(state, batches[k % 5], options)
+            profile.step()
     assert [r.steps for r in reports] == [2]
     assert not phases._clocks
     assert not (tmp_path / "none").exists()
 
 
 def profile_on_ranks(rank, world_size, folder):
-    state, batches = build(rank, world_size, [])
+    state, options, batches = build(rank, world_size, [])
     with StepProfile(1, state.model, CPU, Path(folder) if rank == 0 else None, lambda found: None) as profile:
         for k in range(WARM_UP + TRACED):
-            train_step(state, batches[k % 5])
-            profile.stepped()
-        train_step(state, batches[0])
+            train_step(state, batches[k % 5], options)
+            profile.step()
+        train_step(state, batches[0], options)
         with pytest.raises(RunFolderError, match="cannot be written") as caught:
-            profile.stepped()
+            profile.step()
     return str(caught.value)
 
 
@@ -189,11 +190,11 @@ def test_a_trace_that_rank_0_cannot_write_stops_all_ranks(tmp_path):
 
 class Cycle:
     def __init__(self):
-        self.itself = self
+        self.cycle = self
 
 
 def test_garbage_is_collected_at_the_given_steps_only():
-    with collected_every(3) as collect:
+    with collect_garbage_every(3) as collect:
         assert not gc.isenabled()
         gone = []
         for step in range(1, 8):
@@ -206,16 +207,16 @@ def test_garbage_is_collected_at_the_given_steps_only():
     assert gc.isenabled()
 
 
-def test_the_collector_comes_back_after_an_error_and_stays_as_it_was():
-    with pytest.raises(NonFinite), collected_every(3):
+def test_the_collector_is_enabled_again_after_an_error_and_unchanged_without_a_number_of_steps():
+    with pytest.raises(NonFinite), collect_garbage_every(3):
         raise NonFinite("x")
     assert gc.isenabled()
-    with collected_every(None) as collect:
+    with collect_garbage_every(None) as collect:
         assert gc.isenabled()
         collect(3)
     gc.disable()
     try:
-        with collected_every(3):
+        with collect_garbage_every(3):
             pass
         assert not gc.isenabled()
     finally:
@@ -264,40 +265,40 @@ class FakeTiledBackend:
     ],
     ids=lambda overrides: overrides[0] if overrides else "default",
 )
-def test_a_step_never_waits_for_its_device_but_in_the_guard(monkeypatch, overrides, backend):
-    """On a device whose tensors have no values: whatever reads one fails, as does every copy to the host."""
+def test_a_step_never_waits_for_its_device_except_to_read_the_finite_check(monkeypatch, overrides, backend):
+    """On a device whose tensors have no values: reading a value fails, and so does every copy to the host."""
     from hpc_supcon.losses import torch_tiled
 
     monkeypatch.setattr(torch_tiled, "TorchTiledBackend", FakeTiledBackend)
     monkeypatch.setattr(torch, "autocast", lambda *a, **k: nullcontext())  # it does not know such a device
     meta = torch.device("meta")
-    state, batches = build(0, 1, [*overrides, f"loss.backend={backend}"], runtime=Runtime(Launch(), meta))
-    state.guard = Guard(meta, deferred=True)
-    state.guard.check = lambda *a: None  # it reads the answer of the step before
+    state, options, batches = build(0, 1, [*overrides, f"loss.backend={backend}"], runtime=Runtime(Launch(), meta))
+    options = replace(options, defer_finite_check=True)
+    monkeypatch.setattr(finite_check, "_to_host", lambda numbers: (torch.zeros(3), None))
     for batch in batches[:3]:
-        train_step(state, type(batch)(batch.images.to(meta), batch.labels.to(meta), batch.index.to(meta)))
+        train_step(state, type(batch)(batch.images.to(meta), batch.labels.to(meta), batch.index.to(meta)), options)
     assert state.step == 3
     with pytest.raises(RuntimeError):
-        bool(torch.ones((), device=meta))  # what the test stands on
+        bool(torch.ones((), device=meta))  # the assumption of this test
 
 
 def ranks_that_may_not_wait(rank, world_size, overrides):
-    state, batches = build(rank, world_size, overrides)
-    drawn = [state.views(batch.images) for batch in batches]  # drawing is the CPU's on every device
+    state, options, batches = build(rank, world_size, overrides)
+    drawn = [state.views(batch.images) for batch in batches]  # drawing happens on the CPU for every device
     state.views.draw, state.views.select = (lambda *a: None), (lambda *a: None)
     state.views.render = lambda *a: drawn[state.step]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(state.guard, "check", lambda *a: None)
+        patch.setattr("hpc_supcon.training.step.FiniteCheck", lambda *a: None)
         # the queue's position is a number on the CPU
         refuse(patch, [name for name in WAITS if state.queue is None or name != "__int__"])
-        results = [train_step(state, batch) for batch in batches]
+        results = [train_step(state, batch, options) for batch in batches]
     return [float(r.loss) for r in results]
 
 
-def ranks_that_agree_in_every_step(rank, world_size, overrides):
-    state, batches = build(rank, world_size, overrides)
-    state.images_per_rank = None
-    return [float(train_step(state, batch).loss) for batch in batches]
+def ranks_that_exchange_sizes(rank, world_size, overrides):
+    state, options, batches = build(rank, world_size, overrides)
+    options = replace(options, images_per_rank=None)
+    return [float(train_step(state, batch, options).loss) for batch in batches]
 
 
 @pytest.mark.parametrize(
@@ -308,5 +309,5 @@ def ranks_that_agree_in_every_step(rank, world_size, overrides):
         ["loss.name=triplet", "loss.mining=hard", "optim.lr=0.0001"],
     ],
 )
-def test_ranks_that_know_their_batches_need_not_agree_and_lose_nothing(overrides):
-    assert run_ranks(ranks_that_may_not_wait, 2, overrides) == run_ranks(ranks_that_agree_in_every_step, 2, overrides)
+def test_ranks_that_know_their_batch_sizes_need_not_exchange_them(overrides):
+    assert run_ranks(ranks_that_may_not_wait, 2, overrides) == run_ranks(ranks_that_exchange_sizes, 2, overrides)

@@ -11,8 +11,8 @@ from torch.optim import lr_scheduler
 
 from hpc_supcon.config import load_config
 from hpc_supcon.errors import ConfigError
-from hpc_supcon.training import assemble
 from hpc_supcon.training.optim.schedule import learning_rate
+from hpc_supcon.training.plan import build_plan
 
 PEAK = 0.7
 
@@ -142,7 +142,7 @@ def test_what_fits_together_is_accepted(overrides):
 
 def test_a_plan_has_the_schedule_of_its_configuration():
     def rates(*overrides):
-        plan = assemble.build_plan(load_config("default", ["train.epochs=10", "optim.lr=0.7", *overrides]), 7)
+        plan = build_plan(load_config("default", ["train.epochs=10", "optim.lr=0.7", *overrides]), 7)
         assert plan.steps == 70
         return [plan.lr(s) for s in range(70)]
 

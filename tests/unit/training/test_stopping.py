@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from hpc_supcon.training.stopping import EarlyStopping
+from hpc_supcon.training.plan import EarlyStopping
 
 
 def stopped_after(stopping: EarlyStopping, values: list[float]) -> int | None:

@@ -1,0 +1,153 @@
+"""From the configuration to objects: the one place where settings become keyword arguments."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..config import Config
+from ..data import Splits, Views, normalization_of
+from ..distributed.collectives import together
+from ..distributed.launch import Runtime, seed_everything
+from ..models import PretrainingModel, apply_activation_checkpointing, build_model
+from ..models import load_weights as load_pretrained
+from ..pruning import WeightMasks
+from .data import Data, build_training_loader
+from .ema import MomentumQueue, WeightAverage
+from .engine import ENGINES, EngineParts, LossScale, autocast, compiler, engine_options, place
+from .objective import Objective, heads_of
+from .optim import OPTIMIZER_SETTINGS, build_optimizer
+from .plan import build_plan, build_stopping, peak_lr
+from .state import StepOptions, Training, TrainState
+
+
+@dataclass(frozen=True)
+class Start:
+    """What training starts from in place of random weights."""
+
+    model: PretrainingModel
+    """Trained in place of a new model; of the architecture that the configuration describes."""
+    objective: Mapping[str, Tensor] | None = None
+    """State of the objective; None: as the configuration says."""
+    masks: Mapping[str, Tensor] | None = None
+    """bool by the encoder's parameter, False where pruned: those weights stay zero. None: nothing is pruned."""
+
+
+def build_training(
+    config: Config, data: Data, runtime: Runtime, *, start: Start | None = None, load_weights: bool = True
+) -> Training:
+    """Everything that training needs, at step 0. Collective.
+
+    load_weights: start from `model.weights` where it is set; False where a checkpoint is loaded afterwards. Raises
+    ConfigError, DataError, MissingExtra, UnsafeWeights and what the loader raises, the same on every rank.
+    """
+    with together():
+        loader = build_training_loader(config, data, runtime)
+        description = describe_model(config, data.splits)
+        torch.manual_seed(config.seed)  # the same on all ranks, so that their weights are equal
+        model = build_model(description) if start is None else start.model
+        views = build_views(config, description, runtime)
+        objective = Objective(config.loss.weights, config.loss.model_dump(), denormalize=views.denormalize)
+        weights = None
+        if load_weights and config.model.weights is not None:
+            weights = load_pretrained(model.encoder, config.model.weights)
+        if start is not None and start.objective is not None:
+            objective.load_state_dict(start.objective)
+        if start is not None and start.masks is not None:
+            # before the model is copied or wrapped: a weight average and a momentum encoder start pruned as well
+            WeightMasks(model.encoder, start.masks)
+    seed_everything(config.seed, runtime.rank)
+    state = _build_state(config, model, objective, views, runtime)
+    if start is not None and start.masks is not None:
+        state.masks = WeightMasks(state.model.encoder, start.masks)
+    plan = build_plan(config, loader.steps_per_epoch)
+    return Training(state, _step_options(config, runtime), loader, plan, description, weights)
+
+
+def describe_model(config: Config, splits: Splits) -> dict[str, Any]:
+    """What a checkpoint holds so that `models.build_model` can build its model again without the data set."""
+    model = config.model
+    return {
+        "encoder": {
+            "name": model.encoder,
+            "in_channels": splits.channels,
+            "image_size": splits.image_size,
+            "stem": model.stem,
+            "out_dim": model.out_dim,
+            "input_size": model.input_size,
+        },
+        "projection": {"hidden": model.projection_hidden, "out_dim": model.projection_dim},
+        "heads": heads_of(config.loss.weights),
+        "classes": list(splits.classes),
+        "normalization": normalization_of(splits.train),
+    }
+
+
+def build_views(config: Config, description: dict[str, Any], runtime: Runtime, *, stream: int = 1) -> Views:
+    """The random views of this rank. Another `stream` draws other numbers; that of training is 1."""
+    seed = np.random.SeedSequence([config.seed, stream, runtime.rank]).generate_state(1, np.uint64)[0]
+    return Views(
+        config.data.views,
+        description["encoder"]["image_size"],
+        **description["normalization"],
+        seed=int(seed) % 2**63,
+        channels_last=config.train.channels_last,
+        **config.augment.model_dump(),
+    )
+
+
+def _build_state(
+    config: Config, model: PretrainingModel, objective: Objective, views: Views, runtime: Runtime
+) -> TrainState:
+    """The state of a run at its start. Collective. Raises ConfigError for what the engine refuses."""
+    train, optim = config.train, config.optim
+    placed = place(model, runtime, channels_last=train.channels_last, sync_bn=config.model.sync_bn)
+    objective = objective.to(runtime.device)
+    # copies of the model are made before it is wrapped, and before its blocks are changed to recompute activations
+    queue = None
+    if config.loss.queue_size:
+        queue = MomentumQueue(
+            placed, config.loss.queue_size, config.model.projection_dim, config.model.momentum_encoder
+        )
+    ema = None if train.ema is None else WeightAverage(placed, train.ema)
+    if train.activation_checkpointing:
+        apply_activation_checkpointing(placed.encoder)
+    optimizer = partial(build_optimizer, lr=peak_lr(config), **optim.model_dump(include=OPTIMIZER_SETTINGS))
+    parts = EngineParts(
+        model=placed,
+        objective=objective,
+        runtime=runtime,
+        make_optimizer=optimizer,
+        sync_bn=config.model.sync_bn,
+        compile=compiler(enabled=train.compile, cuda_graphs=train.cuda_graphs),
+        scaler=LossScale() if train.precision == "fp16" else None,
+    )
+    return TrainState(
+        model=placed,
+        engine=ENGINES[train.engine](parts, **engine_options(config, runtime)),
+        views=views.to(runtime.device),
+        objective=objective,
+        device=runtime.device,
+        queue=queue,
+        ema=ema,
+        stopping=build_stopping(config),
+    )
+
+
+def _step_options(config: Config, runtime: Runtime) -> StepOptions:
+    train = config.train
+    return StepOptions(
+        autocast=partial(autocast, runtime.device, train.precision),
+        clip_norm=config.optim.clip_norm,
+        micro_batch_size=train.micro_batch_size,
+        # the order of training shares every global batch equally, and drops the last one when it is incomplete
+        images_per_rank=[config.data.batch_size // runtime.world_size] * runtime.world_size,
+        # with fp16 the host reads loss and norm in every step anyway
+        defer_finite_check=runtime.device.type == "cuda" and train.engine == "ddp" and train.precision != "fp16",
+    )

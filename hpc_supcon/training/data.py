@@ -1,0 +1,128 @@
+"""The data set of a run, from its configuration: splits, loaders, and which images share a batch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from ..config import Config
+from ..data import (
+    ArraySource,
+    CropOptions,
+    Loader,
+    LoaderOptions,
+    Order,
+    Source,
+    Splits,
+    build_loader,
+    build_order,
+    choose_loader,
+    load_splits,
+)
+from ..distributed.collectives import gather_objects, together
+from ..distributed.launch import Runtime
+from ..errors import DataError
+from ..losses import loss_spec
+
+
+@dataclass(frozen=True)
+class Data:
+    """The data set of a run and how it is served."""
+
+    splits: Splits
+    loader: str
+    """Name of the loader."""
+    reason: str
+    """Why that loader was chosen, for the user."""
+    training: LoaderOptions
+    evaluation: LoaderOptions
+    """As `training`, but without random crops."""
+
+
+def load_data(config: Config, runtime: Runtime) -> Data:
+    """The data set. Collective. Raises ConfigError and DataError, the same on every rank.
+
+    Where the loader keeps the data set in memory, every image is decoded here, so that damaged files are found
+    before training starts.
+    """
+    data = config.data
+    with together():
+        training = loader_options(config)
+        splits = load_splits(
+            data.source,
+            root=data.root,
+            download=data.download,
+            image_size=data.image_size,
+            channels=data.channels,
+            validation_fraction=data.validation_fraction,
+            train_images=data.train_images,
+            seed=config.seed,
+            synthetic=data.synthetic.model_dump() if data.source == "synthetic" else None,
+            beton=data.beton,
+            check_hash=runtime.launch.local_rank == 0,
+        )
+    name: str = data.loader
+    reason = "as configured"
+    if name == "auto":  # depends on free memory, which differs between nodes: all ranks take rank 0's choice
+        name, reason = gather_objects(choose_loader(splits.train, runtime.device, training))[0]
+    if name == "resident" and data.on_corrupt == "fail":
+        with together():
+            validation = None if splits.validation is None else _decoded(splits.validation)
+            splits = Splits(_decoded(splits.train), validation, _decoded(splits.test))
+    return Data(splits, name, reason, training, replace(training, crop=None))
+
+
+def loader_options(config: Config) -> LoaderOptions:
+    """Options of the training loader."""
+    data, augment = config.data, config.augment
+    crop = None
+    if data.crop_while_decoding:
+        assert data.image_size is not None  # see config.check
+        crop = CropOptions(data.views, data.image_size, augment.crop_scale, augment.crop_ratio)
+    return LoaderOptions(data.workers, data.timeout_s, data.on_corrupt, crop)
+
+
+def build_training_loader(config: Config, data: Data, runtime: Runtime) -> Loader:
+    """This rank's loader of the training split. Raises ConfigError, DataError, and what the loader raises."""
+    order = _build_order(config, data.splits)
+    loader = build_loader(
+        data.loader,
+        data.splits.train,
+        order,
+        seed=config.seed,
+        rank=runtime.rank,
+        world_size=runtime.world_size,
+        device=runtime.device,
+        options=data.training,
+    )
+    _check_batches(config, order, data.splits)
+    return loader
+
+
+def _build_order(config: Config, splits: Splits) -> Order:
+    data = config.data
+    return build_order(
+        data.sampler,
+        splits.train.labels,
+        splits.classes,
+        data.batch_size,
+        classes_per_batch=data.classes_per_batch,
+        images_per_class=data.images_per_class,
+        long_tail_alpha=data.long_tail_alpha,
+    )
+
+
+def _check_batches(config: Config, order: Order, splits: Splits) -> None:
+    """Raise DataError when a batch of the first epoch has no two images of one class, and the loss needs pairs."""
+    if config.data.views > 1 or not any(loss_spec(term).needs_pairs for term in config.loss.weights):
+        return
+    labels = splits.train.labels[order.epoch(config.seed, 0, 0, 1)].sort(dim=1).values
+    all_different = (labels[:, 1:] != labels[:, :-1]).all(dim=1)
+    if all_different.any():
+        raise DataError(
+            f"data.views=1 and no class repeats within batch {int(all_different.nonzero()[0])} of "
+            f"data.batch_size={config.data.batch_size}: no image has a positive; use data.views=2 or a larger batch"
+        )
+
+
+def _decoded(source: Source) -> ArraySource:
+    return source if isinstance(source, ArraySource) else ArraySource(source.stack(), source.labels, source.classes)

@@ -1,0 +1,62 @@
+"""Resuming a run from its newest checkpoint, on the same or another number of ranks."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from .. import checkpoint, run_folder
+from ..config import Config
+from ..distributed.collectives import gather_objects, together
+from ..distributed.launch import Runtime, seed_everything
+from ..errors import WorldSizeMismatch
+from .build import build_views
+from .metrics import console
+from .state import TrainState
+from .validation import VIEWS_STREAM
+
+
+def resume_newest(state: TrainState, folder: Path, runtime: Runtime, config: Config) -> bool:
+    """Load the newest checkpoint that verifies into `state`; False when the run has not saved one yet. Collective.
+
+    Rank 0 chooses the checkpoint and the others load the same one: if each chose for itself, they could differ.
+    Raises CheckpointCorrupt, RunFolderError, WorldSizeMismatch.
+    """
+    found: checkpoint.Checkpoint | None = None
+    with together():
+        if runtime.is_main:
+            found, refused = checkpoint.load_newest(folder / run_folder.CHECKPOINTS)
+            for line in refused:
+                console.print(f"not used: {line}", soft_wrap=True, style="yellow")
+    path = gather_objects(found.path if found else None)[0]
+    if path is None:
+        if runtime.is_main:
+            console.print(f"{folder}: no checkpoint yet, starting from step 0", soft_wrap=True)
+        return False
+    with together():
+        found = found or checkpoint.load_checkpoint(path)
+        saved_world = found.manifest["world_size"]
+        if saved_world != runtime.world_size and not config.train.allow_world_size_change:
+            raise WorldSizeMismatch(
+                f"{path}: saved by {saved_world} ranks, resumed on {runtime.world_size}; start {saved_world} ranks, "
+                "or set train.allow_world_size_change=true"
+            )
+        with checkpoint.mismatch_is_corrupt(path):
+            state.load(found.tensors, found.state)
+        if runtime.rank >= saved_world:
+            _seed_new_rank(state, config, found.state, runtime)
+    if runtime.is_main:
+        changed = saved_world != runtime.world_size
+        note = f" (saved by {saved_world} ranks, going on with {runtime.world_size})" if changed else ""
+        console.print(f"{folder}: going on from step {state.step}{note}", soft_wrap=True)
+    return True
+
+
+def _seed_new_rank(state: TrainState, config: Config, description: dict[str, Any], runtime: Runtime) -> None:
+    """Seed the generators of a rank that did not exist when the checkpoint was saved.
+
+    They depend on the step as well: nothing is drawn again that a rank of this number may have drawn earlier.
+    """
+    seed_everything(config.seed, runtime.rank, state.step)
+    views = build_views(config, description, runtime, stream=VIEWS_STREAM + state.step)
+    state.views.load_state(views.to(runtime.device).state())
