@@ -15,8 +15,8 @@ All contrastive losses of this package depend on the similarities through these 
     SimCLR        as "out", where P(i) are the other views of the image    Chen et al. 2020, equation 1
 
 The derivatives of the loss L by an anchor's sums are its four row weights: sim_weight = dL / dsim_pos, pos_weight =
-dL / dexp_pos, neg_weight = dL / dexp_neg, inv_weight = dL / dinv_pos. For one anchor of "out" they are -1 / |P|,
-1 / (exp_pos + exp_neg), the same again, and 0. By the chain rule,
+dL / dexp_pos, neg_weight = dL / dexp_neg, inv_weight = dL / dinv_pos. For the "out" loss of one anchor, for example,
+sim_weight = -1 / |P|, pos_weight = neg_weight = 1 / (exp_pos + exp_neg) and inv_weight = 0. By the chain rule,
 
     G_ij = dL / ds_ij = sim_weight_i + pos_weight_i exp(s_ij) - tau inv_weight_i exp(-tau s_ij)    for j in P(i)
                       = neg_weight_i exp(s_ij)                                                     for j in N(i)
