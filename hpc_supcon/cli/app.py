@@ -87,14 +87,14 @@ def pretrain_command(
 
 def _pretrained(settings: Config, runtime: Runtime, data: Data, resume: bool) -> Path:
     """The run folder after pre-training, with its curves (and an autoencoder's pictures) drawn. Collective."""
-    from ..distributed.collectives import together
+    from ..distributed.collectives import propagate_errors
     from ..evaluation.monitor import online_probe
     from ..evaluation.plots import draw_training_curves
     from ..stages.pretrain import pretrain
     from ..stages.reconstruct import evaluate_autoencoder
 
     folder = pretrain(settings, runtime, data, resume=resume, online_probe=online_probe(settings, runtime, data))
-    with together():
+    with propagate_errors():
         if runtime.is_main:
             draw_training_curves(folder)
     if "reconstruction" in settings.loss.weights:

@@ -23,13 +23,17 @@ def started(settings: Config, resume: bool) -> Iterator[tuple[Runtime, Data]]:
     """The process group and the data, for the length of a command."""
     from .. import run_folder
     from ..distributed import launch as rt
-    from ..distributed.collectives import together
-    from ..distributed.watchdog import connected, watching
+    from ..distributed.collectives import propagate_errors
+    from ..distributed.monitors import monitor_ranks, start_watchdog
     from ..training import assemble
 
     limits = settings.runtime
     with (
-        watching(settings.folder, step_s=limits.timeout_s, first_step_s=limits.first_step_timeout_s) as watch,
+        start_watchdog(
+            settings.folder,
+            step_timeout_s=limits.timeout_s,
+            first_step_timeout_s=limits.first_step_timeout_s,
+        ) as watchdog,
         rt.start(
             device=limits.device,
             threads=limits.threads,
@@ -37,9 +41,9 @@ def started(settings: Config, resume: bool) -> Iterator[tuple[Runtime, Data]]:
             deterministic=settings.deterministic,
             reuse_memory=limits.reuse_memory,
         ) as runtime,
-        connected(watch, runtime),
+        monitor_ranks(watchdog, runtime),
     ):
-        with together():
+        with propagate_errors():
             run_folder.check_usable(settings.folder, settings, resume=resume)  # before minutes of decoding
         yield runtime, assemble.load_data(settings, runtime)
 

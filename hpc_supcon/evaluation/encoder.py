@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .. import checkpoint, run_folder
 from ..data import EvalTransform, Splits
-from ..distributed.collectives import gather_objects, rank, together
+from ..distributed.collectives import gather_objects, propagate_errors, rank
 from ..errors import CheckpointCorrupt, DataError, RunFolderError
 from ..models import PretrainingModel
 from ..training import assemble
@@ -36,13 +36,13 @@ def load_model(folder: Path) -> tuple[PretrainingModel, checkpoint.Checkpoint]:
     them.
     """
     found: checkpoint.Checkpoint | None = None
-    with together():
+    with propagate_errors():
         if rank() == 0:
             check_has_encoder(folder)
             found = _choose(folder / run_folder.CHECKPOINTS)
     path = gather_objects(found.path if found else None)[0]
     assert path is not None
-    with together():
+    with propagate_errors():
         found = found or checkpoint.load_checkpoint(path)
         with checkpoint.understood(found.path):
             model = assemble.build_model(found.state)

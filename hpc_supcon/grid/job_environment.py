@@ -7,13 +7,12 @@ import select
 import sys
 from dataclasses import dataclass
 
+from ..environment import TORCHRUN, port_of_job
 from . import slurm
 from .folder import job_here
 
 RUNNER = "HPC_SUPCON_GRID_RUNNER"
 """Environment variable: the process that runs a grid on this machine, and with which its jobs end."""
-SHARERS = "HPC_SUPCON_SHARERS"
-"""Environment variable: how many runs share the job's cores (runtime.SHARERS; importing that would import torch)."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +41,7 @@ def find_place() -> Place:
         if ranks > 1:
             env |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
             env |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
-            env["MASTER_PORT"] = str(15000 + int(job) % 17000)
+            env["MASTER_PORT"] = str(port_of_job(int(job)))
         if not outer.get("CUDA_VISIBLE_DEVICES"):
             env["CUDA_VISIBLE_DEVICES"] = ""
         try:
@@ -61,7 +60,5 @@ def find_place() -> Place:
 def _forget_launchers(env: dict[str, str]) -> None:
     """A grid that is started from inside a job is not part of it."""
     for name in list(env):
-        if name.startswith(("SLURM_", "TORCHELASTIC_")) or name in (
-            "RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT",
-        ):  # fmt: skip
+        if name.startswith(("SLURM_", "TORCHELASTIC_")) or name in (*TORCHRUN, "LOCAL_WORLD_SIZE"):
             del env[name]

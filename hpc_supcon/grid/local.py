@@ -16,13 +16,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..environment import CONCURRENT_RUNS
 from ..errors import LaunchError
 from ..files import private_folder
 from . import worker
 from .arrays import Array, Bundle, arguments_of
 from .files import Profile, Resources
 from .folder import JOBS, Frozen, append_submission, job_here, queue_here
-from .job_environment import RUNNER, SHARERS
+from .job_environment import RUNNER
 
 Tell = Callable[[str], None]
 
@@ -96,7 +97,7 @@ def run_here(frozen: Frozen, arrays: Sequence[Array], tell: Tell) -> None:
             if waits or not room.fits(array.resources, idle=not running):
                 continue
             gpus = room.take(array.resources)
-            os.environ[SHARERS] = str(share(array.resources))
+            os.environ[CONCURRENT_RUNS] = str(share(array.resources))
             job = _start(frozen, array, array.bundles[i], gpus)
             running[id(array), i] = job, array.resources, gpus
             todo.remove((array, i))

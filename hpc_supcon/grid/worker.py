@@ -20,13 +20,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from ..errors import LaunchError
+from ..environment import CONCURRENT_RUNS
+from ..errors import LaunchError, Preempted
 from . import slurm
 from .folder import Frozen, FrozenNode, Record, code_commit, load, read_record, write_record
-from .job_environment import SHARERS, Place, find_place
+from .job_environment import Place, find_place
 
-START_AGAIN = 75
-"""Exit code of a stage that saved and left because it was asked to: EX_TEMPFAIL of sysexits.h."""
 LOCAL_START_AGAIN = 144
 """Exit code that makes submitit's local executor start the job again."""
 
@@ -60,7 +59,7 @@ def _work(stage: str, config: str | list[str], folder: str | list[str]) -> None:
     configs = [Path(c) for c in ([config] if isinstance(config, str) else config)]
     folders = [Path(f) for f in ([folder] if isinstance(folder, str) else folder)]
     frozen, place = load(configs[0].parent.parent), find_place()
-    place.environment[SHARERS] = str(len(configs) * int(place.environment.get(SHARERS, "1")))
+    place.environment[CONCURRENT_RUNS] = str(len(configs) * int(place.environment.get(CONCURRENT_RUNS, "1")))
     with _listening(place) as told:
         tasks = [_begin(frozen, f"{c.stem}.{stage}", c, f, place) for c, f in zip(configs, folders, strict=True)]
         _watch(frozen, tasks, told, place)
@@ -171,7 +170,7 @@ def _end(frozen: Frozen, task: Task, told: bool, place: Place) -> str:
         return task.record.outcome
     code, root, name = task.process.returncode, frozen.root, task.node.name
     task.record.ended = round(time.time(), 1)
-    if code and (code == START_AGAIN or told):
+    if code and (code == Preempted.exit_code or told):
         return "again"
     if code:
         how = f"killed by {signal.Signals(-code).name}: " if code < 0 else ""
@@ -196,7 +195,7 @@ def _leave_and_start_again(frozen: Frozen, tasks: list[Task], outcomes: list[str
         # cancelled, or back in the queue without our help: both show as COMPLETING, and Slurm has the last word
         for task in waiting:
             write_record(frozen.root, task.node.name, task.record)
-        sys.exit(START_AGAIN)
+        sys.exit(Preempted.exit_code)
     outcome, error = ("failed", "interrupted") if place.scheduler == "debug" else ("requeued", "")
     for task in waiting:
         broken = _failure(frozen.root, task.node.name, place)
@@ -216,7 +215,7 @@ def _leave_and_start_again(frozen: Frozen, tasks: list[Task], outcomes: list[str
         slurm.requeue(place.job)
     except LaunchError as refused:
         sys.stderr.write(f"{refused}\n")
-    sys.exit(START_AGAIN)
+    sys.exit(Preempted.exit_code)
 
 
 def _requeue_entry(reason: str, place: Place) -> dict[str, object]:

@@ -17,10 +17,10 @@ from torch import Tensor
 from .. import __version__, checkpoint, run_folder
 from ..config import Config, digest
 from ..data import EvalTransform, Loader, Views, build_loader
-from ..distributed.collectives import together
+from ..distributed.collectives import propagate_errors
 from ..distributed.launch import Runtime, seed_everything
 from ..distributed.preemption import requested
-from ..distributed.watch import current
+from ..distributed.watchdog import current_watchdog
 from ..errors import Preempted
 from ..models import LoadedWeights, PretrainingModel, load_weights
 from ..pruning import WeightMasks
@@ -61,7 +61,7 @@ def pretrain(
     from the newest checkpoint that verifies, bit for bit on the same number of ranks.
     """
     folder = config.folder
-    with together():
+    with propagate_errors():
         run_folder.check_usable(folder, config, resume=resume)
         made = _make(config, runtime, data, start, resume=resume)
     seed_everything(config.seed, runtime.rank)
@@ -69,14 +69,14 @@ def pretrain(
     state.masks = None if start is None else WeightMasks(state.model.encoder, start.masks)
     validate = _validate(config, runtime, data, made.description, online_probe)
     resumed = resume and resume_newest(state, folder, runtime, config)
-    with together():
+    with propagate_errors():
         if runtime.is_main and not resumed:
             run_folder.create(folder, config)
     plan = assemble.build_plan(config, made.loader.steps_per_epoch)
     writer = checkpoint_writer(config, folder, runtime) if runtime.is_main else None
     held = partial(hold, folder=folder, writer=writer, description=made.description)
     with (
-        current().phase("saving"),  # not to be ended while the writer writes
+        current_watchdog().phase("saving"),  # not to be ended while the writer writes
         closing(made.loader),
         writer or nullcontext(),
         MetricLog(folder if runtime.is_main else None, tensorboard=config.log.tensorboard) as log,
@@ -87,13 +87,13 @@ def pretrain(
         with _at_every_step(config, state, folder, runtime, log) as stepped:
             calls = Calls(partial(save, held), validate, partial(hold_to_leave, held, writer), stepped)
             left = fit(state, made.loader, plan, calls, log=log, progress=progress)
-        current().left = left
-        with together():
+        current_watchdog().exiting = left
+        with propagate_errors():
             if writer is not None:
                 writer.close()
-        log.log("left" if left else "end", state.step, seconds=round(time.perf_counter() - began, 3))
+        log.log("preempted" if left else "end", state.step, seconds=round(time.perf_counter() - began, 3))
     if left:
-        raise Preempted(f"left ({requested()}): saved at step {state.step}; start again with --resume")
+        raise Preempted(f"preempted ({requested()}): saved at step {state.step}; start again with --resume")
     return folder
 
 

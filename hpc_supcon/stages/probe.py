@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import run_folder
 from ..config import Config, digest
 from ..data import EvalTransform, Source, normalization_of
-from ..distributed.collectives import together
+from ..distributed.collectives import propagate_errors
 from ..distributed.launch import Runtime
 from ..evaluation.checks import check_probe, needs_encoder
 from ..evaluation.encoder import check_classes, load_model
@@ -39,7 +39,7 @@ class Origin:
 def start_without_encoder(config: Config, runtime: Runtime, *, resume: bool) -> Path:
     """Make the run folder of a run whose probes all read pixels; returns it. Collective. Raises RunFolderError."""
     folder = config.folder
-    with together():
+    with propagate_errors():
         run_folder.check_usable(folder, config, resume=resume)
         if runtime.is_main:
             if not run_folder.is_used(folder):
@@ -54,7 +54,7 @@ def probe(folder: Path, config: Config, runtime: Runtime, data: assemble.Data) -
     Whatever is chosen (learning rate, iteration) is chosen on validation; the test set is read once, at the end of
     each probe. Raises ConfigError, DataError, RunFolderError, CheckpointCorrupt before work, NonFinite during it.
     """
-    with together():
+    with propagate_errors():
         check_probe(config, data.splits)
     task, origin = _task(folder, config, runtime, data)
     results = []
@@ -65,7 +65,7 @@ def probe(folder: Path, config: Config, runtime: Runtime, data: assemble.Data) -
             for line in outcome.history:
                 log.log(f"probe/{kind}", line["iteration"], **{k: v for k, v in line.items() if k != "iteration"})
             result = _result(task, outcome, origin) | {"seconds": round(time.perf_counter() - began, 2)}
-            with together():
+            with propagate_errors():
                 if runtime.is_main:
                     _write(folder, config, outcome, result, origin, runtime.world_size)
             names = ("probe", "chosen", "validation", "test")
@@ -78,13 +78,13 @@ def _task(folder: Path, config: Config, runtime: Runtime, data: assemble.Data) -
     origin, encoder, description, masks = None, None, None, None
     if needs_encoder(config):
         model, found = load_model(folder)
-        with together():
+        with propagate_errors():
             check_classes(folder, found, data.splits)
         encoder = place(model.encoder, runtime, channels_last=config.train.channels_last)
         origin, description = Origin(found.path.name, found.state["step"]), found.state
         masks = found.tensors.get("masks")
     else:
-        with together():
+        with propagate_errors():
             normalization = normalization_of(data.splits.train)
         description = {"classes": list(data.splits.classes), "normalization": normalization}
     transform = EvalTransform(**description["normalization"]).to(runtime.device)

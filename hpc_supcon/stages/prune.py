@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import checkpoint, run_folder
 from ..config import Config, digest, flatten_data
-from ..distributed.collectives import gather_objects, together
+from ..distributed.collectives import gather_objects, propagate_errors
 from ..distributed.launch import Runtime
 from ..errors import ConfigError, RunFolderError, unknown_name
 from ..evaluation.checks import check_probe, needs_encoder
@@ -88,11 +88,11 @@ def prune(
     of what is evaluated. With `resume`, prunings that were begun go on from their newest checkpoint. Collective.
     Raises ConfigError, DataError, RunFolderError, CheckpointCorrupt before work, NonFinite during it.
     """
-    with together():
+    with propagate_errors():
         check_prune(folder, config, resume=resume)
         check_probe(config, data.splits)
     dense, found = load_model(folder)
-    with together():
+    with propagate_errors():
         check_classes(folder, found, data.splits)
         scores = PRUNERS[config.prune.method](prunable(dense.encoder))
         chosen = {rate: build_masks(scores, rate, config.prune.scope) for rate in config.prune.rates}
@@ -105,10 +105,10 @@ def prune(
         _make(plan, dense, found, masks, runtime, data, resume=resume)
         probed = probe(plan.folder, plan, runtime, data)
         model, best = load_model(plan.folder)
-        with together():
+        with propagate_errors():
             facts = _facts(plan, model, best, found, masks) if runtime.is_main else {}
         entries = [{**entry, **facts, "stage": "prune"} for entry in probed]
-        with together():
+        with propagate_errors():
             if runtime.is_main:
                 for entry in entries:
                     run_folder.add_result(plan.folder, entry)
@@ -167,7 +167,7 @@ def _make(
         probing = online_probe(plan, runtime, data)
         pretrain(plan, runtime, data, resume=resume, online_probe=probing, start=start)
         return
-    with together():
+    with propagate_errors():
         if runtime.is_main:
             model = copy.deepcopy(dense)
             held = WeightMasks(model.encoder, masks)

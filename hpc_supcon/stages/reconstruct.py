@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from .. import run_folder
 from ..config import Config
 from ..data import EvalTransform, Source
-from ..distributed.collectives import all_sum, together
+from ..distributed.collectives import all_sum, propagate_errors
 from ..distributed.launch import Runtime
 from ..evaluation.encoder import load_model
 from ..evaluation.features import extract
@@ -92,7 +92,7 @@ def evaluate_autoencoder(folder: Path, config: Config, runtime: Runtime, data: a
         "validation": errors(data.splits.validation),
         "test": errors(data.splits.test),
     }
-    with together():
+    with propagate_errors():
         if runtime.is_main:
             run_folder.add_result(folder, result)
             _draw(folder, model, data.splits.validation or data.splits.train, transform)

@@ -23,7 +23,7 @@ from ..data import (
     load_splits,
     normalization_of,
 )
-from ..distributed.collectives import gather_objects, together
+from ..distributed.collectives import gather_objects, propagate_errors
 from ..distributed.launch import Runtime
 from ..errors import ConfigError, DataError
 from ..models import PretrainingModel, build_encoder, recompute_activations
@@ -55,7 +55,7 @@ def load_data(config: Config, runtime: Runtime) -> Data:
     Where the loader holds the set in memory every image is decoded here: damage is met before training.
     """
     data = config.data
-    with together():
+    with propagate_errors():
         training = loader_options(config)
         splits = load_splits(
             data.source,
@@ -74,7 +74,7 @@ def load_data(config: Config, runtime: Runtime) -> Data:
     if name == "auto":  # by free memory, which differs between nodes: rank 0's choice is everybody's
         name, reason = gather_objects(choose(splits.train, runtime.device, training))[0]
     if name == "resident" and data.on_corrupt == "fail":
-        with together():
+        with propagate_errors():
             validation = None if splits.validation is None else _decoded(splits.validation)
             splits = Splits(_decoded(splits.train), validation, _decoded(splits.test))
     return Data(splits, name, reason, training, replace(training, crop=None))

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..data import Batch, Loader, replaced_everywhere
 from ..distributed.collectives import gather_objects
-from ..distributed.watch import current
+from ..distributed.watchdog import current_watchdog
 from ..phases import phase
 from .memory import memory_advice
 from .metrics import MetricLog, ProgressLine
@@ -106,14 +106,14 @@ def fit(
 ) -> bool:
     """Train from `state.step` to `plan.steps`, or until `state.stopping` has seen enough.
 
-    True when it was asked to leave (see watch.py) and did so earlier, having saved. Raises NonFinite, OutOfMemory,
+    True when it was asked to leave (see watchdog.py) and did so earlier, having saved. Raises NonFinite, OutOfMemory,
     and what loader and calls raise.
     """
     state.parallel.train()
-    meter, watch = Meter(plan.images_per_step), current()
+    meter, watchdog = Meter(plan.images_per_step), current_watchdog()
     numbers: dict[str, float] = {}
     leaving = collapsed = False
-    with watch.training():
+    with watchdog.training():
         if state.step and _look_is_due(state, plan, calls):
             _settle(state, plan, calls, log, progress, leaving=False)  # the run left between this step and its look
         while not _done(state, plan) and not leaving:
@@ -124,7 +124,7 @@ def fit(
                 with memory_advice(state, batch):
                     result = train_step(state, batch)
                 meter.add(result.loss)
-                leaving = watch.edge(state.step) and state.step < plan.steps
+                leaving = watchdog.completed(state.step) and state.step < plan.steps
                 if state.step % plan.log_every == 0 or state.step == plan.steps:
                     state.guard.settle()
                     numbers = meter.read(plan.steps - state.step)
@@ -163,13 +163,13 @@ def _settle(
     state: TrainState, plan: Plan, calls: Calls, log: MetricLog, progress: ProgressLine, *, leaving: bool
 ) -> bool:
     """Look at validation, then save, where this step is one for it; whether it looked. On the way out it does not."""
-    watch, improved = current(), False
+    watchdog, improved = current_watchdog(), False
     looks = _look_is_due(state, plan, calls) and not leaving
     if looks and calls.validate is not None:
-        with watch.phase("validation", may_leave=True, held=calls.hold and calls.hold(state)):
+        with watchdog.phase("validation", may_exit=True, snapshot=calls.hold and calls.hold(state)):
             improved = _look(state, calls.validate, log, progress)
     if improved or leaving or plan.save_at(state.step) or _done(state, plan):
-        with watch.phase("saving"):
+        with watchdog.phase("saving"):
             calls.save(state)
     return looks
 

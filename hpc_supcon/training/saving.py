@@ -10,7 +10,7 @@ from typing import Any
 from .. import checkpoint, run_folder
 from ..checkpoint.writer import CheckpointWriter
 from ..config import Config, digest
-from ..distributed.collectives import gather_objects, together
+from ..distributed.collectives import gather_objects, propagate_errors
 from ..distributed.launch import Runtime, seed_everything
 from ..errors import WorldSizeMismatch
 from ..phases import phase
@@ -29,7 +29,7 @@ def resume_newest(state: TrainState, folder: Path, runtime: Runtime, config: Con
     Rank 0 chooses and the others load the same one: each choosing for itself could part them.
     """
     found: checkpoint.Checkpoint | None = None
-    with together():
+    with propagate_errors():
         if runtime.is_main:
             found, refused = checkpoint.load_newest(folder / run_folder.CHECKPOINTS)
             for line in refused:
@@ -39,7 +39,7 @@ def resume_newest(state: TrainState, folder: Path, runtime: Runtime, config: Con
         if runtime.is_main:
             console.print(f"{folder}: no checkpoint yet, starting from step 0", soft_wrap=True)
         return False
-    with together():
+    with propagate_errors():
         found = found or checkpoint.load_checkpoint(path)
         saved_world = found.manifest["world_size"]
         if saved_world != runtime.world_size and not config.train.allow_world_size_change:
@@ -104,7 +104,7 @@ def hold(
 def save(held: Hold, state: TrainState) -> None:
     """Save now. Collective; a failure is everybody's."""
     write = held(state)
-    with together():
+    with propagate_errors():
         write()
 
 

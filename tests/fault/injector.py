@@ -1,4 +1,4 @@
-"""Faults on purpose: at a chosen rank, step and moment of a run, without a word of it in the product.
+"""Runs a command with faults injected at a chosen rank, step and moment. The package has no code for this.
 
 By hand, in place of `hpc-supcon`:
 
@@ -13,7 +13,7 @@ model.safetensors) and `phase`:
     open write fsync rename mkdir unlink rmdir    before the `call`-th such system call of that step's save
     save                                          before the `call`-th system call of any of these kinds
     saved                                         after that step's save
-    look                                          before the validation after that step
+    validation                                    before the validation after that step
     probe                                         before the probes (step 0)
 
 Actions: kill stop abort usr2 term (signals to itself), hang (for ever), raise (an exception with no name), enospc
@@ -43,11 +43,11 @@ SIGNALS = {
 }
 ERRORS = ("enospc", "edquot", "erofs", "eacces", "eio")
 ACTIONS = (*SIGNALS, "hang", "abort", "raise", *ERRORS, "half", "truncate", "flip")
-PHASES = ("step", *CALLS, "save", "saved", "look", "probe")
+PHASES = ("step", *CALLS, "save", "saved", "validation", "probe")
 
 
 class InjectedError(Exception):
-    """What no code of the product knows."""
+    """An exception that the package does not handle."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def parse(text: str) -> list[Fault]:
 
 @contextmanager
 def system_calls(before: Callable[[str, tuple[Any, ...]], None]):
-    """`before(name, arguments)` runs ahead of every file system call that changes something, in any thread."""
+    """Call `before(name, arguments)` before every system call of CALLS, in any thread."""
     originals = {name: getattr(os, name) for name in CALLS}
 
     def hooked(name: str) -> Callable[..., Any]:
@@ -96,7 +96,7 @@ def system_calls(before: Callable[[str, tuple[Any, ...]], None]):
 
 
 class Injector:
-    """Counts how often each fault's moment has come, and strikes at the right one."""
+    """Counts how often the moment of each fault was reached, and injects it the `call`-th time."""
 
     def __init__(self, faults: list[Fault], rank: int) -> None:
         self._faults = [fault for fault in faults if fault.rank == rank]
@@ -108,7 +108,7 @@ class Injector:
             if fault.phase == phase and fault.step in (None, step):
                 self._seen[fault] += 1
                 if fault.call in (0, self._seen[fault]):
-                    strike(fault, write, published)
+                    inject(fault, write, published)
 
     def before_call(self, name: str, args: tuple[Any, ...]) -> None:
         step = getattr(self._saving, "step", None)
@@ -135,10 +135,10 @@ class Injector:
 
         return wrapped
 
-    def around_look(self, look: Callable[..., Any]) -> Callable[..., Any]:
+    def around_validation(self, validate: Callable[..., Any]) -> Callable[..., Any]:
         def wrapped(state: Any, *args: Any, **kwargs: Any) -> Any:
-            self.at("look", state.step)
-            return look(state, *args, **kwargs)
+            self.at("validation", state.step)
+            return validate(state, *args, **kwargs)
 
         return wrapped
 
@@ -150,7 +150,7 @@ class Injector:
         return wrapped
 
 
-def strike(fault: Fault, write: tuple[Any, ...], published: Path | None) -> None:
+def inject(fault: Fault, write: tuple[Any, ...], published: Path | None) -> None:
     if fault.action in SIGNALS:
         os.kill(os.getpid(), SIGNALS[fault.action])
     elif fault.action == "hang":
@@ -173,7 +173,7 @@ def strike(fault: Fault, write: tuple[Any, ...], published: Path | None) -> None
 
 
 def damage(path: Path, how: str) -> None:
-    """Cut a file in its middle, or flip the lowest bit of its middle byte."""
+    """Truncate a file to half its size, or flip the lowest bit of the byte in the middle."""
     payload = bytearray(path.read_bytes())
     middle = len(payload) // 2
     if how == "truncate":
@@ -185,6 +185,7 @@ def damage(path: Path, how: str) -> None:
 
 def main() -> None:
     from hpc_supcon import checkpoint, cli
+    from hpc_supcon.distributed import abort
     from hpc_supcon.stages import probe
     from hpc_supcon.training import fit
 
@@ -192,8 +193,9 @@ def main() -> None:
     injector = Injector(parse(os.environ.get("HPC_SUPCON_FAULT", "")), rank)
     checkpoint.save_checkpoint = injector.around_save(checkpoint.save_checkpoint)  # type: ignore[assignment]
     fit.train_step = injector.around_step(fit.train_step)
-    fit._look = injector.around_look(fit._look)
+    fit._look = injector.around_validation(fit._look)
     probe.probe = injector.around_probe(probe.probe)
+    abort.RANKS_TIMEOUT_S = 100.0  # on a busy machine a rank may need long to write its stacks
     with system_calls(injector.before_call):
         cli.main(sys.argv[1:])
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...data import Batch, EvalTransform, Loader, LoaderOptions, Source, TrainOrder, build_loader
-from ...distributed.collectives import all_sum, together
+from ...distributed.collectives import all_sum, propagate_errors
 from ...errors import NonFinite
 from ...pruning import WeightMasks
 from ...training import assemble
@@ -45,7 +45,7 @@ def fit_finetune(kind: str, task: Task) -> Outcome:
     """Train a copy of the run's encoder with a new head. Collective. Raises NonFinite, and what the loader raises."""
     config, runtime, settings = task.config, task.runtime, task.config.probe.finetune
     assert task.encoder is not None
-    with together():
+    with propagate_errors():
         loader = _training_loader(task)
         render = _views(task)
     with closing(loader), seeded(config.seed, runtime.device):

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...distributed.collectives import all_sum, gather_objects, rank, together
+from ...distributed.collectives import all_sum, gather_objects, propagate_errors, rank
 from ...errors import NonFinite
 from ...models import Heads
 from ..features import CHUNK, Part, in_chunks
@@ -67,7 +67,7 @@ def train_heads(
             sums, seen = torch.zeros_like(sums), 0
             if watch.stop:
                 break
-    with together():
+    with propagate_errors():
         if not at or not all(bool(p.isfinite().all()) for p in kept.parameters()):
             raise NonFinite(f"the probe's loss became NaN or Inf at learning rate {plan.lrs[best_k]:g}: lower it")
     # every rank computed the same; should devices have rounded otherwise, rank 0's is everybody's

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from hpc_supcon.distributed import launch
+from hpc_supcon.environment import CONCURRENT_RUNS
 from hpc_supcon.errors import LaunchError
 from hpc_supcon.grid import job_environment, local
 from hpc_supcon.grid.arrays import arrange
@@ -57,11 +57,11 @@ def test_jobs_wait_for_their_parents_and_for_cores_and_gpus_of_their_own(monkeyp
         running[node.name] = job, node.resources, gpus
         started.append(node.name)
         most = max(most, len(running))
-        threads[node.name] = 4 // int(os.environ[job_environment.SHARERS])
+        threads[node.name] = 4 // int(os.environ[CONCURRENT_RUNS])
         assert sum(threads[name] for name in running) <= 4
         return job
 
-    for name in (job_environment.RUNNER, job_environment.SHARERS):
+    for name in (job_environment.RUNNER, CONCURRENT_RUNS):
         monkeypatch.setenv(name, "")
     monkeypatch.setattr(local, "_start", start)
     monkeypatch.setattr(local, "cores_here", lambda: 4)
@@ -81,7 +81,3 @@ def test_the_gpus_of_this_machine(monkeypatch, visible, found):
     else:
         assert local.gpus_here(Profile(cluster="local")) == found
     assert local.gpus_here(Profile(cluster="local", gpus_per_node=2)) == [0, 1]
-
-
-def test_a_run_and_the_job_it_is_in_mean_the_same_variable():
-    assert job_environment.SHARERS == launch.SHARERS
