@@ -15,13 +15,13 @@ from typing import NoReturn
 
 from ..errors import HpcSupconError, Preempted, RankLost
 from . import preemption
-from .store import ABORT, EXIT, RankStore, local_pid
+from .store import ABORT, EXIT, RankStore, is_stopped, local_pid
 from .watchdog import Phase, Watchdog
 
 RANKS_TIMEOUT_S = 10.0
 """How long a rank that ends the run waits for the others to write their stacks, or to exit."""
 STORE_TIMEOUT_S = 1.0
-"""How long it waits for the store first. The store may be in a process that is stopped and must be woken up."""
+"""How long it waits for the store. If that does not answer, its process may be stopped, and is woken up."""
 POLL_INTERVAL_S = 0.05
 STACKS = "stacks"
 
@@ -80,28 +80,35 @@ def abort_all_ranks(watchdog: Watchdog, reason: str, *, received: bool = False) 
 
 def _end_others(watchdog: Watchdog, store: RankStore, reason: str) -> None:
     silent = set(range(store.world_size)) - {store.rank}
-    sent = threading.Event()
+    answered = threading.Event()
     # in a thread: every call waits while the process that hosts the store is stopped
-    exchange = threading.Thread(target=_exchange, args=(store, reason, silent, sent), daemon=True)
+    arguments = (watchdog, store, reason, silent, answered)
+    exchange = threading.Thread(target=_exchange, args=arguments, name="exchange", daemon=True)
     exchange.start()
-    sent.wait(STORE_TIMEOUT_S)  # so that a rank that is woken up finds the message
-    _signal_local(watchdog, silent, signal.SIGCONT)
-    exchange.join(RANKS_TIMEOUT_S + STORE_TIMEOUT_S)
+    if not answered.wait(STORE_TIMEOUT_S):
+        _signal_local(watchdog, silent, signal.SIGCONT)
+    exchange.join(STORE_TIMEOUT_S + 2 * RANKS_TIMEOUT_S)
     _signal_local(watchdog, silent, signal.SIGKILL)
 
 
-def _exchange(store: RankStore, reason: str, silent: set[int], sent: threading.Event) -> None:
+def _exchange(watchdog: Watchdog, store: RankStore, reason: str, silent: set[int], answered: threading.Event) -> None:
     """Send the reason to all ranks and wait for their stacks. Removes the ranks that wrote them from `silent`."""
     try:
         store.set("stacks", "written")
         store.broadcast(ABORT, reason)
-        sent.set()
-        _wait_for_ranks(store, "stacks", sorted(silent))
+        answered.set()
+        stopped = {rank for rank in silent if watchdog.processes and is_stopped(watchdog.processes[rank])}
+        # the others first: once a stopped rank goes on, they leave the call in which they wait for it
+        _wait_for_ranks(store, "stacks", sorted(silent - stopped))
+        if stopped:
+            _signal_local(watchdog, stopped, signal.SIGCONT)
+            _wait_for_ranks(store, "stacks", sorted(stopped))
         silent.difference_update([rank for rank in silent if store.rank_values("stacks", [rank]) is not None])
         if store.rank == 0:
             time.sleep(0.25)  # rank 0 may host the store, from which the others read that they can end
     except RuntimeError:  # the store is gone: rank 0 has ended, or was lost, which every rank finds out by itself
         silent.clear()
+        answered.set()
 
 
 def _signal_local(watchdog: Watchdog, ranks: set[int], number: signal.Signals) -> None:

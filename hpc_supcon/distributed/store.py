@@ -63,18 +63,29 @@ def _path(key: str, rank: int | None = None) -> str:
 
 def process_id() -> str:
     """This process for ranks on the same host: host name, pid and start time (the kernel reuses pids)."""
-    return f"{socket.gethostname()} {os.getpid()} {_start_time(os.getpid())}"
+    return f"{socket.gethostname()} {os.getpid()} {_stat(os.getpid(), START_TIME)}"
 
 
 def local_pid(process: str) -> int | None:
     """The pid of a process (as `process_id` returns it) that is alive on this host, else None."""
     host, pid, started = process.split()
-    return int(pid) if host == socket.gethostname() and started != "?" and _start_time(int(pid)) == started else None
+    is_here = host == socket.gethostname() and started != "?" and _stat(int(pid), START_TIME) == started
+    return int(pid) if is_here else None
 
 
-def _start_time(pid: int) -> str:
-    """Clock ticks since boot, from field 22 of /proc/PID/stat; "?" where there is no such file."""
+def is_stopped(process: str) -> bool:
+    """Whether a process (as `process_id` returns it) is on this host and stopped, as by SIGSTOP."""
+    pid = local_pid(process)
+    return pid is not None and _stat(pid, STATE) == "T"
+
+
+STATE, START_TIME = 3, 22
+"""Fields of /proc/PID/stat. The start time is in clock ticks since boot."""
+
+
+def _stat(pid: int, field: int) -> str:
+    """One field of /proc/PID/stat, from the third on; "?" where there is no such file."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[field - 3]
     except (OSError, IndexError):
         return "?"

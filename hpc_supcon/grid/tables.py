@@ -43,7 +43,7 @@ class TableData:
     expected: dict[tuple[str, str], int] = field(default_factory=dict)
 
     def interval(self, row: str, column: str, score: str) -> tuple[float, float] | None:
-        """(mean, half width of the 95 % interval, 0 for one value), or None without values."""
+        """(mean, half width of the 95 % interval, which is 0 for one value), or None without values."""
         return mean_and_interval(self.values.get((row, column, score), []))
 
 

@@ -18,7 +18,8 @@ model.safetensors) and `phase`:
 
 Actions: kill stop abort usr2 term (signals to itself), hang (for ever), raise (an exception with no name), enospc
 edquot erofs eacces eio (OSError from the system call), half (half of a write, then SIGKILL), truncate flip (damage
-the file of the checkpoint just published).
+the file of the checkpoint just published), timeout (from now on a training step may take TIMEOUT_S: faster to wait
+for than runtime.timeout_s, which also limits the start of a run, however busy the machine is).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,7 +43,8 @@ SIGNALS = {
     "term": signal.SIGTERM,
 }
 ERRORS = ("enospc", "edquot", "erofs", "eacces", "eio")
-ACTIONS = (*SIGNALS, "hang", "abort", "raise", *ERRORS, "half", "truncate", "flip")
+ACTIONS = (*SIGNALS, "hang", "abort", "raise", *ERRORS, "half", "truncate", "flip", "timeout")
+TIMEOUT_S = 6
 PHASES = ("step", *CALLS, "save", "saved", "validation", "probe")
 
 
@@ -157,6 +159,8 @@ def inject(fault: Fault, write: tuple[Any, ...], published: Path | None) -> None
         threading.Event().wait()
     elif fault.action == "abort":
         os.abort()
+    elif fault.action == "timeout":
+        shorten_timeout()
     elif fault.action == "raise":
         raise InjectedError(f"{fault.phase} of step {fault.step}")
     elif fault.action in ERRORS:
@@ -170,6 +174,14 @@ def inject(fault: Fault, write: tuple[Any, ...], published: Path | None) -> None
     else:
         assert published is not None, f"{fault.action} needs phase=saved"
         damage(published / fault.file, fault.action)
+
+
+def shorten_timeout() -> None:
+    from hpc_supcon.distributed.watchdog import current_watchdog
+
+    watchdog = current_watchdog()
+    watchdog.step_timeout_s = TIMEOUT_S
+    watchdog.current_phase = replace(watchdog.current_phase, timeout_s=TIMEOUT_S)
 
 
 def damage(path: Path, how: str) -> None:

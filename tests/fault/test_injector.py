@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 
 import hpc_supcon
+from hpc_supcon.distributed.watchdog import TRAINING, Phase, Watchdog, set_current_watchdog
 
-from .injector import ACTIONS, PHASES, Fault, InjectedError, Injector, damage, inject, parse, system_calls
+from .injector import ACTIONS, PHASES, TIMEOUT_S, Fault, InjectedError, Injector, damage, inject, parse, system_calls
 
 
 def test_the_text_form_names_every_part():
@@ -64,6 +65,20 @@ def test_a_process_is_killed_aborted_or_stopped(action, number):
         number = 9
     child.returncode = -os.WTERMSIG(status)  # waited for here, not by Popen
     assert os.WTERMSIG(status) == number
+
+
+def test_the_timeout_of_training_steps_is_shortened():
+    watchdog = Watchdog(step_timeout_s=600.0, first_step_timeout_s=600.0)
+    previous = set_current_watchdog(watchdog)
+    try:
+        with watchdog.training():
+            watchdog.completed(1)
+            inject(Fault("timeout"), (), None)
+            watchdog.completed(2)
+            assert watchdog.current_phase == Phase(TRAINING, TIMEOUT_S)
+            assert watchdog.step_timeout_s == TIMEOUT_S
+    finally:
+        set_current_watchdog(previous)
 
 
 @pytest.mark.parametrize("action", ["enospc", "edquot", "erofs", "eacces", "eio"])

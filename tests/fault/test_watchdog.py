@@ -9,12 +9,17 @@ import pytest
 
 from hpc_supcon.errors import RankLost
 
+from .injector import TIMEOUT_S
 from .runs import STEPS, Run, hashes, run
 from .torchrun import Torchrun
 
 LOST = RankLost.exit_code
-LIMIT_S = 6
-LIMITS = (f"runtime.timeout_s={LIMIT_S}", "runtime.first_step_timeout_s=120")
+STEP = 9
+
+
+def with_timeout(fault, ranks, step=STEP):
+    """The fault, and a short timeout of all ranks for the step in which it happens."""
+    return ";".join([*(f"timeout@rank={rank},step={step}" for rank in range(ranks)), f"{fault},step={step}"])
 
 
 def stacks(folder):
@@ -23,12 +28,12 @@ def stacks(folder):
 
 def test_a_stopped_rank_ends_all_four_and_every_stack_is_on_disk(tmp_path):
     """The stopped rank is woken up to write its own."""
-    it = Run(4, tmp_path / "r", *LIMITS, fault="stop@rank=2,step=9")
+    it = Run(4, tmp_path / "r", fault=with_timeout("stop@rank=2", 4))
     assert it.end() == [LOST] * 4, it.stderr
     found = stacks(tmp_path / "r")
     assert set(found) == {f"rank-{rank}.txt" for rank in range(4)}
     for text in found.values():
-        assert "training: step 9 took over 6 s" in text or "gave no sign of life" in text
+        assert f"training: step {STEP} took over {TIMEOUT_S} s" in text or "gave no sign of life" in text
         assert "Current thread" in text
         assert "train_step" in text, "the main thread's stack says where it hangs"
     assert "all ranks end; stacks: " in it.stderr
@@ -36,7 +41,7 @@ def test_a_stopped_rank_ends_all_four_and_every_stack_is_on_disk(tmp_path):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_hanging_rank_ends_both(tmp_path, rank):
-    it = Run(2, tmp_path / "r", *LIMITS, fault=f"hang@rank={rank},step=9")
+    it = Run(2, tmp_path / "r", fault=with_timeout(f"hang@rank={rank}", 2))
     assert it.end() == [LOST] * 2, it.stderr
     found = stacks(tmp_path / "r")
     assert "injector.py" in found[f"rank-{rank}.txt"]
@@ -53,7 +58,7 @@ def line_of(text):
 
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank_ends_the_other_with_its_stack_and_the_run_can_be_resumed(tmp_path, uninterrupted, rank):
-    it = Run(2, tmp_path / "r", *LIMITS, fault=f"kill@rank={rank},step=9")
+    it = Run(2, tmp_path / "r", fault=f"kill@rank={rank},step={STEP}")
     codes = it.end()
     assert codes[rank] == -signal.SIGKILL
     assert codes[1 - rank] == LOST, it.stderr
@@ -65,7 +70,8 @@ def test_a_killed_rank_ends_the_other_with_its_stack_and_the_run_can_be_resumed(
 
 
 def test_a_single_process_that_hangs_in_a_step_ends(tmp_path):
-    it = Run(1, tmp_path / "r", *LIMITS, "validation.every_steps=4", fault="hang@step=6")
+    limits = ("runtime.timeout_s=6", "runtime.first_step_timeout_s=120")
+    it = Run(1, tmp_path / "r", *limits, "validation.every_steps=4", fault="hang@step=6")
     assert it.end() == [LOST]
     assert "training: step 6 took over 6 s" in it.stderr
 
@@ -75,7 +81,7 @@ def test_under_torchrun_a_stopped_worker_does_not_survive(tmp_path):
 
     torchrun itself would wait 30 s before it kills a worker that does not react to SIGTERM.
     """
-    it = Torchrun(2, tmp_path / "r", *LIMITS, fault=f"stop@rank=1,step={STEPS}")
+    it = Torchrun(2, tmp_path / "r", fault=with_timeout("stop@rank=1", 2, step=STEPS))
     assert it.end() == 1
     assert it.survivors() == []
     assert set(stacks(tmp_path / "r")) == {"rank-0.txt", "rank-1.txt"}
@@ -83,7 +89,7 @@ def test_under_torchrun_a_stopped_worker_does_not_survive(tmp_path):
 
 
 def test_when_torchrun_is_killed_no_worker_survives(tmp_path):
-    it = Torchrun(2, tmp_path / "r", "train.epochs=10000", "checkpoint.every_steps=50", *LIMITS)
+    it = Torchrun(2, tmp_path / "r", "train.epochs=10000", "checkpoint.every_steps=50")
     it.wait_for_a_checkpoint()
     it.process.kill()
     it.process.wait()
