@@ -25,7 +25,7 @@ from typing import Any
 
 from hpc_supcon.bench.common import machine
 from hpc_supcon.config import yaml12
-from hpc_supcon.grid.folder import Record, load, submitted, write_record
+from hpc_supcon.grid.folder import NodeRecord, load, submitted_jobs, write_record
 
 AXES = {
     "loss.name": ["supcon_in", "supcon_out", "tcl", "simclr", "cross_entropy"],
@@ -54,11 +54,11 @@ def write(folder: Path, name: str, content: dict[str, Any]) -> str:
 
 def half_done(root: Path) -> None:
     """Give every second pre-training and its probe the traces of having run."""
-    frozen, jobs = load(root), submitted(root)
+    frozen, jobs = load(root), submitted_jobs(root)
     for cell in frozen.cells[::2]:
         for name in cell.nodes:
             frozen.run_folder(frozen.nodes[name]).mkdir(exist_ok=True)
-            write_record(root, name, Record("done", jobs[name], "node", 1, time.time() - 60, time.time()))
+            write_record(root, name, NodeRecord("done", jobs[name], "node", 1, time.time() - 60, time.time()))
 
 
 def measure(folder: Path, rounds: int) -> dict[str, list[dict[str, float]]]:

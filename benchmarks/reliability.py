@@ -28,13 +28,13 @@ from hpc_supcon import checkpoint  # noqa: E402
 from hpc_supcon.bench.common import machine  # noqa: E402
 from hpc_supcon.checkpoint.load import problem_of  # noqa: E402
 from hpc_supcon.checkpoint.writer import CheckpointWriter  # noqa: E402
-from hpc_supcon.distributed.watch import Watch  # noqa: E402
+from hpc_supcon.distributed.watchdog import Watchdog  # noqa: E402
 from hpc_supcon.training import step as step_module  # noqa: E402
 from hpc_supcon.training.finite_check import FiniteCheck  # noqa: E402
 from hpc_supcon.training.step import train_step  # noqa: E402
 from tests.dist.ranks import run_ranks  # noqa: E402
 from tests.dist.test_step import build  # noqa: E402
-from tests.fault import chances, runs  # noqa: E402
+from tests.fault import random_kills, runs  # noqa: E402
 from tests.unit.checkpoint.test_damage import DAMAGE, FILES  # noqa: E402
 
 
@@ -45,8 +45,8 @@ def kills(root: Path, number: int) -> list[str]:
     last = epochs * runs.STEPS_PER_EPOCH
     for ranks in (1, 2, 4):
         whole, killed = root / f"whole-{ranks}", root / f"killed-{ranks}"
-        runs.run(ranks, whole, *chances.settings(epochs))
-        faults = chances.random_kills(killed, ranks, number, epochs=epochs, seed=ranks)
+        runs.run(ranks, whole, *random_kills.settings(epochs))
+        faults = random_kills.random_kills(killed, ranks, number, epochs=epochs, seed=ranks)
         equal = runs.hashes(killed, last) == runs.hashes(whole, last)
         inside = sum("phase=save" in fault for fault in faults)
         files = ", ".join(sorted(runs.hashes(whole, last)))
@@ -57,7 +57,7 @@ def kills(root: Path, number: int) -> list[str]:
 
 def soak(root: Path, number: int) -> list[str]:
     """A run of 300 steps, two worker processes of the loader in it, killed and started again."""
-    samples = chances.soak(root / "soak", 2, number, epochs=300 // runs.STEPS_PER_EPOCH)
+    samples = random_kills.soak(root / "soak", 2, number, epochs=300 // runs.STEPS_PER_EPOCH)
     processes = list(dict.fromkeys(s["process"] for s in samples))
     names = ("memory_kib", "descriptors", "threads", "shm")
     lines = ["| process | steps | memory, MiB | file descriptors | threads | /dev/shm |", "|---|---|---|---|---|---|"]
@@ -72,25 +72,25 @@ def soak(root: Path, number: int) -> list[str]:
 
 
 def _costs(rank: int, world: int, steps: int) -> dict[str, Any]:
-    """Seconds: steps of ResNet-18 (24 images of 8 px, two views) with and without watch and finite check in turns,
+    """Seconds: steps of ResNet-18 (24 images of 8 px, two views) with and without watchdog and finite check in turn,
     and the calls by themselves. A larger step makes the share smaller."""
     torch.manual_seed(0)
     state, options, batches = build(rank, world, ["model.encoder=resnet18"])
-    watch = Watch(step_s=600.0, first_step_s=600.0)
+    watchdog = Watchdog(step_timeout_s=600.0, first_step_timeout_s=600.0)
     taken: dict[bool, list[float]] = {True: [], False: []}
-    with watch.training():
+    with watchdog.training():
         for i in range(2 * steps):
             on = i % 2 == 0
             step_module.FiniteCheck = FiniteCheck if on else _NoCheck  # type: ignore[assignment, misc]
             began = time.perf_counter()
             result = train_step(state, batches[i % len(batches)], options)
             if on:
-                watch.edge(state.step)
+                watchdog.completed(state.step)
             taken[on].append(time.perf_counter() - began)
 
         def both() -> None:
             FiniteCheck(1, result.loss, result.gradient_norm, result.outputs).confirm()
-            watch.edge(1)
+            watchdog.completed(1)
 
         alone = _median(both, 2000)
     return {"with": taken[True][5:], "without": taken[False][5:], "alone": alone}

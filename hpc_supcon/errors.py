@@ -1,7 +1,7 @@
-"""Every error a user can meet, by name.
+"""The named errors that users can meet.
 
-A message is one line: what was wrong, where, and what to do about it. `exit_code` is what the command
-line leaves with; 2 says "the input was wrong and nothing was done".
+A message is one line: what was wrong, where, and what to do about it. `exit_code` is the exit code of the command
+line; 2 means that the input was wrong and nothing was done.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class CorruptSample(DataError):
 
 
 class LossInputError(HpcSupconError):
-    """Features or labels that no loss is defined on: wrong shape, wrong dtype, NaN or Inf."""
+    """Features or labels for which the loss is not defined: wrong shape, wrong dtype, NaN or Inf."""
 
 
 class RunFolderError(HpcSupconError):
@@ -45,7 +45,7 @@ class RunFolderError(HpcSupconError):
 
 
 class CheckpointCorrupt(HpcSupconError):
-    """A checkpoint's bytes are not those that were written, and no older verified one is left."""
+    """A checkpoint is damaged, and no older one that verifies is left."""
 
 
 class WorldSizeMismatch(HpcSupconError):
@@ -53,17 +53,17 @@ class WorldSizeMismatch(HpcSupconError):
 
 
 class OutputError(HpcSupconError):
-    """A file that a command should write exists already, or cannot be written."""
+    """A file that a command would write exists already, or cannot be written."""
 
 
 class ExportError(HpcSupconError):
-    """A model has no such form, or its exported file does not give the model's outputs; no file is left."""
+    """A model cannot be exported to a format, or its exported file gives other outputs; no file is left."""
 
     exit_code = 1
 
 
 class MissingExtra(HpcSupconError):
-    """An optional package is needed; the message holds the install line."""
+    """An optional package is needed; the message contains the command that installs it."""
 
 
 class NonFinite(HpcSupconError):
@@ -73,33 +73,33 @@ class NonFinite(HpcSupconError):
 
 
 class OutOfMemory(HpcSupconError):
-    """A training step does not fit into memory; the message holds the setting that makes it fit."""
+    """A training step does not fit into memory; the message contains the setting with which it fits."""
 
     exit_code = 6
 
 
 class LoaderDied(HpcSupconError):
-    """What reads the data (a process or a thread) was killed, or gave nothing within the time-out."""
+    """A process or thread that reads the data was killed, or returned nothing within the timeout."""
 
     exit_code = 4
 
 
 class RankLost(HpcSupconError):
-    """Another rank was killed, was stopped, or hangs; all end."""
+    """Another rank was killed, was stopped, or hangs; all ranks end."""
 
     exit_code = 5
 
 
 class Preempted(HpcSupconError):
-    """The run was asked to leave (SIGTERM, SIGUSR2): it has saved, and is to be started again with --resume."""
+    """SIGTERM or SIGUSR2 preempted the run. It has saved, and can be started again with --resume."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str], *, listed: str | None = None) -> str:
-    """The message for a name that does not exist: the nearest one, and the whole list.
+    """The message for a name that does not exist: the nearest existing name, and the list of all.
 
-    `listed` stands for a list too long to be read; three near names are then given.
+    listed: text in place of a list that is too long to read; three near names are then given.
     """
     names = sorted(known)
     near = difflib.get_close_matches(str(name), names, n=1 if listed is None else 3, cutoff=0.5)

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# A real two-node Slurm on this machine, for trying things out: munge, accounting (sacct answers), no systemd.
+# A real two-node Slurm on this machine for tests and trials, with munge and accounting (sacct), without systemd.
 #   eval "$(slurm/local-cluster.sh start)"     start, and let this shell's sbatch, srun and sacct use it
 #   slurm/local-cluster.sh status              exit code 0 when both nodes are up
-#   slurm/local-cluster.sh stop                cancel all jobs, end every process, delete everything but log/
+#   slurm/local-cluster.sh stop                cancel all jobs, end all processes, delete everything except log/
 # Debian: apt-get install --no-install-recommends slurmctld slurmd slurm-client slurmdbd slurm-wlm-mysql-plugin \
 #   munge mariadb-server-core
 # Partitions: low (the default; its jobs are requeued for the other) and high. SLURM_LOCAL_DIR: the private folder.
@@ -12,16 +12,16 @@ dir=${SLURM_LOCAL_DIR:-/tmp/slurm-$UID}
 nodes=(n1 n2) cpus=4 memory_mb=32768
 
 fail() { echo "local-cluster: $*" >&2; exit 1; }
-# a cluster that this shell already belongs to must not leak into ours
+# settings of another cluster that this shell uses must not reach this one
 while IFS= read -r name; do unset "$name"; done < <(compgen -e | grep -E '^(SLURM|SBATCH|SRUN|SACCT|SQUEUE)_' | grep -vx SLURM_LOCAL_DIR)
 export SLURM_CONF=$dir/slurm.conf
 
-launch() { # name command...: in a session of its own, out of reach of the terminal's Ctrl-C
+launch() { # name command...: in a session of its own, which the terminal's Ctrl-C does not reach
   local name=$1; shift
   SLURM_LOCAL_OWNER=$dir setsid "$@" </dev/null >>"$dir/log/$name.out" 2>&1 9>&- &
   echo $! >"$dir/pid/$name"
 }
-await() { # name command...: until the command succeeds, as long as the daemon lives, for at most 30 s
+await() { # name command...: wait until the command succeeds, while the daemon runs, for at most 30 s
   local name=$1 end=$((SECONDS + 30)); shift
   until "$@" &>/dev/null; do
     if ((SECONDS > end)) || ! kill -0 "$(<"$dir/pid/$name")" 2>/dev/null; then
@@ -41,7 +41,7 @@ free_ports() { # the first of five free ports, below the ephemeral range
   done
   fail "no free ports"
 }
-ours() { # pids of every process started by this cluster, jobs included
+ours() { # pids of all processes that this cluster started, including jobs
   { grep -lszxF "SLURM_LOCAL_OWNER=$dir" /proc/[0-9]*/environ || true; } | cut -d/ -f3
 }
 
@@ -52,7 +52,7 @@ configure() {
   (umask 077; head -c 1024 /dev/urandom >"$dir/munge.key")
   { cat /etc/hosts; printf '127.0.0.1 %s\n' "${nodes[@]}"; } >"$dir/hosts"
   echo 'CgroupPlugin=disabled' >"$dir/cgroup.conf"
-  # Slurm before 23.02 does not know the word
+  # Slurm before 23.02 does not know this setting
   [[ $(slurmctld -V) =~ \ (2[0-2]|1)[0-9.]* ]] && : >"$dir/cgroup.conf"
   printf '#!/bin/sh\necho "export SLURM_LOCAL_OWNER=%s"\necho "export SLURM_CONF=%s"\n' "$dir" "$SLURM_CONF" >"$dir/prolog"
   chmod 755 "$dir/prolog"
@@ -62,7 +62,7 @@ SlurmctldHost=$host(127.0.0.1)
 SlurmctldPort=$ctld_port
 SlurmUser=$(id -un)
 SlurmdUser=$(id -un)
-# cred_expire is also how long a requeued job waits before it starts again; Slurm takes less than 5 for 120
+# cred_expire is also how long a requeued job waits before it starts again; below 5, Slurm uses 120
 AuthInfo=socket=$dir/munge.sock,cred_expire=5
 StateSaveLocation=$dir/state
 SlurmdSpoolDir=$dir/spool/%n
@@ -70,7 +70,7 @@ SlurmctldPidFile=$dir/pid/slurmctld.own
 SlurmdPidFile=$dir/pid/%n.own
 SlurmctldLogFile=$dir/log/slurmctld.log
 SlurmdLogFile=$dir/log/%n.log
-# job ids differ from one cluster to the next, since submitit names its files after them
+# different job ids in every cluster, since submitit names its files after them
 FirstJobId=$(($(date +%s) % 600000 * 100 + 1000))
 ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
@@ -134,7 +134,7 @@ start_database() {
 
 accounted() { sacctmgr --noheader --parsable2 show cluster format=ControlHost | grep -q .; }
 
-start_node() { # each node has a host name of its own, where this user may give it one
+start_node() { # with a host name of its own, if this user has the right to set one
   if [[ $isolated ]]; then
     launch "$1" unshare --uts --mount sh -c 'mount --bind "$1" /etc/hosts && hostname "$2" && exec slurmd -D -N "$2"' - "$dir/hosts" "$1"
   else
@@ -175,7 +175,7 @@ stop() {
   [[ ! -e $dir/pid/slurmctld ]] || timeout 10 scancel --user="$(id -un)" 2>/dev/null || true
   for signal in TERM KILL; do
     pids=$(ours)
-    # CONT: a process that was stopped could not hear the other signal
+    # CONT: a stopped process does not receive the other signal
     [[ -z $pids ]] || kill -"$signal" $pids 2>/dev/null || true
     [[ -z $pids ]] || kill -CONT $pids 2>/dev/null || true
     for ((end = SECONDS + 10; SECONDS < end; )); do

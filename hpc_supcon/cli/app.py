@@ -36,7 +36,7 @@ app = typer.Typer(
     help="Supervised contrastive learning of images, from one CPU to a Slurm cluster.",
     epilog="Several ranks: torchrun --nproc_per_node N -m hpc_supcon run CONFIG, or srun hpc-supcon run CONFIG. "
     "Exit codes: 0 done; 2 wrong input; 3 NaN or Inf; 4 the loader died; 5 another rank was lost or hangs; 6 out of "
-    "memory; 75 stopped by a signal (SIGTERM, SIGUSR2) and saved: start again with --resume.",
+    "memory; 75 preempted (SIGTERM, SIGUSR2) and saved: start again with --resume.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -90,14 +90,14 @@ def pretrain_command(
 
 def _pretrained(settings: Config, runtime: Runtime, data: Data, resume: bool) -> Path:
     """Pre-train, draw the curves (and an autoencoder's images); returns the run folder. Collective."""
-    from ..distributed.collectives import together
+    from ..distributed.collectives import propagate_errors
     from ..evaluation.monitor import online_probe
     from ..evaluation.plots import draw_training_curves
     from ..stages.pretrain import pretrain
     from ..stages.reconstruct import evaluate_autoencoder
 
     folder = pretrain(settings, runtime, data, resume=resume, online_probe=online_probe(settings, runtime, data))
-    with together():
+    with propagate_errors():
         if runtime.is_main:
             draw_training_curves(folder)
     if "reconstruction" in settings.loss.weights:

@@ -25,13 +25,17 @@ def started(settings: Config, stages: tuple[Stage, ...], *, resume: bool) -> Ite
 
     check_ranks(settings, rt.resolve().world_size, stages=stages)  # before more is imported, which takes seconds
     from .. import run_folder
-    from ..distributed.collectives import together
-    from ..distributed.watchdog import connected, watching
+    from ..distributed.collectives import propagate_errors
+    from ..distributed.monitors import monitor_ranks, start_watchdog
     from ..training.data import load_data
 
     limits = settings.runtime
     with (
-        watching(settings.folder, step_s=limits.timeout_s, first_step_s=limits.first_step_timeout_s) as watch,
+        start_watchdog(
+            settings.folder,
+            step_timeout_s=limits.timeout_s,
+            first_step_timeout_s=limits.first_step_timeout_s,
+        ) as watchdog,
         rt.start(
             device=limits.device,
             threads=limits.threads,
@@ -39,9 +43,9 @@ def started(settings: Config, stages: tuple[Stage, ...], *, resume: bool) -> Ite
             deterministic=settings.deterministic,
             reuse_memory=limits.reuse_memory,
         ) as runtime,
-        connected(watch, runtime),
+        monitor_ranks(watchdog, runtime),
     ):
-        with together():
+        with propagate_errors():
             run_folder.check_usable(settings.folder, settings, resume=resume)  # before minutes of decoding
         yield runtime, load_data(settings, runtime)
 

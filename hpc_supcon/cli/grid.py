@@ -16,8 +16,8 @@ from ..errors import ConfigError, unknown_name
 from .common import Debug
 
 if TYPE_CHECKING:
-    from ..grid.expand import Plan
-    from ..grid.files import Profile
+    from ..grid.expand import GridPlan
+    from ..grid.schema import ClusterProfile
 
 grid = typer.Typer(
     help="Many runs from one YAML: submit them, watch them, tabulate their results.", no_args_is_help=True
@@ -33,19 +33,19 @@ Overrides = Annotated[
 All = Annotated[bool, typer.Option("--all", help="Show every row.")]
 
 
-def _plan(path: Path, overrides: list[str] | None) -> Plan:
+def _plan(path: Path, overrides: list[str] | None) -> GridPlan:
     from ..grid.cells import load
     from ..grid.expand import expand
 
     return expand(load(path), overrides or [])
 
 
-def _profile(path: Path | None, cluster: str | None) -> tuple[str, Profile]:
-    from ..grid.files import Profile, read_profile
+def _profile(path: Path | None, cluster: str | None) -> tuple[str, ClusterProfile]:
+    from ..grid.schema import ClusterProfile, read_profile
 
     if cluster is not None and cluster not in CLUSTERS:
         raise ConfigError(unknown_name("cluster", cluster, CLUSTERS))
-    profile = read_profile(path) if path is not None else Profile(cluster=cluster or "slurm")  # type: ignore[arg-type]
+    profile = read_profile(path) if path is not None else ClusterProfile(cluster=cluster or "slurm")  # type: ignore[arg-type]
     return cluster or profile.cluster, profile
 
 
@@ -98,7 +98,7 @@ def status_command(
 ) -> None:
     """Show the state of every run, from the scheduler and the run folders."""
     from ..grid.folder import load
-    from ..grid.node_state import WAITING, node_states
+    from ..grid.node_state import QUEUED, node_states
     from ..grid.status import render
 
     frozen, rows, console = load(grid_dir), None if every else ROWS, _console()
@@ -107,7 +107,7 @@ def status_command(
         console.print(render(frozen, states, rows))
         return
     with Live(render(frozen, states, rows), console=console, auto_refresh=False) as live:
-        while any(state.state in WAITING for state in states.values()):
+        while any(state.state in QUEUED for state in states.values()):
             time.sleep(5)
             states = node_states(frozen)
             live.update(render(frozen, states, rows), refresh=True)

@@ -1,1 +1,1 @@
-"""Ranks: launching them, what they tell each other, and how they stop together."""
+"""Ranks: how they start, communicate, watch each other and stop together."""

@@ -1,7 +1,7 @@
-"""What ranks tell each other: gather, agree, fail together.
+"""Collective operations: sums and gathers over ranks, and errors that every rank raises.
 
-Every function works without a process group too (one process is a world of one), so that callers have
-one code path. All ranks must call each of them, in the same order.
+All ranks must call each of them, in the same order. Without a process group they work as for a single rank, so
+that callers have one code path.
 """
 
 from __future__ import annotations
@@ -21,20 +21,17 @@ T = TypeVar("T")
 
 
 def world_size() -> int:
+    """Number of ranks, for code that is given no launch.Runtime."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
 def rank() -> int:
+    """This process's rank, for code that is given no launch.Runtime."""
     return dist.get_rank() if dist.is_available() and dist.is_initialized() else 0
 
 
-def barrier() -> None:
-    if world_size() > 1:
-        dist.barrier()
-
-
 def gather_objects(value: T) -> list[T]:
-    """`value` of every rank, in rank order, on every rank. For small host objects only (it pickles)."""
+    """`value` of every rank, in rank order, on every rank. For small objects in host memory only: it pickles."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()
@@ -43,7 +40,7 @@ def gather_objects(value: T) -> list[T]:
 
 
 def all_sum(value: Tensor) -> Tensor:
-    """Sum of `value` over ranks (any shape, the same on every rank); a new tensor without gradient."""
+    """Sum of `value` (any shape, the same on every rank) over ranks: a new tensor without gradient."""
     total = value.detach().clone()
     if world_size() > 1:
         with phase("gather"):
@@ -51,20 +48,11 @@ def all_sum(value: Tensor) -> Tensor:
     return total
 
 
-def any_rank(flag: bool, device: torch.device | str = "cpu") -> bool:
-    """True on every rank when `flag` is true on at least one: how ranks agree on a branch."""
-    if world_size() == 1:
-        return flag
-    votes = torch.tensor([int(flag)], device=device)
-    dist.all_reduce(votes, op=dist.ReduceOp.MAX)
-    return bool(votes.item())
-
-
 def gather_rows(x: Tensor, rows: list[int] | None = None) -> Tensor:
     """Concatenation of x [n_r, ...] over ranks along dim 0, in rank order, without gradient.
 
-    `rows` is the number of rows of every rank where the caller knows it (saves a round of messages);
-    ranks may hold different numbers of rows, none included. Returns [sum n_r, ...].
+    rows: the number of rows of every rank, if the caller knows it; otherwise it is gathered first. Ranks may have
+    different numbers of rows, including 0. Returns [sum n_r, ...].
     """
     x = x.detach()
     if world_size() == 1:
@@ -87,7 +75,7 @@ def _gather_rows(x: Tensor, rows: list[int]) -> Tensor:
 
 
 def _all_gather(out: Tensor, x: Tensor) -> None:
-    # the older name makes PyTorch 2.14 warn every user in every process; 2.13 does not know the newer
+    # PyTorch 2.14 warns about the older name in every process; 2.13 does not have the newer one
     gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
     gather(out, x)
 
@@ -102,10 +90,10 @@ def gather_sizes(x: Tensor) -> list[int]:
 
 
 class _GatherWithGrad(torch.autograd.Function):
-    """gather_rows whose backward SUMS the incoming gradients over ranks before taking the own slice.
+    """gather_rows whose backward SUMS the incoming gradients over ranks before it takes this rank's slice.
 
-    Taking the own slot first is the classic mistake: the direction of the gradient is then wrong, and
-    symmetric test data hide it.
+    Taking this rank's slice without the sum is a common mistake: the direction of the gradient is then wrong, and
+    tests with symmetric data do not show it.
     """
 
     @staticmethod
@@ -121,29 +109,29 @@ class _GatherWithGrad(torch.autograd.Function):
 
 
 def gather_rows_with_grad(x: Tensor, rows: list[int] | None = None) -> Tensor:
-    """As `gather_rows`, differentiable: each rank's gradient is the sum over all ranks' losses."""
+    """Differentiable `gather_rows`: the gradient of x is that of the sum of all ranks' losses."""
     if world_size() == 1:
         return x
     return _GatherWithGrad.apply(x, rows if rows is not None else gather_sizes(x))
 
 
 @contextmanager
-def together() -> Iterator[None]:
-    """All ranks leave this block the same way: a named error on any rank is raised on every rank.
+def propagate_errors() -> Iterator[None]:
+    """A named error that any rank raises in this block is raised on every rank when the block ends.
 
-    Without it, the ranks that succeeded would wait in their next collective until the time-out. The
-    block itself must not hold collectives that a failing rank would skip.
+    Without it, the ranks that succeeded would wait in their next collective until the timeout. The block must not
+    contain collectives itself: a rank that fails would skip them.
     """
     error: HpcSupconError | None = None
     try:
         yield
     except HpcSupconError as caught:
         error = caught
-    raise_together(error)
+    raise_on_all_ranks(error)
 
 
-def raise_together(error: HpcSupconError | None) -> None:
-    """Raise the lowest rank's error on every rank; return when no rank has one."""
+def raise_on_all_ranks(error: HpcSupconError | None) -> None:
+    """Raise the error of the lowest rank that has one on every rank; return when no rank has one."""
     errors = gather_objects(error)
     for origin, first in enumerate(errors):
         if first is not None:

@@ -1,7 +1,7 @@
-"""From the environment to a rank: who am I among the processes, on which device, with which seed.
+"""From environment variables to a process's rank, device, threads and process group.
 
 One resolver for torchrun, Slurm's srun and a single process. A partial or contradictory environment is an
-error: it never quietly becomes a world of one, which would train N copies of a wrong run.
+error: it never silently becomes a world size of 1, which would train N independent copies of the run.
 """
 
 from __future__ import annotations
@@ -22,16 +22,14 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from ..allocator import keep_freed_memory
+from ..environment import CONCURRENT_RUNS, TORCHRUN, port_of_job
 from ..errors import ConfigError, LaunchError
-
-SHARERS = "HPC_SUPCON_SHARERS"
-"""Environment variable: among how many runs at once (a grid's) the cores are to be shared; each may have ranks."""
-TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+from . import collectives
 
 
 @dataclass(frozen=True)
 class Launch:
-    """This process's place: `rank` of `world_size`, `local_rank` of `local_world_size` on this node."""
+    """This process is `rank` of `world_size`, and `local_rank` of `local_world_size` on its node."""
 
     rank: int = 0
     world_size: int = 1
@@ -44,7 +42,11 @@ class Launch:
 
 @dataclass(frozen=True)
 class Runtime:
-    """A Launch with its device; `is_main` is true on the one rank that writes and speaks."""
+    """A Launch with its device. `is_main` is true on rank 0, the only one that writes files and log lines.
+
+    Functions that are given a Runtime take rank and world size from it. Functions that are not (losses, metrics)
+    ask the process group through collectives.rank() and world_size(); `start` asserts that both agree.
+    """
 
     launch: Launch
     device: torch.device
@@ -100,7 +102,7 @@ def _from_torchrun(env: Mapping[str, str]) -> Launch:
     local_world = _integer(env, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in env else world
     if not rank < world or not local_rank < local_world <= world:
         raise LaunchError(
-            f"impossible place: RANK={rank} of WORLD_SIZE={world}, LOCAL_RANK={local_rank} of {local_world} per node"
+            f"impossible rank: RANK={rank} of WORLD_SIZE={world}, LOCAL_RANK={local_rank} of {local_world} per node"
         )
     return Launch(rank, world, local_rank, local_world, env["MASTER_ADDR"], _integer(env, "MASTER_PORT"), "torchrun")
 
@@ -120,8 +122,7 @@ def _from_slurm(env: Mapping[str, str]) -> Launch:
         local_rank=_integer(env, "SLURM_LOCALID"),
         local_world_size=_tasks_on_this_node(env),
         master_addr=env.get("MASTER_ADDR") or _first_host(env),
-        # the same on all ranks without a message; below the ephemeral ports; differs between a node's jobs
-        master_port=_integer(env, "MASTER_PORT") if "MASTER_PORT" in env else 15000 + job % 17000,
+        master_port=_integer(env, "MASTER_PORT") if "MASTER_PORT" in env else port_of_job(job),
         launcher="slurm",
     )
 
@@ -156,7 +157,7 @@ def _first_host(env: Mapping[str, str]) -> str:
         return nodes
     if shutil.which("scontrol") is None:
         raise LaunchError("scontrol is not on PATH: cannot read the node list; export MASTER_ADDR")
-    # the list's own syntax, n[1-3,7], is Slurm's to read
+    # scontrol expands the node list's syntax, such as n[1-3,7]
     done = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=False)
     if done.returncode or not done.stdout.strip():
         raise LaunchError(f"scontrol show hostnames {nodes} failed: {done.stderr.strip()}")
@@ -169,18 +170,18 @@ def _integer(env: Mapping[str, str], name: str) -> int:
     except ValueError:
         value = -1
     if value < 0:
-        raise LaunchError(f"{name}={env[name]!r} is not a number from 0 up")
+        raise LaunchError(f"{name}={env[name]!r} is not an integer of 0 or more")
     return value
 
 
 def choose_device(name: str, launch: Launch) -> torch.device:
-    """`auto | cpu | cuda` to this rank's device. Raises ConfigError or LaunchError."""
+    """This rank's device for `auto`, `cpu` or `cuda`. Raises ConfigError or LaunchError."""
     if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():
         raise ConfigError("runtime.device is cuda, but PyTorch sees no CUDA device; use runtime.device=auto or cpu")
     visible = torch.cuda.device_count()
-    # a scheduler that binds one GPU to each task shows it as number 0 to all of them
+    # where Slurm binds one GPU to each task, every task sees its own GPU as number 0
     index = 0 if visible == 1 and launch.launcher == "slurm" else launch.local_rank
     if index >= visible:
         raise LaunchError(
@@ -199,15 +200,15 @@ def start(
     deterministic: bool = False,
     reuse_memory: bool = False,
 ) -> Iterator[Runtime]:
-    """Set up this process for the block: device, threads, memory, determinism, and the process group when there are
-    several ranks (nccl for CUDA tensors, gloo for CPU tensors). Leaves no process group behind."""
+    """Set up this process: device, threads, memory, determinism, and a process group when there are several ranks
+    (nccl for CUDA tensors, gloo for CPU tensors). The process group is destroyed when the block ends."""
     launch = resolve()
     chosen = choose_device(device, launch)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     elif reuse_memory:
         keep_freed_memory()
-    # torchrun sets OMP_NUM_THREADS=1; sharing the cores among the ranks of this node is better
+    # not OMP_NUM_THREADS, which torchrun sets to 1: sharing the cores among the ranks of this node is faster
     torch.set_num_threads(threads or fair_threads(launch))
     _set_determinism(deterministic)
     if launch.world_size > 1:
@@ -221,6 +222,7 @@ def start(
             timeout=timedelta(seconds=timeout_s),
             device_id=chosen if chosen.type == "cuda" else None,
         )
+    assert (collectives.rank(), collectives.world_size()) == (launch.rank, launch.world_size)
     try:
         yield Runtime(launch, chosen)
     finally:
@@ -229,45 +231,46 @@ def start(
 
 
 def fair_threads(launch: Launch, env: Mapping[str, str] | None = None, cores: int | None = None) -> int:
-    """CPU threads for this rank (default: of os.environ, and the cores this process may run on).
+    """CPU threads for this rank. Defaults: `env` os.environ, `cores` those that this process may run on.
 
-    One thread more than there are cores halves the speed of all: each parallel loop waits for the slowest.
+    All ranks and runs of the node together get no more threads than cores: with one more, every parallel loop
+    waits for a thread that has no core, which halves the speed.
     """
     env = os.environ if env is None else env
     if cores is None:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if launch.launcher == "slurm":
-        # what a task was given is its own, whether Slurm binds it there or trusts it to keep to it
+        # a task's cores are its own, whether or not Slurm binds the process to them
         if "SLURM_CPUS_PER_TASK" in env:
-            return max(1, min(cores, _integer(env, "SLURM_CPUS_PER_TASK")) // _sharers(env))
+            return max(1, min(cores, _integer(env, "SLURM_CPUS_PER_TASK")) // _concurrent_runs(env))
         if "SLURM_CPUS_ON_NODE" in env and cores < _integer(env, "SLURM_CPUS_ON_NODE"):
-            return max(1, cores // _sharers(env))
-    return max(1, cores // (launch.local_world_size * _sharers(env)))
+            return max(1, cores // _concurrent_runs(env))
+    return max(1, cores // (launch.local_world_size * _concurrent_runs(env)))
 
 
-def _sharers(env: Mapping[str, str]) -> int:
-    return max(1, _integer(env, SHARERS)) if SHARERS in env else 1
+def _concurrent_runs(env: Mapping[str, str]) -> int:
+    return max(1, _integer(env, CONCURRENT_RUNS)) if CONCURRENT_RUNS in env else 1
 
 
 def set_collective_timeout(seconds: float) -> None:
-    """The longest wait of the collectives that begin from now on."""
-    # public since PyTorch 2.15, which warns of the older name
+    """Set the timeout of the collectives that begin from now on."""
+    # set_timeout is public since PyTorch 2.15, which warns about the older name
     change = getattr(dist, "set_timeout", None) or distributed_c10d._set_pg_timeout
     change(timedelta(seconds=seconds), dist.group.WORLD)
 
 
 def _set_determinism(deterministic: bool) -> None:
     if deterministic:
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS repeats its sums only so
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
     torch.set_float32_matmul_precision("highest" if deterministic else "high")
 
 
 def seed_everything(seed: int, rank: int, step: int = 0) -> None:
-    """Seed every global generator; ranks differ in their draws, and so do the steps at which a rank may begin.
+    """Seed the global random generators of Python, NumPy and PyTorch from seed, rank and the step to start from.
 
-    (Models are built before, from `seed` alone.)
+    Models are built earlier, from `seed` alone, so that they are the same on all ranks.
     """
     word = int(np.random.SeedSequence([seed, rank, step]).generate_state(1, np.uint64)[0])
     random.seed(word)
@@ -276,10 +279,10 @@ def seed_everything(seed: int, rank: int, step: int = 0) -> None:
 
 
 def has_fast_bf16(device: torch.device) -> bool:
-    """True where training in bf16 is faster than in fp32: on GPUs since Ampere, on CPUs with matrix units (AMX).
+    """True where training in bf16 is faster than in fp32: on GPUs since Ampere, on CPUs with AMX.
 
-    AVX-512's bf16 instructions alone speed the forward pass up, but the convolutions' backward pass takes two to
-    three times as long as in fp32.
+    With AVX-512's bf16 instructions alone the forward pass is faster, but the backward pass of convolutions takes
+    two to three times as long as in fp32.
     """
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)

@@ -1,8 +1,7 @@
-"""Being asked to leave: SIGTERM and SIGUSR2 set a flag, and nothing else happens in their handlers.
+"""Preemption: SIGTERM and SIGUSR2 set a flag, and their handlers do nothing else.
 
-Schedulers send one of them some time before they kill a job. What is done about it, and when, is the watch's
-business (watchdog.py): a step is finished, the state is saved by all ranks together, and the process leaves
-with EXIT_CODE, which says "start me again".
+Schedulers send one of them some time before they kill a job. The watchdog then has the current step completed, the
+state saved by all ranks together, and the processes exit with errors.Preempted.exit_code.
 """
 
 from __future__ import annotations
@@ -15,50 +14,48 @@ from contextlib import contextmanager
 from types import FrameType
 
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
-EXIT_CODE = 75
-"""EX_TEMPFAIL of sysexits.h: nothing is wrong, try again later."""
 
 _reasons: list[str] = []
 
 
 def requested() -> str | None:
-    """What asked this run to leave, such as "SIGUSR2" or "SIGTERM on rank 3"; None while nothing has."""
+    """The signal that preempts this run, such as "SIGUSR2" or "SIGTERM on rank 3"; None if there was none."""
     return _reasons[0] if _reasons else None
 
 
 def request(reason: str) -> None:
-    """Ask this run to leave; the first reason stays. From any thread."""
+    """Preempt this run. May be called from any thread; the first reason is kept."""
     if not _reasons:
         _reasons.append(reason)
 
 
 @contextmanager
-def listening() -> Iterator[int | None]:
-    """Inside, the signals are heard and survived, however often they come; afterwards all is as before.
+def handle_signals() -> Iterator[int | None]:
+    """Inside, SIGNALS call `request` instead of ending the process. Afterwards the previous handlers are back.
 
-    Yields a file descriptor on which every signal's number arrives at once, for a thread to read: the handlers
-    themselves wait until the main thread comes back from C, which in a collective may take minutes. None, and no
-    handlers, outside the main thread (Python allows them nowhere else).
+    Yields a file descriptor to which the number of every signal is written at once, so that a thread can read it: the
+    handlers themselves run only when the main thread returns from C code, which can take minutes in a collective.
+    Outside the main thread, where Python allows no handlers, it does nothing and yields None.
     """
     if threading.current_thread() is not threading.main_thread():
         yield None
         return
 
-    def note(number: int, frame: FrameType | None) -> None:
+    def handler(number: int, frame: FrameType | None) -> None:
         request(signal.Signals(number).name)
 
     _reasons.clear()
-    heard, told = os.pipe()
-    os.set_blocking(told, False)
-    os.set_blocking(heard, False)
-    before = {number: signal.signal(number, note) for number in SIGNALS}
-    woken = signal.set_wakeup_fd(told, warn_on_full_buffer=False)
+    read_end, write_end = os.pipe()
+    os.set_blocking(write_end, False)
+    os.set_blocking(read_end, False)
+    old_handlers = {number: signal.signal(number, handler) for number in SIGNALS}
+    old_wakeup = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
     try:
-        yield heard
+        yield read_end
     finally:
-        signal.set_wakeup_fd(woken)
-        for number, handler in before.items():
-            signal.signal(number, handler)
-        os.close(heard)
-        os.close(told)
+        signal.set_wakeup_fd(old_wakeup)
+        for number, old_handler in old_handlers.items():
+            signal.signal(number, old_handler)
+        os.close(read_end)
+        os.close(write_end)
         _reasons.clear()

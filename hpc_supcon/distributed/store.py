@@ -1,7 +1,7 @@
-"""Where the ranks leave notes for each other without meeting: the process group's key-value store.
+"""Messages between ranks without a collective: keys and values in the process group's key-value store.
 
-Unlike a collective, a note costs its reader nothing until it is read, and a thread can read it while the main
-thread hangs.
+Reading the store takes tens of microseconds and does not wait for other ranks, so that a thread can use it while
+the main thread hangs in a collective.
 """
 
 from __future__ import annotations
@@ -11,70 +11,81 @@ import socket
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-ASKED, LEAVE, LOST = "asked", "leave", "lost"
-"""Notes to all: why to leave at the next common step; that all leave at once; why all end."""
-COMMON = (ASKED, LEAVE, LOST)
-_NOTHING = "-"
+PREEMPTED, EXIT, ABORT = "preempted", "exit", "abort"
+"""Messages to all ranks. PREEMPTED: save and exit after the next common step (value: the signal). EXIT: rank 0 has
+saved, exit at once. ABORT: end at once (value: what failed)."""
+SHARED = (PREEMPTED, EXIT, ABORT)
+_UNSET = "-"
 
 
-class Board:
-    """This rank's access, one for each thread. Every method talks to the store, for some tens of microseconds, and
-    raises RuntimeError when it is gone."""
+class RankStore:
+    """This rank's connection to the store; each thread needs its own. Every method raises RuntimeError when the
+    store cannot be reached any more."""
 
-    def __init__(self) -> None:
-        """On the default process group; every rank makes one."""
-        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        # a connection of its own: another thread's waiting must not hold this one up
+    def __init__(self, rank: int, world_size: int) -> None:
+        """Connect to the store of the default process group, as every rank must."""
+        self.rank, self.world_size = rank, world_size
+        # not the process group's own connection, on which another thread may wait
         self._store: Any = distributed_c10d._get_default_store().clone()
-        for note in COMMON:
-            self._store.compare_set(_key(note), "", _NOTHING)
+        for key in SHARED:
+            self._store.compare_set(_path(key), "", _UNSET)
 
-    def twin(self) -> Board:
-        """The same board for another thread."""
-        twin = object.__new__(Board)
-        twin.rank, twin.world_size, twin._store = self.rank, self.world_size, self._store.clone()
-        return twin
+    def clone(self) -> RankStore:
+        """A second connection, for another thread."""
+        clone = object.__new__(RankStore)
+        clone.rank, clone.world_size, clone._store = self.rank, self.world_size, self._store.clone()
+        return clone
 
-    def post(self, note: str, text: str) -> None:
-        """Put up a note to all; the first of its name stays."""
-        self._store.compare_set(_key(note), _NOTHING, text)
+    def broadcast(self, key: str, value: str) -> None:
+        """Send a message to all ranks. If one with this key was sent before, that one stays."""
+        self._store.compare_set(_path(key), _UNSET, value)
 
-    def common(self) -> dict[str, str]:
-        """The notes to all that are up."""
-        texts = self._store.multi_get([_key(note) for note in COMMON])
-        return {note: text.decode() for note, text in zip(COMMON, texts, strict=True) if text.decode() != _NOTHING}
+    def shared(self) -> dict[str, str]:
+        """The messages that were broadcast so far."""
+        values = [value.decode() for value in self._store.multi_get([_path(key) for key in SHARED])]
+        return {key: value for key, value in zip(SHARED, values, strict=True) if value != _UNSET}
 
-    def write(self, about: str, text: str) -> None:
-        """Put up, or change, this rank's own note."""
-        self._store.set(_key(about, self.rank), text)
+    def set(self, key: str, value: str) -> None:
+        """Set or replace this rank's value of `key`."""
+        self._store.set(_path(key, self.rank), value)
 
-    def own(self, about: str, ranks: list[int] | None = None) -> list[str] | None:
-        """The own notes of these ranks (default: all), in their order; None while one is missing."""
-        keys = [_key(about, rank) for rank in (range(self.world_size) if ranks is None else ranks)]
-        return [text.decode() for text in self._store.multi_get(keys)] if self._store.check(keys) else None
-
-
-def _key(note: str, rank: int | None = None) -> str:
-    return f"hpc_supcon/{note}" if rank is None else f"hpc_supcon/{note}/{rank}"
+    def rank_values(self, key: str, ranks: list[int] | None = None) -> list[str] | None:
+        """The values of `key` of these ranks (default: all), in their order; None while one of them is not set."""
+        paths = [_path(key, rank) for rank in (range(self.world_size) if ranks is None else ranks)]
+        return [value.decode() for value in self._store.multi_get(paths)] if self._store.check(paths) else None
 
 
-def who() -> str:
-    """This process, as its neighbors can find it: host, number, and when it began (numbers are used again)."""
-    return f"{socket.gethostname()} {os.getpid()} {_began(os.getpid())}"
+def _path(key: str, rank: int | None = None) -> str:
+    return f"hpc_supcon/{key}" if rank is None else f"hpc_supcon/{key}/{rank}"
 
 
-def neighbor(text: str) -> int | None:
-    """The process of `who()`'s text where it is alive and on this host, else None."""
-    host, pid, began = text.split()
-    return int(pid) if host == socket.gethostname() and began != "?" and _began(int(pid)) == began else None
+def process_id() -> str:
+    """This process for ranks on the same host: host name, pid and start time (the kernel reuses pids)."""
+    return f"{socket.gethostname()} {os.getpid()} {_stat(os.getpid(), START_TIME)}"
 
 
-def _began(pid: int) -> str:
-    """Clock ticks since boot, from field 22 of /proc/PID/stat; "?" where there is none."""
+def local_pid(process: str) -> int | None:
+    """The pid of a process (as `process_id` returns it) that is alive on this host, else None."""
+    host, pid, started = process.split()
+    is_here = host == socket.gethostname() and started != "?" and _stat(int(pid), START_TIME) == started
+    return int(pid) if is_here else None
+
+
+def is_stopped(process: str) -> bool:
+    """Whether a process (as `process_id` returns it) is on this host and stopped, as by SIGSTOP."""
+    pid = local_pid(process)
+    return pid is not None and _stat(pid, STATE) == "T"
+
+
+STATE, START_TIME = 3, 22
+"""Fields of /proc/PID/stat. The start time is in clock ticks since boot."""
+
+
+def _stat(pid: int, field: int) -> str:
+    """One field of /proc/PID/stat, from the third on; "?" where there is no such file."""
     try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[19]
+        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[field - 3]
     except (OSError, IndexError):
         return "?"

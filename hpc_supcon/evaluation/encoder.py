@@ -7,7 +7,7 @@ from pathlib import Path
 from .. import checkpoint, run_folder
 from ..checkpoint.layout import path_of
 from ..data import EvalTransform, Splits
-from ..distributed.collectives import gather_objects, rank, together
+from ..distributed.collectives import gather_objects, propagate_errors, rank
 from ..errors import CheckpointCorrupt, DataError, RunFolderError
 from ..models import PretrainingModel, build_model
 from ..training.metrics import console
@@ -35,13 +35,13 @@ def load_model(folder: Path) -> tuple[PretrainingModel, checkpoint.Checkpoint]:
     verifies. Rank 0 chooses and the other ranks load its choice: if each chose by itself, they could differ.
     """
     found: checkpoint.Checkpoint | None = None
-    with together():
+    with propagate_errors():
         if rank() == 0:
             check_has_encoder(folder)
             found = _choose(folder / run_folder.CHECKPOINTS)
     path = gather_objects(found.path if found else None)[0]
     assert path is not None
-    with together():
+    with propagate_errors():
         found = found or checkpoint.load_checkpoint(path)
         with checkpoint.mismatch_is_corrupt(found.path):
             model = build_model(found.state)

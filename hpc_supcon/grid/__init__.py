@@ -1,1 +1,1 @@
-"""Grids: one YAML says what to compare; the cluster does the rest; tables come out."""
+"""Grids: many runs from one YAML file, their submission, their state and their report."""

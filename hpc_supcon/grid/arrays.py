@@ -1,46 +1,47 @@
-"""Which nodes go into one job array: those that need the same, and whose followers need the same."""
+"""Job arrays: which nodes become the tasks of one array. Those of equal resources whose children have equal ones."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from .files import Resources
-from .folder import Frozen, FrozenNode
+from .folder import FrozenGrid, FrozenNode
+from .schema import Resources
 
-Bundle = tuple[FrozenNode, ...]
+JobNodes = tuple[FrozenNode, ...]
 """The nodes of one job: one, or several that are packed."""
 Signature = tuple[object, ...]
 
 
 @dataclass
-class Array:
-    """One job array. Task i waits for task i of `after`, or for the job `live` that is in the queue already."""
+class JobArray:
+    """One job array. Job i depends on job i of `parent`, or all depend on `queued_parent`, the id of a queued job."""
 
     stage: str
     resources: Resources
-    bundles: list[Bundle]
-    after: Array | None = None
-    live: str | None = None
+    jobs: list[JobNodes]
+    parent: JobArray | None = None
+    queued_parent: str | None = None
 
 
-def arguments_of(frozen: Frozen, bundle: Bundle) -> tuple[str | list[str], str | list[str]]:
-    """(config path, run folder) of a job; lists of them where it is packed."""
-    configs, folders = [str(frozen.config(n)) for n in bundle], [str(frozen.run_folder(n)) for n in bundle]
-    return (configs, folders) if len(bundle) > 1 else (configs[0], folders[0])
+def job_arguments(frozen: FrozenGrid, nodes: JobNodes) -> tuple[str, str | list[str], str | list[str]]:
+    """Arguments of worker.run_nodes: stage, config path and run folder, or lists of paths if the job is packed."""
+    configs, folders = [str(frozen.config(n)) for n in nodes], [str(frozen.run_folder(n)) for n in nodes]
+    return (nodes[0].stage, configs, folders) if len(nodes) > 1 else (nodes[0].stage, configs[0], folders[0])
 
 
-def arrange(
-    wanted: Sequence[FrozenNode], pack: int, longest: int, live: Mapping[str, str] | None = None
-) -> list[Array]:
-    """Arrays of at most `longest` jobs that run every node of `wanted` once, each array after the one it needs.
+def make_arrays(
+    nodes: Sequence[FrozenNode], pack: int, max_length: int, queued: Mapping[str, str] | None = None
+) -> list[JobArray]:
+    """Arrays of at most `max_length` jobs of `pack` nodes that run every node once; parents come before children.
 
-    A node whose parent is not in `wanted` waits for the parent's job in `live`, if it has one.
+    queued: node -> job id of what is in the queue. A node whose parent is not in `nodes` depends on the parent's
+    queued job, if there is one.
     """
-    live = live or {}
-    names = {node.name for node in wanted}
+    queued = queued or {}
+    names = {node.name for node in nodes}
     children: dict[str, list[FrozenNode]] = {}
-    for node in wanted:
+    for node in nodes:
         if node.parent in names:
             children.setdefault(str(node.parent), []).append(node)
 
@@ -49,23 +50,21 @@ def arrange(
         return (node.stage, node.resources, *below)
 
     groups: dict[Signature, list[FrozenNode]] = {}
-    for node in wanted:
+    for node in nodes:
         if node.parent not in names:
-            groups.setdefault((live.get(str(node.parent)), *signature(node)), []).append(node)
-    arrays: list[Array] = []
+            groups.setdefault((queued.get(str(node.parent)), *signature(node)), []).append(node)
+    arrays: list[JobArray] = []
 
-    def add(stage_bundles: list[Bundle], after: Array | None, waits_for: str | None) -> None:
-        first = stage_bundles[0][0]
-        array = Array(first.stage, first.resources, stage_bundles, after, waits_for)
+    def add(jobs: list[JobNodes], parent: JobArray | None, queued_parent: str | None) -> None:
+        first = jobs[0][0]
+        array = JobArray(first.stage, first.resources, jobs, parent, queued_parent)
         arrays.append(array)
-        followers = [
-            [sorted(children.get(n.name, ()), key=lambda c: repr(signature(c))) for n in b] for b in stage_bundles
-        ]
-        for i in range(len(followers[0][0])):
-            add([tuple(below[i] for below in bundle) for bundle in followers], array, None)
+        below = [[sorted(children.get(n.name, ()), key=lambda c: repr(signature(c))) for n in job] for job in jobs]
+        for i in range(len(below[0][0])):
+            add([tuple(of_node[i] for of_node in job) for job in below], array, None)
 
-    for key, nodes in groups.items():
-        bundles = [tuple(nodes[i : i + pack]) for i in range(0, len(nodes), pack)]
-        for i in range(0, len(bundles), longest):
-            add(bundles[i : i + longest], None, str(key[0]) if key[0] is not None else None)
+    for key, group in groups.items():
+        jobs = [tuple(group[i : i + pack]) for i in range(0, len(group), pack)]
+        for i in range(0, len(jobs), max_length):
+            add(jobs[i : i + max_length], None, str(key[0]) if key[0] is not None else None)
     return arrays

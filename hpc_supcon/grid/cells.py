@@ -1,4 +1,4 @@
-"""The cells of a grid: the product of its axes, less `exclude`, plus `include`; their settings and names."""
+"""The cells of a grid: the product of its axes without `exclude`, plus `include`; their settings and names."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, unknown_name
-from .files import GridConfig, Setting, read_grid
 from .resolver import AFTER_TRAINING, Change
+from .schema import GridConfig, Setting, read_grid
 
 BASE = "base"
 
 
 @dataclass(frozen=True)
 class Option:
-    """One value of an axis: its `label` in tables, `short` in names, and what it changes."""
+    """One value of an axis: its `label` in tables, its `short` form in names, and what it changes.
+
+    base: the recipe that it chooses; trains: whether it can change the pre-training.
+    """
 
     axis: str
     label: str
@@ -36,7 +39,7 @@ class Option:
         if base is not None and not isinstance(base, str):
             raise ConfigError(f"{where}: base must be the name of a recipe, not {base!r}")
         changes = tuple(Change(key, json.dumps(value), where) for key, value in values.items() if key != BASE)
-        # one that changes nothing by itself may choose the recipe, by its label
+        # one without changes may choose the recipe by its label: base: "{axis}"
         trains = not changes or base is not None or any(change.section not in AFTER_TRAINING for change in changes)
         return cls(axis, label, short, values, changes, base, trains)
 
@@ -48,18 +51,18 @@ Choice = tuple[Option, ...]
 
 
 def load(path: Path, _chain: tuple[Path, ...] = ()) -> list[GridConfig]:
-    """The grid file and those that it includes. Raises ConfigError, for a cyclic include too."""
-    here = path.resolve()
-    if here in _chain:
-        names = " -> ".join(p.name for p in (*_chain[_chain.index(here) :], here))
+    """The grid file and those that it includes. Raises ConfigError, also for a cyclic include."""
+    resolved = path.resolve()
+    if resolved in _chain:
+        names = " -> ".join(p.name for p in (*_chain[_chain.index(resolved) :], resolved))
         raise ConfigError(f"{path}: includes itself: {names}")
     grid = read_grid(path)
     included = [path.parent / entry for entry in grid.include if isinstance(entry, str)]
-    return [grid, *(g for other in included for g in load(other, (*_chain, here)))]
+    return [grid, *(g for other in included for g in load(other, (*_chain, resolved)))]
 
 
 def choices(grid: GridConfig) -> Iterator[Choice]:
-    """Every cell of one grid (without those of included files) as its options, the seed last."""
+    """Every cell of one grid, without those of included files, as one option of each axis; the seed is the last."""
     axes = [_options(name, values, grid.name) for name, values in grid.axes.items()]
     for rule in (*grid.exclude, *(rule.cells for rule in grid.resources.where)):
         _check_keys(rule, axes, grid.name)
@@ -73,11 +76,11 @@ def choices(grid: GridConfig) -> Iterator[Choice]:
 
 
 def matches(rule: Setting, chosen: Choice) -> bool:
-    """Whether every `axis: value` (or list of values, or a field that an axis sets) of the rule holds."""
-    return all(any(_is(option, key, want) for option in chosen) for key, want in rule.items())
+    """Whether all of a rule is true of a cell: `axis: value`, or a list of values, or a field that an axis sets."""
+    return all(any(_has_value(option, key, want) for option in chosen) for key, want in rule.items())
 
 
-def _is(option: Option, key: str, want: Any) -> bool:
+def _has_value(option: Option, key: str, want: Any) -> bool:
     def same(wanted: Any) -> bool:
         if option.axis == key and label_of(wanted) == option.label:
             return True
@@ -92,7 +95,7 @@ def _check_keys(rule: Setting, axes: list[list[Option]], name: str) -> None:
         if key not in known:
             raise ConfigError(f"grid {name!r}: {unknown_name('axis', key, known)}")
         wanted = [want, *want] if isinstance(want, list) else [want]
-        if key != "seed" and not any(_is(option, key, w) for axis in axes for option in axis for w in wanted):
+        if key != "seed" and not any(_has_value(option, key, w) for axis in axes for option in axis for w in wanted):
             raise ConfigError(f"grid {name!r}: {key} is never {label_of(want)!r}, so this rule matches no cell")
 
 
@@ -125,7 +128,7 @@ def _seeds(grid: GridConfig) -> list[Option]:
 
 
 def _included(entry: Setting, axes: list[list[Option]], name: str) -> Choice:
-    """Options of one `include` entry: labels of axes, or fields with their values."""
+    """The options of one entry of `include`: labels of axes, or fields with their values."""
     chosen = []
     for key, value in entry.items():
         where = f"grid {name!r}: include {key!r}"
@@ -138,11 +141,11 @@ def _included(entry: Setting, axes: list[list[Option]], name: str) -> Choice:
     return tuple(chosen)
 
 
-LONGEST = 80
+MAX_NAME_LENGTH = 80
 
 
 def label_of(value: Any) -> str:
-    """How a value is shown in tables."""
+    """A value as text for tables."""
     if isinstance(value, str):
         return value
     if isinstance(value, list):
@@ -151,12 +154,12 @@ def label_of(value: Any) -> str:
 
 
 def slug(text: str) -> str:
-    """Letters, digits and `.+-` only: no blanks, quotes, slashes or newlines; never empty or hidden."""
+    """Letters, digits and `.+-` only, without blanks, quotes, slashes or newlines; never empty or a hidden file."""
     return re.sub(r"[^A-Za-z0-9.+-]+", "-", text).strip("-.") or "x"
 
 
 def short(field: str, value: Any) -> str:
-    """A field's value in a name: text stands for itself, a number needs to say of what."""
+    """A field's value in a name: text as it is, other values with the name of the field."""
     return (
         slug(label_of(value))
         if isinstance(value, str)
@@ -164,18 +167,18 @@ def short(field: str, value: Any) -> str:
     )
 
 
-class Names:
-    """Hands out names: the same for the same `identity`, different ones for different identities."""
+class UniqueNames:
+    """Names of run folders: the same for the same identity, different ones for different identities."""
 
     def __init__(self) -> None:
         self._owner: dict[str, str] = {}
 
-    def give(self, parts: list[str], identity: str) -> str:
-        """`parts` joined; shortened, or told apart, by a hash of `identity` where that is needed."""
-        name, tag = "_".join(parts) or "cell", hashlib.sha256(identity.encode()).hexdigest()[:8]
-        if len(name) > LONGEST:
-            name = f"{name[: LONGEST - 9]}_{tag}"
+    def get(self, parts: list[str], identity: str) -> str:
+        """`parts` joined by "_". If that is too long, or the name of another identity, a hash is appended."""
+        name, digest = "_".join(parts) or "cell", hashlib.sha256(identity.encode()).hexdigest()[:8]
+        if len(name) > MAX_NAME_LENGTH:
+            name = f"{name[: MAX_NAME_LENGTH - 9]}_{digest}"
         if self._owner.setdefault(name, identity) != identity:
-            name = f"{name[: LONGEST - 9]}_{tag}"
+            name = f"{name[: MAX_NAME_LENGTH - 9]}_{digest}"
             self._owner[name] = identity
         return name

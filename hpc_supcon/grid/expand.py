@@ -1,6 +1,6 @@
-"""From a grid file to its graph of runs. Pure but for reading recipes: nothing is made or submitted.
+"""From a grid file to the graph of its runs. Reads recipes, but writes and submits nothing.
 
-Every cell is validated here, at once. Cells that pre-train alike share one pre-training:
+Every cell is validated. Cells whose pre-training computes the same share one node for it:
 
     pretrain -> probe (one for each setting of section `probe`)
              -> prune (one for each setting of section `prune`, evaluated again)
@@ -15,16 +15,17 @@ from functools import cached_property
 
 from ..config import Stage, check_config
 from ..errors import ConfigError
-from .cells import Choice, Names, Option, choices, matches
-from .files import STAGES, GridConfig, Resources, ResourcesConfig, TableConfig, changed
+from .cells import Choice, Option, UniqueNames, choices, matches
 from .resolver import Change, Resolved, Resolver, override_change
+from .schema import STAGES, GridConfig, Resources, ResourcesConfig, TableConfig, with_changes
 
 NO_PRUNING = Change("prune.rate", "null", "")
 
 
 @dataclass(frozen=True)
 class Node:
-    """One stage of one or more cells: a job. `folder` is its run folder's name, `parent` the node it needs."""
+    """One stage of one or more cells. `folder`: name of its run folder; `parent`: the node it depends on;
+    `identity`: what it computes, equal for equal computations."""
 
     name: str
     stage: str
@@ -37,7 +38,7 @@ class Node:
 
 @dataclass(frozen=True)
 class Cell:
-    """One combination of the axes: axis -> label, the seed, and the nodes that make it, in their order."""
+    """One combination of the axes: axis -> label, the seed, and its nodes in the order in which they run."""
 
     name: str
     labels: dict[str, str]
@@ -46,8 +47,8 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The whole grid, in order: a node stands after the one it needs."""
+class GridPlan:
+    """The whole grid. A node comes after the one it depends on."""
 
     name: str
     cells: tuple[Cell, ...]
@@ -57,7 +58,7 @@ class Plan:
 
     @cached_property
     def hours(self) -> tuple[float, float, float]:
-        """(GPU-hours, CPU-core-hours, hours of the longest path), if every job ran for its whole time limit."""
+        """(GPU-hours, CPU-core-hours, hours of the longest path) if every job runs until its time limit."""
         gpu = cpu = longest = 0.0
         ends: dict[str, float] = {}
         packs: dict[str, int] = {}
@@ -72,8 +73,8 @@ class Plan:
         return gpu, cpu, longest
 
 
-def expand(grids: Sequence[GridConfig], overrides: Sequence[str] = ()) -> Plan:
-    """The graph of the first grid and of those it includes. `overrides` (key.sub=value) hold in every cell.
+def expand(grids: Sequence[GridConfig], overrides: Sequence[str] = ()) -> GridPlan:
+    """The graph of the first grid and of those it includes. `overrides` (key.sub=value) apply to every cell.
 
     Raises ConfigError: for an unknown field or a wrong value in any cell, for settings that contradict each other or
     the number of ranks, for an empty grid, and for two cells that would compute the same.
@@ -93,53 +94,54 @@ def expand(grids: Sequence[GridConfig], overrides: Sequence[str] = ()) -> Plan:
                 f"{wide.resources.nodes} x {wide.resources.tasks_per_node}; set pack: 1"
             )
     tables = tuple(table for grid in grids for table in grid.tables) or _default_tables(outer)
-    return Plan(outer.name, tuple(builder.cells), builder.nodes, tables, outer.pack)
+    return GridPlan(outer.name, tuple(builder.cells), builder.nodes, tables, outer.pack)
 
 
 class _Builder:
-    """Cells and nodes so far, and what they compute."""
+    """Collects cells and nodes, and detects those that compute the same."""
 
     def __init__(self, overrides: Sequence[str]) -> None:
         self.cells: list[Cell] = []
         self.nodes: dict[str, Node] = {}
         self._overrides = [override_change(override) for override in overrides]
-        self._names = Names()
+        self._names = UniqueNames()
         self._resolvers: dict[tuple[str, str], Resolver] = {}
-        self._made: dict[str, Node] = {}  # what is computed -> its node
-        self._seen: dict[str, str] = {}  # what is computed -> the cell's description
+        self._by_identity: dict[str, Node] = {}
+        self._cell_by_identity: dict[str, str] = {}  # identity of the last node -> the cell's description
 
     def add(self, grid: GridConfig, chosen: Choice) -> None:
         shown = [option for option in chosen if _varies(grid, option)]
-        told = " ".join(f"{option.axis}={option.label}" for option in shown) or grid.base
-        where = f"grid {grid.name!r}: cell {told}"
+        description = " ".join(f"{option.axis}={option.label}" for option in shown) or grid.base
+        where = f"grid {grid.name!r}: cell {description}"
         resolver, changes = self._resolver(grid, chosen), [change for option in chosen for change in option.changes]
         unpruned = resolver.resolve(tuple(c for c in changes if c.section != "prune"), where)
         resources = _resources(grid, chosen)
-        nodes = self._trunk(unpruned, shown, resources, where)
+        nodes = self._pretrain_and_probe(unpruned, shown, resources, where)
         if any(change.section == "prune" for change in changes) and NO_PRUNING not in changes:
             pruned = resolver.resolve(tuple(changes), where)
             identity = f"prune {unpruned.digest} {pruned.after_training}"
-            name = self._names.give([option.short for option in shown], identity)
+            name = self._names.get([option.short for option in shown], identity)
             nodes.append(self._node(identity, "prune", name, nodes[0], resources.prune, pruned, where))
         last = nodes[-1]
-        if last.identity in self._seen:
+        if last.identity in self._cell_by_identity:
             raise ConfigError(
-                f"{where}: computes the same as cell {self._seen[last.identity]}; leave one of them out"
+                f"{where}: computes the same as cell {self._cell_by_identity[last.identity]}; leave one of them out"
             )
-        self._seen[last.identity] = told
+        self._cell_by_identity[last.identity] = description
         labels = {option.axis: option.label for option in chosen}
         self.cells.append(Cell(last.folder, labels, unpruned.seed, tuple(node.name for node in nodes)))
 
-    def _trunk(self, resolved: Resolved, shown: list[Option], resources: ResourcesConfig, where: str) -> list[Node]:
-        """The nodes that pre-train and probe."""
+    def _pretrain_and_probe(
+        self, resolved: Resolved, shown: list[Option], resources: ResourcesConfig, where: str
+    ) -> list[Node]:
         trains = [option.short for option in shown if option.trains]
         probes = [option.short for option in shown if option.trains or option.touches("probe")]
         trained, probed = f"pretrain {resolved.digest}", f"probe {resolved.digest} {resolved.after_training}"
-        first = trained not in self._made
-        name = self._made[trained].folder if not first else self._names.give(trains, trained)
+        first = trained not in self._by_identity
+        name = self._by_identity[trained].folder if not first else self._names.get(trains, trained)
         parent = self._node(trained, "pretrain", name, None, resources.pretrain, resolved, where)
-        if probed not in self._made and not (first and trains == probes):
-            name = self._names.give(probes, probed)  # beside the pre-training's folder, not in it
+        if probed not in self._by_identity and not (first and trains == probes):
+            name = self._names.get(probes, probed)  # another folder than that of the pre-training
         return [parent, self._node(probed, "probe", name, parent, resources.probe, resolved, where)]
 
     def _node(
@@ -152,17 +154,17 @@ class _Builder:
         resolved: Resolved,
         where: str,
     ) -> Node:
-        """The node that computes `identity`; an earlier cell may have made it. Raises ConfigError."""
-        if identity not in self._made:
+        """The node that computes `identity`, which an earlier cell may have created. Raises ConfigError."""
+        if identity not in self._by_identity:
             ranks = resources.nodes * resources.tasks_per_node
             try:
                 check_config(resolved.config, stages=(stage,), world_size=ranks)
             except ConfigError as error:
                 raise ConfigError(f"{where}: {error}") from None
-            above = parent.name if parent else None
-            node = Node(f"{folder}.{stage}", stage, folder, above, resources, identity, resolved)
-            self._made[identity] = self.nodes[node.name] = node
-        return self._made[identity]
+            parent_name = parent.name if parent else None
+            node = Node(f"{folder}.{stage}", stage, folder, parent_name, resources, identity, resolved)
+            self._by_identity[identity] = self.nodes[node.name] = node
+        return self._by_identity[identity]
 
     def _resolver(self, grid: GridConfig, chosen: Choice) -> Resolver:
         base = next((option.base for option in reversed(chosen) if option.base is not None), grid.base)
@@ -176,19 +178,19 @@ class _Builder:
 
 
 def _varies(grid: GridConfig, option: Option) -> bool:
-    """Whether an axis has several values, so that names must tell them apart."""
+    """Whether an axis has several values, which names must then contain."""
     if option.axis == "seed":
         return grid.seeds != 1 and grid.seeds != (0,)
     return len(grid.axes.get(option.axis, ())) != 1
 
 
 def _resources(grid: GridConfig, chosen: Choice) -> ResourcesConfig:
-    """What the stages of one cell get: the grid's, changed by every rule that matches."""
+    """Resources of the stages of one cell: the grid's, changed by every rule that matches."""
     result = grid.resources
     for rule in grid.resources.where:
         if matches(rule.cells, chosen):
             where = f"grid {grid.name!r}: resources.where"
-            stages = {stage: changed(getattr(result, stage), getattr(rule, stage), where) for stage in STAGES}
+            stages = {stage: with_changes(getattr(result, stage), getattr(rule, stage), where) for stage in STAGES}
             result = result.model_copy(update=stages)
     return result
 

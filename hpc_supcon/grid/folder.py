@@ -1,11 +1,11 @@
-"""The grid folder: what was frozen at submission, what was submitted, and how each node fared.
+"""The grid folder: the frozen grid, the jobs that were submitted, and the outcome of each node.
 
 grid.json          cells, nodes, profile, the code's commit        written by the submitter, under `lock`
-grid.yaml          the grid file as it was                         the same
+grid.yaml          the grid file                                   the same
 configs/NAME.yaml  the resolved configuration of each run folder   the same
-submissions.jsonl  one line per job array: which job is which node the same
+submissions.jsonl  one line per job array: node -> job             the same
 records/NODE.json  outcome, requeues, last error                   written by rank 0 of the node's job
-runs/NAME/         run folders            logs/NODE.log   what a node said           jobs/   submitit's files
+runs/NAME/         run folders            logs/NODE.log   output of a node           jobs/   submitit's files
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ from typing import Any
 from .. import __version__
 from ..errors import RunFolderError
 from ..files import private_folder, write_atomically
-from .expand import Cell, Plan
-from .files import Profile, Resources, TableConfig
+from .expand import Cell, GridPlan
+from .schema import ClusterProfile, Resources, TableConfig
 
 FORMAT = 1
 JOBS = "jobs"
-"""submitit's folder: it holds pickles, which are executed when a job starts, so it is its owner's alone."""
+"""submitit's folder. It holds pickles that are executed when a job starts, so only its owner may write there."""
 
 
 @dataclass(frozen=True)
@@ -48,13 +48,13 @@ class FrozenNode:
 
 
 @dataclass(frozen=True)
-class Frozen:
+class FrozenGrid:
     """A grid folder's grid.json."""
 
     root: Path
     name: str
     cluster: str
-    profile: Profile
+    profile: ClusterProfile
     commit: str
     pack: int
     cells: tuple[Cell, ...]
@@ -69,8 +69,8 @@ class Frozen:
 
 
 @dataclass
-class Record:
-    """How a node fared; `outcome`: running | requeued | done | failed | cancelled | blocked."""
+class NodeRecord:
+    """What became of a node; `outcome`: running | requeued | done | failed | cancelled | blocked."""
 
     outcome: str
     job: str = ""
@@ -83,8 +83,8 @@ class Record:
     requeues: list[dict[str, Any]] = field(default_factory=list)
 
 
-def freeze(root: Path, plan: Plan, source: str, cluster: str, profile: Profile) -> Frozen:
-    """Write what is to be run. Raises RunFolderError when the folder holds a grid that this one does not extend."""
+def freeze(root: Path, plan: GridPlan, source: str, cluster: str, profile: ClusterProfile) -> FrozenGrid:
+    """Write the grid to its folder. Raises RunFolderError if the folder has a grid that this one does not extend."""
     nodes = {
         n.name: FrozenNode(n.name, n.stage, n.folder, n.parent, n.resources, n.identity) for n in plan.nodes.values()
     }
@@ -95,7 +95,7 @@ def freeze(root: Path, plan: Plan, source: str, cluster: str, profile: Profile) 
                     f"{root}: holds another grid ({name} is not in this one, or computes something else); "
                     "choose another folder with --dir"
                 )
-    frozen = Frozen(
+    frozen = FrozenGrid(
         root.resolve(), plan.name, cluster, profile, code_commit(), plan.pack, plan.cells, nodes, plan.tables
     )
     for part in ("configs", "records", "runs", "logs"):
@@ -104,18 +104,18 @@ def freeze(root: Path, plan: Plan, source: str, cluster: str, profile: Profile) 
     for node in plan.nodes.values():
         path = root / "configs" / f"{node.folder}.yaml"
         if not path.exists():
-            write_atomically(  # made again by the next submission where it is missing
+            write_atomically(  # not flushed: the next submission writes it again if it is missing
                 path,
                 node.resolved.yaml(name=node.folder, run_dir=str(frozen.root / "runs" / node.folder)),
                 durable=False,
             )
     write_atomically(root / "grid.yaml", source)
-    write_atomically(root / "grid.json", json.dumps(_plain(frozen), indent=1))
+    write_atomically(root / "grid.json", json.dumps(_to_json(frozen), indent=1))
     return frozen
 
 
-def load(root: Path) -> Frozen:
-    """Raises RunFolderError when the folder holds no grid."""
+def load(root: Path) -> FrozenGrid:
+    """Read grid.json. Raises RunFolderError if the folder has none."""
     try:
         data = json.loads((root / "grid.json").read_text(encoding="utf-8"))
         if data["format"] != FORMAT:
@@ -126,11 +126,11 @@ def load(root: Path) -> Frozen:
             for name, n in data["nodes"].items()
         }
         cells = tuple(Cell(c["name"], c["labels"], c["seed"], tuple(c["nodes"])) for c in data["cells"])
-        return Frozen(
+        return FrozenGrid(
             root.resolve(),
             data["name"],
             data["cluster"],
-            Profile.model_validate_json(json.dumps(data["profile"])),
+            ClusterProfile.model_validate_json(json.dumps(data["profile"])),
             data["commit"],
             data["pack"],
             cells,
@@ -143,7 +143,7 @@ def load(root: Path) -> Frozen:
         raise RunFolderError(f"{root / 'grid.json'}: cannot be read: {error}") from None
 
 
-def _plain(frozen: Frozen) -> dict[str, Any]:
+def _to_json(frozen: FrozenGrid) -> dict[str, Any]:
     kinds = list(dict.fromkeys(node.resources for node in frozen.nodes.values()))
     index = {kind: i for i, kind in enumerate(kinds)}
     nodes = {
@@ -171,8 +171,8 @@ def _plain(frozen: Frozen) -> dict[str, Any]:
     }
 
 
-def prepare(frozen: Frozen, nodes: Iterable[FrozenNode]) -> None:
-    """Make the run folders of nodes that read another one's checkpoints: a link to them, and their own config."""
+def prepare_run_folders(frozen: FrozenGrid, nodes: Iterable[FrozenNode]) -> None:
+    """Make the run folders of nodes that read another folder's checkpoints: a link to them, and their own config."""
     for node in nodes:
         parent = frozen.nodes[node.parent] if node.parent else None
         if parent is None or parent.folder == node.folder:
@@ -187,9 +187,9 @@ def prepare(frozen: Frozen, nodes: Iterable[FrozenNode]) -> None:
 
 @contextmanager
 def lock(root: Path, wait_s: float = 60.0) -> Iterator[None]:
-    """Only one process submits to, or runs, a grid at a time. Raises RunFolderError naming who holds it.
+    """Only one process at a time submits or runs a grid. Raises RunFolderError that names the other process.
 
-    A POSIX lock: it ends with its process, also over NFS, so that none is ever left behind.
+    A POSIX lock: the kernel releases it when the process ends, also on NFS.
     """
     root.mkdir(parents=True, exist_ok=True)
     with (root / "lock").open("a+", encoding="utf-8") as file:
@@ -213,26 +213,26 @@ def lock(root: Path, wait_s: float = 60.0) -> Iterator[None]:
         file.truncate(0)
 
 
-def job_here(pid: int | str) -> str:
-    """What stands for a job in somebody's terminal, where Slurm has its numbers."""
+def local_job_id(pid: int | str) -> str:
+    """The id of a job without Slurm: host:pid."""
     return f"{socket.gethostname()}:{pid}"
 
 
-def queue_here() -> str:
-    """The same for what waits in this process for a free place, or for its parent."""
-    return f"queue:{job_here(os.getpid())}"
+def local_queue_id() -> str:
+    """The id of a job that waits in this process for free resources or for its parent: queue:host:pid."""
+    return f"queue:{local_job_id(os.getpid())}"
 
 
 def append_submission(root: Path, stage: str, jobs: dict[str, str]) -> None:
-    """Remember node -> job id."""
+    """Record the job ids of nodes."""
     with (root / "submissions.jsonl").open("a", encoding="utf-8") as file:
         file.write(json.dumps({"time": round(time.time(), 1), "stage": stage, "jobs": jobs}) + "\n")
         file.flush()
         os.fsync(file.fileno())
 
 
-def submitted(root: Path) -> dict[str, str]:
-    """Node -> the job that it was given last; empty before the first submission."""
+def submitted_jobs(root: Path) -> dict[str, str]:
+    """Node -> id of its last job; {} before the first submission."""
     jobs: dict[str, str] = {}
     with contextlib.suppress(FileNotFoundError):
         for line in (root / "submissions.jsonl").read_text(encoding="utf-8").splitlines():
@@ -240,27 +240,27 @@ def submitted(root: Path) -> dict[str, str]:
     return jobs
 
 
-def read_record(root: Path, node: str) -> Record | None:
+def read_record(root: Path, node: str) -> NodeRecord | None:
     try:
-        return Record(**json.loads((root / "records" / f"{node}.json").read_bytes()))
+        return NodeRecord(**json.loads((root / "records" / f"{node}.json").read_bytes()))
     except FileNotFoundError:
         return None
     except (ValueError, TypeError) as error:
         raise RunFolderError(f"{root / 'records' / node}.json: cannot be read: {error}") from None
 
 
-def read_records(root: Path) -> dict[str, Record]:
+def read_records(root: Path) -> dict[str, NodeRecord]:
     names = (entry.name[:-5] for entry in os.scandir(root / "records") if entry.name.endswith(".json"))
     found = ((name, read_record(root, name)) for name in names)
     return {name: record for name, record in found if record is not None}
 
 
-def write_record(root: Path, node: str, record: Record) -> None:
+def write_record(root: Path, node: str, record: NodeRecord) -> None:
     write_atomically(root / "records" / f"{node}.json", json.dumps(asdict(record)))
 
 
 def code_commit() -> str:
-    """The package's git commit, with "+changes" when files differ from it; its version where there is no git."""
+    """The package's git commit, with "+changes" if files differ from it; its version where there is no git."""
     here = Path(__file__).parent.parent
     try:
         commit = subprocess.run(

@@ -6,12 +6,16 @@ import csv
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ..files import write_atomically
 from .cells import slug
-from .charts import draw
-from .folder import Frozen
-from .tables import TableData, build_tables
+from .folder import FrozenGrid
+from .tables import TableData, build_tables, is_numeric
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 MISSING = "missing"
 HEADINGS = {
@@ -23,9 +27,11 @@ HEADINGS = {
     "ratio": "ratio",
 }
 DIGITS = {"sparse_mb": 2, "ratio": 2}
+COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000", "#999999")
+"""The palette of Okabe and Ito, which color-blind readers can distinguish too."""
 
 
-def write_report(frozen: Frozen, out: Path) -> Path:
+def write_report(frozen: FrozenGrid, out: Path) -> Path:
     """Write report.md, report.tex, report.csv and one PNG for each table into `out`; returns the Markdown's path."""
     tables = build_tables(frozen)
     out.mkdir(parents=True, exist_ok=True)
@@ -59,7 +65,7 @@ def _chart_names(tables: Sequence[TableData]) -> list[str]:
 
 
 def shown(table: TableData, row: str, column: str, score: str) -> str:
-    """`0.9731`, `0.9731 ± 0.0012`, with `(2 of 3)` where seeds are missing; `missing`; "" for no such cell."""
+    """`0.9731`, `0.9731 ± 0.0012`, with `(2 of 3)` where seeds are missing; `missing`; "" for no cell."""
     if (row, column) not in table.expected:
         return ""
     found, digits = table.interval(row, column, score), DIGITS.get(score, 4)
@@ -98,7 +104,7 @@ _TEX = {
 
 
 def latex(table: TableData) -> str:
-    """A `table` for the booktabs package; several scores stand under their column's name."""
+    """A `table` for the booktabs package; if there are several scores, they are grouped by column."""
 
     def tex(text: str) -> str:
         return "".join(_TEX.get(character, character) for character in text)
@@ -129,3 +135,94 @@ def to_csv(tables: Sequence[TableData]) -> str:
                 count = len(table.values.get((row, column, score), []))
                 writer.writerow([table.title, table.rows_axis, row, column, score, mean, half, count, expected])
     return buffer.getvalue()
+
+
+def draw(table: TableData, path: Path) -> None:
+    """Write the table's chart as a PNG. Needs no display."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    FigureCanvasAgg(chart(table)).print_png(path)
+
+
+def chart(table: TableData) -> Figure:
+    """Lines if the rows are numbers (layouts curve and pruning), else bars; error bars are 95 % intervals."""
+    from matplotlib.figure import Figure
+
+    wide = max(6.0, 1.2 + 0.35 * len(table.rows) * len(table.columns))
+    figure = Figure(figsize=(min(wide, 16.0), 4.0), layout="constrained")
+    axes = figure.add_subplot()
+    axes.set_title(table.title, fontsize=11)
+    axes.set_xlabel(table.rows_axis)
+    axes.set_ylabel("test accuracy")
+    axes.grid(axis="y", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    if not any(score == "accuracy" for _, _, score in table.values):
+        axes.text(0.5, 0.5, "no results yet", ha="center", va="center", transform=axes.transAxes, color="#666666")
+    elif is_numeric(table) and table.layout in ("curve", "pruning"):
+        _lines(axes, table)
+    else:
+        _bars(axes, table)
+    if len(table.columns) > 1 and axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, fontsize=9, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return figure
+
+
+def _lines(axes: Axes, table: TableData) -> None:
+    for number, column in enumerate(table.columns):
+        points = [(float(row), found) for row in table.rows if (found := table.interval(row, column, "accuracy"))]
+        if points:
+            axes.errorbar(
+                [x for x, _ in points],
+                [mean for _, (mean, _) in points],
+                yerr=[half for _, (_, half) in points],
+                marker="o",
+                capsize=3,
+                color=COLORS[number % len(COLORS)],
+                label=column,
+            )
+    _scale(axes, table)
+
+
+def _scale(axes: Axes, table: TableData) -> None:
+    """One tick for each row, with its size in MB if there is one; logarithmic if the rows span a wide range."""
+    values = [float(row) for row in table.rows]
+    positive = [value for value in values if value > 0]
+    if positive and max(positive) / min(positive) >= 5:
+        if len(positive) == len(values):
+            axes.set_xscale("log")
+        else:  # zero is outside the logarithmic range
+            axes.set_xscale("symlog", linthresh=min(positive))
+    labels = []
+    for row in table.rows:
+        size = table.interval(row, table.columns[0], "sparse_mb")
+        labels.append(f"{row}\n{size[0]:.3g} MB" if size else row)
+    axes.set_xticks(values, labels, rotation=90 if len(labels) > 6 else 0)
+    axes.minorticks_off()
+
+
+def _bars(axes: Axes, table: TableData) -> None:
+    width = 0.8 / len(table.columns)
+    lowest = 1.0
+    for number, column in enumerate(table.columns):
+        for position, row in enumerate(table.rows):
+            x = position + (number - (len(table.columns) - 1) / 2) * width
+            found = table.interval(row, column, "accuracy")
+            if found is None:
+                if (row, column) in table.expected:
+                    transform = axes.get_xaxis_transform()
+                    axes.text(
+                        x, 0.02, "missing", transform=transform, rotation=90, fontsize=7, ha="center", color="#666"
+                    )
+                continue
+            mean, half = found
+            lowest = min(lowest, mean - half)
+            axes.bar(x, mean, width * 0.9, yerr=half or None, capsize=2, color=COLORS[number % len(COLORS)])
+            at, above = (x, mean + half), (0, 3)
+            axes.annotate(f"{mean:.3f}", at, above, textcoords="offset points", fontsize=7, ha="center", rotation=90)
+        axes.bar(0, 0, color=COLORS[number % len(COLORS)], label=column)
+    axes.set_xticks(range(len(table.rows)), table.rows, rotation=20 if max(map(len, table.rows)) > 10 else 0)
+    axes.set_xlim(-0.75, len(table.rows) - 0.25)
+    axes.margins(y=0.12)
+    # bars that start at zero hide differences of one percent
+    axes.set_ylim(bottom=max(0.0, lowest - 0.25 * (1.02 - lowest)) if lowest > 0.5 else 0.0)

@@ -1,4 +1,4 @@
-"""Configurations of many cells that differ in few sections: each section is merged, dumped and hashed once."""
+"""The configurations of many cells that differ in few sections: each section is merged, dumped and hashed once."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ..config import flatten_data, is_neutral, merge, parse_override, resolve, v
 from ..config.schema import Config
 
 AFTER_TRAINING = ("probe", "prune")
-"""Sections that change nothing in pre-training: cells that differ in them alone share one."""
+"""Sections that do not change pre-training: cells that differ only in them share one."""
 
 
 @dataclass(frozen=True)
 class Change:
-    """One setting of a cell: `path` (dotted) gets the value in `json`; `where` says in errors who wanted that."""
+    """One setting of a cell: dotted `path`, its value as JSON, and for errors `where` it was set."""
 
     path: str
     json: str
@@ -33,8 +33,8 @@ class Change:
 
 
 @dataclass(eq=False)
-class Piece:
-    """One top-level key of the configuration: as written in `json`, and, once validated, as it is meant."""
+class ConfigPart:
+    """One top-level key of a configuration: its `json` as written, and its `value` after validation."""
 
     name: str
     json: str
@@ -48,8 +48,8 @@ class Piece:
         return ", ".join(text for _, text in self._members)
 
     @cached_property
-    def counted(self) -> str:
-        """Those of them that change what pre-training computes."""
+    def trained_members(self) -> str:
+        """Those of `members` that change what pre-training computes."""
         return ", ".join(text for key, text in self._members if not is_neutral(key))
 
     @cached_property
@@ -69,81 +69,81 @@ class Piece:
 
 @dataclass(frozen=True)
 class Resolved:
-    """A whole validated configuration: `pieces` by top-level key."""
+    """A whole validated configuration: its parts by top-level key."""
 
-    pieces: dict[str, Piece]
+    parts: dict[str, ConfigPart]
 
     @property
     def seed(self) -> int:
-        return int(self.pieces["seed"].value)
+        return int(self.parts["seed"].value)
 
     @cached_property
     def config(self) -> Config:
-        return Config.model_construct(**{name: piece.value for name, piece in self.pieces.items()})
+        return Config.model_construct(**{name: part.value for name, part in self.parts.items()})
 
     @cached_property
     def digest(self) -> str:
-        """Equal to config.digest, put together from the pieces."""
-        counted = (self.pieces[name].counted for name in sorted(self.pieces))
-        members = ", ".join(text for text in counted if text)
+        """Equal to config.digest of the whole configuration."""
+        trained = (self.parts[name].trained_members for name in sorted(self.parts))
+        members = ", ".join(text for text in trained if text)
         return hashlib.sha256(f"{{{members}}}".encode()).hexdigest()
 
     @cached_property
     def after_training(self) -> str:
-        """What the stages after pre-training do, as text that is equal when they do the same."""
-        return ", ".join(self.pieces[name].members for name in AFTER_TRAINING if name in self.pieces)
+        """The settings of the stages after pre-training, as text: equal if these stages compute the same."""
+        return ", ".join(self.parts[name].members for name in AFTER_TRAINING if name in self.parts)
 
     def yaml(self, **replaced: str) -> str:
         """The configuration as YAML, with some top-level keys replaced."""
         return "".join(
-            f"{name}: {json.dumps(replaced[name])}\n" if name in replaced else piece.yaml
-            for name, piece in self.pieces.items()
+            f"{name}: {json.dumps(replaced[name])}\n" if name in replaced else part.yaml
+            for name, part in self.parts.items()
         )
 
 
 class Resolver:
-    """Cells over one base recipe."""
+    """Resolves the cells of one base recipe."""
 
     def __init__(self, base: str, fixed: Sequence[Change], last: Sequence[Change]) -> None:
-        """`fixed` changes the recipe for every cell, `last` every cell after its own. Raises ConfigError."""
+        """fixed: changes of every cell before its own; last: those after its own. Raises ConfigError."""
         self._last = tuple(last)
         self._data, self._origins = resolve(base)
         for change in fixed:
             merge(self._data, _nested(change), change.where, self._origins)
-        self._pieces: dict[tuple[str, tuple[Change, ...]], Piece] = {}
-        self._unchanged = {name: self._piece(name, ()) for name in self._data}
+        self._parts: dict[tuple[str, tuple[Change, ...]], ConfigPart] = {}
+        self._unchanged = {name: self._part(name, ()) for name in self._data}
 
     def resolve(self, changes: tuple[Change, ...], where: str) -> Resolved:
-        """The base with `changes`, later ones over earlier ones. Raises ConfigError."""
+        """The base recipe with `changes`, of which later ones win. Raises ConfigError."""
         by_section: dict[str, tuple[Change, ...]] = {}
         for change in (*changes, *self._last):
             by_section[change.section] = (*by_section.get(change.section, ()), change)
         for name, own in by_section.items():
             if name not in self._data:
-                merge(copy.deepcopy(self._data), _nested(own[0]), own[0].where, {})  # raises, and says what is near
-        pieces = {**self._unchanged, **{name: self._piece(name, own) for name, own in by_section.items()}}
-        if all(piece.validated for piece in pieces.values()):  # the schema has no rule over several of them
-            return Resolved(pieces)
-        text = ", ".join(f'"{name}": {piece.json}' for name, piece in pieces.items())
-        origins = {key: who for piece in pieces.values() for key, who in piece.origins.items()}
+                merge(copy.deepcopy(self._data), _nested(own[0]), own[0].where, {})  # raises: unknown key
+        parts = {**self._unchanged, **{name: self._part(name, own) for name, own in by_section.items()}}
+        if all(part.validated for part in parts.values()):  # the schema has no rule over several of them
+            return Resolved(parts)
+        text = ", ".join(f'"{name}": {part.json}' for name, part in parts.items())
+        origins = {key: origin for part in parts.values() for key, origin in part.origins.items()}
         config = validated(f"{{{text}}}", origins, where)
-        for name, piece in pieces.items():
-            piece.value, piece.validated = getattr(config, name), True
-        return Resolved(pieces)
+        for name, part in parts.items():
+            part.value, part.validated = getattr(config, name), True
+        return Resolved(parts)
 
-    def _piece(self, name: str, changes: tuple[Change, ...]) -> Piece:
+    def _part(self, name: str, changes: tuple[Change, ...]) -> ConfigPart:
         key = (name, changes)
-        if key not in self._pieces:
+        if key not in self._parts:
             data = {name: copy.deepcopy(self._data[name])}
             origins = {k: v for k, v in self._origins.items() if k.partition(".")[0] == name}
             for change in changes:
                 merge(data, _nested(change), change.where, origins)
-            self._pieces[key] = Piece(name, json.dumps(data[name]), origins)
-        return self._pieces[key]
+            self._parts[key] = ConfigPart(name, json.dumps(data[name]), origins)
+        return self._parts[key]
 
 
 def override_change(override: str) -> Change:
-    """`key.sub=value` of the command line as a change. Raises ConfigError."""
+    """An override of the command line, `key.sub=value`, as a change. Raises ConfigError."""
     path, value = override.partition("=")[0], parse_override(override)
     for part in path.split("."):
         value = value[part]

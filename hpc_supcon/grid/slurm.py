@@ -1,4 +1,4 @@
-"""What Slurm's own commands are asked: one call each, however many jobs there are."""
+"""Slurm's commands: each is called once, however many jobs there are."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ _ARRAY = re.compile(r"(?P<job>\d+)_\[(?P<ranges>[\d,-]+)(?:%\d+)?\]")
 
 @dataclass(frozen=True)
 class JobState:
-    """Slurm's word for the state (PENDING, RUNNING, TIMEOUT ...) and its reason."""
+    """Slurm's state of a job (PENDING, RUNNING, TIMEOUT ...) and the reason that it gives."""
 
     state: str
     reason: str
 
 
 def require(command: str) -> None:
-    """Raises LaunchError where a command of Slurm's is not installed."""
+    """Raises LaunchError if a command of Slurm is not installed."""
     if shutil.which(command) is None:
         raise LaunchError(
             f"{command} is not on PATH: this machine has no Slurm (on clusters, often `module load slurm`); "
@@ -33,23 +33,23 @@ def require(command: str) -> None:
 
 
 def is_job(job: str) -> bool:
-    """Whether this is an id of Slurm's: `123` or `123_4`."""
+    """Whether this is a job id of Slurm: `123` or `123_4`."""
     return _JOB.fullmatch(job) is not None
 
 
 def queue(jobs: Iterable[str], user: int) -> dict[str, JobState]:
-    """Which of a user's jobs wait or run. Raises LaunchError when squeue does not answer."""
+    """The state of those of a user's jobs that are pending or running. Raises LaunchError if squeue fails."""
     wanted = {job.partition("_")[0] for job in jobs}
     if not wanted:
         return {}
     require("squeue")
-    # all of the user's jobs, not --jobs=...: an id that squeue has forgotten would be an error
+    # all of the user's jobs: with --jobs=..., an id that squeue does not know any more would be an error
     answer = _run(["squeue", "--noheader", f"--user={user}", "--format=%i|%T|%r"])
     return {j: s for j, s in _states(answer).items() if j.partition("_")[0] in wanted}
 
 
 def accounting(jobs: Iterable[str], user: int) -> dict[str, JobState]:
-    """The last state of a user's jobs that left the queue; empty where the cluster keeps no accounts."""
+    """The last state of those of a user's jobs that have left the queue; {} where Slurm keeps no accounting."""
     wanted = sorted({job.partition("_")[0] for job in jobs})
     if not wanted or shutil.which("sacct") is None:
         return {}
@@ -64,12 +64,12 @@ def accounting(jobs: Iterable[str], user: int) -> dict[str, JobState]:
     ]
     try:
         return _states(_run([*command, f"--jobs={','.join(wanted)}"]))
-    except LaunchError:  # no accounting: said by the caller, for each job
+    except LaunchError:  # no accounting, which the caller says for each job
         return {}
 
 
 def facts(job: str) -> dict[str, str]:
-    """`scontrol show job` as key -> value; empty when the controller has forgotten the job."""
+    """`scontrol show job` as key -> value; {} if Slurm does not know the job any more."""
     try:
         answer = _run(["scontrol", "--oneliner", "show", "job", job])
     except LaunchError:
@@ -78,19 +78,19 @@ def facts(job: str) -> dict[str, str]:
 
 
 def requeue(job: str) -> None:
-    """Raises LaunchError with Slurm's own words."""
+    """Put a running job back into the queue. Raises LaunchError with Slurm's message."""
     _run(["scontrol", "requeue", job])
 
 
 def cancel(jobs: Iterable[str]) -> None:
-    """Raises LaunchError with Slurm's own words."""
+    """Raises LaunchError with Slurm's message."""
     wanted = sorted(set(jobs))
     for i in range(0, len(wanted), 500):
         _run(["scancel", *wanted[i : i + 500]])
 
 
 def own_job() -> str:
-    """This process's job. Of an array it is the task: the plain id of the last one means the whole array."""
+    """The id of this process's job. In an array it is that of the task: SLURM_JOB_ID may mean the whole array."""
     array, task = os.environ.get("SLURM_ARRAY_JOB_ID"), os.environ.get("SLURM_ARRAY_TASK_ID")
     return f"{array}_{task}" if array and task else os.environ["SLURM_JOB_ID"]
 

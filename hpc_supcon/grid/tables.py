@@ -1,4 +1,4 @@
-"""From results.json files to the numbers of tables: grouped by axes, mean and interval over seeds."""
+"""From results.json files to the numbers of tables: grouped by axes, with mean and interval over seeds."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 
 from ..errors import ConfigError, RunFolderError, unknown_name
 from .expand import Cell
-from .files import TableConfig
-from .folder import Frozen
+from .folder import FrozenGrid
+from .schema import TableConfig
 
 SCORES = ("f1", "accuracy", "precision", "recall")
 SIZES = ("sparse_mb", "ratio", "accuracy")
@@ -21,8 +21,8 @@ UNPRUNED = "0"
 
 
 @dataclass(frozen=True)
-class Result:
-    """One evaluated model of a cell: its place on the axes, and its numbers by name."""
+class CellResult:
+    """One evaluated model of a cell: its label on each axis, and its numbers by name."""
 
     labels: dict[str, str]
     probe: str
@@ -31,7 +31,7 @@ class Result:
 
 @dataclass
 class TableData:
-    """A table to be written: `values[row, column, score]` over seeds, of which there should be `expected`."""
+    """A table: `values[row, column, score]` of the seeds, of which there are `expected` when all are done."""
 
     title: str
     layout: str
@@ -43,7 +43,7 @@ class TableData:
     expected: dict[tuple[str, str], int] = field(default_factory=dict)
 
     def interval(self, row: str, column: str, score: str) -> tuple[float, float] | None:
-        """(mean, half width of the 95 % interval; 0 for one value), or None where nothing was measured."""
+        """(mean, half width of the 95 % interval, which is 0 for one value), or None without values."""
         return mean_and_interval(self.values.get((row, column, score), []))
 
 
@@ -61,8 +61,8 @@ def mean_and_interval(values: Sequence[float]) -> tuple[float, float] | None:
     return mean, float(t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
 
 
-def results_of(frozen: Frozen, cell: Cell) -> list[Result]:
-    """What the cell's run folder holds, [] while it holds nothing. Raises RunFolderError for a damaged file."""
+def results_of(frozen: FrozenGrid, cell: Cell) -> list[CellResult]:
+    """The results in the cell's run folder, [] while there are none. Raises RunFolderError for a damaged file."""
     node = frozen.nodes[cell.nodes[-1]]
     path = frozen.run_folder(node) / "results.json"
     try:
@@ -75,7 +75,7 @@ def results_of(frozen: Frozen, cell: Cell) -> list[Result]:
         raise RunFolderError(f"{path}: cannot be read: {type(error).__name__} {error}") from None
 
 
-def _result(cell: Cell, entry: dict[str, Any]) -> Result:
+def _result(cell: Cell, entry: dict[str, Any]) -> CellResult:
     labels, numbers = dict(cell.labels), {score: float(entry["test"][score]) for score in SCORES}
     if "prune" in entry:
         size = entry["size"]
@@ -83,11 +83,11 @@ def _result(cell: Cell, entry: dict[str, Any]) -> Result:
         numbers["sparse_mb"] = size["sparse_bytes"] / 1e6
         numbers["ratio"] = size["dense_bytes"] / size["sparse_bytes"]
         numbers["dense_mb"] = size["dense_bytes"] / 1e6
-    return Result(labels, str(entry.get("probe", "")), numbers)
+    return CellResult(labels, str(entry.get("probe", "")), numbers)
 
 
-def build_tables(frozen: Frozen) -> list[TableData]:
-    """Every table that the grid asks for; axes that a table does not name make one table for each of their values.
+def build_tables(frozen: FrozenGrid) -> list[TableData]:
+    """Every table of the grid. For an axis that a table does not name, there is one table for each of its values.
 
     Raises ConfigError for an axis that the grid does not have, RunFolderError for damaged results.
     """
@@ -95,7 +95,7 @@ def build_tables(frozen: Frozen) -> list[TableData]:
     return [table for config in frozen.tables for table in _build(frozen.cells, results, config)]
 
 
-def _build(cells: Sequence[Cell], results: dict[str, list[Result]], config: TableConfig) -> list[TableData]:
+def _build(cells: Sequence[Cell], results: dict[str, list[CellResult]], config: TableConfig) -> list[TableData]:
     axes = list(dict.fromkeys(axis for cell in cells for axis in cell.labels))
     named = [config.rows, *([config.columns] if config.columns else [])]
     for axis in named:
@@ -115,7 +115,7 @@ def _build(cells: Sequence[Cell], results: dict[str, list[Result]], config: Tabl
     return tables
 
 
-def _fill(title: str, config: TableConfig, cells: list[Cell], results: dict[str, list[Result]]) -> TableData:
+def _fill(title: str, config: TableConfig, cells: list[Cell], results: dict[str, list[CellResult]]) -> TableData:
     table = TableData(title, config.layout, config.rows, [], [], LAYOUTS[config.layout])
     for cell in cells:
         column = cell.labels.get(config.columns, "") if config.columns else ""
@@ -133,8 +133,8 @@ def _fill(title: str, config: TableConfig, cells: list[Cell], results: dict[str,
     return table
 
 
-def _size_of_unpruned(table: TableData, cells: list[Cell], results: dict[str, list[Result]]) -> None:
-    """A model that was not pruned has the dense size that its pruned sisters name."""
+def _size_of_unpruned(table: TableData, cells: list[Cell], results: dict[str, list[CellResult]]) -> None:
+    """The size of a model that was not pruned: the dense size in the results of the pruned ones."""
     dense = [r.numbers["dense_mb"] for cell in cells for r in results[cell.name] if "dense_mb" in r.numbers]
     for column in table.columns:
         for score, value in (("sparse_mb", dense[:1]), ("ratio", [1.0])):
@@ -147,8 +147,8 @@ def _row(labels: dict[str, str], axis: str) -> str:
     return UNPRUNED if axis == "prune.rate" and label == "null" else label
 
 
-def _add(table: TableData, row: str, column: str, result: Result | None) -> None:
-    """Count a cell as expected, and its numbers as values if it has some."""
+def _add(table: TableData, row: str, column: str, result: CellResult | None) -> None:
+    """Count a cell as expected, and add its numbers if it has results."""
     if row not in table.rows:
         table.rows.append(row)
     table.expected[row, column] = table.expected.get((row, column), 0) + 1
@@ -158,8 +158,8 @@ def _add(table: TableData, row: str, column: str, result: Result | None) -> None
                 table.values.setdefault((row, column, score), []).append(result.numbers[score])
 
 
-def _of_kind(results: list[Result], probe: str | None) -> list[Result]:
-    """Results of one kind of probe: the one asked for, else the first one's."""
+def _of_kind(results: list[CellResult], probe: str | None) -> list[CellResult]:
+    """Results of one kind of probe: the given one, else that of the first result."""
     kind = probe or next((result.probe for result in results), "")
     return [result for result in results if result.probe == kind]
 
@@ -172,5 +172,5 @@ def _all_numbers(labels: Sequence[str]) -> bool:
 
 
 def is_numeric(table: TableData) -> bool:
-    """Whether the rows are numbers, so that a line may join them."""
+    """Whether the rows are numbers, so that a line can connect them."""
     return _all_numbers(table.rows)

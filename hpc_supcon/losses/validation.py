@@ -166,7 +166,7 @@ def _exchange_counts(features: Tensor, queue: Queue | None, error: LossInputErro
     row = torch.tensor([mine], device=features.device)
     table = collectives.gather_rows(row, [1] * collectives.world_size()).tolist()
     if any(failed for failed, *_ in table):
-        collectives.raise_together(error)
+        collectives.raise_on_all_ranks(error)
     for position, name in ((1, "feature dimension"), (2, "feature dtype")):
         values = [_FLOATS[row[2]] if position == 2 else row[1] for row in table]
         if len(set(values)) > 1:

@@ -13,10 +13,10 @@ import torch
 
 from .. import __version__, checkpoint, run_folder
 from ..config import Config, check_config, digest
-from ..distributed.collectives import together
+from ..distributed.collectives import propagate_errors
 from ..distributed.launch import Runtime
 from ..distributed.preemption import requested
-from ..distributed.watch import current
+from ..distributed.watchdog import current_watchdog
 from ..errors import Preempted
 from ..training.build import Start, build_training
 from ..training.checkpointer import Checkpointer
@@ -46,7 +46,7 @@ def pretrain(
     verifies, bit for bit on the same number of ranks.
     """
     folder = config.folder
-    with together():
+    with propagate_errors():
         run_folder.check_usable(folder, config, resume=resume)
         check_config(config, stages=("pretrain",), world_size=runtime.world_size)
         check_engine(config, runtime)
@@ -55,12 +55,12 @@ def pretrain(
     training = build_training(config, data, runtime, start=start, load_weights=not is_saved)
     validate = build_validate(config, data, training, runtime, online_probe)
     resumed = resume and resume_newest(training.state, folder, runtime, config)
-    with together():
+    with propagate_errors():
         if runtime.is_main and not resumed:
             run_folder.create(folder, config)
     plan, is_main = training.plan, runtime.is_main
     with (
-        current().phase("saving"),  # a save in the background may not be interrupted
+        current_watchdog().phase("saving"),  # a save in the background may not be interrupted
         closing(training.loader),
         MetricLog(folder if is_main else None, tensorboard=config.log.tensorboard) as log,
         ProgressLine(plan.steps, plan.epochs, shown=is_main and config.log.progress) as progress,
@@ -71,11 +71,12 @@ def pretrain(
             profile = _build_profile(config, training, runtime, log)
             with profile or nullcontext():
                 after_step = profile.step if profile else lambda: None
-                left = fit(training, checkpointer, validate, log=log, progress=progress, after_step=after_step)
-            current().left = left
-        log.log("left" if left else "end", training.state.step, seconds=round(time.perf_counter() - began, 3))
-    if left:
-        raise Preempted(f"left ({requested()}): saved at step {training.state.step}; start again with --resume")
+                preempted = fit(training, checkpointer, validate, log=log, progress=progress, after_step=after_step)
+            current_watchdog().exiting = preempted
+        event, seconds = "preempted" if preempted else "end", round(time.perf_counter() - began, 3)
+        log.log(event, training.state.step, seconds=seconds)
+    if preempted:
+        raise Preempted(f"preempted ({requested()}): saved at step {training.state.step}; start again with --resume")
     return folder
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from .. import run_folder
 from ..config import Config, digest
 from ..data import EvalTransform, Source, normalization_of
-from ..distributed.collectives import together
+from ..distributed.collectives import propagate_errors
 from ..distributed.launch import Runtime
 from ..evaluation.encoder import check_classes, load_model
 from ..evaluation.features import LabeledRows, SplitRows, extract, in_chunks, read_images, select_classes
@@ -46,7 +46,7 @@ def start_without_encoder(config: Config, runtime: Runtime) -> Path:
     The caller has checked that this run may use the folder (see run_folder.check_usable).
     """
     folder = config.folder
-    with together():
+    with propagate_errors():
         if runtime.is_main:
             if not run_folder.is_used(folder):
                 run_folder.create(folder, config)
@@ -60,7 +60,7 @@ def probe(folder: Path, config: Config, runtime: Runtime, data: Data) -> list[di
     Every choice (learning rate, iteration) is made on validation; the test set is read once, at the end of each
     probe. Raises ConfigError, DataError, RunFolderError, CheckpointCorrupt before any fit, NonFinite during one.
     """
-    with together():
+    with propagate_errors():
         check_probes(config, data.splits)
     tasks, encoder = _tasks(folder, config, runtime, data)
     results = []
@@ -72,7 +72,7 @@ def probe(folder: Path, config: Config, runtime: Runtime, data: Data) -> list[di
                 numbers = {name: value for name, value in line.items() if name != "iteration"}
                 log.log(f"probe/{task.kind}", line["iteration"], **numbers)
             result = _result(task, outcome, encoder) | {"seconds": round(time.perf_counter() - began, 2)}
-            with together():
+            with propagate_errors():
                 if runtime.is_main:
                     _write(folder, config, outcome, result, encoder, runtime.world_size)
             names = ("probe", "chosen", "validation", "test")
@@ -88,13 +88,13 @@ def _tasks(
     loaded, encoder, description, masks = None, None, None, None
     if config.probe.needs_encoder:
         model, found = load_model(folder)
-        with together():
+        with propagate_errors():
             check_classes(folder, found, data.splits)
         encoder = place(model.encoder, runtime, channels_last=config.train.channels_last)
         loaded, description = EncoderCheckpoint(found.name, found.state["step"]), found.state
         masks = found.tensors.get("masks")
     else:
-        with together():
+        with propagate_errors():
             normalization = normalization_of(data.splits.train)
         description = {"classes": list(data.splits.classes), "normalization": normalization}
     transform = EvalTransform(**description["normalization"]).to(runtime.device)

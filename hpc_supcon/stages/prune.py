@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .. import checkpoint, run_folder
 from ..config import Config, check_config, digest, flatten_data
-from ..distributed.collectives import gather_objects, together
+from ..distributed.collectives import gather_objects, propagate_errors
 from ..distributed.launch import Runtime
 from ..errors import RunFolderError
 from ..evaluation.encoder import check_classes, load_model
@@ -88,11 +88,11 @@ def prune(
     from their newest checkpoint. Raises ConfigError, DataError, RunFolderError, CheckpointCorrupt before any work,
     NonFinite during it.
     """
-    with together():
+    with propagate_errors():
         check_prune(folder, config, resume=resume)
         check_probes(config, data.splits)
     dense, found = load_model(folder)
-    with together():
+    with propagate_errors():
         check_classes(folder, found, data.splits)
         scores = PRUNERS[config.prune.method](prunable(dense.encoder))
         masks_by_rate = {rate: build_masks(scores, rate, config.prune.scope) for rate in config.prune.rates}
@@ -105,10 +105,10 @@ def prune(
         _build_run_folder(pruned, dense, found, masks, runtime, data, resume=resume)
         probed = probe(pruned.folder, pruned, runtime, data)
         model, best = load_model(pruned.folder)
-        with together():
+        with propagate_errors():
             facts = _facts(pruned, model, best, found, masks) if runtime.is_main else {}
         entries = [{**entry, **facts, "stage": "prune"} for entry in probed]
-        with together():
+        with propagate_errors():
             if runtime.is_main:
                 for entry in entries:
                     run_folder.add_result(pruned.folder, entry)
@@ -168,7 +168,7 @@ def _build_run_folder(
         start = Start(copy.deepcopy(dense), found.tensors.get("objective", {}), masks)
         pretrain(pruned, runtime, data, resume=resume, online_probe=online_probe(pruned, runtime, data), start=start)
         return
-    with together():
+    with propagate_errors():
         if runtime.is_main:
             model = copy.deepcopy(dense)
             packed = WeightMasks(model.encoder, masks).packed()

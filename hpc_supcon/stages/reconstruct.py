@@ -10,7 +10,7 @@ import torch
 from .. import run_folder
 from ..config import Config
 from ..data import EvalTransform, Source
-from ..distributed.collectives import together
+from ..distributed.collectives import propagate_errors
 from ..distributed.launch import Runtime
 from ..evaluation.encoder import load_model
 from ..evaluation.plots import draw_image_rows
@@ -52,7 +52,7 @@ def evaluate_autoencoder(folder: Path, config: Config, runtime: Runtime, data: D
         "validation": errors(data.splits.validation),
         "test": errors(data.splits.test),
     }
-    with together():
+    with propagate_errors():
         if runtime.is_main:
             run_folder.add_result(folder, result)
             _draw(folder, model, data.splits.validation or data.splits.train, transform)

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ..config import Config
 from ..data import Splits, Views, normalization_of
-from ..distributed.collectives import together
+from ..distributed.collectives import propagate_errors
 from ..distributed.launch import Runtime, seed_everything
 from ..models import PretrainingModel, apply_activation_checkpointing, build_model
 from ..models import load_weights as load_pretrained
@@ -47,7 +47,7 @@ def build_training(
     load_weights: start from `model.weights` where it is set; False where a checkpoint is loaded afterwards. Raises
     ConfigError, DataError, MissingExtra, UnsafeWeights and what the loader raises, the same on every rank.
     """
-    with together():
+    with propagate_errors():
         loader = build_training_loader(config, data, runtime)
         description = describe_model(config, data.splits)
         torch.manual_seed(config.seed)  # the same on all ranks, so that their weights are equal

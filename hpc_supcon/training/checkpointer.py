@@ -10,7 +10,7 @@ from typing import Any
 from .. import checkpoint, run_folder
 from ..checkpoint import CheckpointWriter
 from ..config import Config, digest
-from ..distributed.collectives import together
+from ..distributed.collectives import propagate_errors
 from ..distributed.launch import Runtime
 from ..phases import phase
 from .metrics import console
@@ -36,7 +36,7 @@ class Checkpointer:
         CheckpointWriter).
         """
         write = self._prepare(state)
-        with together():
+        with propagate_errors():
             write()
 
     def snapshot(self, state: TrainState) -> Callable[[], None]:
@@ -56,7 +56,7 @@ class Checkpointer:
 
     def close(self) -> None:
         """Wait for a save that is still being written. Raises RunFolderError, on all ranks, when it failed."""
-        with together():
+        with propagate_errors():
             if self._writer is not None:
                 self._writer.close()
 

@@ -18,7 +18,7 @@ from ..data import (
     choose_loader,
     load_splits,
 )
-from ..distributed.collectives import gather_objects, together
+from ..distributed.collectives import gather_objects, propagate_errors
 from ..distributed.launch import Runtime
 from ..errors import DataError
 from ..losses import loss_spec
@@ -45,7 +45,7 @@ def load_data(config: Config, runtime: Runtime) -> Data:
     before training starts.
     """
     data = config.data
-    with together():
+    with propagate_errors():
         training = loader_options(config)
         splits = load_splits(
             data.source,
@@ -65,7 +65,7 @@ def load_data(config: Config, runtime: Runtime) -> Data:
     if name == "auto":  # depends on free memory, which differs between nodes: all ranks take rank 0's choice
         name, reason = gather_objects(choose_loader(splits.train, runtime.device, training))[0]
     if name == "resident" and data.on_corrupt == "fail":
-        with together():
+        with propagate_errors():
             validation = None if splits.validation is None else _decoded(splits.validation)
             splits = Splits(_decoded(splits.train), validation, _decoded(splits.test))
     return Data(splits, name, reason, training, replace(training, crop=None))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..data import Batch, replaced_on_all_ranks
 from ..distributed.collectives import gather_objects
-from ..distributed.watch import current
+from ..distributed.watchdog import current_watchdog
 from ..phases import phase
 from .checkpointer import Checkpointer
 from .memory import memory_advice
@@ -36,20 +36,20 @@ def fit(
 ) -> bool:
     """Train from `state.step` to `plan.steps`, or until early stopping ends the run.
 
-    after_step: called after each completed step. Returns True when the run was asked to leave (see
-    distributed/watch.py) and has saved before its end. Raises NonFinite, OutOfMemory, and what the loader,
+    after_step: called after each completed step. Returns True when the run was preempted (see
+    distributed/watchdog.py) and has saved before its end. Raises NonFinite, OutOfMemory, and what the loader,
     `checkpointer` and `validate` raise. Collective.
     """
     loop = _Loop(training, checkpointer, validate, log, progress)
     state, plan = training.state, training.plan
     state.parallel.train()
-    meter, watch = Meter(plan.images_per_step), current()
+    meter, watchdog = Meter(plan.images_per_step), current_watchdog()
     numbers: dict[str, float] = {}
-    leaving = collapsed = False
-    with watch.training(), collect_garbage_every(plan.gc_every_steps) as collect_garbage:
+    preempted = collapsed = False
+    with watchdog.training(), collect_garbage_every(plan.gc_every_steps) as collect_garbage:
         if state.step and loop.validation_is_due:
-            loop.validate_and_save()  # the run left after this step and before its validation
-        while not loop.done and not leaving:
+            loop.validate_and_save()  # the run was preempted after this step and before its validation
+        while not loop.done and not preempted:
             epoch, start = divmod(state.step, plan.steps_per_epoch)
             for batch in meter.timed(training.loader.epoch(epoch, start)):
                 lr = plan.lr(state.step)
@@ -57,24 +57,24 @@ def fit(
                 with memory_advice(state, batch, training.options):
                     result = train_step(state, batch, training.options)
                 meter.add(result.loss)
-                leaving = watch.edge(state.step) and state.step < plan.steps
+                preempted = watchdog.completed(state.step) and state.step < plan.steps
                 if state.step % plan.log_every == 0 or state.step == plan.steps:
                     state.confirm_finite()
                     numbers, more = meter.read(plan.steps - state.step), loop.measure(batch, result)
                     log.log("train", state.step, epoch=epoch, lr=lr, **numbers, **more)
                     progress.update(state.step, numbers)
                     collapsed = collapsed or loop.warn_if_collapsed(more)
-                if loop.validate_and_save(leaving=leaving):
+                if loop.validate_and_save(preempted=preempted):
                     meter.skip()
                 collect_garbage(state.step)
                 after_step()
-                if leaving or loop.done:
+                if preempted or loop.done:
                     break
             state.confirm_finite()
             progress.end_epoch(epoch + 1, numbers or meter.read(plan.steps - state.step))
     if state.device.type == "cuda":
         torch.cuda.synchronize(state.device)
-    return leaving
+    return preempted
 
 
 @dataclass(frozen=True)
@@ -98,19 +98,19 @@ class _Loop:
         is_step = self.validate is not None and self.training.plan.validate_at(state.step)
         return is_step and state.last_validated_step < state.step
 
-    def validate_and_save(self, *, leaving: bool = False) -> bool:
+    def validate_and_save(self, *, preempted: bool = False) -> bool:
         """Validate, then save, where either is due after this step; whether it validated. Collective.
 
-        A run that is leaving saves without validation; it validates when it is resumed.
+        A preempted run saves without validation; it validates when it is resumed.
         """
-        state, watch, improved = self.training.state, current(), False
-        validates = self.validation_is_due and not leaving
+        state, watchdog, improved = self.training.state, current_watchdog(), False
+        validates = self.validation_is_due and not preempted
         if validates:
             snapshot = self.checkpointer.snapshot(state)
-            with watch.phase("validation", may_leave=True, held=snapshot):
+            with watchdog.phase("validation", may_exit=True, snapshot=snapshot):
                 improved = self.run_validation()
-        if improved or leaving or self.training.plan.save_at(state.step) or self.done:
-            with watch.phase("saving"):
+        if improved or preempted or self.training.plan.save_at(state.step) or self.done:
+            with watchdog.phase("saving"):
                 self.checkpointer.save(state)
         return validates
 

@@ -14,7 +14,7 @@ from types import TracebackType
 import torch
 from rich.table import Table
 
-from ..distributed.collectives import together
+from ..distributed.collectives import propagate_errors
 from ..errors import RunFolderError
 from ..models import PretrainingModel
 from ..phases import BACKWARD, ENCODER, LOSS, PROJECTION, REST, Clock, measured_by
@@ -118,7 +118,7 @@ class StepProfile:
             self._finish_clock(self._wanted)
             self._start_trace()
         if self._done == WARM_UP + self._wanted + TRACED:
-            with together():
+            with propagate_errors():
                 self._write_trace()
 
     def _finish_clock(self, steps: int) -> None:

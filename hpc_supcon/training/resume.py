@@ -7,7 +7,7 @@ from typing import Any
 
 from .. import checkpoint, run_folder
 from ..config import Config
-from ..distributed.collectives import gather_objects, together
+from ..distributed.collectives import gather_objects, propagate_errors
 from ..distributed.launch import Runtime, seed_everything
 from ..errors import WorldSizeMismatch
 from .build import build_views
@@ -23,7 +23,7 @@ def resume_newest(state: TrainState, folder: Path, runtime: Runtime, config: Con
     Raises CheckpointCorrupt, RunFolderError, WorldSizeMismatch.
     """
     found: checkpoint.Checkpoint | None = None
-    with together():
+    with propagate_errors():
         if runtime.is_main:
             found, refused = checkpoint.load_newest(folder / run_folder.CHECKPOINTS)
             for line in refused:
@@ -33,7 +33,7 @@ def resume_newest(state: TrainState, folder: Path, runtime: Runtime, config: Con
         if runtime.is_main:
             console.print(f"{folder}: no checkpoint yet, starting from step 0", soft_wrap=True)
         return False
-    with together():
+    with propagate_errors():
         found = found or checkpoint.load_checkpoint(path)
         saved_world = found.manifest["world_size"]
         if saved_world != runtime.world_size and not config.train.allow_world_size_change:

@@ -1,13 +1,22 @@
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from . import runs
 
 
+def pytest_collection_modifyitems(items):
+    """Whole runs of several processes: on a busy machine one test may take many times as long."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.timeout(4 * runs.RUN_TIMEOUT_S))
+
+
 @pytest.fixture(scope="session")
 def uninterrupted(tmp_path_factory):
-    """(ranks, *settings) -> folder of a run that nothing happened to."""
+    """(ranks, *settings) -> folder of a run without faults."""
     made = {}
 
     def of(ranks, *settings):

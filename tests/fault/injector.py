@@ -1,4 +1,4 @@
-"""Faults on purpose: at a chosen rank, step and moment of a run, without a word of it in the product.
+"""Runs a command with faults injected at a chosen rank, step and moment. The package has no code for this.
 
 By hand, in place of `hpc-supcon`:
 
@@ -18,7 +18,8 @@ model.safetensors) and `phase`:
 
 Actions: kill stop abort usr2 term (signals to itself), hang (for ever), raise (an exception with no name), enospc
 edquot erofs eacces eio (OSError from the system call), half (half of a write, then SIGKILL), truncate flip (damage
-the file of the checkpoint just published).
+the file of the checkpoint just published), timeout (from now on a training step may take TIMEOUT_S: faster to wait
+for than runtime.timeout_s, which also limits the start of a run, however busy the machine is).
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,12 +43,13 @@ SIGNALS = {
     "term": signal.SIGTERM,
 }
 ERRORS = ("enospc", "edquot", "erofs", "eacces", "eio")
-ACTIONS = (*SIGNALS, "hang", "abort", "raise", *ERRORS, "half", "truncate", "flip")
+ACTIONS = (*SIGNALS, "hang", "abort", "raise", *ERRORS, "half", "truncate", "flip", "timeout")
+TIMEOUT_S = 6
 PHASES = ("step", *CALLS, "save", "saved", "validation", "probe")
 
 
 class InjectedError(Exception):
-    """What no code of the product knows."""
+    """An exception that the package does not handle."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ def parse(text: str) -> list[Fault]:
 
 @contextmanager
 def system_calls(before: Callable[[str, tuple[Any, ...]], None]):
-    """`before(name, arguments)` runs ahead of every file system call that changes something, in any thread."""
+    """Call `before(name, arguments)` before every system call of CALLS, in any thread."""
     originals = {name: getattr(os, name) for name in CALLS}
 
     def hooked(name: str) -> Callable[..., Any]:
@@ -96,7 +98,7 @@ def system_calls(before: Callable[[str, tuple[Any, ...]], None]):
 
 
 class Injector:
-    """Counts how often each fault's moment has come, and strikes at the right one."""
+    """Counts how often the moment of each fault was reached, and injects it the `call`-th time."""
 
     def __init__(self, faults: list[Fault], rank: int) -> None:
         self._faults = [fault for fault in faults if fault.rank == rank]
@@ -108,7 +110,7 @@ class Injector:
             if fault.phase == phase and fault.step in (None, step):
                 self._seen[fault] += 1
                 if fault.call in (0, self._seen[fault]):
-                    strike(fault, write, published)
+                    inject(fault, write, published)
 
     def before_call(self, name: str, args: tuple[Any, ...]) -> None:
         step = getattr(self._saving, "step", None)
@@ -150,13 +152,15 @@ class Injector:
         return wrapped
 
 
-def strike(fault: Fault, write: tuple[Any, ...], published: Path | None) -> None:
+def inject(fault: Fault, write: tuple[Any, ...], published: Path | None) -> None:
     if fault.action in SIGNALS:
         os.kill(os.getpid(), SIGNALS[fault.action])
     elif fault.action == "hang":
         threading.Event().wait()
     elif fault.action == "abort":
         os.abort()
+    elif fault.action == "timeout":
+        shorten_timeout()
     elif fault.action == "raise":
         raise InjectedError(f"{fault.phase} of step {fault.step}")
     elif fault.action in ERRORS:
@@ -172,8 +176,16 @@ def strike(fault: Fault, write: tuple[Any, ...], published: Path | None) -> None
         damage(published / fault.file, fault.action)
 
 
+def shorten_timeout() -> None:
+    from hpc_supcon.distributed.watchdog import current_watchdog
+
+    watchdog = current_watchdog()
+    watchdog.step_timeout_s = TIMEOUT_S
+    watchdog.current_phase = replace(watchdog.current_phase, timeout_s=TIMEOUT_S)
+
+
 def damage(path: Path, how: str) -> None:
-    """Cut a file in its middle, or flip the lowest bit of its middle byte."""
+    """Truncate a file to half its size, or flip the lowest bit of the byte in the middle."""
     payload = bytearray(path.read_bytes())
     middle = len(payload) // 2
     if how == "truncate":
@@ -185,6 +197,7 @@ def damage(path: Path, how: str) -> None:
 
 def main() -> None:
     from hpc_supcon import checkpoint, cli
+    from hpc_supcon.distributed import abort
     from hpc_supcon.stages import probe
     from hpc_supcon.training import fit
 
@@ -194,6 +207,7 @@ def main() -> None:
     fit.train_step = injector.around_step(fit.train_step)
     fit._Loop.run_validation = injector.around_validation(fit._Loop.run_validation)
     probe.probe = injector.around_probe(probe.probe)
+    abort.RANKS_TIMEOUT_S = 100.0  # on a busy machine a rank may need long to write its stacks
     with system_calls(injector.before_call):
         cli.main(sys.argv[1:])
 

@@ -1,4 +1,4 @@
-"""Whole runs of several ranks under the injector, forked from a server that has imported everything."""
+"""Whole runs of several ranks with injected faults. The ranks are forked from a server that has imported torch."""
 
 from __future__ import annotations
 
@@ -9,10 +9,11 @@ import os
 import signal
 import socket
 import sys
+import time
 from pathlib import Path
 
 from hpc_supcon import checkpoint
-from hpc_supcon.distributed import watch_threads
+from hpc_supcon.distributed import monitors
 
 from ..dist import ranks as _preloaded  # noqa: F401 (its fork server imports once for all)
 from . import injector
@@ -25,16 +26,16 @@ SETTINGS = [
 ]  # fmt: skip
 STEPS_PER_EPOCH = 81 // 12
 STEPS = 4 * STEPS_PER_EPOCH
-GONE_S = 150
-"""A run that has not ended by then never will."""
+RUN_TIMEOUT_S = 600
+"""A run takes seconds; one that takes this long hangs, however busy the machine is."""
 
 
 class Run:
-    """Ranks of one run; `said` is what all of them wrote to stderr."""
+    """The processes of one run, one for each rank. They write to one file, `stderr`."""
 
     def __init__(self, ranks, folder, *more, fault="", stage="pretrain", main=None, environment=None):
-        self.folder, self._said = folder, folder.with_suffix(".stderr")
-        self._said.unlink(missing_ok=True)
+        self.folder, self._stderr = folder, folder.with_suffix(".stderr")
+        self._stderr.unlink(missing_ok=True)
         arguments = [stage, "default", *SETTINGS, f"run_dir={folder}", *more]
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
@@ -46,41 +47,42 @@ class Run:
             if ranks > 1:
                 world = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "RANK": rank, "LOCAL_RANK": rank}
                 environment |= world | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-            process = context.Process(target=_run, args=(arguments, environment, str(self._said), main))
+            process = context.Process(target=_run, args=(arguments, environment, str(self._stderr), main))
             process.start()
             self.ranks.append(process)
 
-    def end(self, within_s=GONE_S):
-        """Exit codes in rank order, of a run that must end by itself."""
+    def end(self):
+        """Wait until all ranks have ended by themselves; returns their exit codes, in rank order."""
+        deadline = time.monotonic() + RUN_TIMEOUT_S
         for process in self.ranks:
-            process.join(within_s)
+            process.join(max(0.0, deadline - time.monotonic()))
         left = [rank for rank, process in enumerate(self.ranks) if process.exitcode is None]
         for process in self.ranks:
             if process.exitcode is None:
                 os.kill(process.pid, signal.SIGKILL)
                 process.join()
-        assert not left, f"ranks {left} are still there after {within_s} s\n{self.said}"
+        assert not left, f"ranks {left} have not ended after {RUN_TIMEOUT_S} s\n{self.stderr}"
         return [process.exitcode for process in self.ranks]
 
     @property
-    def said(self):
-        return self._said.read_text()
+    def stderr(self):
+        return self._stderr.read_text()
 
 
-def _run(arguments, environment, said, main):
-    with Path(said).open("a") as file:
+def _run(arguments, environment, stderr, main):
+    with Path(stderr).open("a") as file:
         os.dup2(file.fileno(), 2)
     os.environ |= {key: str(value) for key, value in environment.items()}
     sys.argv[1:] = arguments
-    watch_threads.NOTES_S = 0.02  # steps are so short here that a run would end before it could leave
+    monitors.EXCHANGE_INTERVAL_S = 0.02  # with steps this short, a run would end before all ranks know of a signal
     (main or injector.main)()
 
 
 def run(ranks, folder, *more, code=0, **settings):
-    """A run whose ranks all end with `code`; returns what they said."""
+    """A run whose ranks all end with `code`; returns their stderr."""
     it = Run(ranks, folder, *more, **settings)
-    assert it.end() == [code] * ranks, it.said
-    return it.said
+    assert it.end() == [code] * ranks, it.stderr
+    return it.stderr
 
 
 def hashes(folder, step=STEPS):

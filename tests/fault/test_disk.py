@@ -1,4 +1,4 @@
-"""A full, read-only or broken disk: earlier checkpoints stay, and the error says what is needed and what is free."""
+"""A full, read-only or failing disk: earlier checkpoints stay, and the error names the bytes needed and free."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ def check_only(folder, step):
     assert [p.name for p in folder.iterdir()] == [f"step-{step}"]
 
 
-class Broken:
-    """The n-th of the intercepted calls, or every call of one kind from the n-th on, fails."""
+class FailingCalls:
+    """The `at`-th of the calls of these kinds fails."""
 
     def __init__(self, number, at, kinds=CALLS):
         self.number, self.at, self.kinds, self.count, self.hit = number, at, kinds, 0, None
@@ -45,10 +45,10 @@ class Broken:
 
 @pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EIO])
 @pytest.mark.parametrize("kind", ["mkdir", "open", "write", "fsync", "rename"])
-def test_every_kind_of_failure_names_path_need_and_room_and_keeps_what_was_there(tmp_path, number, kind):
+def test_every_kind_of_failure_names_path_and_bytes_and_keeps_earlier_checkpoints(tmp_path, number, kind):
     save(tmp_path, 1)
     with (
-        system_calls(Broken(number, 1, (kind,))),
+        system_calls(FailingCalls(number, 1, (kind,))),
         pytest.raises(RunFolderError) as caught,
     ):
         save(tmp_path, 2)
@@ -68,21 +68,21 @@ def test_every_kind_of_failure_names_path_need_and_room_and_keeps_what_was_there
 
 @pytest.mark.parametrize("again", [False, True])
 def test_an_error_in_any_one_call_loses_nothing(tmp_path, again):
-    """Either the save succeeds all the same (an old one could not be deleted), or it is a named error."""
+    """The save is a named error, or it succeeds where only an old checkpoint could not be deleted."""
     at, hit = 1, []
     while True:
         folder = tmp_path / str(at)
         for step in (1, 2):
             save(folder, step)
-        broken = Broken(errno.EIO, at)
-        with system_calls(broken):
+        failing = FailingCalls(errno.EIO, at)
+        with system_calls(failing):
             try:
                 save(folder, 2 if again else 3)
             except RunFolderError:
-                assert broken.hit != "unlink"
-        if broken.hit is None:
+                assert failing.hit != "unlink"
+        if failing.hit is None:
             break
-        hit.append(broken.hit)
+        hit.append(failing.hit)
         found, refused = checkpoint.load_newest(folder)
         assert found.state["step"] in ((2,) if again else (2, 3))
         assert refused == []
@@ -93,7 +93,7 @@ def test_an_error_in_any_one_call_loses_nothing(tmp_path, again):
     assert {"mkdir", "open", "write", "fsync", "rename", "unlink"} <= set(hit)
 
 
-def test_a_disk_that_is_too_small_is_seen_before_a_byte_is_written(tmp_path, monkeypatch):
+def test_a_disk_that_is_too_small_is_detected_before_a_byte_is_written(tmp_path, monkeypatch):
     save(tmp_path, 1)
     monkeypatch.setattr(disk, "free_bytes", lambda folder: 50_000)
     written = []
@@ -122,13 +122,13 @@ def small_disk(tmp_path):
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_a_really_full_disk_keeps_the_earlier_checkpoint(small_disk, monkeypatch):
+def test_a_full_file_system_keeps_the_earlier_checkpoint(small_disk, monkeypatch):
     folder = small_disk / "checkpoints"
     save(folder, 1, numbers=300_000)
     with pytest.raises(RunFolderError, match=r"No space left on device; it needs 1,\d+,\d+ bytes, \d{3},\d{3} are"):
         save(folder, 2, numbers=300_000)
     check_only(folder, 1)
-    # the same where the check beforehand knows nothing, so that the kernel says no in the middle of a file
+    # without the check beforehand, the kernel fails in the middle of a file
     monkeypatch.setattr("hpc_supcon.checkpoint.save.check_space", lambda folder, needed: None)
     with pytest.raises(RunFolderError, match=r"step-2: checkpoint not written: No space left on device"):
         save(folder, 2, numbers=300_000)
@@ -137,7 +137,7 @@ def test_a_really_full_disk_keeps_the_earlier_checkpoint(small_disk, monkeypatch
     assert checkpoint.list_steps(folder) == [1, 2]
 
 
-def test_a_really_read_only_disk_keeps_the_earlier_checkpoint(small_disk):
+def test_a_read_only_file_system_keeps_the_earlier_checkpoint(small_disk):
     folder = small_disk / "checkpoints"
     save(folder, 1)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)

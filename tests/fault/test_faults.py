@@ -1,4 +1,4 @@
-"""Whole runs with a fault in or after a save, resumed: the same bits as never interrupted."""
+"""Whole runs with a fault during or after a save: resumed, they end with the same bits as without it."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from . import injector
 from .test_resume import SETTINGS
 
 EPOCHS, SAVED = 5, [7, 14, 21, 25]  # five steps to an epoch
-# what was saved before a fault is on disk when the fault comes
-AT_ONCE = "checkpoint.asynchronous=false"
+# so that all that was saved before the fault is on disk
+SYNCHRONOUS = "checkpoint.asynchronous=false"
 
 
 def start(ranks, folder, *more, fault=""):
-    """(exit code of rank 0, what all said) of a run, forked from a server that has imported everything."""
+    """(exit code of rank 0, stderr of all ranks) of a run; the ranks are forked from a server that imported torch."""
     arguments = ["pretrain", "default", *SETTINGS, f"train.epochs={EPOCHS}", "checkpoint.keep=3"]
     arguments += [f"run_dir={folder}", *more]
-    said = folder.with_suffix(".stderr")
-    said.unlink(missing_ok=True)
+    stderr = folder.with_suffix(".stderr")
+    stderr.unlink(missing_ok=True)
     environment = [{"HPC_SUPCON_FAULT": fault}]
     if ranks > 1:
         with socket.create_server(("127.0.0.1", 0)) as free:
@@ -36,16 +36,16 @@ def start(ranks, folder, *more, fault=""):
         world = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         environment = [{**environment[0], **world, "RANK": r, "LOCAL_RANK": r} for r in range(ranks)]
     context = multiprocessing.get_context("forkserver")
-    processes = [context.Process(target=_run, args=(arguments, env, str(said))) for env in environment]
+    processes = [context.Process(target=_run, args=(arguments, env, str(stderr))) for env in environment]
     for process in processes:
         process.start()
     for process in processes:
         process.join()
-    return processes[0].exitcode, said.read_text()
+    return processes[0].exitcode, stderr.read_text()
 
 
-def _run(arguments, environment, said):
-    with Path(said).open("a") as file:
+def _run(arguments, environment, stderr):
+    with Path(stderr).open("a") as file:
         os.dup2(file.fileno(), 2)
     os.environ |= {key: str(value) for key, value in environment.items()}
     sys.argv[1:] = arguments
@@ -70,8 +70,8 @@ def whole(tmp_path_factory):
     def of(ranks):
         if ranks not in made:
             folder = tmp_path_factory.mktemp("whole") / str(ranks)
-            code, said = start(ranks, folder)
-            assert code == 0, said
+            code, stderr = start(ranks, folder)
+            assert code == 0, stderr
             made[ranks] = hashes(folder)
         return made[ranks]
 
@@ -79,35 +79,35 @@ def whole(tmp_path_factory):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "fault", "more", "left"),
+    ("ranks", "fault", "more", "saved"),
     [
         (1, "kill@step=14,phase=rename", [], 7),
         (1, "half@step=14,phase=write,call=9", [], 7),
         (1, "abort@step=21,phase=unlink", ["checkpoint.keep=2"], 21),
-        (1, "raise@step=17", [AT_ONCE], 14),
+        (1, "raise@step=17", [SYNCHRONOUS], 14),
         (2, "kill@step=14,phase=fsync,call=2", [], 7),
     ],
 )
-def test_killed_in_a_save_and_resumed_equals_uninterrupted(tmp_path, whole, ranks, fault, more, left):
-    code, said = start(ranks, tmp_path / "r", *more, fault=fault)
+def test_killed_in_a_save_and_resumed_equals_uninterrupted(tmp_path, whole, ranks, fault, more, saved):
+    code, stderr = start(ranks, tmp_path / "r", *more, fault=fault)
     assert code != 0
-    assert newest(tmp_path / "r") == left, said
-    code, said = start(ranks, tmp_path / "r", *more, "--resume")
-    assert code == 0, said
-    assert f"going on from step {left}" in said
+    assert newest(tmp_path / "r") == saved, stderr
+    code, stderr = start(ranks, tmp_path / "r", *more, "--resume")
+    assert code == 0, stderr
+    assert f"going on from step {saved}" in stderr
     assert hashes(tmp_path / "r") == whole(ranks)
     assert not list((tmp_path / "r" / "checkpoints").glob(".*"))
 
 
-def test_a_disk_that_is_full_for_a_while_is_outlived(tmp_path, whole):
-    code, said = start(1, tmp_path / "r", fault="enospc@step=7,phase=write;eio@step=14,phase=fsync")
-    assert code == 0, said
-    told = [line for line in said.splitlines() if "failed save" in line]
-    assert len(told) == 2
-    assert "failed save 1 of 3" in told[0]
-    assert "step-7: checkpoint not written: No space left on device; it needs" in told[0]
-    assert "failed save 2 of 3" in told[1]
-    assert "Input/output error" in told[1]
+def test_a_run_survives_a_disk_that_is_full_for_a_while(tmp_path, whole):
+    code, stderr = start(1, tmp_path / "r", fault="enospc@step=7,phase=write;eio@step=14,phase=fsync")
+    assert code == 0, stderr
+    lines = [line for line in stderr.splitlines() if "failed save" in line]
+    assert len(lines) == 2
+    assert "failed save 1 of 3" in lines[0]
+    assert "step-7: checkpoint not written: No space left on device; it needs" in lines[0]
+    assert "failed save 2 of 3" in lines[1]
+    assert "Input/output error" in lines[1]
     assert checkpoint.list_steps(tmp_path / "r" / "checkpoints") == [21, 25]
     assert hashes(tmp_path / "r") == whole(1)
 
@@ -116,10 +116,10 @@ def test_a_disk_that_is_full_for_a_while_is_outlived(tmp_path, whole):
     ("ranks", "setting", "lines"), [(1, "checkpoint.max_failed_saves=1", 1), (2, "checkpoint.max_failed_saves=0", 0)]
 )
 def test_a_disk_that_stays_full_stops_every_rank_with_one_line(tmp_path, ranks, setting, lines):
-    code, said = start(ranks, tmp_path / "r", setting, fault="enospc@phase=write,call=0")
+    code, stderr = start(ranks, tmp_path / "r", setting, fault="enospc@phase=write,call=0")
     assert code == 2
-    assert said.count("failed save") == lines
-    errors = [line for line in said.splitlines() if line.startswith("hpc-supcon: error")]
+    assert stderr.count("failed save") == lines
+    errors = [line for line in stderr.splitlines() if line.startswith("hpc-supcon: error")]
     assert len(errors) == 1
     assert "checkpoint not written: No space left on device" in errors[0]
     events = [json.loads(line) for line in (tmp_path / "r" / "metrics.jsonl").read_text().splitlines()]
@@ -128,48 +128,48 @@ def test_a_disk_that_stays_full_stops_every_rank_with_one_line(tmp_path, ranks, 
 
 
 def test_the_last_save_of_a_run_may_not_fail(tmp_path):
-    code, said = start(1, tmp_path / "r", fault="eacces@step=25,phase=mkdir")
+    code, stderr = start(1, tmp_path / "r", fault="eacces@step=25,phase=mkdir")
     assert code == 2
-    assert "step-25: checkpoint not written: Permission denied" in said.splitlines()[-1]
+    assert "step-25: checkpoint not written: Permission denied" in stderr.splitlines()[-1]
     assert newest(tmp_path / "r") == 21
 
 
-def test_a_damaged_newest_checkpoint_is_not_used_and_named(tmp_path, whole):
-    code, said = start(1, tmp_path / "r", AT_ONCE, fault="flip@step=14,phase=saved;kill@step=20")
-    assert code == -9, said
-    code, said = start(1, tmp_path / "r", "--resume")
-    assert code == 0, said
-    told = [line for line in said.splitlines() if "not used" in line]
-    assert len(told) == 1
-    assert "step-14/model.safetensors: its bytes changed since it was written" in told[0]
-    assert "going on from step 7" in said
+def test_a_damaged_newest_checkpoint_is_named_and_not_used(tmp_path, whole):
+    code, stderr = start(1, tmp_path / "r", SYNCHRONOUS, fault="flip@step=14,phase=saved;kill@step=20")
+    assert code == -9, stderr
+    code, stderr = start(1, tmp_path / "r", "--resume")
+    assert code == 0, stderr
+    lines = [line for line in stderr.splitlines() if "not used" in line]
+    assert len(lines) == 1
+    assert "step-14/model.safetensors: its bytes changed since it was written" in lines[0]
+    assert "going on from step 7" in stderr
     assert hashes(tmp_path / "r") == whole(1)
 
 
-def test_with_all_damaged_the_run_does_not_start_from_step_0(tmp_path):
-    code, said = start(1, tmp_path / "r", AT_ONCE, fault="kill@step=15")
-    assert code == -9, said
+def test_a_run_with_only_damaged_checkpoints_does_not_start_from_step_0(tmp_path):
+    code, stderr = start(1, tmp_path / "r", SYNCHRONOUS, fault="kill@step=15")
+    assert code == -9, stderr
     folder = tmp_path / "r" / "checkpoints"
     for step, how in ((7, "truncate"), (14, "flip")):
         injector.damage(folder / f"step-{step}" / "optimizer.safetensors", how)
     before = {p: p.read_bytes() for p in folder.rglob("*.*") if p.is_file()}
-    code, said = start(1, tmp_path / "r", "--resume")
+    code, stderr = start(1, tmp_path / "r", "--resume")
     assert code == 2
-    assert "step-14/optimizer.safetensors" in said
-    assert "no older checkpoint is left to fall back on" in said
+    assert "step-14/optimizer.safetensors" in stderr
+    assert "no older checkpoint is left to fall back on" in stderr
     assert {p: p.read_bytes() for p in folder.rglob("*.*") if p.is_file()} == before
 
 
-def test_what_is_verified_but_fits_no_model_is_a_named_error(tmp_path):
-    """As a changed program, or a forged file, would leave it."""
-    code, said = start(1, tmp_path / "r", AT_ONCE, fault="kill@step=15")
-    assert code == -9, said
+def test_a_verified_checkpoint_of_another_model_is_a_named_error(tmp_path):
+    """As after a change of the program, or in a forged file."""
+    code, stderr = start(1, tmp_path / "r", SYNCHRONOUS, fault="kill@step=15")
+    assert code == -9, stderr
     found = checkpoint.load_checkpoint(tmp_path / "r" / "checkpoints" / "step-14")
     del found.tensors["model"]
     checkpoint.save_checkpoint(
         found.path.parent, 14, found.tensors, found.state, world_size=1,
         config_digest=found.manifest["config_digest"],
     )  # fmt: skip
-    code, said = start(1, tmp_path / "r", "--resume")
+    code, stderr = start(1, tmp_path / "r", "--resume")
     assert code == 2
-    assert said.splitlines()[-1].endswith("step-14: verified, but does not fit this run's model: 'model'")
+    assert stderr.splitlines()[-1].endswith("step-14: verified, but does not fit this run's model: 'model'")

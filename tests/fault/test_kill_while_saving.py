@@ -1,4 +1,4 @@
-"""SIGKILL before every single system call of a save: what loads afterwards is complete and never older."""
+"""SIGKILL before every system call of a save: the checkpoint that loads afterwards is complete and never older."""
 
 from __future__ import annotations
 
@@ -35,33 +35,33 @@ def save(folder, step, version=0):
 
 
 def first(folder):
-    """Nothing there yet: no checkpoint, or the new one."""
+    """The first save: afterwards there is no checkpoint, or the new one."""
     return 1, {None, (1, 1)}
 
 
 def one_more(folder):
-    """The oldest is deleted in the same save."""
+    """The save also deletes the oldest checkpoint."""
     for step in (1, 2):
         save(folder, step)
     return 3, {(2, 0), (3, 1)}
 
 
 def the_same_step_again(folder):
-    """Never back to step 1, although step 2 is being replaced."""
+    """Step 2 is replaced: the run never falls back to step 1."""
     for step in (1, 2):
         save(folder, step)
     return 2, {(2, 0), (2, 1)}
 
 
-def over_a_damaged_one(folder):
+def replacing_a_damaged_one(folder):
     for step in (1, 2):
         save(folder, step)
     (folder / "step-2" / "rng.safetensors").write_bytes(b"damaged")
     return 2, {(1, 0), (2, 1)}
 
 
-def after_left_overs(folder):
-    """Step 2 was being replaced when another save was killed, and so on."""
+def after_an_earlier_kill(folder):
+    """Earlier saves were killed while they wrote, deleted and replaced a checkpoint."""
     for step in (1, 2):
         save(folder, step)
     shutil.copytree(folder / "step-1", folder / ".partial-step-9")
@@ -73,7 +73,7 @@ def after_left_overs(folder):
 
 @pytest.fixture
 def memory(tmp_path):
-    """A folder in memory where there is one: hundreds of saves, each flushed many times."""
+    """A folder in memory if possible: these are hundreds of saves, each with many calls of fsync."""
     if not os.access("/dev/shm", os.W_OK):
         yield tmp_path
         return
@@ -81,11 +81,11 @@ def memory(tmp_path):
         yield Path(folder)
 
 
-SCENES = [first, one_more, the_same_step_again, over_a_damaged_one, after_left_overs]
+SCENARIOS = [first, one_more, the_same_step_again, replacing_a_damaged_one, after_an_earlier_kill]
 
 
 def killed_at(n, half, act):
-    """Run `act` in a child that kills itself before its n-th call; False when it came to its end."""
+    """Run `act` in a child process that kills itself before its n-th call; False if it completed."""
     child = os.fork()
     if child == 0:
         count = 0
@@ -121,20 +121,20 @@ def newest(folder):
 
 
 def damaged(folder):
-    """Listed steps that do not verify: what a kill leaves is a checkpoint or none."""
+    """Steps that are listed but do not verify."""
     return {step for step in checkpoint.list_steps(folder) if problem_of(path_of(folder, step))}
 
 
 def check_next_save(folder, step):
-    """The next save finds its way, keeps what is sound and sweeps what is not."""
+    """The next save succeeds and leaves no temporary folders."""
     save(folder, step, 2)
     assert newest(folder) == (step, 2)
     assert not [p.name for p in folder.iterdir() if p.name.startswith(".")]
 
 
-def kill_everywhere(rank, world, scene, root):
-    """The calls of one save; every moment at which it was killed with a wrong checkpoint loading afterwards."""
-    step, allowed = scene(Path(root, "before"))
+def kill_everywhere(rank, world, scenario, root):
+    """Kill a save at every moment; returns its system calls, and the moments after which a wrong checkpoint loads."""
+    step, allowed = scenario(Path(root, "before"))
     calls, wrong = [], []
     Path(root, "before").mkdir(exist_ok=True)
     shutil.copytree(Path(root, "before"), Path(root, "whole"))
@@ -155,31 +155,29 @@ def kill_everywhere(rank, world, scene, root):
     return calls, wrong
 
 
-@pytest.mark.parametrize("scene", SCENES)
-def test_a_save_killed_at_any_system_call_leaves_the_old_or_the_new_checkpoint(memory, scene):
-    calls, wrong = run_ranks(kill_everywhere, 1, scene, str(memory))[0]
+@pytest.mark.parametrize("scenario", SCENARIOS)
+def test_a_save_killed_at_any_system_call_leaves_the_old_or_the_new_checkpoint(memory, scenario):
+    calls, wrong = run_ranks(kill_everywhere, 1, scenario, str(memory))[0]
     assert wrong == []
-    assert {"open", "write", "fsync", "rename"} <= set(calls), "the calls are not seen"
+    assert {"open", "write", "fsync", "rename"} <= set(calls), "the calls are not intercepted"
 
 
 def kill_twice(rank, world, root):
-    chance, wrong = random.Random(0), []
+    rng, wrong = random.Random(0), []
     before = Path(root, "before")
     step, allowed = the_same_step_again(before)
     for trial in range(60):
         folder = Path(root, str(trial))
         shutil.copytree(before, folder)
         for version in (1, 1):
-            killed_at(
-                chance.randrange(1, 40), chance.random() < 0.5, lambda f=folder, s=step, v=version: save(f, s, v)
-            )
+            killed_at(rng.randrange(1, 40), rng.random() < 0.5, lambda f=folder, s=step, v=version: save(f, s, v))
             if (found := newest(folder)) not in allowed:
                 wrong.append((trial, found))
         check_next_save(folder, step + 1)
     return wrong
 
 
-def test_a_save_killed_while_it_mends_what_an_earlier_kill_left(memory):
+def test_a_save_may_be_killed_while_it_repairs_what_an_earlier_kill_left(memory):
     assert run_ranks(kill_twice, 1, str(memory)) == [[]]
 
 

@@ -1,4 +1,4 @@
-"""Killed after a checkpoint and started again: the same bits as never interrupted."""
+"""A run that is killed after a checkpoint and resumed ends with the same bits as an uninterrupted one."""
 
 from __future__ import annotations
 
@@ -15,6 +15,8 @@ from pathlib import Path
 import pytest
 
 from hpc_supcon import checkpoint
+
+from .runs import RUN_TIMEOUT_S
 
 SETTINGS = [
     "data.source=synthetic", "data.synthetic={images: 90, classes: 3, channels: 3, image_size: 16}",
@@ -41,12 +43,12 @@ def hashes(folder):
 
 
 def kill_after_a_checkpoint(ranks, folder, *more):
-    """Start, wait for a checkpoint newer than what is there, SIGKILL the launcher and every rank."""
+    """Start, wait for a new checkpoint, then SIGKILL the launcher and every rank."""
     seen = checkpoint.list_steps(folder / "checkpoints")
     process = subprocess.Popen(
         command(ranks, folder, *more), start_new_session=True, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
     )
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + RUN_TIMEOUT_S
     while checkpoint.list_steps(folder / "checkpoints") == seen:
         assert process.poll() is None, "ended before it could be killed"
         assert time.monotonic() < deadline
@@ -79,7 +81,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(tmp_path, ranks):
     subprocess.run(command(ranks, tmp_path / "whole"), check=True, capture_output=True)
     killed_at = [kill_after_a_checkpoint(ranks, tmp_path / "killed")]
     killed_at.append(kill_after_a_checkpoint(ranks, tmp_path / "killed", "--resume"))
-    assert killed_at[0] < killed_at[1] < STEPS, "a kill came too late to prove anything"
+    assert killed_at[0] < killed_at[1] < STEPS, "a kill came too late for this test"
     assert any(step % (81 // 16) for step in killed_at), "some kill is in the middle of an epoch"
     done = subprocess.run(command(ranks, tmp_path / "killed", "--resume"), check=True, capture_output=True, text=True)
     assert f"going on from step {killed_at[1]}" in done.stderr

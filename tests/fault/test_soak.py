@@ -1,4 +1,4 @@
-"""Killed again and again, and only started again; benchmarks/reliability.py does the same for longer."""
+"""Runs that are killed and resumed several times; benchmarks/reliability.py does the same for longer."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import pytest
 
 from hpc_supcon import checkpoint
 
-from .chances import random_kills, settings, soak
+from .random_kills import random_kills, settings, soak
 from .runs import STEPS_PER_EPOCH, hashes
 
 EPOCHS = 3
@@ -23,7 +23,7 @@ def test_random_kills_change_no_bit_of_the_result(tmp_path, uninterrupted, ranks
 
 
 def shared_memory():
-    """What PyTorch and Python leave in shared memory when they are killed at a bad time."""
+    """Files that PyTorch and Python leave in shared memory when they are killed at certain moments."""
     return {path.name for path in Path("/dev/shm").iterdir() if path.name.startswith(("torch_", "psm_", "mp-"))}
 
 

@@ -1,4 +1,4 @@
-"""Resumed on another number of ranks: an error, or where it is allowed, every sample served exactly once."""
+"""Resuming on another number of ranks is an error, or if it is allowed, every sample is served exactly once."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import torch
 
 from hpc_supcon import checkpoint
 from hpc_supcon.data.loaders.resident import ResidentLoader
+from hpc_supcon.errors import Preempted
 
 from . import injector
 from .runs import STEPS, STEPS_PER_EPOCH, Run, newest, run
@@ -18,17 +19,17 @@ from .runs import STEPS, STEPS_PER_EPOCH, Run, newest, run
 ALLOWED = "train.allow_world_size_change=true"
 
 
-def noting_what_is_served():
-    """The run, with a line for each batch that has become a step: step and indices, in a file for each process."""
+def log_indices():
+    """The run, which writes a line for each batch of a step: step and indices, in a file for each process."""
     epoch = ResidentLoader.epoch
 
-    def noted(self, number, start=0):
+    def logged_epoch(self, number, start=0):
         for step, batch in enumerate(epoch(self, number, start), number * STEPS_PER_EPOCH + start + 1):
             with Path(os.environ["SERVED"], f"{os.getpid()}").open("a") as file:
                 file.write(json.dumps([step, batch.index.tolist()]) + "\n")
             yield batch
 
-    ResidentLoader.epoch = noted
+    ResidentLoader.epoch = logged_epoch
     injector.main()
 
 
@@ -52,15 +53,15 @@ def test_every_sample_of_the_epoch_is_still_served_exactly_once(tmp_path, before
         before,
         folder,
         fault="usr2@step=8",
-        code=75,
-        main=noting_what_is_served,
+        code=Preempted.exit_code,
+        main=log_indices,
         environment={"SERVED": str(parts[0])},
     )
-    left = newest(folder)
-    assert left % STEPS_PER_EPOCH, "in the middle of an epoch"
-    said = run(after, folder, "--resume", ALLOWED, main=noting_what_is_served, environment={"SERVED": str(parts[1])})
-    assert f"saved by {before} ranks, going on with {after}" in said
-    batches = served(parts[0], 1, left) | served(parts[1], left + 1, STEPS)
+    saved = newest(folder)
+    assert saved % STEPS_PER_EPOCH, "in the middle of an epoch"
+    stderr = run(after, folder, "--resume", ALLOWED, main=log_indices, environment={"SERVED": str(parts[1])})
+    assert f"saved by {before} ranks, going on with {after}" in stderr
+    batches = served(parts[0], 1, saved) | served(parts[1], saved + 1, STEPS)
     assert sorted(batches) == list(range(1, STEPS + 1))
     for first in range(1, STEPS, STEPS_PER_EPOCH):
         samples = [i for step in range(first, first + STEPS_PER_EPOCH) for i in batches[step]]
@@ -72,13 +73,14 @@ def test_every_sample_of_the_epoch_is_still_served_exactly_once(tmp_path, before
     assert all(not torch.equal(a, b) for i, a in enumerate(views) for b in views[:i]), "ranks draw alike"
 
 
-def test_without_leave_it_is_a_named_error_on_every_rank_and_nothing_is_touched(tmp_path):
+def test_unless_it_is_allowed_it_is_a_named_error_on_every_rank_and_changes_nothing(tmp_path):
     folder = tmp_path / "r"
-    run(1, folder, fault="usr2@step=8", code=75)
+    run(1, folder, fault="usr2@step=8", code=Preempted.exit_code)
     before = {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()}
     it = Run(2, folder, "--resume")
     assert it.end() == [2, 2]
     assert (
-        it.said.count("saved by 1 ranks, resumed on 2; start 1 ranks, or set train.allow_world_size_change=true") == 1
+        it.stderr.count("saved by 1 ranks, resumed on 2; start 1 ranks, or set train.allow_world_size_change=true")
+        == 1
     )
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before

@@ -1,4 +1,4 @@
-"""Whole runs under a real torchrun."""
+"""Whole runs with injected faults under a real torchrun."""
 
 from __future__ import annotations
 
@@ -10,32 +10,32 @@ from pathlib import Path
 
 from hpc_supcon import checkpoint
 
-from .runs import GONE_S, SETTINGS
+from .runs import RUN_TIMEOUT_S, SETTINGS
 
 
 class Torchrun:
     def __init__(self, ranks, folder, *more, fault="", stage="pretrain"):
-        self.folder, self._said = folder, folder.with_suffix(".stderr")
+        self.folder, self._stderr = folder, folder.with_suffix(".stderr")
         start = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}"]
         command = [*start, "-m", "tests.fault.injector", stage, "default", *SETTINGS, f"run_dir={folder}", *more]
-        with self._said.open("w") as said:
+        with self._stderr.open("w") as stderr:
             self.process = subprocess.Popen(
                 command,
                 stdout=subprocess.DEVNULL,
-                stderr=said,
+                stderr=stderr,
                 start_new_session=True,
                 env={**os.environ, "HPC_SUPCON_FAULT": fault},
             )
 
     @property
-    def said(self):
-        return self._said.read_text()
+    def stderr(self):
+        return self._stderr.read_text()
 
     def end(self):
-        return self.process.wait(GONE_S)
+        return self.process.wait(RUN_TIMEOUT_S)
 
     def workers(self):
-        """{rank: process number} of the processes of this run but torchrun's own."""
+        """{rank: pid} of the processes of this run, without torchrun's own."""
         found = {}
         for path in Path("/proc").iterdir():
             if path.name.isdigit() and int(path.name) != self.process.pid and self._is_ours(path):
@@ -58,9 +58,9 @@ class Torchrun:
         self._wait(lambda: checkpoint.list_steps(self.folder / "checkpoints"))
 
     def _wait(self, condition):
-        deadline = time.monotonic() + GONE_S
+        deadline = time.monotonic() + RUN_TIMEOUT_S
         while not condition():
-            assert time.monotonic() < deadline, self.said
+            assert time.monotonic() < deadline, self.stderr
             time.sleep(0.02)
 
 

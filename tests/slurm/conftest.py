@@ -1,4 +1,4 @@
-"""A real Slurm for the whole session: two nodes on this machine, started and stopped by slurm/local-cluster.sh."""
+"""A real Slurm for the test session: two nodes on this machine, started and stopped by slurm/local-cluster.sh."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PACKAGES = "slurmctld slurmd slurm-client slurmdbd slurm-wlm-mysql-plugin munge 
 
 
 def processes_of(folder: Path) -> list[str]:
-    """Command lines of every live process that the cluster in `folder` started, jobs included."""
+    """Command lines of all live processes that the cluster in `folder` started, including jobs."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         try:
@@ -29,13 +29,11 @@ def processes_of(folder: Path) -> list[str]:
 
 @pytest.fixture(scope="session")
 def cluster():
-    """Sets SLURM_CONF for this process; the folder is short, since unix sockets have short paths."""
+    """Sets SLURM_CONF for this process. The folder's path is short, since the paths of Unix sockets must be."""
     path = f"{os.environ['PATH']}:/usr/sbin:/sbin"
     missing = [tool for tool in TOOLS if shutil.which(tool, path=path) is None]
     if missing:
-        reason = (
-            f"SLURM IS NOT INSTALLED ({', '.join(missing)}), it is NOT TESTED. As root: apt-get install {PACKAGES}"
-        )
+        reason = f"SLURM IS NOT INSTALLED ({', '.join(missing)}) AND NOT TESTED. As root: apt-get install {PACKAGES}"
         if os.environ.get("HPC_SUPCON_REQUIRE_EXTRAS") == "1":
             pytest.fail(reason, pytrace=False)
         pytest.skip(reason)

@@ -1,4 +1,4 @@
-"""Grids of trainings so small that a cell takes seconds, and how to wait for them."""
+"""Grids whose cells train for seconds, and functions that wait for them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 from hpc_supcon.cli import main
 from hpc_supcon.config import yaml12
 from hpc_supcon.grid.folder import load
-from hpc_supcon.grid.node_state import WAITING, node_states
+from hpc_supcon.grid.node_state import QUEUED, node_states
 
 SETTINGS = {
     "data.source": "synthetic",
@@ -47,7 +47,7 @@ def write_profile(folder: Path, **keys) -> Path:
 
 
 def grid(*arguments: object) -> str:
-    """Run `hpc-supcon grid ...` in this process; what it wrote."""
+    """Run `hpc-supcon grid ...` in this process; returns its stdout."""
     out, code = io.StringIO(), None
     with contextlib.redirect_stdout(out):
         try:
@@ -62,18 +62,18 @@ def states(folder: Path) -> dict[str, str]:
     return {name: state.state for name, state in node_states(load(folder)).items()}
 
 
-def settled(folder: Path, timeout_s: float = 240) -> dict[str, str]:
-    """States of all nodes once none waits or runs."""
-    return until(lambda: None if set(WAITING) & set((found := states(folder)).values()) else found, timeout_s)
+def final_states(folder: Path, timeout_s: float = 240) -> dict[str, str]:
+    """States of all nodes, once none is pending or running."""
+    return wait_for(lambda: None if set(QUEUED) & set((found := states(folder)).values()) else found, timeout_s)
 
 
-def until(ask, timeout_s: float = 120):
-    """The first true answer."""
+def wait_for(condition, timeout_s: float = 120):
+    """Call `condition` until it returns something true, and return that."""
     deadline = time.monotonic() + timeout_s
-    while not (answer := ask()):
+    while not (result := condition()):
         assert time.monotonic() < deadline, "waited too long"
         time.sleep(0.3)
-    return answer
+    return result
 
 
 def steps_of(run: Path) -> list[str]:
@@ -81,13 +81,13 @@ def steps_of(run: Path) -> list[str]:
 
 
 def weights(run: Path) -> str:
-    """sha256 of the last checkpoint's model."""
+    """sha256 of the model in the last checkpoint."""
     newest = max((run / "checkpoints").glob("step-*"), key=lambda p: int(p.name[5:]))
     return hashlib.sha256((newest / "model.safetensors").read_bytes()).hexdigest()
 
 
 def processes_of(folder: Path) -> list[int]:
-    """Processes with a folder in their command line."""
+    """Pids of the processes with this folder in their command line."""
     found = []
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -96,9 +96,9 @@ def processes_of(folder: Path) -> list[int]:
     return found
 
 
-def hold(grid_folder: Path, cell: str) -> int:
-    """Stop a cell's training in its tracks once it has saved a checkpoint, so that it is met in the middle."""
-    until(lambda: steps_of(grid_folder / "runs" / cell))
+def suspend_after_checkpoint(grid_folder: Path, cell: str) -> int:
+    """SIGSTOP a cell's training once it has saved a checkpoint; returns its pid."""
+    wait_for(lambda: steps_of(grid_folder / "runs" / cell))
     config = str(grid_folder / "configs" / f"{cell}.yaml").encode()
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
@@ -106,4 +106,4 @@ def hold(grid_folder: Path, cell: str) -> int:
             if b"pretrain" in words and config in words:
                 os.kill(int(path.name), signal.SIGSTOP)
                 return int(path.name)
-    raise AssertionError("ended before it could be held")
+    raise AssertionError("ended before it could be suspended")

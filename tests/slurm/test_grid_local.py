@@ -1,4 +1,4 @@
-"""Claims about grids without Slurm: submitit's local executor, packed jobs, and this process alone."""
+"""Grids without Slurm: on submitit's local executor, as packed jobs, and in this process."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import sys
 
 import pytest
 
-from hpc_supcon.grid.folder import load, read_record, submitted
+from hpc_supcon.grid.folder import load, read_record, submitted_jobs
 
-from .grids import grid, processes_of, states, steps_of, until, weights, write_grid, write_profile
+from .grids import grid, processes_of, states, steps_of, wait_for, weights, write_grid, write_profile
 
 pytestmark = pytest.mark.timeout(600)
 LONG = {"train.epochs": 30}
@@ -20,15 +20,15 @@ LONG = {"train.epochs": 30}
 
 @pytest.fixture
 def here(monkeypatch, request):
-    """Children find this checkout; one thread each."""
+    """Child processes import this checkout and use one thread."""
     monkeypatch.setenv("PYTHONPATH", f"{request.config.rootpath}:{os.environ.get('PYTHONPATH', '')}".rstrip(":"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
-    """Weights of the LONG cell, run in this process from beginning to end."""
-    folder = tmp_path_factory.mktemp("undisturbed")
+def uninterrupted(tmp_path_factory):
+    """Weights of the LONG cell, run in this process without interruption."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
     grid("submit", write_grid(folder, "g", set=LONG), "--cluster", "debug", "--dir", folder / "debug")
     assert set(states(folder / "debug").values()) == {"done"}
     return weights(folder / "debug" / "runs" / "cell")
@@ -58,18 +58,18 @@ def test_a_grid_with_two_ranks_and_a_failing_cell_runs_to_the_report(here, tmp_p
     assert table.count("missing") == 8
 
 
-def test_packed_runs_share_a_job_and_fail_alone(here, tmp_path):
+def test_packed_runs_share_a_job_and_one_that_fails_stops_no_other(here, tmp_path):
     path = write_grid(tmp_path, "g", axes={"loss.name": ["supcon_in", "nonsense", "simclr"]}, pack=3)
     folder = tmp_path / "g"
     grid("submit", path, "--cluster", "local", "--dir", folder)
-    assert len(set(submitted(folder).values())) == 2, "one job for each stage"
+    assert len(set(submitted_jobs(folder).values())) == 2, "one job for each stage"
     assert states(folder) == {
         "supcon-in.pretrain": "done", "supcon-in.probe": "done", "simclr.pretrain": "done", "simclr.probe": "done",
         "nonsense.pretrain": "failed", "nonsense.probe": "blocked",
     }  # fmt: skip
 
 
-def test_a_job_told_to_leave_starts_again_and_ends_with_the_same_weights(here, undisturbed, tmp_path):
+def test_a_job_that_is_sent_a_signal_starts_again_and_ends_with_the_same_weights(here, uninterrupted, tmp_path):
     path, folder = write_grid(tmp_path, "g", set=LONG), tmp_path / "local"
     command = [
         sys.executable,
@@ -84,22 +84,22 @@ def test_a_job_told_to_leave_starts_again_and_ends_with_the_same_weights(here, u
         str(folder),
     ]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        until(lambda: steps_of(folder / "runs" / "cell"))
+        wait_for(lambda: steps_of(folder / "runs" / "cell"))
         os.kill(read_record(folder, "cell.pretrain").pid, signal.SIGUSR2)
         assert process.wait() == 0
     assert set(states(folder).values()) == {"done"}
     assert len(read_record(folder, "cell.pretrain").requeues) == 1
-    assert weights(folder / "runs" / "cell") == undisturbed
+    assert weights(folder / "runs" / "cell") == uninterrupted
     assert "going on from step" in grid("logs", folder, "cell.pretrain")
 
 
-def test_an_interrupted_pruning_goes_on_and_ends_with_the_same_weights(here, tmp_path):
+def test_an_interrupted_pruning_resumes_and_ends_with_the_same_weights(here, tmp_path):
     tuned = {"prune.finetune.epochs": 30}
     path, folder = write_grid(tmp_path, "g", set=tuned, axes={"prune.rate": [None, 0.5]}), tmp_path / "local"
     command = [sys.executable, "-m", "hpc_supcon", "grid", "submit", path, "--cluster", "local", "--dir", folder]
     pruned = folder / "runs" / "rate-0.5" / "pruned" / "l1-global-0.5"
     with subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL) as process:
-        until(lambda: steps_of(pruned))
+        wait_for(lambda: steps_of(pruned))
         os.kill(read_record(folder, "rate-0.5.prune").pid, signal.SIGUSR2)
         assert process.wait() == 0
     assert set(states(folder).values()) == {"done"}, grid("status", folder)
@@ -110,24 +110,25 @@ def test_an_interrupted_pruning_goes_on_and_ends_with_the_same_weights(here, tmp
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
-def test_what_runs_here_ends_with_the_process_that_runs_it_and_goes_on_later(here, undisturbed, tmp_path, how):
+def test_local_jobs_end_with_the_process_that_runs_the_grid_and_resume_later(here, uninterrupted, tmp_path, how):
     path, folder = write_grid(tmp_path, "g", set=LONG), tmp_path / "local"
-    profile = write_profile(tmp_path, cluster="local", environment={"A": "b"})  # which puts a shell in between
+    # with a variable to set, submitit starts the job through a shell
+    profile = write_profile(tmp_path, cluster="local", environment={"A": "b"})
     command = [sys.executable, "-m", "hpc_supcon", "grid", "submit", path, "--profile", profile, "--dir", folder]
     with subprocess.Popen(
         [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     ) as process:
-        until(lambda: steps_of(folder / "runs" / "cell"))
+        wait_for(lambda: steps_of(folder / "runs" / "cell"))
         meanwhile = states(folder)
-        # Ctrl-C reaches every process of the terminal, a kill only the one that it names
+        # Ctrl-C reaches every process of the terminal, SIGKILL only the one it is sent to
         (os.killpg if how == signal.SIGINT else os.kill)(process.pid, how)
         told = process.stdout.read()
     assert process.returncode == (130 if how == signal.SIGINT else -how)
     assert ("submit again" in told, "Traceback" in told) == (how == signal.SIGINT, False)
     assert meanwhile == {"cell.pretrain": "running", "cell.probe": "pending"}
-    until(lambda: not processes_of(folder), timeout_s=30)
+    wait_for(lambda: not processes_of(folder), timeout_s=30)
     assert states(folder) == {"cell.pretrain": "cancelled", "cell.probe": "missing"}
     assert "saved at step" in grid("logs", folder, "cell.pretrain")
     grid("submit", path, "--profile", profile, "--dir", folder)
     assert set(states(folder).values()) == {"done"}
-    assert weights(folder / "runs" / "cell") == undisturbed
+    assert weights(folder / "runs" / "cell") == uninterrupted

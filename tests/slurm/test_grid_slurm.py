@@ -1,4 +1,4 @@
-"""Claims about grids on a real Slurm: they run to the report, come back when they are interrupted, and fail alone."""
+"""Grids on a real Slurm: they run to the report, resume when interrupted, and a cell that fails stops no other."""
 
 from __future__ import annotations
 
@@ -11,9 +11,19 @@ import pytest
 
 from hpc_supcon.grid.folder import load, read_record
 
-from .grids import grid, hold, settled, states, steps_of, until, weights, write_grid, write_profile
+from .grids import (
+    final_states,
+    grid,
+    states,
+    steps_of,
+    suspend_after_checkpoint,
+    wait_for,
+    weights,
+    write_grid,
+    write_profile,
+)
 
-pytestmark = pytest.mark.timeout(600)  # a dozen processes at a time, on however few cores there are
+pytestmark = pytest.mark.timeout(600)  # a dozen processes at a time, also on few cores
 ROOT_AXES = {
     "model.encoder": ["conv", "resnet9_small"],
     "loss.name": ["supcon_in", "supcon_out"],
@@ -24,7 +34,7 @@ LONG = {"train.epochs": 30}
 
 @pytest.fixture(scope="module")
 def interrupted(cluster, tmp_path_factory):
-    """Two long cells, each on a node of its own: one meets its time limit, one a job that comes first."""
+    """Two long cells, each on a node of its own: one reaches its time limit, the other is preempted."""
     made = {}
     for name, node, minutes in (("limited", "n1", 1), ("preempted", "n2", 60)):
         folder = tmp_path_factory.mktemp(name)
@@ -33,34 +43,34 @@ def interrupted(cluster, tmp_path_factory):
         grid("submit", path, "--profile", profile, "--dir", folder / "g")
         made[name] = folder / "g"
     for name, folder in made.items():
-        hold(folder, "cell")
+        suspend_after_checkpoint(folder, "cell")
         assert states(folder)["cell.pretrain"] == "running", name
-    # all four cores of its node: the held cell has to go
-    words = ["--partition=high", "--nodelist=n2", "--nodes=1", "--ntasks=4", "--output=/dev/null", "--wrap=true"]
-    subprocess.run(["sbatch", "--wait", *words], check=True, capture_output=True)
+    # a job of higher priority that needs all four cores of the node
+    options = ["--partition=high", "--nodelist=n2", "--nodes=1", "--ntasks=4", "--output=/dev/null", "--wrap=true"]
+    subprocess.run(["sbatch", "--wait", *options], check=True, capture_output=True)
     return made
 
 
 @pytest.fixture(scope="module")
-def undisturbed(tmp_path_factory):
+def uninterrupted(tmp_path_factory):
     """Weights of the same cell, trained without interruption and without Slurm."""
-    folder = tmp_path_factory.mktemp("undisturbed")
+    folder = tmp_path_factory.mktemp("uninterrupted")
     profile = write_profile(folder, cluster="debug")
-    path = write_grid(folder, "undisturbed", set=LONG)
+    path = write_grid(folder, "uninterrupted", set=LONG)
     grid("submit", path, "--profile", profile, "--dir", folder / "g")
     assert set(states(folder / "g").values()) == {"done"}
     return weights(folder / "g" / "runs" / "cell")
 
 
 def test_a_grid_of_real_trainings_runs_to_the_report(interrupted, tmp_path):
-    """Started while the others wait for their turn; one encoder trains on two nodes with two ranks each."""
+    """Submitted while the interrupted cells are in the queue; one cell trains on two nodes with two ranks each."""
     two_nodes = {"cells": {"loss.name": "supcon_in", "model.encoder": "conv"}, "pretrain": {"nodes": 2, "tasks": 2}}
     path = write_grid(tmp_path, "cube", axes=ROOT_AXES, resources={"where": [two_nodes]})
     folder = tmp_path / "a b" / "g"
     grid("submit", path, "--cluster", "slurm", "--dir", folder)
-    assert set(settled(folder).values()) == {"done"}
+    assert set(final_states(folder).values()) == {"done"}
     frozen = load(folder)
-    # one pre-training for each encoder and loss: its probe, and its pruning, are the two cells
+    # one pre-training for each encoder and loss, shared by the cell that probes it and the one that prunes it
     assert (len(frozen.cells), len(frozen.nodes)) == (8, 12)
     for cell in frozen.cells:
         wide = cell.labels["loss.name"] == "supcon_in" and cell.labels["model.encoder"] == "conv"
@@ -79,24 +89,24 @@ def test_a_grid_of_real_trainings_runs_to_the_report(interrupted, tmp_path):
     assert "missing" not in table
 
 
-@pytest.mark.parametrize(("name", "reason"), [("preempted", "pre-empted"), ("limited", "time limit")])
-def test_an_interrupted_cell_comes_back_and_ends_with_the_weights_of_an_undisturbed_one(
-    interrupted, undisturbed, name, reason
+@pytest.mark.parametrize(("name", "reason"), [("preempted", "preempted"), ("limited", "time limit")])
+def test_an_interrupted_cell_is_requeued_and_ends_with_the_weights_of_an_uninterrupted_one(
+    interrupted, uninterrupted, name, reason
 ):
     folder = interrupted[name]
-    assert set(settled(folder).values()) == {"done"}
+    assert set(final_states(folder).values()) == {"done"}
     record = read_record(folder, "cell.pretrain")
     assert {entry["reason"] for entry in record.requeues} == {reason}
     assert "going on from step" in grid("logs", folder, "cell.pretrain")
-    assert weights(folder / "runs" / "cell") == undisturbed
+    assert weights(folder / "runs" / "cell") == uninterrupted
 
 
-def test_a_failing_cell_does_not_stop_the_others_and_is_alone_submitted_again(cluster, tmp_path):
+def test_a_failed_cell_does_not_stop_the_others_and_only_it_is_submitted_again(cluster, tmp_path):
     images = {"data.source": "image_folder", "data.root": str(tmp_path / "images"), "data.image_size": 16}
     path = write_grid(tmp_path, "g", axes={"data": {"good": {"seed": 1}, "bad": {**images, "seed": 2}}})
     folder = tmp_path / "g"
     grid("submit", path, "--cluster", "slurm", "--dir", folder)
-    assert settled(folder) == {
+    assert final_states(folder) == {
         "good.pretrain": "done", "good.probe": "done", "bad.pretrain": "failed", "bad.probe": "blocked",
     }  # fmt: skip
     shown = grid("status", folder)
@@ -105,7 +115,7 @@ def test_a_failing_cell_does_not_stop_the_others_and_is_alone_submitted_again(cl
     done = read_record(folder, "good.pretrain")
     write_images(tmp_path / "images")
     assert "2 nodes submitted again" in grid("retry", folder, "--failed")
-    assert set(settled(folder).values()) == {"done"}
+    assert set(final_states(folder).values()) == {"done"}
     assert read_record(folder, "good.pretrain") == done
 
 
@@ -121,17 +131,17 @@ def write_images(root):
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-def test_cancelled_cells_stay_cancelled_running_and_waiting(cluster, tmp_path):
+def test_running_and_pending_cells_stay_cancelled(cluster, tmp_path):
     path = write_grid(tmp_path, "g", set=LONG, axes={"loss.name": ["supcon_in", "supcon_out"]})
     folder = tmp_path / "g"
     grid("submit", path, "--profile", write_profile(tmp_path, parallel=1), "--dir", folder)
-    hold(folder, "supcon-in")
+    suspend_after_checkpoint(folder, "supcon-in")
     assert states(folder) == {
         "supcon-in.pretrain": "running", "supcon-in.probe": "pending",
         "supcon-out.pretrain": "pending", "supcon-out.probe": "pending",
     }  # fmt: skip
     assert "4 nodes cancelled" in grid("cancel", folder)
-    until(lambda: set(states(folder).values()) <= {"cancelled", "blocked"})
+    wait_for(lambda: set(states(folder).values()) <= {"cancelled", "blocked"})
     found = states(folder)
     assert found["supcon-in.pretrain"] == found["supcon-out.pretrain"] == "cancelled"
     assert "0 nodes cancelled" in grid("cancel", folder)
@@ -185,7 +195,7 @@ def quoted(word: str) -> str:
     return f"'{word}'"
 
 
-def test_held_jobs_wait_and_one_cell_is_cancelled_alone(cluster, tmp_path):
+def test_held_jobs_are_pending_and_one_cell_can_be_cancelled_alone(cluster, tmp_path):
     path = write_grid(tmp_path, "g", axes={"loss.name": ["supcon_in", "supcon_out"]})
     folder = tmp_path / "g"
     grid("submit", path, "--profile", write_profile(tmp_path, sbatch={"hold": True}), "--dir", folder)
@@ -195,4 +205,4 @@ def test_held_jobs_wait_and_one_cell_is_cancelled_alone(cluster, tmp_path):
     grid("cancel", folder, "supcon-in")
     assert states(folder)["supcon-out.pretrain"] == "pending"
     grid("cancel", folder)
-    until(lambda: set(states(folder).values()) <= {"cancelled", "blocked"})
+    wait_for(lambda: set(states(folder).values()) <= {"cancelled", "blocked"})

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ...data import Batch, EvalTransform, Loader, LoaderOptions, Source, Splits, TrainOrder, build_loader
-from ...distributed.collectives import all_sum, together
+from ...distributed.collectives import all_sum, propagate_errors
 from ...errors import ConfigError, NonFinite
 from ...pruning import WeightMasks
 from ...training.build import build_views
@@ -50,7 +50,7 @@ def _fit(task: ProbeTask) -> ProbeOutcome:
     """Train a copy of the run's encoder with a new head. Raises NonFinite, and what the loader raises."""
     config, runtime, settings = task.config, task.runtime, task.settings
     assert task.encoder is not None
-    with together():
+    with propagate_errors():
         loader = _training_loader(task)
         preprocess = _preprocess(task)
     with closing(loader), seeded(config.seed, runtime.device):

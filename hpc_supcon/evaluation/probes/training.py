@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...distributed.collectives import all_sum, gather_objects, rank, together
+from ...distributed.collectives import all_sum, gather_objects, propagate_errors, rank
 from ...errors import NonFinite
 from ...models import Heads
 from ..features import CHUNK, LabeledRows, in_chunks
@@ -77,7 +77,7 @@ def train_heads(
             sums, rows_seen = torch.zeros_like(sums), 0
             if progress.stop:
                 break
-    with together():
+    with propagate_errors():
         if not best_at or not all(bool(p.isfinite().all()) for p in best.parameters()):
             raise NonFinite(f"the probe's loss became NaN or Inf at learning rate {plan.lrs[best_k]:g}: lower it")
     # every rank computed the same; in case their devices rounded differently, all take the result of rank 0

@@ -1,4 +1,4 @@
-"""The environment becomes a rank, or a named error: never silently a world of one."""
+"""Environment variables become a rank, or a named error: never silently a single process."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_a_partial_torchrun_environment_names_what_is_missing(missing):
         {"LOCAL_WORLD_SIZE": "5"},
     ],
 )
-def test_an_impossible_place_is_refused(change):
+def test_an_impossible_rank_is_refused(change):
     with pytest.raises(LaunchError):
         launch.resolve({**TORCHRUN, **change})
 
@@ -155,17 +155,17 @@ def test_freed_memory_stays_with_the_process_where_that_is_asked_for(kept):
     ("launch", "env", "cores", "threads"),
     [
         (Launch(), {}, 8, 8),
-        (Launch(), {"OMP_NUM_THREADS": "1"}, 8, 8),  # set by torchrun, for everybody
-        (Launch(), {"HPC_SUPCON_SHARERS": "3"}, 8, 2),
-        (Launch(), {"HPC_SUPCON_SHARERS": "30"}, 8, 1),
+        (Launch(), {"OMP_NUM_THREADS": "1"}, 8, 8),  # set by torchrun, on any machine
+        (Launch(), {"HPC_SUPCON_CONCURRENT_RUNS": "3"}, 8, 2),
+        (Launch(), {"HPC_SUPCON_CONCURRENT_RUNS": "30"}, 8, 1),
         (Launch(0, 2, 0, 2, launcher="torchrun"), {}, 8, 4),
-        (Launch(0, 2, 0, 2, launcher="torchrun"), {"HPC_SUPCON_SHARERS": "2"}, 8, 2),
+        (Launch(0, 2, 0, 2, launcher="torchrun"), {"HPC_SUPCON_CONCURRENT_RUNS": "2"}, 8, 2),
         # a node of 96 cores: srun bound the task to its 12; Slurm does not bind; srun was not told how many
         (Launch(0, 8, 0, 8, launcher="slurm"), {"SLURM_CPUS_PER_TASK": "12", "SLURM_CPUS_ON_NODE": "96"}, 12, 12),
         (Launch(0, 8, 0, 8, launcher="slurm"), {"SLURM_CPUS_PER_TASK": "12", "SLURM_CPUS_ON_NODE": "96"}, 96, 12),
         (Launch(0, 8, 0, 8, launcher="slurm"), {"SLURM_CPUS_ON_NODE": "96"}, 12, 12),
         (Launch(0, 8, 0, 8, launcher="slurm"), {"SLURM_CPUS_ON_NODE": "96"}, 96, 12),
-        (Launch(launcher="slurm"), {"SLURM_CPUS_PER_TASK": "6", "HPC_SUPCON_SHARERS": "3"}, 96, 2),
+        (Launch(launcher="slurm"), {"SLURM_CPUS_PER_TASK": "6", "HPC_SUPCON_CONCURRENT_RUNS": "3"}, 96, 2),
     ],
 )
 def test_each_rank_takes_its_share_of_the_cores(launch, env, cores, threads):

@@ -1,4 +1,4 @@
-"""Claims about expansion: which cells there are, what they share, and what is refused before anything starts."""
+"""Expansion of a grid file: its cells, what they share, and what is refused before anything starts."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ import pytest
 from hpc_supcon import config as cfg
 from hpc_supcon.config import yaml12
 from hpc_supcon.errors import ConfigError
-from hpc_supcon.grid.cells import LONGEST, Names, load, slug
+from hpc_supcon.grid.cells import MAX_NAME_LENGTH, UniqueNames, load, slug
 from hpc_supcon.grid.expand import expand
-from hpc_supcon.grid.files import minutes_of, read_profile
+from hpc_supcon.grid.schema import minutes_of, read_profile
 
 AXES = {
     "model.encoder": ["conv", "resnet18"],
@@ -43,7 +43,7 @@ def test_the_cells_are_the_product_of_the_axes_and_seeds(plan):
         assert node.parent is None or names.index(node.parent) < names.index(node.name)
 
 
-def test_a_cell_is_what_the_command_line_would_make_of_it(plan):
+def test_the_configuration_of_a_cell_is_that_of_the_command_line_with_the_same_settings(plan):
     found = plan("data.root=/x", axes=AXES, set={"train.epochs": 3})
     for cell in found.cells:
         node = found.nodes[cell.nodes[0]]
@@ -55,7 +55,7 @@ def test_a_cell_is_what_the_command_line_would_make_of_it(plan):
         assert yaml12.loads(node.resolved.yaml(), "cell") == want.model_dump(mode="json")
 
 
-def test_a_written_cell_loads_back(plan, tmp_path):
+def test_the_configuration_of_a_cell_can_be_written_and_loaded(plan, tmp_path):
     node = next(iter(plan(axes=AXES).nodes.values()))
     path = tmp_path / "cell.yaml"
     hostile = 'a "quoted" \\ name: with # and \n newline'
@@ -72,9 +72,9 @@ def test_cells_that_differ_in_their_probe_share_one_pretraining(plan):
     for cell in found.cells:
         parent, probe = (found.nodes[name] for name in cell.nodes)
         assert probe.parent == parent.name
-        assert probe.folder != parent.folder, "probes side by side must not write into one results.json"
-        assert parent.resolved.pieces["loss"].data["name"] == cell.labels["loss.name"]
-        assert str(probe.resolved.pieces["probe"].data["linear"]["epochs"]) == cell.labels["probe.linear.epochs"]
+        assert probe.folder != parent.folder, "two probes must not write to the same results.json"
+        assert parent.resolved.parts["loss"].data["name"] == cell.labels["loss.name"]
+        assert str(probe.resolved.parts["probe"].data["linear"]["epochs"]) == cell.labels["probe.linear.epochs"]
 
 
 def test_without_a_probe_axis_both_stages_share_a_run_folder(plan):
@@ -92,7 +92,7 @@ def test_a_pruning_axis_reuses_one_pretraining_per_encoder_loss_and_seed(plan):
         assert (last.stage == "prune") == (cell.labels["prune.rate"] != "null")
         if last.stage == "prune":
             assert found.nodes[last.parent].stage == "pretrain"
-            assert str(last.resolved.pieces["prune"].data["rate"]) == cell.labels["prune.rate"]
+            assert str(last.resolved.parts["prune"].data["rate"]) == cell.labels["prune.rate"]
 
 
 def test_exclude_and_include(plan):
@@ -111,14 +111,14 @@ def test_exclude_and_include(plan):
 
 def test_an_axis_may_choose_the_recipe(plan):
     found = plan(base="latent-{method}-mnist", axes={"method": {"supcon": {}, "guided": {}}})
-    losses = [found.nodes[cell.nodes[0]].resolved.pieces["loss"].data["name"] for cell in found.cells]
+    losses = [found.nodes[cell.nodes[0]].resolved.parts["loss"].data["name"] for cell in found.cells]
     assert losses == ["supcon_out", "cross_entropy_mae"]
     found = plan(axes={"recipe": {"a": {"base": "mnist"}, "b": {"base": "quickstart"}}})
-    sources = [found.nodes[cell.nodes[0]].resolved.pieces["data"].data["source"] for cell in found.cells]
+    sources = [found.nodes[cell.nodes[0]].resolved.parts["data"].data["source"] for cell in found.cells]
     assert sources == ["mnist", "digits"]
 
 
-def test_resources_by_matching_cell_and_their_sum(plan):
+def test_resources_of_matching_cells_and_the_total_hours(plan):
     found = plan(
         axes={"loss.name": ["supcon_in", "tcl"]},
         seeds=2,
@@ -149,7 +149,7 @@ def test_resources_by_matching_cell_and_their_sum(plan):
         ("2-00:00:01", 2881),
     ],
 )
-def test_times_as_slurm_writes_them(text, minutes):
+def test_times_in_the_format_of_slurm(text, minutes):
     assert minutes_of(text) == minutes
 
 
@@ -177,13 +177,13 @@ def test_times_as_slurm_writes_them(text, minutes):
         ({"set": {"loss.k3": 1}}, "set: unknown key 'loss.k3'"),
     ],
 )  # fmt: skip
-def test_bad_grids_are_named_in_one_line(plan, keys, words):
+def test_an_invalid_grid_is_an_error_of_one_line_that_names_what_is_wrong(plan, keys, words):
     with pytest.raises(ConfigError, match=words) as caught:
         plan(**keys)
     assert "\n" not in str(caught.value)
 
 
-def test_includes_of_files_add_their_cells_and_may_not_go_round(tmp_path):
+def test_included_files_add_their_cells_and_must_not_be_cyclic(tmp_path):
     (tmp_path / "a.yaml").write_text("name: a\nbase: quickstart\naxes: {loss.name: [tcl]}\ninclude: [b.yaml]\n")
     (tmp_path / "b.yaml").write_text("name: b\nbase: mnist\naxes: {loss.name: [simclr, tcl]}\n")
     assert len(expand(load(tmp_path / "a.yaml")).cells) == 3
@@ -192,7 +192,7 @@ def test_includes_of_files_add_their_cells_and_may_not_go_round(tmp_path):
         load(tmp_path / "a.yaml")
 
 
-def test_files_that_are_no_grid(tmp_path):
+def test_files_that_are_not_a_grid(tmp_path):
     with pytest.raises(ConfigError, match="cannot be read"):
         load(tmp_path / "none.yaml")
     (tmp_path / "list.yaml").write_text("- 1\n")
@@ -227,13 +227,13 @@ def test_hostile_labels_become_safe_and_different_names(plan):
     found = plan(axes={"v": {text: {"loss.k1": i} for i, text in enumerate(HOSTILE)}})
     names = [cell.name for cell in found.cells]
     assert len(set(names)) == len(HOSTILE)
-    assert max(map(len, names)) <= LONGEST
+    assert max(map(len, names)) <= MAX_NAME_LENGTH
 
 
-def test_names_are_stable_and_told_apart_by_what_they_stand_for():
-    names = Names()
-    assert names.give(["a", "b"], "1") == names.give(["a", "b"], "1") == "a_b"
-    assert names.give(["a_b"], "2") != "a_b"
+def test_names_are_stable_and_different_for_different_identities():
+    names = UniqueNames()
+    assert names.get(["a", "b"], "1") == names.get(["a", "b"], "1") == "a_b"
+    assert names.get(["a_b"], "2") != "a_b"
 
 
 def test_grids_are_expanded_without_torch(python, tmp_path):
@@ -249,7 +249,7 @@ def test_grids_are_expanded_without_torch(python, tmp_path):
     subprocess.run([python, "-c", code], check=True)
 
 
-def test_the_ready_grids_expand_and_their_small_twins_ask_for_no_gpu(request):
+def test_the_shipped_grids_expand_and_their_small_versions_request_no_gpu(request):
     folder = request.config.rootpath / "launch" / "grids"
     names = {path.stem for path in folder.glob("*.yaml")}
     assert {name for name in names if f"{name}-small" in names} == {n for n in names if not n.endswith("-small")}

@@ -1,24 +1,27 @@
-"""Claims about tables: the numbers of results.json, grouped and averaged as a library would."""
+"""Tables and charts: the numbers of results.json grouped and averaged, compared with a library."""
 
 from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import random
 import statistics
+from pathlib import Path
 
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from scipy import stats
 
 from hpc_supcon.config import yaml12
 from hpc_supcon.errors import ConfigError, RunFolderError
 from hpc_supcon.grid.cells import load as load_grid
 from hpc_supcon.grid.expand import Cell, expand
-from hpc_supcon.grid.files import Profile, Resources, TableConfig
-from hpc_supcon.grid.folder import Frozen, FrozenNode, freeze
-from hpc_supcon.grid.report import latex, markdown, write_report
-from hpc_supcon.grid.tables import SCORES, build_tables, mean_and_interval
+from hpc_supcon.grid.folder import FrozenGrid, FrozenNode, freeze
+from hpc_supcon.grid.report import chart, latex, markdown, write_report
+from hpc_supcon.grid.schema import ClusterProfile, Resources, TableConfig
+from hpc_supcon.grid.tables import SCORES, TableData, build_tables, mean_and_interval
 
 AXES = {"model.encoder": ["conv", "resnet18"], "loss.name": ["supcon_in", "tcl"]}
 
@@ -29,7 +32,7 @@ def grid(tmp_path):
     path = tmp_path / "grid.yaml"
     keys = {"name": "g", "base": "quickstart", "axes": AXES, "seeds": 3}
     path.write_text(yaml12.dumps(keys))
-    return freeze(tmp_path / "out", expand(load_grid(path)), "", "debug", Profile(cluster="debug"))
+    return freeze(tmp_path / "out", expand(load_grid(path)), "", "debug", ClusterProfile(cluster="debug"))
 
 
 def write_result(frozen, cell, **numbers):
@@ -41,22 +44,22 @@ def write_result(frozen, cell, **numbers):
 
 
 @pytest.mark.parametrize("n", [2, 3, 7])
-def test_the_interval_is_that_of_scipy(n):
+def test_the_interval_equals_that_of_scipy(n):
     values = [random.Random(i).random() for i in range(n)]
     mean, half = mean_and_interval(values)
     low, high = stats.t.interval(0.95, n - 1, loc=statistics.fmean(values), scale=stats.sem(values))
     assert (mean - half, mean + half) == pytest.approx((low, high))
 
 
-def test_one_value_has_no_interval_and_none_is_missing():
+def test_one_value_has_an_interval_of_zero_and_no_value_has_none():
     assert mean_and_interval([0.25]) == (0.25, 0.0)
     assert mean_and_interval([]) is None
 
 
 def test_every_number_of_the_csv_is_the_mean_over_seeds(grid, tmp_path):
-    draw, drawn = random.Random(0), {}
+    rng, drawn = random.Random(0), {}
     for cell in grid.cells:
-        numbers = {score: draw.random() for score in SCORES}
+        numbers = {score: rng.random() for score in SCORES}
         write_result(grid, cell, **numbers)
         for score, value in numbers.items():
             drawn.setdefault((cell.labels["model.encoder"], cell.labels["loss.name"], score), []).append(value)
@@ -72,7 +75,7 @@ def test_every_number_of_the_csv_is_the_mean_over_seeds(grid, tmp_path):
     }  # fmt: skip
 
 
-def test_missing_cells_are_shown_as_missing_and_incomplete_ones_counted(grid):
+def test_missing_cells_are_shown_as_missing_and_incomplete_ones_with_their_count(grid):
     for cell in grid.cells:
         name, seed = cell.labels["loss.name"], cell.seed
         if name == "supcon_in" and (cell.labels["model.encoder"] == "conv" or seed < 2):
@@ -84,22 +87,22 @@ def test_missing_cells_are_shown_as_missing_and_incomplete_ones_counted(grid):
     assert "(2 of 3)" in resnet
 
 
-def test_an_empty_grid_gives_a_whole_report(grid, tmp_path):
+def test_a_grid_without_results_has_a_complete_report(grid, tmp_path):
     write_report(grid, tmp_path / "report")
     assert "missing" in (tmp_path / "report" / "report.md").read_text()
 
 
-def test_axes_that_a_table_does_not_name_are_never_mixed(grid, tmp_path):
+def test_values_of_an_axis_that_a_table_does_not_name_are_never_mixed(grid, tmp_path):
     for cell in grid.cells:
         write_result(grid, cell, accuracy=0.25 if cell.labels["loss.name"] == "tcl" else 0.75)
-    one = Frozen(**{**vars(grid), "tables": (TableConfig(title="t", layout="matrix", rows="model.encoder"),)})
+    one = FrozenGrid(**{**vars(grid), "tables": (TableConfig(title="t", layout="matrix", rows="model.encoder"),)})
     tables = build_tables(one)
     assert [table.title for table in tables] == ["t, loss.name supcon_in", "t, loss.name tcl"]
     assert ["0.75" in markdown(t) and "0.25" not in markdown(t) for t in tables] == [True, False]
 
 
-def test_an_unknown_axis_and_damaged_results_are_named(grid):
-    one = Frozen(**{**vars(grid), "tables": (TableConfig(title="t", layout="matrix", rows="encoder"),)})
+def test_an_unknown_axis_and_damaged_results_are_named_errors(grid):
+    one = FrozenGrid(**{**vars(grid), "tables": (TableConfig(title="t", layout="matrix", rows="encoder"),)})
     with pytest.raises(ConfigError, match=r"table 't': unknown axis 'encoder'; did you mean 'model.encoder'"):
         build_tables(one)
     write_result(grid, grid.cells[0])
@@ -110,7 +113,7 @@ def test_an_unknown_axis_and_damaged_results_are_named(grid):
 
 
 def test_pruning_shows_rate_size_ratio_and_accuracy(tmp_path):
-    """By the stage's published form of results.json; an unpruned cell has the dense size and ratio one."""
+    """Read from results.json as the prune stage writes it; an unpruned cell has the dense size and ratio 1."""
     nodes, cells = {}, []
     for rate in ("null", "0.2", "0.5"):
         stage = "probe" if rate == "null" else "prune"
@@ -126,8 +129,8 @@ def test_pruning_shows_rate_size_ratio_and_accuracy(tmp_path):
             entry["size"] = {"dense_bytes": 8_000_000, "gzip_bytes": 7_000_000, "sparse_bytes": kept}
         (folder / "results.json").write_text(json.dumps({"results": [entry]}))
     tables = (TableConfig(title="pruning", layout="pruning", rows="prune.rate"),)
-    profile = Profile(cluster="debug")
-    frozen = Frozen(tmp_path, "g", "debug", profile, "c", 1, tuple(cells), nodes, tables)
+    profile = ClusterProfile(cluster="debug")
+    frozen = FrozenGrid(tmp_path, "g", "debug", profile, "c", 1, tuple(cells), nodes, tables)
     lines = markdown(build_tables(frozen)[0]).splitlines()
     assert lines[0] == "| prune.rate | size (MB) | ratio | accuracy |"
     assert lines[2:] == [
@@ -135,7 +138,7 @@ def test_pruning_shows_rate_size_ratio_and_accuracy(tmp_path):
     ]  # fmt: skip
 
 
-def test_latex_is_balanced_and_escapes_what_means_something_else(grid):
+def test_latex_is_balanced_and_escapes_special_characters(grid):
     write_result(grid, grid.cells[0])
     table = build_tables(grid)[0]
     table.title = r"50 % of a_b & {c} \ ~ ^ $ #"
@@ -147,7 +150,34 @@ def test_latex_is_balanced_and_escapes_what_means_something_else(grid):
     assert {line.count("&") for line in body.splitlines()[1:]} == {8}
 
 
-def test_markdown_cells_keep_their_place(grid):
+def test_markdown_escapes_bars_and_newlines(grid):
     table = build_tables(grid)[0]
     table.columns = ["a|b\nc", *table.columns[1:]]
     assert "a\\|b c F1" in markdown(table).splitlines()[0]
+
+
+GRIDS = Path(__file__).parents[3] / "launch/grids"
+
+
+def _curves():
+    for path in sorted(GRIDS.glob("*.yaml")):
+        for table in load_grid(path)[0].tables:
+            if table.layout in ("curve", "pruning"):
+                yield pytest.param(path, table.rows, id=f"{path.stem}-{table.rows}")
+
+
+@pytest.mark.parametrize(("path", "axis"), list(_curves()))
+def test_the_tick_labels_of_the_shipped_grids_do_not_overlap(path, axis):
+    rows = list(dict.fromkeys(str(cell.labels[axis]) for cell in expand(load_grid(path)).cells))
+    rows = [row if row != "null" else "0" for row in rows]
+    columns = ["supcon", "tcl"]
+    values = {(row, column, "accuracy"): [0.5] for row in rows for column in columns}
+    values |= {(row, column, "sparse_mb"): [1.38] for row in rows for column in columns if "prune" in axis}
+    figure = chart(TableData("a title", "curve", axis, rows, columns, ("accuracy",), values))
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    labels = [label for label in figure.axes[0].get_xticklabels() if label.get_text()]
+    assert [label.get_text().splitlines()[0] for label in labels] == rows
+    boxes = [label.get_window_extent(canvas.get_renderer()) for label in labels]
+    for (a, b), (left, right) in zip(itertools.combinations(boxes, 2), itertools.combinations(rows, 2), strict=True):
+        assert not a.padded(2).overlaps(b.padded(2)), f"{left} and {right} touch"

@@ -1,4 +1,4 @@
-"""Runs that are killed at random and only started again: used by the tests (a few kills) and benchmarks (many)."""
+"""Runs that are killed at random moments and resumed: a few times by the tests, many times by the benchmarks."""
 
 from __future__ import annotations
 
@@ -22,48 +22,48 @@ def settings(epochs):
 
 
 def random_kills(folder, ranks, kills, *, epochs, seed=0, main=None, environment=None, more=()):
-    """Start a run, SIGKILL a random rank at a random moment, start again, ...; the moments, or an assertion.
+    """Start a run, SIGKILL a random rank at a random moment, resume, ... and let it complete; returns the faults.
 
-    A moment is a step, or a random system call of a save. Survivors must end by themselves.
+    A moment is a step, or a random system call of a save. The other ranks must end by themselves.
     """
-    chance, last, faults = random.Random(seed), epochs * STEPS_PER_EPOCH, []
+    rng, last, faults = random.Random(seed), epochs * STEPS_PER_EPOCH, []
     arguments = {"main": main, "environment": environment}
     for kill in range(kills + 1):
         steps = checkpoint.list_steps(folder / "checkpoints")
         again = ["--resume"] if folder.exists() else []
-        fault = _moment(chance, steps[-1] if steps else 0, last, ranks) if kill < kills else ""
+        fault = _moment(rng, steps[-1] if steps else 0, last, ranks) if kill < kills else ""
         it = Run(ranks, folder, *settings(epochs), *more, *again, fault=fault, **arguments)
         codes = it.end()
         if not fault:
-            assert codes == [0] * ranks, it.said
+            assert codes == [0] * ranks, it.stderr
             return faults
-        assert -9 in codes, f"{fault} killed nobody: {codes}\n{it.said}"
+        assert -9 in codes, f"{fault} killed nobody: {codes}\n{it.stderr}"
         faults.append(fault)
     raise AssertionError
 
 
-def _moment(chance, done, last, ranks):
-    """Within the next few steps, so that all kills happen before the run's end."""
-    step = min(done + chance.randint(1, 2 * SAVE_EVERY), last - 1)
-    if chance.random() < 0.5:
-        return f"kill@rank={chance.randrange(ranks)},step={step}"
-    # rank 0 alone saves; the second of two numbers lies within the calls of any save
+def _moment(rng, done, last, ranks):
+    """A fault within the next few steps, so that all kills happen before the run ends."""
+    step = min(done + rng.randint(1, 2 * SAVE_EVERY), last - 1)
+    if rng.random() < 0.5:
+        return f"kill@rank={rng.randrange(ranks)},step={step}"
+    # only rank 0 saves; every save makes at least 25 system calls
     step = min(-(-(done + 1) // SAVE_EVERY) * SAVE_EVERY, last // SAVE_EVERY * SAVE_EVERY)
-    return f"kill@rank=0,step={step},phase=save,call={chance.randint(1, 25)}"
+    return f"kill@rank=0,step={step},phase=save,call={rng.randint(1, 25)}"
 
 
-def noting_resources():
-    """The run, with a line every few steps: memory, file descriptors, threads, entries of /dev/shm."""
+def log_resources():
+    """The run, which every few steps writes a line: memory, file descriptors, threads, entries of /dev/shm."""
     step = fit.train_step
 
-    def noted(state, *args, **kwargs):
+    def logged_step(state, *args, **kwargs):
         result = step(state, *args, **kwargs)
         if state.step % 5 == 0 and os.environ.get("RANK", "0") == "0":
             with Path(os.environ["RESOURCES"]).open("a") as file:
                 file.write(json.dumps(resources(state.step)) + "\n")
         return result
 
-    fit.train_step = noted
+    fit.train_step = logged_step
     injector.main()
 
 
@@ -81,10 +81,10 @@ def resources(step):
 
 
 def soak(folder, ranks, kills, *, epochs, seed=1):
-    """Samples of `resources` from all the processes of a run that was killed and started again."""
-    noted = folder.with_suffix(".resources")
+    """Samples of `resources` from all processes of a run that was killed and resumed several times."""
+    log = folder.with_suffix(".resources")
     random_kills(
-        folder, ranks, kills, epochs=epochs, seed=seed, main=noting_resources,
-        environment={"RESOURCES": str(noted)}, more=("data.loader=torch", "data.workers=1"),
+        folder, ranks, kills, epochs=epochs, seed=seed, main=log_resources,
+        environment={"RESOURCES": str(log)}, more=("data.loader=torch", "data.workers=1"),
     )  # fmt: skip
-    return [json.loads(line) for line in noted.read_text().splitlines()]
+    return [json.loads(line) for line in log.read_text().splitlines()]

@@ -1,4 +1,4 @@
-"""Grid files and cluster profiles: what they may say, and reading them."""
+"""The schema of grid files and cluster profiles, and how they are read."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ Setting = dict[str, Any]
 
 
 class Resources(Section):
-    """What one job of a stage gets. A profile's limits are checked before anything is submitted."""
+    """Resources of each job of a stage. They are checked against the cluster profile before anything is submitted."""
 
     nodes: Count = Field(default=1, description="nodes")
     gpus: Annotated[int, Field(ge=0)] = Field(default=0, description="GPUs per node; each gets a task")
     tasks: Count | None = Field(default=None, description="ranks per node; null: one per GPU, or one")
     cpus: Count = Field(default=1, description="CPU cores per rank")
     memory_gb: Annotated[float, Field(gt=0)] | None = Field(default=None, description="memory per node, GiB")
-    minutes: Minutes = Field(default=60, description="time limit of one start; reaching it requeues the job")
+    minutes: Minutes = Field(default=60, description="time limit; a job that reaches it is requeued")
     partition: str | None = Field(default=None, description="partition; null: the profile's")
 
     @property
@@ -63,7 +63,7 @@ class Resources(Section):
 
 
 class ResourceRule(Section):
-    """Changed resources for the cells that match."""
+    """Changes of the resources of the cells that match."""
 
     cells: Setting = Field(min_length=1, description="axis -> value or list of values: all must match")
     pretrain: Setting = Field(default_factory=dict, description="fields of Resources to change")
@@ -100,23 +100,23 @@ class GridConfig(Section):
     )
     set: Setting = Field(default_factory=dict, description="field -> value, in every cell")
     seeds: Count | tuple[Annotated[int, Field(ge=0)], ...] = Field(
-        default=1, description="a list of seeds, or how many (from 0 up)"
+        default=1, description="a list of seeds, or their number (0, 1, ...)"
     )
     axes: dict[str, list[Any] | dict[str, Setting]] = Field(
         default_factory=dict,
         description="field -> list of values; or a free name -> {label: {field: value, ...}} for values that "
-        "change several fields (`base` among them) together",
+        "change several fields (`base` may be one) together",
     )
     exclude: tuple[Setting, ...] = Field(default=(), description="cells to leave out: axis -> value(s)")
     include: tuple[str | Setting, ...] = Field(
         default=(), description="more cells, each as axis or field -> value; or other grid files"
     )
-    resources: ResourcesConfig = Field(default=ResourcesConfig(), description="what the jobs get")
-    pack: Count = Field(default=1, description="this many small runs (one rank each) share one job and its GPU")
-    tables: tuple[TableConfig, ...] = Field(default=(), description="what the report shows")
+    resources: ResourcesConfig = Field(default=ResourcesConfig(), description="resources of the jobs")
+    pack: Count = Field(default=1, description="how many runs of one rank each share one job and its GPU")
+    tables: tuple[TableConfig, ...] = Field(default=(), description="tables of the report")
 
 
-class Profile(Section):
+class ClusterProfile(Section):
     """A cluster: launch/clusters/NAME.yaml."""
 
     cluster: Literal["slurm", "local", "debug"] = Field(description="where jobs run, unless --cluster says so")
@@ -128,12 +128,15 @@ class Profile(Section):
     nodes: Count | None = Field(default=None, description="most nodes a job may have")
     minutes: Minutes | None = Field(default=None, description="longest time limit a job may have")
     parallel: Count | None = Field(
-        default=None, description="jobs of one array that run at once; null: 64, or here what has cores and GPUs"
+        default=None,
+        description="jobs of one array that run at once; null: 64, or on this machine all that have cores and GPUs",
     )
-    array: Count = Field(default=1000, description="longest array (Slurm's MaxArraySize is 1001 by default)")
-    max_requeues: Annotated[int, Field(ge=0)] = Field(default=20, description="times one cell may be requeued")
-    signal_s: Annotated[int, Field(ge=1)] = Field(default=120, description="warning before the time limit, s")
-    setup: tuple[str, ...] = Field(default=(), description="shell lines run first in each job")
+    array: Count = Field(default=1000, description="most jobs in one array (Slurm's MaxArraySize is 1001 by default)")
+    max_requeues: Annotated[int, Field(ge=0)] = Field(default=20, description="how often a node may be requeued")
+    signal_s: Annotated[int, Field(ge=1)] = Field(
+        default=120, description="seconds between the signal to save and the time limit"
+    )
+    setup: tuple[str, ...] = Field(default=(), description="shell lines that each job runs first")
     python: str | None = Field(default=None, description="Python of the jobs; null: the one that submits")
     environment: dict[str, str] = Field(default_factory=dict, description="variables set in each job")
     sbatch: dict[str, str | int | bool] = Field(
@@ -145,22 +148,22 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def read_grid(path: Path) -> GridConfig:
-    """Raises ConfigError naming the file, the key and what is wrong with it."""
+    """Raises ConfigError that names the file, the key and what is wrong with it."""
     return _read(path, GridConfig, "a grid")
 
 
-def read_profile(path: Path) -> Profile:
-    """Raises ConfigError naming the file, the key and what is wrong with it."""
-    return _read(path, Profile, "a cluster profile")
+def read_profile(path: Path) -> ClusterProfile:
+    """Raises ConfigError that names the file, the key and what is wrong with it."""
+    return _read(path, ClusterProfile, "a cluster profile")
 
 
-def changed(resources: Resources, changes: Setting, where: str) -> Resources:
+def with_changes(resources: Resources, changes: Setting, where: str) -> Resources:
     """`resources` with some fields replaced. Raises ConfigError."""
-    return check({**resources.model_dump(), **changes}, Resources, where) if changes else resources
+    return validate({**resources.model_dump(), **changes}, Resources, where) if changes else resources
 
 
-def check(data: Any, model: type[M], where: str) -> M:
-    """Plain data as a `model`. Raises ConfigError in one line."""
+def validate(data: Any, model: type[M], where: str) -> M:
+    """Plain data as a `model`. Raises ConfigError of one line."""
     try:
         return model.model_validate_json(json.dumps(data))
     except ValidationError as error:
@@ -182,4 +185,4 @@ def _read(path: Path, model: type[M], kind: str) -> M:
         raise ConfigError(f"{path}: cannot be read: {reason}") from None
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: not {kind}: must be a mapping of settings")
-    return check(data, model, str(path))
+    return validate(data, model, str(path))
