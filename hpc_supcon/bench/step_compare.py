@@ -21,6 +21,7 @@ from ..distributed.launch import Launch, Runtime
 from ..errors import ConfigError
 from ..models import build_model
 from ..phases import ENCODER
+from ..seeding import stream
 from ..training.build import describe_model
 from ..training.data import load_data
 from ..training.plan import peak_lr
@@ -137,7 +138,7 @@ def build_plain_loop(config: Config, steps: int, device: torch.device) -> PlainL
     splits = load_data(config, Runtime(Launch(), device)).splits
     description = describe_model(config, splits)
     norm, size = description["normalization"], description["encoder"]["image_size"]
-    torch.manual_seed(config.seed)
+    torch.manual_seed(stream(config.seed, "model"))
     model = build_model(description).to(device)
     transform = TwoCrops(sample_transform(size, norm["mean"], norm["std"], config.augment.policy))
     return PlainLoop(

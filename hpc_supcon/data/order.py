@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, DataError
+from ..seeding import stream
 
 
 class Order(Protocol):
@@ -96,7 +97,7 @@ class TrainOrder:
         steps = self.steps(rank, world_size)
         # PCG64 seeded through SeedSequence, and Generator.permutation, are specified by NumPy;
         # torch.randperm is not promised to stay the same between releases.
-        permutation = np.random.default_rng([seed, epoch]).permutation(self.n)
+        permutation = np.random.default_rng(stream(seed, "order", epoch)).permutation(self.n)
         batches = torch.from_numpy(permutation[: steps * self.batch_size]).view(steps, self.batch_size)
         return rank_part(batches, rank, world_size)
 

@@ -10,6 +10,8 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
+from ..seeding import stream
+
 IntArray = npt.NDArray[np.int64]
 FloatArray = npt.NDArray[np.float64]
 WordArray = npt.NDArray[np.uint64]
@@ -35,7 +37,7 @@ def philox(counter: WordArray, key: tuple[int, int]) -> WordArray:
 def uniform(seed: int, epoch: int, index: IntArray, views: int, count: int) -> FloatArray:
     """float64 [count, B, views], uniform in [0, 1): `count` numbers for each view of each image.
 
-    index: int64 [B], which images. 0 <= seed < 2^64.
+    index: int64 [B], which images. seed >= 0.
     """
     blocks = -(-count // 4)  # of four random words each
     words = _words(seed, epoch, index, np.arange(views * blocks, dtype=np.uint64), _CROP)
@@ -57,4 +59,5 @@ def _words(seed: int, epoch: int, index: IntArray, within: WordArray, purpose: i
     counter[1] = epoch % 2**32
     counter[2] = within
     counter[3] = purpose
-    return philox(counter, (seed % 2**32, seed >> 32))
+    key = stream(seed, "crops")
+    return philox(counter, (key % 2**32, key >> 32))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError, unknown_name
+from ..seeding import stream
 from .order import Order, TrainOrder, check_batch_size, rank_part, training_steps
 from .philox import IntArray
 from .sources.stratify import indices_by_class
@@ -70,7 +71,7 @@ class ClassBalanced:
     def epoch(self, seed: int, epoch: int, rank: int, world_size: int) -> Tensor:
         """int64 [steps, batch_size // world_size]; see TrainOrder.epoch."""
         steps = self.steps(rank, world_size)
-        generator = np.random.default_rng([seed, epoch])
+        generator = np.random.default_rng(stream(seed, "order", epoch))
         chosen = self._classes(steps, generator)
         batches = np.empty((steps, self.classes_per_batch, self.images_per_class), dtype=np.int64)
         for c, images in enumerate(self._by_class):
@@ -116,7 +117,7 @@ class LongTailAware:
     def epoch(self, seed: int, epoch: int, rank: int, world_size: int) -> Tensor:
         """int64 [steps, batch_size // world_size]; see TrainOrder.epoch."""
         steps = self.steps(rank, world_size)
-        generator = np.random.default_rng([seed, epoch])
+        generator = np.random.default_rng(stream(seed, "order", epoch))
         counts = self._class_counts(steps, generator)
         classes = np.tile(np.arange(len(self._sizes)), steps).repeat(counts.ravel()).reshape(steps, self.batch_size)
         batches = np.empty_like(classes)

@@ -7,7 +7,6 @@ error: it never silently becomes a world size of 1, which would train N independ
 from __future__ import annotations
 
 import os
-import random
 import shutil
 import subprocess
 from collections.abc import Iterator, Mapping
@@ -16,7 +15,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
@@ -265,17 +263,6 @@ def _set_determinism(deterministic: bool) -> None:
     torch.use_deterministic_algorithms(deterministic)
     torch.backends.cudnn.benchmark = not deterministic
     torch.set_float32_matmul_precision("highest" if deterministic else "high")
-
-
-def seed_everything(seed: int, rank: int, step: int = 0) -> None:
-    """Seed the global random generators of Python, NumPy and PyTorch from seed, rank and the step to start from.
-
-    Models are built earlier, from `seed` alone, so that they are the same on all ranks.
-    """
-    word = int(np.random.SeedSequence([seed, rank, step]).generate_state(1, np.uint64)[0])
-    random.seed(word)
-    np.random.seed(word % 2**32)
-    torch.manual_seed(word % 2**63)
 
 
 def has_fast_bf16(device: torch.device) -> bool:

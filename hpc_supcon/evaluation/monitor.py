@@ -11,6 +11,7 @@ from ..distributed.collectives import gather_rows
 from ..distributed.launch import Runtime
 from ..errors import ConfigError, unknown_name
 from ..models import LinearHeads
+from ..seeding import stream
 from ..training.data import Data
 from ..training.validation import OnlineProbe, undisturbed
 from .features import LabeledRows, build_prepare, extract, fit_standardization
@@ -95,7 +96,7 @@ def online_probe(config: Config, runtime: Runtime, data: Data) -> OnlineProbe | 
             transform,
             runtime,
             **settings.model_dump(),
-            seed=config.seed,
+            seed=stream(config.seed, "probe"),
             loader=data.loader,
             options=data.evaluation,
         )["accuracy"]

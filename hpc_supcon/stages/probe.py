@@ -27,6 +27,7 @@ from ..evaluation.probes import (
     check_probes,
 )
 from ..evaluation.scores import classification_scores
+from ..seeding import changed_since
 from ..training.data import Data
 from ..training.engine import place
 from ..training.metrics import MetricLog, console
@@ -93,6 +94,9 @@ def _tasks(
         encoder = place(model.encoder, runtime, channels_last=config.train.channels_last)
         loaded, description = EncoderCheckpoint(found.name, found.state["step"]), found.state
         masks = found.tensors.get("masks")
+        warning = changed_since(found.state)
+        if warning is not None and runtime.is_main:
+            console.print(f"{folder}: {warning}", soft_wrap=True, style="yellow")
     else:
         with propagate_errors():
             normalization = normalization_of(data.splits.train)

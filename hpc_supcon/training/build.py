@@ -7,17 +7,17 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..config import Config
 from ..data import Splits, Views, normalization_of
 from ..distributed.collectives import propagate_errors
-from ..distributed.launch import Runtime, seed_everything
+from ..distributed.launch import Runtime
 from ..models import PretrainingModel, apply_activation_checkpointing, build_model
 from ..models import load_weights as load_pretrained
 from ..pruning import WeightMasks
+from ..seeding import seed_global_generators, stream
 from .data import Data, build_training_loader
 from .ema import MomentumQueue, WeightAverage
 from .engine import ENGINES, EngineParts, LossScale, autocast, compiler, engine_options, place
@@ -50,9 +50,9 @@ def build_training(
     with propagate_errors():
         loader = build_training_loader(config, data, runtime)
         description = describe_model(config, data.splits)
-        torch.manual_seed(config.seed)  # the same on all ranks, so that their weights are equal
+        torch.manual_seed(stream(config.seed, "model"))  # the same on all ranks, so that their weights are equal
         model = build_model(description) if start is None else start.model
-        views = build_views(config, description, runtime)
+        views = build_views(config, description)
         objective = Objective(config.loss.weights, config.loss.model_dump(), denormalize=views.denormalize)
         weights = None
         if load_weights and config.model.weights is not None:
@@ -62,7 +62,7 @@ def build_training(
         if start is not None and start.masks is not None:
             # before the model is copied or wrapped: a weight average and a momentum encoder start pruned as well
             WeightMasks(model.encoder, start.masks)
-    seed_everything(config.seed, runtime.rank)
+    seed_global_generators(stream(config.seed, "layers", runtime.rank))
     state = _build_state(config, model, objective, views, runtime)
     if start is not None and start.masks is not None:
         state.masks = WeightMasks(state.model.encoder, start.masks)
@@ -89,14 +89,13 @@ def describe_model(config: Config, splits: Splits) -> dict[str, Any]:
     }
 
 
-def build_views(config: Config, description: dict[str, Any], runtime: Runtime, *, stream: int = 1) -> Views:
-    """The random views of this rank. Another `stream` draws other numbers; that of training is 1."""
-    seed = np.random.SeedSequence([config.seed, stream, runtime.rank]).generate_state(1, np.uint64)[0]
+def build_views(config: Config, description: dict[str, Any], *, seed: int = 0) -> Views:
+    """The random views; `seed`: of a stream. Training reseeds them in every step."""
     return Views(
         config.data.views,
         description["encoder"]["image_size"],
         **description["normalization"],
-        seed=int(seed) % 2**63,
+        seed=seed,
         channels_last=config.train.channels_last,
         **config.augment.model_dump(),
     )
@@ -146,6 +145,8 @@ def _step_options(config: Config, runtime: Runtime) -> StepOptions:
         autocast=partial(autocast, runtime.device, train.precision),
         clip_norm=config.optim.clip_norm,
         micro_batch_size=train.micro_batch_size,
+        seed=config.seed,
+        rank=runtime.rank,
         # the order of training shares every global batch equally, and drops the last one when it is incomplete
         images_per_rank=[config.data.batch_size // runtime.world_size] * runtime.world_size,
         # with fp16 the host reads loss and norm in every step anyway

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from .. import checkpoint, run_folder
 from ..config import Config
 from ..distributed.collectives import gather_objects, propagate_errors
-from ..distributed.launch import Runtime, seed_everything
+from ..distributed.launch import Runtime
 from ..errors import WorldSizeMismatch
-from .build import build_views
+from ..seeding import changed_since
 from .metrics import console
 from .state import TrainState
-from .validation import VIEWS_STREAM
 
 
 def resume_newest(state: TrainState, folder: Path, runtime: Runtime, config: Config) -> bool:
@@ -43,20 +41,10 @@ def resume_newest(state: TrainState, folder: Path, runtime: Runtime, config: Con
             )
         with checkpoint.mismatch_is_corrupt(path):
             state.load(found.tensors, found.state)
-        if runtime.rank >= saved_world:
-            _seed_new_rank(state, config, found.state, runtime)
     if runtime.is_main:
         changed = saved_world != runtime.world_size
         note = f" (saved by {saved_world} ranks, going on with {runtime.world_size})" if changed else ""
         console.print(f"{folder}: going on from step {state.step}{note}", soft_wrap=True)
+        if (warning := changed_since(found.state)) is not None:
+            console.print(f"{path}: {warning}", soft_wrap=True, style="yellow")
     return True
-
-
-def _seed_new_rank(state: TrainState, config: Config, description: dict[str, Any], runtime: Runtime) -> None:
-    """Seed the generators of a rank that did not exist when the checkpoint was saved.
-
-    They depend on the step as well: nothing is drawn again that a rank of this number may have drawn earlier.
-    """
-    seed_everything(config.seed, runtime.rank, state.step)
-    views = build_views(config, description, runtime, stream=VIEWS_STREAM + state.step)
-    state.views.load_state(views.to(runtime.device).state())

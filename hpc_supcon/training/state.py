@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .. import seeding
 from ..data import Loader, Views
-from ..distributed.collectives import gather_rows, rank
 from ..models import LoadedWeights, PretrainingModel
 from ..pruning import WeightMasks
 from .ema import MomentumQueue, WeightAverage
@@ -25,6 +25,9 @@ from .plan import EarlyStopping, TrainingPlan
 class StepOptions:
     """Settings of the training step: the same in every step, and not saved."""
 
+    seed: int = 0
+    """Seed of the run: the random streams of every step follow from it, the rank and the step."""
+    rank: int = 0
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext
     """Context of the forward passes: their number format."""
     clip_norm: float | None = None
@@ -76,7 +79,7 @@ class TrainState:
             self.pending_check = None
 
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The tensors of a checkpoint, by file. Collective: `rng` holds every rank's generators.
+        """The tensors of a checkpoint, by file. Collective.
 
         Raises NonFinite where the last step was not finite.
         """
@@ -84,7 +87,6 @@ class TrainState:
         tensors = {
             "model": dict(self.model.state_dict()),
             "optimizer": self.engine.tensors(),
-            "rng": self._rng(),
         }
         if objective := dict(self.objective.state_dict()):
             tensors["objective"] = objective
@@ -98,7 +100,11 @@ class TrainState:
 
     def numbers(self) -> dict[str, Any]:
         """The plain values of a checkpoint, for its state.json."""
-        numbers: dict[str, Any] = {"step": self.step, "last_validated_step": self.last_validated_step}
+        numbers: dict[str, Any] = {
+            "step": self.step,
+            "last_validated_step": self.last_validated_step,
+            "random_streams": seeding.VERSION,
+        }
         if self.stopping is not None:
             numbers["stopping"] = self.stopping.state()
         if self.engine.scaler is not None:
@@ -110,10 +116,7 @@ class TrainState:
         return [] if self.stopping is None or self.stopping.best_at is None else [self.stopping.best_at]
 
     def load(self, tensors: dict[str, dict[str, Tensor]], numbers: dict[str, Any]) -> None:
-        """Continue from what `tensors` and `numbers` returned (same model, any engine).
-
-        A rank that did not exist then keeps its generators as they are.
-        """
+        """Continue from what `tensors` and `numbers` returned (same model, any engine, any number of ranks)."""
         self.pending_check = None
         self.model.load_state_dict(tensors["model"])
         if "masks" in tensors:  # a pruned model stays pruned, also in a run that does not prune itself
@@ -124,25 +127,12 @@ class TrainState:
         if self.ema is not None:
             self.ema.load_state_dict(tensors["ema"])
         self.engine.load(tensors["optimizer"])
-        own = {name.partition(".")[2]: t for name, t in tensors["rng"].items() if name.startswith(f"rank{rank()}.")}
-        if own:
-            torch.set_rng_state(own["torch"])
-            self.views.load_state(own["views"])
-        if "cuda" in own:
-            torch.cuda.set_rng_state(own["cuda"], self.device)
         if self.stopping is not None and "stopping" in numbers:
             self.stopping.load_state(numbers["stopping"])
         if self.engine.scaler is not None and "loss_scale" in numbers:
             self.engine.scaler.load_state(numbers["loss_scale"])
         self.step = numbers["step"]
         self.last_validated_step = numbers.get("last_validated_step", self.step)
-
-    def _rng(self) -> dict[str, Tensor]:
-        own = {"torch": torch.get_rng_state(), "views": self.views.state()}
-        if self.device.type == "cuda":
-            own["cuda"] = torch.cuda.get_rng_state(self.device)
-        gathered = {name: gather_rows(state[None].cpu()) for name, state in own.items()}
-        return {f"rank{r}.{name}": row for name, rows in gathered.items() for r, row in enumerate(rows)}
 
 
 @dataclass(frozen=True)

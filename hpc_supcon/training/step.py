@@ -20,6 +20,7 @@ from ..data import Batch
 from ..distributed.collectives import all_sum, world_size
 from ..models import frozen_running_statistics
 from ..phases import BACKWARD, ENCODER, LOSS, PROJECTION, on_gradient, phase
+from ..seeding import stream
 from .finite_check import FiniteCheck
 from .state import StepOptions, TrainState
 
@@ -45,8 +46,10 @@ def train_step(state: TrainState, batch: Batch, options: StepOptions) -> StepRes
     n_images = len(batch.images)
     size = options.micro_batch_size or n_images
     pieces = [slice(start, min(start + size, n_images)) for start in range(0, n_images, size)]
+    torch.manual_seed(stream(options.seed, "layers", options.rank, state.step))
     # drawn once for the whole batch: the views do not depend on how it is cut into pieces
     with phase("views"):
+        state.views.reseed(stream(options.seed, "views", options.rank, state.step))
         drawn = state.views.draw(n_images, *batch.images.shape[-2:])
 
     def views(piece: slice) -> Tensor:

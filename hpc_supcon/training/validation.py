@@ -17,12 +17,10 @@ from ..distributed.collectives import all_sum
 from ..distributed.launch import Runtime
 from ..errors import ConfigError
 from ..losses import LOSSES
+from ..seeding import stream
 from .build import build_views
 from .data import Data
 from .state import Training
-
-VIEWS_STREAM = 2
-"""Random stream of the validation views; that of training is another."""
 
 Validate = Callable[[], dict[str, float]]
 """Returns {"loss", "accuracy" ...}; collective."""
@@ -58,13 +56,13 @@ def build_validate(
     pairwise = [name for name in config.loss.weights if LOSSES[name].pairwise]
     pointwise = [name for name in config.loss.weights if not LOSSES[name].pairwise]
     transform = EvalTransform(**training.description["normalization"]).to(runtime.device)
-    views = build_views(config, training.description, runtime, stream=VIEWS_STREAM).to(runtime.device)
-    views_start = views.state()
+    views = build_views(config, training.description).to(runtime.device)
+    seed = stream(config.seed, "validation", runtime.rank)
     batches = partial(_batches, data, source, runtime)
     batch_size = min(config.data.batch_size, len(source) - len(source) % runtime.world_size)
 
     def validate() -> dict[str, float]:
-        views.load_state(views_start)  # the same views in every validation, so that losses can be compared
+        views.reseed(seed)  # the same views in every validation, so that losses can be compared
         numbers: dict[str, float] = {}
         values: dict[str, float] = {}
         averaged = nullcontext() if state.ema is None else state.ema.applied()
@@ -74,7 +72,7 @@ def build_validate(
                 numbers["accuracy"] = numbers[f"{validation.probe.kind}_accuracy"] = probe(
                     state.model.encoder, transform
                 )
-            torch.manual_seed(0)  # triplets are drawn: the same ones in every validation
+            torch.manual_seed(seed)  # triplets are drawn: the same ones in every validation
             with torch.no_grad():
                 if pointwise:
                     order = EvalOrder(len(source), max(1, batch_size // runtime.world_size))

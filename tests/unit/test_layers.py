@@ -17,7 +17,7 @@ LAYERS = [
     {"files"},
     {"config"},
     {"run_folder"},
-    {"allocator", "phases"},
+    {"allocator", "phases", "seeding"},
     {"distributed"},
     {"checkpoint"},
     {"data", "models", "losses", "pruning"},
@@ -29,7 +29,7 @@ LAYERS = [
     {"__main__"},
 ]
 NEVER_SEE_A_CONFIG = {
-    "data", "models", "losses", "pruning", "checkpoint", "distributed", "phases", "allocator", "files",
+    "data", "models", "losses", "pruning", "checkpoint", "distributed", "phases", "allocator", "files", "seeding",
 }  # fmt: skip
 OPTIONAL = {"ffcv", "nvidia", "deepspeed", "submitit", "triton", "plotly", "onnx", "onnxruntime", "onnxscript"}
 

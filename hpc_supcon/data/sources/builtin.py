@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...errors import ConfigError
+from ...seeding import stream
 from .source import ArraySource
 from .stratify import stratified_split
 
@@ -40,12 +41,12 @@ def synthetic(
             f"synthetic data needs images >= classes >= 1, image_size >= 1 and channels 1 or 3; got images={images}, "
             f"classes={classes}, image_size={image_size}, channels={channels}"
         )
-    rng = np.random.default_rng([seed, 0])
+    rng = np.random.default_rng(stream(seed, "synthetic", 0))
     patterns = _smooth(rng, classes, channels, image_size)
     names = [f"class-{c}" for c in range(classes)]
 
-    def split(count: int, stream: int) -> ArraySource:
-        rng = np.random.default_rng([seed, stream])
+    def split(count: int, index: int) -> ArraySource:
+        rng = np.random.default_rng(stream(seed, "synthetic", index))
         labels = torch.from_numpy(rng.permutation(np.arange(count, dtype=np.int64) % classes))
         pieces = [_images_of(patterns, chunk, rng) for chunk in labels.split(2048)]
         return ArraySource(torch.cat(pieces), labels, names)

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from ...errors import CorruptSample, DataError
+from ...seeding import stream
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -194,7 +195,7 @@ def normalization_of(train: Source) -> dict[str, list[float]]:
         mean, std = channel_statistics(train.stack())
     else:
         n = min(len(train), NORMALIZATION_SAMPLE)
-        chosen = np.sort(np.random.default_rng(0).choice(len(train), n, replace=False)).tolist()
+        chosen = np.sort(np.random.default_rng(stream(0, "statistics")).choice(len(train), n, replace=False)).tolist()
         mean, std = channel_statistics(torch.stack(list(_valid_images(train, chosen))))
     return {"mean": mean.tolist(), "std": std.tolist()}
 

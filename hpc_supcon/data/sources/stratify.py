@@ -6,8 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# Makes these draws independent of those of the training order, which are seeded with (seed, epoch).
-_STREAM = 0x5117_5117
+from ...seeding import stream
 
 
 def stratified_split(labels: Tensor, *, fraction: float, seed: int) -> tuple[Tensor, Tensor]:
@@ -18,7 +17,7 @@ def stratified_split(labels: Tensor, *, fraction: float, seed: int) -> tuple[Ten
     """
     assert 0 <= fraction < 1, fraction
     picked = torch.zeros(len(labels), dtype=torch.bool)
-    rng = np.random.default_rng([seed, _STREAM])
+    rng = np.random.default_rng(stream(seed, "split"))
     for members in indices_by_class(labels):
         n = len(members)
         count = min(max(round(fraction * n), 1), n - 1) if fraction > 0 else 0
@@ -31,7 +30,7 @@ def stratified_sample(labels: Tensor, *, count: int, seed: int) -> Tensor:
 
     labels int64 [N], 1 <= count <= N. A pure function.
     """
-    rng = np.random.default_rng([seed, _STREAM + 1])
+    rng = np.random.default_rng(stream(seed, "subset"))
     members = indices_by_class(labels)
     shares = np.array([len(m) * count / len(labels) for m in members])
     counts = np.floor(shares).astype(int)

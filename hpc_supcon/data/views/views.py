@@ -44,7 +44,7 @@ class Views(nn.Module):
     - simaugment: flip_crop, color jitter, gray, gaussian blur (SimCLR's)
     - autoaugment, randaugment: flip_crop, then their operations on whole gray levels
 
-    Everything random is drawn from the module's own generators, which can be saved (`state`): one on the CPU and,
+    Everything random is drawn from the module's own generators, which `reseed` starts anew: one on the CPU and,
     for boxes and factors on CUDA, a second one there. Small images on CUDA take one kernel (triton.py), all others
     take torch operations; the host never waits for the device.
     """
@@ -72,7 +72,7 @@ class Views(nn.Module):
         blur: float = 0.0,
         autoaugment: str = "cifar10",
         randaugment: Mapping[str, int] | None = None,
-        seed: int | Sequence[int] = 0,
+        seed: int = 0,
         channels_last: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
@@ -83,7 +83,7 @@ class Views(nn.Module):
         randaugment (`operations`, `magnitude`) to the policy of that name; all others to simaugment. brightness,
         contrast, saturation: factors are drawn from max(0, 1 - x)..1 + x; hue in turns, from -x..x, x <= 0.5;
         jitter_probability, grayscale, blur: probabilities. One-channel images get no saturation, hue or grayscale.
-        seed: ints >= 0; (run seed, rank) gives every rank its own stream. channels_last: memory layout of the
+        seed: see `reseed`. channels_last: memory layout of the
         views' last three dimensions; dtype: float32 or bfloat16. Raises ConfigError outside these ranges.
         """
         super().__init__()
@@ -109,7 +109,7 @@ class Views(nn.Module):
         if self.blur and image_size < 2:
             raise ConfigError(f"augment.blur needs images of at least 2 pixels a side, not {image_size}")
         self.generator = self._device_generator = torch.Generator()
-        self._seed_generators(seed)
+        self.reseed(seed)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
@@ -258,26 +258,14 @@ class Views(nn.Module):
         """Normalized views [..., C, S, S] -> pixels in 0..1."""
         return views * self.std.view(-1, 1, 1) + self.mean.view(-1, 1, 1)
 
-    def _seed_generators(self, seed: int | Sequence[int]) -> None:
-        """One stream for what is drawn on the CPU, another for the numbers drawn on the device."""
+    def reseed(self, seed: int) -> None:
+        """Start both generators anew, seed >= 0: what is drawn from here on depends on `seed` alone."""
+        # one stream for what is decided on the CPU, another for the numbers drawn on the device
         seeds = np.random.SeedSequence(seed).generate_state(2, np.uint64) >> np.uint64(1)
         self.generator.manual_seed(int(seeds[0]))
-        self._device_seed, self._device_generator = int(seeds[1]), self.generator
-
-    def state(self) -> Tensor:
-        """The generators' states, uint8 [k] on the CPU, with which a resumed run continues the same views."""
-        generators = (self.generator, self._numbers_generator())
-        states = {id(generator): generator.get_state() for generator in generators}  # on the CPU they are the same
-        return torch.cat([*states.values()])
-
-    def load_state(self, state: Tensor) -> None:
-        """Continue from a state that `state` returned. On another kind of device only its CPU part is used."""
-        cpu_bytes = len(self.generator.get_state())
-        cpu, numbers_state = state.cpu().split([cpu_bytes, len(state) - cpu_bytes])
-        self.generator.set_state(cpu.clone())
-        numbers = self._numbers_generator()
-        if numbers is not self.generator and len(numbers_state):
-            numbers.set_state(numbers_state.clone())
+        self._device_seed = int(seeds[1])
+        if self._device_generator is not self.generator:
+            self._device_generator.manual_seed(self._device_seed)
 
 
 def _span(rows: Tensor) -> slice:

@@ -10,7 +10,6 @@ from functools import partial
 from itertools import count, islice
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from ...data import Batch, EvalTransform, Loader, LoaderOptions, Source, Splits,
 from ...distributed.collectives import all_sum, propagate_errors
 from ...errors import ConfigError, NonFinite
 from ...pruning import WeightMasks
+from ...seeding import stream
 from ...training.build import build_views
 from ...training.engine import autocast, distribute, unscaled
 from ..features import extract, in_chunks
@@ -53,11 +53,11 @@ def _fit(task: ProbeTask) -> ProbeOutcome:
     with propagate_errors():
         loader = _training_loader(task)
         preprocess = _preprocess(task)
-    with closing(loader), seeded(config.seed, runtime.device):
+    with closing(loader), seeded(stream(config.seed, "probe"), runtime.device):
         model = Classifier(copy.deepcopy(task.encoder), len(task.classes)).to(runtime.device)
         masks = None if task.masks is None else WeightMasks.from_packed(model.encoder, task.masks)
         parallel = distribute(model, runtime, sync_bn=config.model.sync_bn)
-        torch.manual_seed(int(np.random.SeedSequence([config.seed, 2, runtime.rank]).generate_state(1)[0]))
+        torch.manual_seed(stream(config.seed, "finetune", runtime.rank))
         transform = EvalTransform(**task.description["normalization"]).to(runtime.device)
         validation = task.data.splits.validation
         trained = train_classifier(
@@ -202,7 +202,8 @@ def _preprocess(task: ProbeTask) -> Callable[[Tensor], Tensor]:
     if not task.settings.augment:
         return EvalTransform(**task.description["normalization"]).to(task.runtime.device)
     one = config.model_copy(update={"data": config.data.model_copy(update={"views": 1})})
-    views = build_views(one, dict(task.description), task.runtime).to(task.runtime.device)
+    seed = stream(one.seed, "finetune views", task.runtime.rank)
+    views = build_views(one, dict(task.description), seed=seed).to(task.runtime.device)
     return lambda images: views(images).flatten(0, 1)
 
 

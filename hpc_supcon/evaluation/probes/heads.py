@@ -10,6 +10,7 @@ from torch import nn
 from ...data import Splits
 from ...errors import ConfigError
 from ...models import Heads, LinearHeads, Mlp, SingleHead
+from ...seeding import stream
 from ..features import fit_standardization, select_classes
 from .base import FittedProbe, ProbeOutcome, ProbeSpec, ProbeTask
 from .optimization import check_fit, fit_plan, steps_per_epoch
@@ -28,7 +29,7 @@ def fit_head(
     head: see ProbeTask.describe. build_heads(in_dim, classes): one head for each learning rate. labels: of the
     classes to tell apart, which become 0, 1, ... in this order; None: all classes.
     """
-    settings, device, seed = task.settings, task.runtime.device, task.config.seed
+    settings, device, seed = task.settings, task.runtime.device, stream(task.config.seed, "probe")
     train, validation = task.rows.gathered("train", task.input), task.rows.gathered("validation", task.input)
     assert train is not None
     classes = task.classes

@@ -14,6 +14,7 @@ from hpc_supcon.data.crop_boxes import draw_boxes
 from hpc_supcon.data.views.color import BRIGHTNESS, CONTRAST, SATURATION, adjust_hue, blend, grayscale
 from hpc_supcon.data.views.resample import resample
 from hpc_supcon.errors import ConfigError
+from hpc_supcon.seeding import stream
 
 NO_COLOR = {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.0, "grayscale": 0.0}
 RGB = {"mean": [0.0] * 3, "std": [1.0] * 3}
@@ -180,14 +181,13 @@ def test_every_image_and_view_gets_parameters_of_its_own():
     assert float(distances.min()) > 0.1
 
 
-def test_views_continue_bit_for_bit_from_a_saved_state():
+def test_views_repeat_bit_for_bit_after_reseeding_and_no_earlier():
     images, views = random_images(16), Views(2, 32, **RGB, seed=7)
-    views(images)
-    state = views.state()
-    expected = views(images)
-    resumed = Views(2, 32, **RGB, seed=8)
-    resumed.load_state(state)
-    assert torch.equal(resumed(images), expected)
+    first, second = views(images), views(images)
+    assert not torch.equal(first, second)
+    views.reseed(7)
+    assert torch.equal(views(images), first)
+    assert torch.equal(views(images), second)
 
 
 def test_views_neither_use_nor_disturb_the_global_generator():
@@ -201,10 +201,10 @@ def test_views_neither_use_nor_disturb_the_global_generator():
         assert torch.equal(Views(2, 32, **RGB)(images), first)
 
 
-def test_every_rank_and_seed_has_its_own_stream():
-    seeds = [(0, 0), (0, 1), (1, 0), (1, 1)]
+def test_every_seed_rank_and_step_has_its_own_views():
+    seeds = [stream(seed, "views", rank, step) for seed in (0, 1) for rank in (0, 1) for step in (0, 1)]
     boxes = [Views(2, 32, **RGB, seed=seed).draw(50, 32, 32).boxes for seed in seeds]
-    assert all(not torch.equal(boxes[i], boxes[j]) for i in range(4) for j in range(i))
+    assert all(not torch.equal(boxes[i], boxes[j]) for i in range(8) for j in range(i))
 
 
 def test_one_channel_images_get_brightness_and_contrast_only():
