@@ -21,7 +21,7 @@ from ..models import load_weights as load_pretrained
 from ..pruning import WeightMasks
 from .data import Data, build_training_loader
 from .ema import MomentumQueue, WeightAverage
-from .engine import ENGINES, EngineParts, LossScale, autocast, compiler, engine_options, place
+from .engine import ENGINES, EngineParts, LossScale, autocast, compiler, place
 from .objective import PAIRED, RESPONSE, Objective, build_head, heads_of, kind_of, response_term
 from .optim import OPTIMIZER_SETTINGS, build_optimizer
 from .plan import build_plan, build_stopping, peak_lr
@@ -163,7 +163,7 @@ def _build_state(
     )
     return TrainState(
         model=placed,
-        engine=ENGINES[train.engine](parts, **engine_options(config, runtime)),
+        engine=ENGINES[train.engine](parts, **_engine_options(config, runtime)),
         views=views.to(runtime.device),
         objective=objective,
         device=runtime.device,
@@ -171,6 +171,15 @@ def _build_state(
         ema=ema,
         stopping=build_stopping(config),
     )
+
+
+def _engine_options(config: Config, runtime: Runtime) -> dict[str, Any]:
+    """What `train.engine` takes in addition to its EngineParts."""
+    if config.train.engine != "deepspeed":
+        return {}
+    deepspeed = config.train.deepspeed
+    images = config.data.batch_size // runtime.world_size
+    return {"zero": deepspeed.zero, "user_config": deepspeed.config, "images_per_rank": images}
 
 
 def _step_options(config: Config, runtime: Runtime) -> StepOptions:

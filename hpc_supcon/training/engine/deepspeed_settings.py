@@ -54,9 +54,9 @@ BUCKET = 25_000_000
 """Numbers in one message of gradients; DeepSpeed's default, 5e8, would take 2 GB for a model of any size."""
 
 
-def check_settings(own: Mapping[str, Any] | None) -> None:
+def check_settings(user_config: Mapping[str, Any] | None) -> None:
     """Raise ConfigError for keys of `train.deepspeed.config` that contradict other settings."""
-    flat = set(_paths(own or {}))
+    flat = set(_paths(user_config or {}))
     for key, instead in OURS.items():
         if key in flat:
             raise ConfigError(f"train.deepspeed.config: {key} is set by {instead}; leave it out")
@@ -66,17 +66,17 @@ def check_settings(own: Mapping[str, Any] | None) -> None:
 
 
 def deepspeed_settings(
-    own: Mapping[str, Any] | None, *, zero: int, images_per_rank: int, parameters: int, scaled: bool
+    user_config: Mapping[str, Any] | None, *, zero: int, images_per_rank: int, parameters: int, scaled: bool
 ) -> dict[str, Any]:
-    """DeepSpeed's JSON for `zero` 0, 1 or 2: our values, and the user's `own`, which may not contradict them.
+    """DeepSpeed's JSON for `zero` 0, 1 or 2: our values, and those of `user_config`, which may not contradict them.
 
     parameters: number of trained parameters. scaled: the loss is scaled, so that DeepSpeed must check for overflows
     before its update, which costs another norm. Raises ConfigError.
 
-    DeepSpeed trains fp32 weights here, under our autocast: its own bf16 and fp16 modes would also cast norm layers
-    and their statistics, and keep a second copy of the weights that no other engine has.
+    DeepSpeed trains fp32 weights here, under our autocast: its bf16 and fp16 modes would also cast norm layers and
+    their statistics, and keep a second copy of the weights that no other engine has.
     """
-    check_settings(own)
+    check_settings(user_config)
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": images_per_rank,
         "gradient_accumulation_steps": 1,
@@ -89,7 +89,7 @@ def deepspeed_settings(
     if zero:
         bucket = min(BUCKET, parameters + parameters % 2)
         settings["zero_optimization"] |= {"compute_grad_norm": scaled, "reduce_bucket_size": bucket}
-    return _merged(settings, own or {})
+    return _merged(settings, user_config or {})
 
 
 def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
