@@ -20,7 +20,7 @@ from ..pruning import WeightMasks
 from ..seeding import seed_global_generators, stream
 from .data import Data, build_training_loader
 from .ema import MomentumQueue, WeightAverage
-from .engine import ENGINES, EngineParts, LossScale, autocast, compiler, engine_options, place
+from .engine import ENGINES, EngineParts, LossScale, autocast, compiler, place
 from .objective import Objective, heads_of
 from .optim import OPTIMIZER_SETTINGS, build_optimizer
 from .plan import build_plan, build_stopping, peak_lr
@@ -129,7 +129,7 @@ def _build_state(
     )
     return TrainState(
         model=placed,
-        engine=ENGINES[train.engine](parts, **engine_options(config, runtime)),
+        engine=ENGINES[train.engine](parts, **_engine_options(config, runtime)),
         views=views.to(runtime.device),
         objective=objective,
         device=runtime.device,
@@ -137,6 +137,15 @@ def _build_state(
         ema=ema,
         stopping=build_stopping(config),
     )
+
+
+def _engine_options(config: Config, runtime: Runtime) -> dict[str, Any]:
+    """What `train.engine` takes in addition to its EngineParts."""
+    if config.train.engine != "deepspeed":
+        return {}
+    deepspeed = config.train.deepspeed
+    images = config.data.batch_size // runtime.world_size
+    return {"zero": deepspeed.zero, "user_config": deepspeed.config, "images_per_rank": images}
 
 
 def _step_options(config: Config, runtime: Runtime) -> StepOptions:

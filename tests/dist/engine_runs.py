@@ -18,7 +18,7 @@ def copied(tensors):
 
 
 class Case:
-    """`overrides` of the configuration; `saved`, a file to go on from; steps `start` to `stop`.
+    """`overrides` of the configuration; `saved`, a file to continue from; steps `start` to `stop`.
 
     smooth: this dtype of an encoder without BatchNorm, whose rounding does not grow from step to step.
     """
@@ -37,12 +37,12 @@ def run_case(rank, world_size, case):
         state.load(*torch.load(case.saved, weights_only=True))
     if "train.precision=fp16" in case.overrides:
         options = replace(options, autocast=nullcontext)  # loss scaling alone: the CPU has no fast fp16
-    broken = []
+    overflows = []
     weight = next(state.model.parameters())
-    weight.register_hook(lambda g: g * float("inf") if broken else g)
+    weight.register_hook(lambda g: g * float("inf") if overflows else g)
     losses, norms = [], []
     for step in range(case.start, case.stop):
-        broken[:] = [True] * (case.overflow_at == step and rank == world_size - 1)
+        overflows[:] = [True] * (case.overflow_at == step and rank == world_size - 1)
         result = train_step(state, (batches * 2)[step], options)
         losses.append(float(result.loss))
         norms.append(float(result.gradient_norm))
@@ -63,7 +63,7 @@ def run_cases(rank, world_size, cases):
 
 
 def run_all(world_size, cases):
-    """By case, what `run_case` gives on every rank. All in the same processes: starting them costs more than steps."""
+    """By case, the results of `run_case` on every rank. All in the same processes: starting them costs more than steps."""
     return list(zip(*run_ranks(run_cases, world_size, cases), strict=True))
 
 

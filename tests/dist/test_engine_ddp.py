@@ -1,4 +1,4 @@
-"""The plain engine: the same weights on any number of ranks; compiled and recomputed forms; loss scaling."""
+"""The engine ddp: the same weights on any number of ranks, compiled, or with checkpointed activations; loss scaling."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_loss_scaling_changes_no_weight():
     assert got["statistics"] == {"loss_scale": INITIAL_SCALE, "skipped_steps": 0}
 
 
-def test_a_step_whose_gradients_overflow_on_one_rank_is_left_out_on_all():
+def test_a_step_whose_gradients_overflow_on_one_rank_is_skipped_on_all():
     scaled = Case(PLAIN, ["train.precision=fp16"], smooth=torch.float64, overflow_at=4)
     for got, want in zip(*run_all(2, [scaled, Case(PLAIN, smooth=torch.float64, stop=4)]), strict=True):
         assert_same({**got, "losses": got["losses"][:4]}, want, 1e-12)
@@ -69,7 +69,7 @@ def test_too_many_overflows_in_a_row_stop_the_run():
         train_step(state, batches[1], options)
 
 
-def test_the_scale_doubles_after_enough_good_steps_and_survives_a_checkpoint():
+def test_the_scale_doubles_after_enough_finite_steps_and_is_restored_from_a_checkpoint():
     scale = LossScale()
     for _ in range(GROWTH_STEPS - 1):
         scale.after_finite_step()
@@ -83,7 +83,7 @@ def test_the_scale_doubles_after_enough_good_steps_and_survives_a_checkpoint():
 
 
 @pytest.mark.parametrize("more", [[], ["train.micro_batch_size=10"]])
-def test_recomputed_activations_change_no_bit(more):
+def test_activation_checkpointing_changes_no_bit(more):
     want = run_case(0, 1, Case(more))
     got = run_case(0, 1, Case(more, ["train.activation_checkpointing=true"]))
     for part in ("model", "optimizer"):
@@ -91,7 +91,7 @@ def test_recomputed_activations_change_no_bit(more):
         assert all(torch.equal(got[part][name], value) for name, value in want[part].items())
 
 
-def test_recomputed_activations_with_statistics_over_ranks_change_no_bit():
+def test_activation_checkpointing_with_statistics_over_ranks_changes_no_bit():
     for got, want in zip(*run_all(2, [Case(["train.activation_checkpointing=true"]), Case([])]), strict=True):
         assert all(torch.equal(got["model"][name], value) for name, value in want["model"].items())
 
@@ -109,7 +109,7 @@ class DoubleConv(nn.Module):
         return self.conv(x.double())
 
 
-def test_channels_last_gives_the_weights_of_the_plain_layout():
+def test_channels_last_gives_the_weights_of_the_default_layout():
     weights = {}
     for layout in (True, False):
         torch.manual_seed(0)
@@ -123,7 +123,7 @@ def test_channels_last_gives_the_weights_of_the_plain_layout():
         torch.testing.assert_close(weights[True][name], want, rtol=1e-9, atol=1e-12)
 
 
-def test_a_compiled_pass_gives_the_weights_of_the_plain_one():
+def test_a_compiled_pass_gives_the_weights_of_an_uncompiled_one():
     state, options, batches = build(0, 1, ["train.compile=true", "model.momentum_encoder=0.9", "loss.queue_size=30"])
     plain, plain_options, _ = build(0, 1, ["model.momentum_encoder=0.9", "loss.queue_size=30"])
     graphs = []

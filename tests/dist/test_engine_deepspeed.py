@@ -1,4 +1,4 @@
-"""DeepSpeed beside DDP: the same weights, the same checkpoint, and runs that change from one to the other."""
+"""DeepSpeed against DDP: the same weights, the same checkpoint, and runs that change from one to the other."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_five_steps_under_deepspeed_give_the_weights_of_ddp(runs, zero, name):
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 @pytest.mark.parametrize("zero", [0, 1, 2])
-def test_what_is_saved_is_that_of_ddp(runs, zero, name):
+def test_checkpoints_equal_those_of_ddp(runs, zero, name):
     for got, want in zip(runs[name, zero], runs[name, None], strict=True):
         assert got["saved"][0].keys() == want["saved"][0].keys()
         assert got["optimizer"].keys() == want["optimizer"].keys()
@@ -69,7 +69,7 @@ def test_what_is_saved_is_that_of_ddp(runs, zero, name):
             assert (got["optimizer"][slot] - value).norm() <= 1e-5 * value.norm(), slot
 
 
-def test_a_run_goes_on_under_the_other_engine(tmp_path):
+def test_a_run_is_resumed_under_the_other_engine(tmp_path):
     pairs = [(None, 1), (1, None), (0, 2), (2, None), (None, 0)]
     first = {
         (name, zero): Case(LEARNED, settings, engine(zero), stop=3) for name, settings in OPTIMIZERS.items() for zero in ZEROS
@@ -95,7 +95,7 @@ def test_a_run_goes_on_under_the_other_engine(tmp_path):
             assert_same(got, uninterrupted, 1e-6)
 
 
-def test_a_step_whose_gradients_overflow_on_one_rank_is_left_out_on_all():
+def test_a_step_whose_gradients_overflow_on_one_rank_is_skipped_on_all():
     plain = ["augment.policy=none", *LEARNED]
     scaled = [Case(plain, engine(zero), ["train.precision=fp16"], overflow_at=4) for zero in (0, 1, 2)]
     after = [Case(plain, engine(zero), ["train.precision=fp16"], overflow_at=2) for zero in (0, 1, 2)]
@@ -111,7 +111,7 @@ def test_a_step_whose_gradients_overflow_on_one_rank_is_left_out_on_all():
     unlike = run_all(2, [*after, Case(plain, ["train.precision=fp16"], overflow_at=2)])
     for ranks in unlike[:-1]:
         for got, reference in zip(ranks, unlike[-1], strict=True):
-            assert_same(got, reference, 1e-6)  # nothing of the dropped gradients is left in the steps after it
+            assert_same(got, reference, 1e-6)  # the dropped gradients have no influence on the steps after it
 
 
 def test_one_process_without_a_launcher():

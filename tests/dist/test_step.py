@@ -143,7 +143,7 @@ def exchanges(rank, world_size, overrides):
     return sum(buckets), sum(p.numel() for p in state.model.parameters())
 
 
-def test_two_passes_exchange_each_gradient_once():
+def test_two_passes_send_each_gradient_once():
     for sent, parameters in run_ranks(exchanges, 2, ["train.micro_batch_size=4"]):
         assert sent == parameters
 
@@ -161,7 +161,7 @@ def test_dropout_is_the_same_in_both_passes():
     assert not torch.equal(first[0], first[1])
 
 
-def test_running_statistics_move_once_per_step_in_two_passes():
+def test_running_statistics_are_updated_once_per_step_in_two_passes():
     state, options, batches = build(0, 1, ["train.micro_batch_size=12"])
     train_step(state, batches[0], options)
     counts = {int(m.num_batches_tracked) for m in state.model.modules() if isinstance(m, nn.BatchNorm2d)}
@@ -176,7 +176,7 @@ print(big_step(int(sys.argv[1]), int(sys.argv[2])))
 
 
 def big_step(images, piece):
-    """Peak memory (MiB) that one step adds, in a process of its own."""
+    """Peak memory (MiB) that one step adds, in a separate process."""
     torch.set_num_threads(1)
     sizes = [f"data.batch_size={images}", f"train.micro_batch_size={piece}"]
     config = load_config("default", ["model.encoder=resnet9_small", "train.precision=fp32", *sizes])
@@ -222,7 +222,7 @@ def test_the_queue_holds_the_newest_keys_of_all_ranks(size):
         assert seen == want
 
 
-def test_the_momentum_encoder_follows_and_gets_no_gradient():
+def test_the_momentum_encoder_is_the_moving_average_and_gets_no_gradient():
     overrides = ["model.momentum_encoder=0.9", "loss.queue_size=40"]
     state, options, batches = build(0, 1, overrides)
     before = copy.deepcopy(state.queue.key_model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from .base import Engine, EngineParts, LossScale, autocast, compiler, place, unscaled
-from .checks import check_engine, engine_options
+from .checks import check_engine
 from .ddp import DdpEngine, distribute
 from .deepspeed import DeepSpeedEngine
 
@@ -18,7 +18,6 @@ __all__ = [
     "check_engine",
     "compiler",
     "distribute",
-    "engine_options",
     "place",
     "unscaled",
 ]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 from importlib.util import find_spec
-from typing import Any
 
 from ...config import Config
 from ...distributed.launch import Runtime
@@ -36,12 +35,3 @@ def _check_compiler(runtime: Runtime) -> None:
             f"train.compile=true needs a compiler, and {chosen or ' or '.join(known)} is not on PATH; install one, "
             "or use train.compile=false"
         )
-
-
-def engine_options(config: Config, runtime: Runtime) -> dict[str, Any]:
-    """What `train.engine` takes besides its EngineParts."""
-    if config.train.engine != "deepspeed":
-        return {}
-    deepspeed = config.train.deepspeed
-    images = config.data.batch_size // runtime.world_size
-    return {"zero": deepspeed.zero, "own": deepspeed.config, "images_per_rank": images}

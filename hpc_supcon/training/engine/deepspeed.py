@@ -36,10 +36,12 @@ from .zero import Partitions
 class DeepSpeedEngine:
     """DeepSpeed's engine around the model; the loss's own parameters have a separate optimizer. Methods: see Engine.
 
-    `own`: the user's DeepSpeed configuration. Raises ConfigError for what DeepSpeed refuses in it.
+    `user_config`: `train.deepspeed.config`. Raises ConfigError for what DeepSpeed refuses in it.
     """
 
-    def __init__(self, parts: EngineParts, *, zero: int, own: Mapping[str, Any] | None, images_per_rank: int) -> None:
+    def __init__(
+        self, parts: EngineParts, *, zero: int, user_config: Mapping[str, Any] | None, images_per_rank: int
+    ) -> None:
         model, self.scaler, self.can_accumulate = parts.model, parts.scaler, zero < 2
         self._model = model
         for p in model.parameters():  # DeepSpeed flattens and sends them; channels_last inputs keep convolutions fast
@@ -49,7 +51,7 @@ class DeepSpeedEngine:
         self._optimizer = parts.make_optimizer(list(self._parameters.values()))
         self._objective_optimizer = parts.make_optimizer(list(self._objective.values())) if self._objective else None
         settings = deepspeed_settings(
-            own,
+            user_config,
             zero=zero,
             images_per_rank=images_per_rank,
             parameters=sum(p.numel() for p in self._parameters.values()),

@@ -11,15 +11,15 @@ BUCKET = 25_000_000
 
 
 def deepspeed_settings(
-    own: Mapping[str, Any] | None, *, zero: int, images_per_rank: int, parameters: int, scaled: bool
+    user_config: Mapping[str, Any] | None, *, zero: int, images_per_rank: int, parameters: int, scaled: bool
 ) -> dict[str, Any]:
-    """DeepSpeed's JSON for `zero` 0, 1 or 2: our values, with `own` merged over them (see `config.deepspeed`).
+    """DeepSpeed's JSON for `zero` 0, 1 or 2: our values, with `user_config` merged over them.
 
     parameters: number of trained parameters. scaled: the loss is scaled, so that DeepSpeed must check for overflows
     before its update, which costs another norm.
 
-    DeepSpeed trains fp32 weights here, under our autocast: its own bf16 and fp16 modes would also cast norm layers
-    and their statistics, and keep a second copy of the weights that no other engine has.
+    DeepSpeed trains fp32 weights here, under our autocast: its bf16 and fp16 modes would also cast norm layers and
+    their statistics, and keep a second copy of the weights that no other engine has.
     """
     settings: dict[str, Any] = {
         "train_micro_batch_size_per_gpu": images_per_rank,
@@ -33,7 +33,7 @@ def deepspeed_settings(
     if zero:
         bucket = min(BUCKET, parameters + parameters % 2)
         settings["zero_optimization"] |= {"compute_grad_norm": scaled, "reduce_bucket_size": bucket}
-    return _merged(settings, own or {})
+    return _merged(settings, user_config or {})
 
 
 def _merged(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

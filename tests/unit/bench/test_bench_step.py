@@ -73,9 +73,9 @@ def test_the_command_writes_rows_comparison_and_advice(tmp_path, capsys, monkeyp
     assert not done.value.code
     record = json.loads(next(tmp_path.glob("*-step-cpu.json")).read_text())
     assert [r["batch_size"] for r in record["results"]] == [16, 32]
-    (beside,) = record["against_plain_loop"]
-    assert beside["batch_size"] == 32
-    assert beside["ratio"] == pytest.approx(beside["ours"] / beside["plain"])
+    (comparison,) = record["against_plain_loop"]
+    assert comparison["batch_size"] == 32
+    assert comparison["ratio"] == pytest.approx(comparison["ours"] / comparison["plain"])
     assert record["advice"][0] in capsys.readouterr().out
     assert next(tmp_path.glob("*-step-cpu.png")).stat().st_size > 10_000
 

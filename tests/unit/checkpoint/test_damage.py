@@ -1,4 +1,4 @@
-"""Every changed byte of a checkpoint is seen, and the older one is used with one clear line."""
+"""Every changed byte of a checkpoint is detected, and the older one is used, with a message of one line."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ DAMAGE = {
 
 @pytest.mark.parametrize("name", FILES)
 @pytest.mark.parametrize("how", DAMAGE)
-def test_every_damaged_file_is_named_and_the_older_checkpoint_used(folder, name, how):
+def test_every_damaged_file_is_named_and_the_older_checkpoint_is_used(folder, name, how):
     DAMAGE[how](folder / "step-2" / name)
     found, refused = checkpoint.load_newest(folder)
     assert found.state["step"] == 1
@@ -85,7 +85,7 @@ def test_every_damaged_file_is_named_and_the_older_checkpoint_used(folder, name,
     assert problem_of(folder / "step-2") == refused[0]
 
 
-def test_a_sound_file_behind_a_link_is_not_followed_outside(folder, tmp_path):
+def test_a_link_to_an_undamaged_file_outside_is_not_followed(folder, tmp_path):
     path = folder / "step-2" / "model.safetensors"
     path.rename(tmp_path / "elsewhere")
     path.symlink_to(tmp_path / "elsewhere")
@@ -93,7 +93,7 @@ def test_a_sound_file_behind_a_link_is_not_followed_outside(folder, tmp_path):
         checkpoint.load_checkpoint(path.parent)
 
 
-def test_a_whole_checkpoint_under_another_step_s_name_is_refused(folder):
+def test_a_complete_checkpoint_with_the_name_of_another_step_is_refused(folder):
     shutil.copytree(folder / "step-1", folder / "step-9")
     found, refused = checkpoint.load_newest(folder)
     assert found.state["step"] == 2

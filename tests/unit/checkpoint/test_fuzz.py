@@ -1,4 +1,4 @@
-"""No bytes in a checkpoint give anything but a checkpoint or CheckpointCorrupt, and none open another file."""
+"""Any bytes in a checkpoint load or raise CheckpointCorrupt, and never open a file outside of it."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ NAMES = st.sampled_from(
 
 
 def write_json(path, data, *, seal=True):
-    """As checkpoints are written; sealed, so that what is tested is what comes after the hash."""
+    """Write JSON as in checkpoints; sealed by default, to test the checks after that of the hash."""
     text = json.dumps(data, indent=1, sort_keys=True)
     if seal and isinstance(data, dict):
         data = {**data, "sha256": hashlib.sha256(text.encode()).hexdigest()}
@@ -53,7 +53,7 @@ def manifest(path):
 
 
 def load_or_refuse(path):
-    """Load, or CheckpointCorrupt of one line; every file opened lies in the folder."""
+    """Load, or return None for a CheckpointCorrupt of one line; every file that is opened is in the folder."""
     opened, original, message = [], os.open, "one line"
 
     def watched(name, *args, **kwargs):
@@ -75,14 +75,14 @@ def load_or_refuse(path):
 
 @fuzz
 @given(st.binary(max_size=200))
-def test_no_bytes_are_taken_for_a_manifest(path, payload):
+def test_random_bytes_are_refused_as_a_manifest(path, payload):
     (path / "manifest.json").write_bytes(payload)
     assert load_or_refuse(path) is None
 
 
 @fuzz
 @given(JSON)
-def test_no_sealed_json_is_taken_for_a_manifest(path, data):
+def test_random_sealed_json_is_refused_as_a_manifest(path, data):
     write_json(path / "manifest.json", data)
     assert load_or_refuse(path) is None
 
@@ -126,7 +126,7 @@ def test_hostile_texts(path, text):
     assert load_or_refuse(path) is None
 
 
-def test_a_key_given_twice_with_a_right_seal_is_refused(path, manifest):
+def test_a_duplicate_key_with_a_correct_hash_is_refused(path, manifest):
     write_json(path / "manifest.json", manifest)
     assert load_or_refuse(path) is not None
     text = (path / "manifest.json").read_text()
@@ -135,7 +135,7 @@ def test_a_key_given_twice_with_a_right_seal_is_refused(path, manifest):
 
 
 def put(path, manifest, name, payload):
-    """A file of any content under a right manifest."""
+    """Write a file of any content, with a correct manifest."""
     (path / name).write_bytes(payload)
     entry = {"bytes": len(payload), "sha256": hashlib.sha256(payload).hexdigest()}
     write_json(path / "manifest.json", {**manifest, "files": {**manifest["files"], name: entry}})
@@ -143,7 +143,7 @@ def put(path, manifest, name, payload):
 
 @fuzz
 @given(st.binary(max_size=100) | JSON.map(lambda data: json.dumps(data, indent=1, sort_keys=True).encode()))
-def test_no_bytes_but_a_mapping_with_the_right_step_are_a_state(path, manifest, payload):
+def test_only_a_mapping_with_the_right_step_is_accepted_as_a_state(path, manifest, payload):
     good = (path / "state.json").read_bytes()
     try:
         put(path, manifest, "state.json", payload)
@@ -180,6 +180,6 @@ def test_a_state_of_another_step_is_refused(path, manifest, step):
     ).map(lambda header: (text := json.dumps(header).encode()) and len(text).to_bytes(8, "little") + text + bytes(16))
 )
 @example(b'\x0c\x00\x00\x00\x00\x00\x00\x00 {"":["\\r"]}')  # the library's message has the line break in it
-def test_no_bytes_break_the_tensor_reader(path, manifest, payload):
+def test_random_bytes_do_not_crash_the_tensor_reader(path, manifest, payload):
     put(path, manifest, "model.safetensors", payload)
     load_or_refuse(path)

@@ -1,4 +1,4 @@
-"""A checkpoint is complete or absent, and every changed byte is seen."""
+"""Saving and loading checkpoints: they are complete or absent, and old ones are deleted."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_the_library_itself_reads_every_dtype_shape_and_layout(tmp_path):
         assert torch.equal(read[name], t)
 
 
-def test_slices_transposes_and_shared_memory_are_written_as_they_look(tmp_path):
+def test_the_values_of_slices_transposes_and_shared_memory_are_written(tmp_path):
     x = torch.arange(24.0).view(4, 6)
     named = {
         "t": x.t(),
@@ -91,14 +91,14 @@ def test_an_empty_folder_has_no_checkpoint(tmp_path):
     assert checkpoint.load_newest(tmp_path / "none") == (None, [])
 
 
-def test_when_none_verifies_it_is_an_error_and_not_step_0(tmp_path):
+def test_when_none_verifies_it_is_an_error_and_no_start_from_step_0(tmp_path):
     for step in (1, 2):
         (save(tmp_path, step) / "model.safetensors").write_bytes(b"x")
     with pytest.raises(CheckpointCorrupt, match="no older checkpoint"):
         checkpoint.load_newest(tmp_path)
 
 
-def test_protected_steps_outlive_the_newest(tmp_path):
+def test_protected_steps_are_kept(tmp_path):
     for step in range(1, 7):
         checkpoint.save_checkpoint(
             tmp_path, step, {}, {"step": step}, world_size=1, config_digest="d", keep=2, protect={2, 6}
@@ -117,8 +117,8 @@ def damage(folder, step):
     path.write_bytes(bytes(path.stat().st_size))
 
 
-def test_damaged_checkpoints_never_push_out_a_sound_one(tmp_path):
-    """After a fall-back the damaged newest is still there: it counts for nothing."""
+def test_damaged_checkpoints_never_replace_an_undamaged_one(tmp_path):
+    """When a run was resumed from an older checkpoint, the damaged newest ones still exist, but do not count."""
     for step in (10, 20, 30):
         save(tmp_path, step, keep=3)
     damage(tmp_path, 20)
@@ -128,22 +128,22 @@ def test_damaged_checkpoints_never_push_out_a_sound_one(tmp_path):
     assert checkpoint.load_newest(tmp_path)[0].state["step"] == 15
     save(tmp_path, 20)
     save(tmp_path, 25)
-    assert checkpoint.list_steps(tmp_path) == [20, 25, 30], "20 is sound again; 30 waits to be saved again"
+    assert checkpoint.list_steps(tmp_path) == [20, 25, 30], "20 is undamaged again; 30 is not yet saved again"
     save(tmp_path, 30)
     assert checkpoint.list_steps(tmp_path) == [25, 30]
 
 
-def test_a_trusted_checkpoint_is_not_read_again_but_its_sizes_are_looked_at(tmp_path):
+def test_a_trusted_checkpoint_is_not_read_again_but_its_sizes_are_checked(tmp_path):
     trusted = set()
     for step in (1, 2):
         save(tmp_path, step, trusted=trusted)
     assert trusted == {1, 2}
     (tmp_path / "step-2" / "state.json").unlink()
     save(tmp_path, 3, trusted=trusted)
-    assert checkpoint.list_steps(tmp_path) == [1, 2, 3], "step 2 is not whole: step 1 stays"
+    assert checkpoint.list_steps(tmp_path) == [1, 2, 3], "step 2 is not complete: step 1 is kept"
 
 
-def test_the_same_step_again_replaces_it(tmp_path):
+def test_saving_a_step_again_replaces_it(tmp_path):
     for value in (1.0, 2.0):
         save(tmp_path, 4)
         path = checkpoint.save_checkpoint(
@@ -153,7 +153,7 @@ def test_the_same_step_again_replaces_it(tmp_path):
     assert sorted(p.name for p in tmp_path.iterdir()) == ["step-4", "step-5"]
 
 
-def test_a_checkpoint_that_is_deleted_while_it_is_read_is_no_damaged_one(tmp_path, monkeypatch):
+def test_a_checkpoint_that_is_deleted_while_it_is_read_does_not_count_as_damaged(tmp_path, monkeypatch):
     for step in (1, 2):
         save(tmp_path, step)
     original = checkpoint.load_checkpoint
@@ -170,7 +170,7 @@ def test_a_checkpoint_that_is_deleted_while_it_is_read_is_no_damaged_one(tmp_pat
     assert refused == []
 
 
-def test_names_that_are_no_checkpoint_are_not_listed(tmp_path):
+def test_folders_with_other_names_are_not_listed(tmp_path):
     for name in ("step-", "step-01", "step--1", "step-1x", "xstep-1", "step-٣", ".partial-step-4", ".deleted-step-5"):
         (tmp_path / name).mkdir()
     (tmp_path / f"step-{'9' * 200}").mkdir()

@@ -1,4 +1,4 @@
-"""The moving average of weights: the plain formula, and its way through checkpoint and evaluation."""
+"""The moving average of weights: its formula, checkpoints, and use in evaluation."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from hpc_supcon.training.step import train_step
 from tests.dist.test_step import SETTINGS, build
 
 
-def test_the_average_is_the_plain_formula():
+def test_the_average_follows_its_formula():
     model = nn.Sequential(nn.Linear(3, 2), nn.BatchNorm1d(2)).double()
     ema = WeightAverage(model, 0.9)
     want = [p.detach().clone() for p in model.parameters()]
@@ -48,7 +48,7 @@ def test_the_average_shares_no_memory_with_the_model():
     assert ema.state_dict()["weight"].abs().sum() > 0
 
 
-def test_inside_applied_the_model_is_the_average_and_afterwards_itself():
+def test_the_model_has_the_average_inside_applied_and_its_own_weights_afterwards():
     model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3)).to(memory_format=torch.channels_last)
     ema = WeightAverage(model, 0.5)
     with torch.no_grad():
@@ -94,7 +94,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one_bit_for_bit(tmp_path, overrid
             assert torch.equal(tensor, got[part][name]), (part, name)
 
 
-def test_evaluation_takes_the_average_where_there_is_one(tmp_path):
+def test_evaluation_uses_the_average_where_there_is_one(tmp_path):
     state, options, batches = build(0, 1, ["train.ema=0.9"])
     for batch in batches[:2]:
         train_step(state, batch, options)
@@ -129,7 +129,7 @@ def test_clipping_bounds_the_update_and_the_norm_reported_is_the_one_before():
         torch.testing.assert_close(b, a * 0.01 / free_norm, rtol=1e-2, atol=1e-7)
 
 
-def test_the_state_of_a_0_dim_parameter_goes_where_the_parameter_is():
+def test_the_optimizer_state_of_a_0_dim_parameter_is_loaded_to_its_device():
     for settings, counts_on in (({"foreach": True}, "cpu"), ({"fused": True}, "meta")):
         temperature = nn.Parameter(torch.empty((), device="meta"))
         optimizer = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=0.1, **settings)

@@ -1,4 +1,4 @@
-"""Out of memory: the advice fits into the memory there is, by measurement."""
+"""Out of memory: the proposed settings fit into the memory that is free, by measurement."""
 
 from __future__ import annotations
 
@@ -81,24 +81,24 @@ def test_pieces_that_are_too_large_become_smaller_ones(short_of_memory):
     assert "set train.micro_batch_size=8 " in message  # whatever the estimate says: 16 did not fit
 
 
-def test_losses_without_pieces_are_told_to_take_a_smaller_batch(short_of_memory):
+def test_for_losses_without_pieces_a_smaller_batch_is_proposed(short_of_memory):
     message, _, _ = short_of_memory(CPU_ERROR, 0, 100 * GIB, ["loss.name=reconstruction"])
     assert "set data.batch_size=16 (about" in message
     assert "micro_batch_size" not in message
 
 
-def test_where_nothing_fits_recomputing_is_proposed(short_of_memory):
+def test_where_nothing_fits_activation_checkpointing_is_proposed(short_of_memory):
     message, _, _ = short_of_memory(CPU_ERROR, 10, 20)
     assert "not even one fits; set train.activation_checkpointing=true" in message
 
 
-def test_other_errors_are_left_alone():
+def test_other_errors_are_not_changed():
     state, options, batches = build(0, 1, [])
     with pytest.raises(RuntimeError, match="sizes of tensors"), memory.memory_advice(state, batches[0], options):
         raise RuntimeError("sizes of tensors must match")
 
 
-def test_the_training_loop_gives_the_advice(monkeypatch):
+def test_the_training_loop_raises_the_error_with_the_proposal(monkeypatch):
     state, options, batches = build(0, 1, [])
 
     def step(state, batch, options):
@@ -117,6 +117,6 @@ def test_the_training_loop_gives_the_advice(monkeypatch):
         fit(Training(state, options, Loader(), plan, {}), None, log=None, progress=None)
 
 
-def test_memory_of_this_process_is_between_nothing_and_the_machine():
+def test_memory_of_this_process_is_between_zero_and_that_of_the_machine():
     used, limit = memory.used_and_limit(torch.device("cpu"))
     assert 10 * 2**20 < used < limit < 2**50

@@ -1,4 +1,4 @@
-"""Optimizers against the papers' formulas in plain loops, and without a word between device and host."""
+"""Optimizers against the papers' formulas in plain loops, and without synchronization of device and host."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def parameters(dtype=torch.float64):
 
 
 def gradients(step):
-    """One for each parameter; None where a parameter takes no part in a step (the first one among them)."""
+    """One gradient for each parameter; None where a parameter has none in a step (the first one among them)."""
     generator = torch.Generator().manual_seed(100 + step)
     grads = [torch.randn(shape, generator=generator, dtype=torch.float64) for shape in SHAPES]
     grads[ZERO_GRADIENT].zero_()
@@ -209,8 +209,8 @@ def test_a_step_without_any_gradient_changes_nothing(name):
 # --- launches and synchronization
 
 
-class Watch(TorchDispatchMode):
-    """Counts what computes, and fails where a tensor's value is brought to the host."""
+class Operations(TorchDispatchMode):
+    """Counts computing operations, and fails where a tensor's value is read on the host."""
 
     def __init__(self):
         super().__init__()
@@ -230,10 +230,10 @@ def resnet50(device):
     return list(encoder.parameters())
 
 
-def test_the_watch_sees_what_it_is_for():
-    for look in (lambda x: x.item(), bool, float, lambda x: 1 if x > 0 else 2):
-        with pytest.raises(AssertionError, match="waits"), Watch():
-            look(torch.ones(()))
+def test_the_counter_detects_synchronizations():
+    for read in (lambda x: x.item(), bool, float, lambda x: 1 if x > 0 else 2):
+        with pytest.raises(AssertionError, match="waits"), Operations():
+            read(torch.ones(()))
 
 
 @pytest.mark.parametrize(
@@ -247,21 +247,21 @@ def test_a_step_of_resnet50_is_less_than_25_launches_and_no_synchronization(name
     for p in params:
         p.grad = torch.empty_like(p)
     optimizer.step()  # makes the state
-    with Watch() as watch:
+    with Operations() as operations:
         optimizer.step()
-    assert 5 < watch.calls.total() < 25, watch.calls
+    assert 5 < operations.calls.total() < 25, operations.calls
 
 
 @pytest.mark.parametrize("name", ["lars", "lamb"])
-def test_a_first_step_on_the_cpu_brings_no_value_to_the_host(name):
+def test_a_first_step_on_the_cpu_reads_no_value_on_the_host(name):
     params = parameters(torch.float32)
     optimizer = build_optimizer(params, name=name, lr=0.1, weight_decay=1e-4)
-    with Watch():
+    with Operations():
         run(params, optimizer, range(3))
 
 
-def test_multi_tensor_calls_take_the_form_that_cuda_has_a_kernel_for():
-    """Lists of one shape each, or 0-dim tensors as first factor of addcmul: all else is a launch per tensor."""
+def test_multi_tensor_calls_have_a_form_for_which_cuda_has_a_kernel():
+    """Lists of one shape each, or 0-dim tensors as first factor of addcmul: other forms are one launch per tensor."""
 
     class Forms(TorchDispatchMode):
         def __torch_dispatch__(self, func, types, args=(), kwargs=None):
@@ -316,7 +316,7 @@ def test_an_unknown_optimizer_is_named_with_the_known_ones():
 
 @pytest.mark.parametrize("limit", [1e-3, 1.0, 7.0, 1e3])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_clipping_is_that_of_torch(limit, dtype):
+def test_clipping_equals_torchs(limit, dtype):
     params = parameters(dtype)
     for p, g in zip(params, gradients(0), strict=True):
         p.grad = None if g is None else g.to(dtype)
@@ -330,12 +330,12 @@ def test_clipping_is_that_of_torch(limit, dtype):
         assert float(torch.nn.utils.get_total_norm(own)) == float(total)
 
 
-def test_clipping_brings_no_value_to_the_host():
+def test_clipping_reads_no_value_on_the_host():
     grads = [torch.randn(3, 2), torch.zeros(()), torch.randn(5)]
     total = torch.nn.utils.get_total_norm(grads)
-    with Watch() as watch:
+    with Operations() as operations:
         clip_gradients(grads, total, 0.1)
-    assert watch.calls.total() <= 5
+    assert operations.calls.total() <= 5
     zeros = [torch.zeros(3)]
     clip_gradients(zeros, torch.nn.utils.get_total_norm(zeros), 0.1)
     assert torch.equal(zeros[0], torch.zeros(3))

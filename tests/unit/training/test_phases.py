@@ -39,8 +39,8 @@ class Time:
         self.now += seconds
 
 
-class Taking(torch.autograd.Function):
-    """The identity, which takes so many seconds forward and backward."""
+class Delay(torch.autograd.Function):
+    """The identity; it lets the given numbers of seconds pass in forward and backward."""
 
     @staticmethod
     def forward(ctx, x, time, forward, backward):
@@ -54,16 +54,16 @@ class Taking(torch.autograd.Function):
         return grad, None, None, None
 
 
-def taking(module, time, forward, backward):
-    """`module` after which so much time has passed, in both directions."""
-    module.register_forward_hook(lambda m, i, o: Taking.apply(o, time, forward, backward))
+def delay(module, time, forward, backward):
+    """Let these seconds pass after `module`, in forward and backward."""
+    module.register_forward_hook(lambda m, i, o: Delay.apply(o, time, forward, backward))
 
 
 def timed_state(time, overrides):
     state, options, batches = build(0, 1, overrides)
-    taking(state.model.encoder, time, 3.0, 7.0)
-    taking(state.model.heads["projection"], time, 2.0, 5.0)
-    taking(state.objective, time, 11.0, 13.0)
+    delay(state.model.encoder, time, 3.0, 7.0)
+    delay(state.model.heads["projection"], time, 2.0, 5.0)
+    delay(state.objective, time, 11.0, 13.0)
     draw, render, step = state.views.draw, state.views.render, state.engine.step
     state.views.draw = lambda *size: (time.passes(0.5), draw(*size))[1]
     state.views.render = lambda *some: (time.passes(1.0), render(*some))[1]
@@ -105,7 +105,7 @@ def ended_by_an_error(time):
     raise NonFinite("the phase ends as well")
 
 
-def test_nested_phases_add_up_to_the_whole(monkeypatch):
+def test_nested_phases_add_up_to_the_total(monkeypatch):
     time = Time(monkeypatch)
     clock = Clock(CPU)
     with measured_by(clock, nn.ModuleDict({"encoder": nn.Identity()})):

@@ -68,7 +68,7 @@ def test_step_is_multi_step_lr(milestones, steps):
     assert_close(ours(steps, 0, schedule="step", milestones=milestones, gamma=0.2), want)
 
 
-def test_milestones_are_shares_of_the_whole_training_warm_up_included():
+def test_milestones_are_fractions_of_the_whole_training_including_the_warm_up():
     rates = ours(100, 20, schedule="step", milestones=(0.6, 0.8), gamma=0.1)
     changes = [s for s in range(20, 100) if rates[s] != rates[s - 1]]
     assert changes == [60, 80]
@@ -92,7 +92,7 @@ def test_one_cycle_is_one_cycle_lr(final, steps, warmup):
 
 @pytest.mark.parametrize("schedule", ["cosine", "step", "constant", "one_cycle"])
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (1, 1), (2, 2), (3, 50)])
-def test_the_shortest_trainings_and_a_warm_up_beyond_the_end_have_a_rate(schedule, steps, warmup):
+def test_very_short_trainings_and_a_warm_up_longer_than_the_training_have_a_rate(schedule, steps, warmup):
     rates = ours(steps, warmup, schedule=schedule, milestones=(0.5,), gamma=0.1)
     assert all(0 <= r <= PEAK for r in rates)
 
@@ -120,7 +120,7 @@ def test_an_unknown_schedule_is_named_with_the_known_ones():
         (["optim.name=lasr"], "'lars'"),
     ],
 )
-def test_contradictions_are_one_line_before_anything_is_read(overrides, message):
+def test_contradicting_settings_are_refused_in_one_line(overrides, message):
     with pytest.raises(ConfigError) as caught:
         load_config("default", overrides)
     assert message in str(caught.value)
@@ -136,7 +136,7 @@ def test_contradictions_are_one_line_before_anything_is_read(overrides, message)
         ["optim.schedule=one_cycle", "optim.warmup_epochs=2", "optim.final_lr_fraction=0.01"],
     ],
 )
-def test_what_fits_together_is_accepted(overrides):
+def test_settings_that_fit_together_are_accepted(overrides):
     load_config("default", overrides)
 
 

@@ -1,4 +1,4 @@
-"""Early stopping decides by the definition: patience, minimum change, target."""
+"""Early stopping: patience, minimum change and target, as they are defined."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def stopped_after(stopping: EarlyStopping, values: list[float]) -> int | None:
         ("loss", {"patience": 2}, [1, float("nan"), 0.5, float("nan")], None, 2),
     ],
 )
-def test_stops_where_the_definition_says(monitor, options, values, stop, best_at):
+def test_stops_where_patience_or_target_say(monitor, options, values, stop, best_at):
     stopping = EarlyStopping(monitor, **options)
     assert stopped_after(stopping, values) == stop
     assert stopping.best_at == best_at
 
 
 @pytest.mark.parametrize("cut", range(6))
-def test_goes_on_after_a_restart_as_if_there_had_been_none(cut):
+def test_a_restored_state_decides_as_the_uninterrupted_one(cut):
     values = [0.1, 0.3, 0.3, 0.2, 0.31, 0.1, 0.1]
     first = EarlyStopping("accuracy", patience=3, min_change=0.05)
     stopped_after(first, values[:cut])
