@@ -227,7 +227,7 @@ def test_verify_and_convert_and_a_run_from_the_beton_files(capsys, tmp_path, ima
         capsys, tmp_path, images, "data.source=mnist", f"data.beton={tmp_path}/set.beton", f"run_dir={tmp_path}/r2"
     )
     assert code == 2
-    assert "holds 'image_folder/train', not 'mnist/train'" in err
+    assert "contains 'image_folder/train', not 'mnist/train'" in err
 
 
 def test_verify_names_every_image_that_cannot_be_used(capsys, images):
