@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
+import threading
+import time
+from contextlib import closing
+
 import pytest
 import torch
 
-from hpc_supcon.data import ArraySource, Batch, TrainOrder, build_loader
-from hpc_supcon.data.loaders.prefetch import to_device
+from hpc_supcon.data import ArraySource, Batch, EvalOrder, TrainOrder, build_loader
+from hpc_supcon.data.loaders.base import EpochSteps
+from hpc_supcon.data.loaders.prefetch import DEPTH, ThreadedEpochs, to_device
+from hpc_supcon.errors import CorruptSample, LoaderDied
+
+from .contract import ProcessResources, assert_nothing_left
 
 
 def batches(n: int):
@@ -28,6 +36,82 @@ def test_the_device_gets_every_batch_in_order_and_errors_come_through():
     assert [int(next(loaded).labels[0]) for _ in range(2)] == [0, 1]
     with pytest.raises(ZeroDivisionError):
         next(loaded)
+
+
+# ---- batches prepared by threads
+
+
+def threaded(job, threads: int = 3, timeout_s: float = 20.0) -> ThreadedEpochs:
+    """12 batches of 2 images; job(first index of the batch) runs in a thread."""
+
+    def start(pool, epoch, index):
+        return lambda: Batch(index, index + epoch, index), [pool.submit(lambda: job(int(index[0])))]
+
+    steps = EpochSteps(EvalOrder(24, 2), 0, 0, 1)
+    return ThreadedEpochs("test", steps, start, threads=threads, timeout_s=timeout_s, join_s=5.0)
+
+
+def test_batches_come_in_order_although_their_jobs_end_in_another():
+    with closing(threaded(lambda first: time.sleep(0.02 if first % 4 == 0 else 0))) as epochs:
+        for epoch in (0, 3):
+            loaded = list(epochs.epoch(epoch, 5))
+            assert [batch.index.tolist() for batch in loaded] == [[i, i + 1] for i in range(10, 24, 2)]
+            assert [int(batch.labels[0]) for batch in loaded] == [i + epoch for i in range(10, 24, 2)]
+
+
+def test_only_a_few_batches_are_prepared_ahead():
+    started = []
+    with closing(threaded(started.append)) as epochs:
+        batches = epochs.epoch(0, 0)
+        for step in range(5):
+            next(batches)
+            assert len(started) <= step + 1 + DEPTH
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError("in a thread"), TimeoutError("of the job")])
+def test_an_error_of_a_job_ends_the_loader_and_names_the_error(error):
+    def job(first):
+        if first == 6:
+            raise error
+
+    before = ProcessResources()
+    batches = threaded(job).epoch(0, 0)
+    assert [int(next(batches).index[0]) for _ in range(3)] == [0, 2, 4]
+    with pytest.raises(LoaderDied, match=rf"data\.loader=test: {type(error).__name__}.*{error}"):
+        next(batches)
+    assert_nothing_left(before)
+
+
+def test_a_named_error_of_a_job_is_raised_as_it_is():
+    def job(first):
+        raise CorruptSample(f"image {first}")
+
+    with closing(threaded(job)) as epochs, pytest.raises(CorruptSample, match=r"^image 0$"):
+        next(epochs.epoch(0, 0))
+
+
+def test_a_job_that_hangs_is_reported_after_the_timeout():
+    release, before, began = threading.Event(), ProcessResources(), time.monotonic()
+    with pytest.raises(LoaderDied, match=r"data\.loader=test: no batch within data\.timeout_s=0\.3 s"):
+        next(threaded(lambda first: release.wait(), timeout_s=0.3).epoch(0, 0))
+    assert time.monotonic() - began < 3, "it waited for the thread that hangs"
+    release.set()
+    assert_nothing_left(before)
+
+
+def test_a_new_epoch_ends_the_one_before_and_close_ends_both():
+    epochs = threaded(lambda first: None)
+    first, second = epochs.epoch(0, 0), epochs.epoch(1, 0)
+    next(first)
+    next(second)
+    assert list(first) == []
+    epochs.close()
+    assert list(second) == []
+    with pytest.raises(RuntimeError, match="closed"):
+        epochs.epoch(2, 0)
+
+
+# ---- batches copied to a GPU
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
