@@ -34,7 +34,7 @@ from hpc_supcon.training.step import train_step  # noqa: E402
 from tests.dist.ranks import run_ranks  # noqa: E402
 from tests.dist.test_step import build  # noqa: E402
 from tests.fault import chances, runs  # noqa: E402
-from tests.unit.test_checkpoint_damage import DAMAGE, FILES  # noqa: E402
+from tests.unit.checkpoint.test_damage import DAMAGE, FILES  # noqa: E402
 
 
 def kills(root: Path, number: int) -> list[str]:

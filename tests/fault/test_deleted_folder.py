@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import time
 
+from ..processes import GONE_S
 from .runs import Run
 
 
 def test_all_ranks_stop_at_the_next_save_naming_the_folder_and_make_no_new_one(tmp_path):
     folder = tmp_path / "a run"
     it = Run(2, folder, "train.epochs=2000")
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + GONE_S
     while not list(folder.glob("checkpoints/step-*")):
         assert time.monotonic() < deadline, it.said
         time.sleep(0.1)

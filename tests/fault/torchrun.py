@@ -10,7 +10,8 @@ from pathlib import Path
 
 from hpc_supcon import checkpoint
 
-from .runs import GONE_S, SETTINGS
+from ..processes import GONE_S
+from .runs import SETTINGS
 
 
 class Torchrun:

@@ -18,6 +18,8 @@ from PIL import Image
 from hpc_supcon.data import EvalOrder, Source, TrainOrder, build_loader, load_splits
 from hpc_supcon.data.loaders import CropOptions, LoaderOptions
 
+from ..processes import GONE_S
+
 N, BATCH = 26, 6
 CROP = CropOptions(views=2, image_size=8)
 
@@ -62,7 +64,7 @@ class Things:
 
 def nothing_left(before: Things) -> None:
     """Threads, processes, shared memory and open files are those of before, at once or in a moment."""
-    deadline = time.monotonic() + 5
+    deadline = time.monotonic() + GONE_S
     while True:
         now = Things()
         extra = len(now.threads - before.threads)

@@ -30,6 +30,8 @@ SETTINGS = {
     "runtime.threads": 1,
     "runtime.timeout_s": 120.0,
 }
+LONG = {"train.epochs": 30}
+"""So many epochs that there is time to interrupt a cell."""
 
 
 def write_grid(folder: Path, name: str, **keys) -> Path:
@@ -67,13 +69,18 @@ def settled(folder: Path, timeout_s: float = 240) -> dict[str, str]:
     return until(lambda: None if set(WAITING) & set((found := states(folder)).values()) else found, timeout_s)
 
 
-def until(ask, timeout_s: float = 120):
+def until(ask, timeout_s: float = 240, every_s: float = 0.3):
     """The first true answer."""
     deadline = time.monotonic() + timeout_s
     while not (answer := ask()):
         assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.3)
+        time.sleep(every_s)
     return answer
+
+
+def first_checkpoint(run: Path) -> list[str]:
+    """Wait for it, and return in time for what is to happen in the middle of the training."""
+    return until(lambda: steps_of(run), every_s=0.01)
 
 
 def steps_of(run: Path) -> list[str]:
@@ -98,7 +105,7 @@ def processes_of(folder: Path) -> list[int]:
 
 def hold(grid_folder: Path, cell: str) -> int:
     """Stop a cell's training in its tracks once it has saved a checkpoint, so that it is met in the middle."""
-    until(lambda: steps_of(grid_folder / "runs" / cell))
+    first_checkpoint(grid_folder / "runs" / cell)
     config = str(grid_folder / "configs" / f"{cell}.yaml").encode()
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
