@@ -3,14 +3,23 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 RANKS ?= 2
+WORKERS ?= 2
+# a file's tests stay in one worker, so that what they share is made once
+PARALLEL = -n $(WORKERS) --dist loadfile
+# tests of signals, of many processes and of what a crash leaves: they have the machine to themselves, one at a time
+ALONE = tests/fault tests/slurm
 
-.PHONY: quickstart test lint bench clean
+.PHONY: quickstart check test lint bench clean
 
 quickstart: $(VENV)/.installed  ## the main job on embedded data: two ranks, about a minute
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node $(RANKS) -m hpc_supcon run run_dir=runs/quickstart-$$(date +%Y%m%d-%H%M%S)
 
+check: lint  ## before each commit: linters, types, and the unit tests as far as they need no training
+	$(BIN)/python -m pytest $(PARALLEL) --no-training tests/unit
+
 test: lint $(VENV)/.installed-extras  ## the whole suite, with all that can be installed: ffcv, dali, DeepSpeed, a local Slurm
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest $(PARALLEL) $(ALONE:%=--ignore=%)
+	$(BIN)/python -m pytest $(ALONE)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

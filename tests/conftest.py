@@ -1,12 +1,35 @@
 from __future__ import annotations
 
+import multiprocessing
+import os
 import sys
+
+# Small tensors and matrices: a second thread costs more than it brings, above all where tests share the cores with
+# others and with ranks. Before numpy and torch are imported, for their children as well.
+os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
-# small tensors: a second thread costs more than it brings, above all where tests share the cores with ranks
 torch.set_num_threads(1)
+# no examples fail, and none are refused, because others use the machine; a fixture's folder may serve many examples
+SUPPRESSED = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
+settings.register_profile("tests", deadline=None, suppress_health_check=SUPPRESSED)
+settings.load_profile("tests")
+
+
+def pytest_addoption(parser):
+    parser.addoption("--no-training", action="store_true", help="skip each test at its first step of training")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_training(request):
+    """What a test does decides, so that no list of tests that train has to be kept."""
+    if request.config.getoption("--no-training"):
+        from hpc_supcon.training import fit
+
+        fit.train_step = lambda *arguments: pytest.skip("trains")
 
 
 @pytest.fixture(autouse=True)
@@ -17,3 +40,11 @@ def _seeded():
 @pytest.fixture
 def python() -> str:
     return sys.executable
+
+
+@pytest.fixture
+def forked_not_spawned(monkeypatch):
+    """Fork the processes that a benchmark would spawn, from a server that has imported what they need."""
+    from tests.processes import FORK_SERVER
+
+    monkeypatch.setattr(multiprocessing, "get_context", lambda method: FORK_SERVER)

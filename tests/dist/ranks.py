@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import tempfile
 import traceback
@@ -15,11 +14,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-TIMEOUT_S = 120
-
-# A server process imports once and forks every rank: importing torch anew in each costs seconds.
-# (Forking this process instead is unsafe: it has run OpenMP threads.)
-multiprocessing.set_forkserver_preload(["hpc_supcon.stages.pretrain", "hpc_supcon.stages.probe"])
+from tests.processes import FORK_SERVER, RUN_TIMEOUT_S
 
 
 def _one_rank(rank: int, world_size: int, folder: str, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
@@ -31,7 +26,7 @@ def _one_rank(rank: int, world_size: int, folder: str, fn: Callable[..., Any], a
             init_method=f"file://{folder}/store",
             rank=rank,
             world_size=world_size,
-            timeout=timedelta(seconds=TIMEOUT_S),
+            timeout=timedelta(seconds=RUN_TIMEOUT_S),
         )
     try:
         result: Any = fn(rank, world_size, *args)
@@ -53,7 +48,10 @@ def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
     with tempfile.TemporaryDirectory() as folder:
         try:
             mp.start_processes(
-                _one_rank, args=(world_size, folder, fn, args), nprocs=world_size, start_method="forkserver"
+                _one_rank,
+                args=(world_size, folder, fn, args),
+                nprocs=world_size,
+                start_method=FORK_SERVER.get_start_method(),
             )
         except Exception as error:
             tracebacks = [p.read_text() for p in sorted(Path(folder).glob("error-*"))]

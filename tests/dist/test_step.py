@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -168,16 +166,8 @@ def test_running_statistics_are_updated_once_per_step_in_two_passes():
     assert counts == {2}  # two pieces, second pass only
 
 
-MEMORY = """
-import sys
-from tests.dist.test_step import big_step
-print(big_step(int(sys.argv[1]), int(sys.argv[2])))
-"""
-
-
-def big_step(images, piece):
+def big_step(rank, world_size, images, piece):
     """Peak memory (MiB) that one step adds, in a separate process."""
-    torch.set_num_threads(1)
     sizes = [f"data.batch_size={images}", f"train.micro_batch_size={piece}"]
     config = load_config("default", ["model.encoder=resnet9_small", "train.precision=fp32", *sizes])
     pixels = torch.zeros(images, 3, 32, 32, dtype=torch.uint8)
@@ -190,14 +180,7 @@ def big_step(images, piece):
 
 
 def test_peak_memory_of_two_passes_does_not_grow_with_the_batch():
-
-    def extra(images, piece):
-        done = subprocess.run(
-            [sys.executable, "-c", MEMORY, str(images), str(piece)], capture_output=True, text=True, check=True
-        )
-        return float(done.stdout)
-
-    small, large, one_pass = extra(128, 32), extra(512, 32), extra(512, 512)
+    small, large, one_pass = (run_ranks(big_step, 1, *sizes)[0] for sizes in ((128, 32), (512, 32), (512, 512)))
     assert large < small + 30
     assert one_pass > 3 * large
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import time
 
-from .runs import RUN_TIMEOUT_S, Run
+from ..processes import RUN_TIMEOUT_S
+from .runs import Run
 
 
 def test_all_ranks_stop_at_the_next_save_naming_the_folder_and_make_no_new_one(tmp_path):

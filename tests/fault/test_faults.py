@@ -2,20 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
-import multiprocessing
-import os
-import socket
-import sys
-from pathlib import Path
 
 import pytest
 
 from hpc_supcon import checkpoint
 
-from ..dist import ranks as _preloaded  # noqa: F401 (its fork server imports once for all)
-from . import injector
+from . import injector, runs
+from .runs import Run, newest
 from .test_resume import SETTINGS
 
 EPOCHS, SAVED = 5, [7, 14, 21, 25]  # five steps to an epoch
@@ -24,42 +18,13 @@ SYNCHRONOUS = "checkpoint.asynchronous=false"
 
 
 def start(ranks, folder, *more, fault=""):
-    """(exit code of rank 0, stderr of all ranks) of a run; the ranks are forked from a server that imported torch."""
-    arguments = ["pretrain", "default", *SETTINGS, f"train.epochs={EPOCHS}", "checkpoint.keep=3"]
-    arguments += [f"run_dir={folder}", *more]
-    stderr = folder.with_suffix(".stderr")
-    stderr.unlink(missing_ok=True)
-    environment = [{"HPC_SUPCON_FAULT": fault}]
-    if ranks > 1:
-        with socket.create_server(("127.0.0.1", 0)) as free:
-            port = free.getsockname()[1]
-        world = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-        environment = [{**environment[0], **world, "RANK": r, "LOCAL_RANK": r} for r in range(ranks)]
-    context = multiprocessing.get_context("forkserver")
-    processes = [context.Process(target=_run, args=(arguments, env, str(stderr))) for env in environment]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    return processes[0].exitcode, stderr.read_text()
-
-
-def _run(arguments, environment, stderr):
-    with Path(stderr).open("a") as file:
-        os.dup2(file.fileno(), 2)
-    os.environ |= {key: str(value) for key, value in environment.items()}
-    sys.argv[1:] = arguments
-    injector.main()
+    """(exit code of rank 0, stderr of all ranks) of a run."""
+    it = Run(ranks, folder, f"train.epochs={EPOCHS}", "checkpoint.keep=3", *more, fault=fault, settings=SETTINGS)
+    return it.end()[0], it.stderr
 
 
 def hashes(folder):
-    path = folder / "checkpoints" / f"step-{SAVED[-1]}"
-    checkpoint.load_checkpoint(path)
-    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in path.glob("*.safetensors")}
-
-
-def newest(folder):
-    return checkpoint.load_newest(folder / "checkpoints")[0].state["step"]
+    return runs.hashes(folder, SAVED[-1])
 
 
 @pytest.fixture(scope="module")

@@ -236,11 +236,11 @@ def test_ranks_send_no_message_for_a_finite_step(monkeypatch):
 
 def test_a_run_with_a_bad_rank_ends_on_all_ranks_and_keeps_its_good_checkpoint(tmp_path):
     it = Run(2, tmp_path / "r", "optim.lr=1e30", "optim.warmup_epochs=2", "train.epochs=20")
-    assert it.end() == [NonFinite.exit_code] * 2, it.said
-    assert it.said.count("hpc-supcon: error: step ") == 1
-    assert "became NaN or Inf" in it.said
+    assert it.end() == [NonFinite.exit_code] * 2, it.stderr
+    assert it.stderr.count("hpc-supcon: error: step ") == 1
+    assert "became NaN or Inf" in it.stderr
     done = steps(tmp_path / "r")
-    assert f"error: step {len(done) + 1}: " in it.said
+    assert f"error: step {len(done) + 1}: " in it.stderr
     assert all(math.isfinite(e["loss"]) for e in events(tmp_path / "r", "train"))
     for step in checkpoint.list_steps(tmp_path / "r" / "checkpoints"):
         found = checkpoint.load_checkpoint(tmp_path / "r" / "checkpoints" / f"step-{step}")

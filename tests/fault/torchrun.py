@@ -10,7 +10,8 @@ from pathlib import Path
 
 from hpc_supcon import checkpoint
 
-from .runs import RUN_TIMEOUT_S, SETTINGS
+from ..processes import RUN_TIMEOUT_S
+from .runs import SETTINGS
 
 
 class Torchrun:

@@ -18,6 +18,8 @@ from PIL import Image
 from hpc_supcon.data import EvalOrder, Source, TrainOrder, build_loader, load_splits
 from hpc_supcon.data.loaders import CropOptions, LoaderOptions
 
+from ..processes import RUN_TIMEOUT_S
+
 N, BATCH = 26, 6
 CROP = CropOptions(views=2, image_size=8)
 
@@ -61,8 +63,8 @@ class ProcessResources:
 
 
 def assert_nothing_left(before: ProcessResources) -> None:
-    """Threads, processes, shared memory and open files are those of before, now or within 5 seconds."""
-    deadline = time.monotonic() + 5
+    """Threads, processes, shared memory and open files are those of before, at once or soon."""
+    deadline = time.monotonic() + RUN_TIMEOUT_S
     while True:
         now = ProcessResources()
         extra = len(now.threads - before.threads)

@@ -181,7 +181,7 @@ def test_a_thread_that_hangs_is_reported_after_the_timeout(jpegs):
     loader._kernel = lambda *arguments: release.wait()
     with pytest.raises(LoaderDied, match=r"no batch within data\.timeout_s=0\.5 s"):
         list(loader.epoch(0))
-    assert time.monotonic() - began < 3
+    assert time.monotonic() - began < 30
     release.set()
     assert_nothing_left(before)
 

@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from .grids import LONG, grid, states, weights, write_grid
+
 ROOT = Path(__file__).parent.parent.parent
 TOOLS = ("munged", "slurmctld", "slurmd", "slurmdbd", "mariadbd", "sbatch", "srun", "squeue", "sacct", "scancel")
 PACKAGES = "slurmctld slurmd slurm-client slurmdbd slurm-wlm-mysql-plugin munge mariadb-server-core"
@@ -60,3 +62,12 @@ def cluster():
         left = processes_of(folder)
         shutil.rmtree(folder)
     assert not left, "the cluster left processes behind"
+
+
+@pytest.fixture(scope="session")
+def uninterrupted(tmp_path_factory):
+    """Weights of the LONG cell, run in this process without interruption."""
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    grid("submit", write_grid(folder, "g", set=LONG), "--cluster", "debug", "--dir", folder / "debug")
+    assert set(states(folder / "debug").values()) == {"done"}
+    return weights(folder / "debug" / "runs" / "cell")

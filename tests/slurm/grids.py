@@ -30,6 +30,8 @@ SETTINGS = {
     "runtime.threads": 1,
     "runtime.timeout_s": 120.0,
 }
+LONG = {"train.epochs": 30}
+"""So many epochs that there is time to interrupt a cell."""
 
 
 def write_grid(folder: Path, name: str, **keys) -> Path:
@@ -67,13 +69,18 @@ def final_states(folder: Path, timeout_s: float = 240) -> dict[str, str]:
     return wait_for(lambda: None if set(QUEUED) & set((found := states(folder)).values()) else found, timeout_s)
 
 
-def wait_for(condition, timeout_s: float = 120):
+def wait_for(condition, timeout_s: float = 240, interval_s: float = 0.3):
     """Call `condition` until it returns something true, and return that."""
     deadline = time.monotonic() + timeout_s
     while not (result := condition()):
         assert time.monotonic() < deadline, "waited too long"
-        time.sleep(0.3)
+        time.sleep(interval_s)
     return result
+
+
+def wait_for_checkpoint(run: Path) -> list[str]:
+    """Wait for the first checkpoint; polls fast, so that the training is still in its middle."""
+    return wait_for(lambda: steps_of(run), interval_s=0.01)
 
 
 def steps_of(run: Path) -> list[str]:
@@ -98,7 +105,7 @@ def processes_of(folder: Path) -> list[int]:
 
 def suspend_after_checkpoint(grid_folder: Path, cell: str) -> int:
     """SIGSTOP a cell's training once it has saved a checkpoint; returns its pid."""
-    wait_for(lambda: steps_of(grid_folder / "runs" / cell))
+    wait_for_checkpoint(grid_folder / "runs" / cell)
     config = str(grid_folder / "configs" / f"{cell}.yaml").encode()
     for path in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):

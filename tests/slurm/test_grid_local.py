@@ -12,10 +12,9 @@ import pytest
 
 from hpc_supcon.grid.folder import load, read_record, submitted_jobs
 
-from .grids import grid, processes_of, states, steps_of, wait_for, weights, write_grid, write_profile
+from .grids import LONG, grid, processes_of, states, wait_for, wait_for_checkpoint, weights, write_grid, write_profile
 
-pytestmark = pytest.mark.timeout(600)
-LONG = {"train.epochs": 30}
+pytestmark = pytest.mark.timeout(1200)
 
 
 @pytest.fixture
@@ -23,15 +22,6 @@ def here(monkeypatch, request):
     """Child processes import this checkout and use one thread."""
     monkeypatch.setenv("PYTHONPATH", f"{request.config.rootpath}:{os.environ.get('PYTHONPATH', '')}".rstrip(":"))
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-
-
-@pytest.fixture(scope="module")
-def uninterrupted(tmp_path_factory):
-    """Weights of the LONG cell, run in this process without interruption."""
-    folder = tmp_path_factory.mktemp("uninterrupted")
-    grid("submit", write_grid(folder, "g", set=LONG), "--cluster", "debug", "--dir", folder / "debug")
-    assert set(states(folder / "debug").values()) == {"done"}
-    return weights(folder / "debug" / "runs" / "cell")
 
 
 def test_a_grid_with_two_ranks_and_a_failing_cell_runs_to_the_report(here, tmp_path):
@@ -84,7 +74,7 @@ def test_a_job_that_is_sent_a_signal_starts_again_and_ends_with_the_same_weights
         str(folder),
     ]
     with subprocess.Popen(command, stdout=subprocess.DEVNULL) as process:
-        wait_for(lambda: steps_of(folder / "runs" / "cell"))
+        wait_for_checkpoint(folder / "runs" / "cell")
         os.kill(read_record(folder, "cell.pretrain").pid, signal.SIGUSR2)
         assert process.wait() == 0
     assert set(states(folder).values()) == {"done"}
@@ -99,7 +89,7 @@ def test_an_interrupted_pruning_resumes_and_ends_with_the_same_weights(here, tmp
     command = [sys.executable, "-m", "hpc_supcon", "grid", "submit", path, "--cluster", "local", "--dir", folder]
     pruned = folder / "runs" / "rate-0.5" / "pruned" / "l1-global-0.5"
     with subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL) as process:
-        wait_for(lambda: steps_of(pruned))
+        wait_for_checkpoint(pruned)
         os.kill(read_record(folder, "rate-0.5.prune").pid, signal.SIGUSR2)
         assert process.wait() == 0
     assert set(states(folder).values()) == {"done"}, grid("status", folder)
@@ -118,7 +108,7 @@ def test_local_jobs_end_with_the_process_that_runs_the_grid_and_resume_later(her
     with subprocess.Popen(
         [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
     ) as process:
-        wait_for(lambda: steps_of(folder / "runs" / "cell"))
+        wait_for_checkpoint(folder / "runs" / "cell")
         meanwhile = states(folder)
         # Ctrl-C reaches every process of the terminal, SIGKILL only the one it is sent to
         (os.killpg if how == signal.SIGINT else os.kill)(process.pid, how)
@@ -126,7 +116,7 @@ def test_local_jobs_end_with_the_process_that_runs_the_grid_and_resume_later(her
     assert process.returncode == (130 if how == signal.SIGINT else -how)
     assert ("submit again" in told, "Traceback" in told) == (how == signal.SIGINT, False)
     assert meanwhile == {"cell.pretrain": "running", "cell.probe": "pending"}
-    wait_for(lambda: not processes_of(folder), timeout_s=30)
+    wait_for(lambda: not processes_of(folder))
     assert states(folder) == {"cell.pretrain": "cancelled", "cell.probe": "missing"}
     assert "saved at step" in grid("logs", folder, "cell.pretrain")
     grid("submit", path, "--profile", profile, "--dir", folder)

@@ -38,6 +38,7 @@ def test_the_smallest_batch_that_is_nearly_the_fastest_is_recommended():
     assert big == "big: no batch size fits this machine"
 
 
+@pytest.mark.usefixtures("forked_not_spawned")
 def test_a_full_memory_gives_a_row_and_no_crash():
     rows = [StepRow("conv", "fp32", False, size, "") for size in (8, 1 << 16, 1 << 17)]
     overrides = ["data.synthetic={images: 131072, image_size: 8, channels: 1}"]
@@ -48,6 +49,7 @@ def test_a_full_memory_gives_a_row_and_no_crash():
     assert 0 < found[0].peak_bytes < 512 << 20
 
 
+@pytest.mark.usefixtures("forked_not_spawned")
 def test_the_command_writes_rows_comparison_and_advice(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(
         step, "run_rows", lambda rows, *a: [step.measure_row(r, SMALL, torch.device("cpu"), 0.01) for r in rows]

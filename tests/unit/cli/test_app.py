@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 
 import pytest
 import torch
 from PIL import Image
 
 from hpc_supcon import cli
+from tests.processes import Ranks
 
 FAST = [
     "data.source=synthetic", "data.synthetic={images: 64, classes: 4, channels: 1, image_size: 8}",
@@ -165,6 +164,7 @@ def test_collapsed_embeddings_are_reported_once(capsys, tmp_path):
     assert (code, "collapsed" in err) == (0, False)
 
 
+@pytest.mark.usefixtures("forked_not_spawned")
 def test_bench_loss_writes_a_table_and_a_picture(capsys, tmp_path):
     arguments = ["--size", "300", "--only", "dense", "--only", "tiled", "--runs", "1", "--threads", "1"]
     code, _, err = run(capsys, "bench", "loss", *arguments, "--out", str(tmp_path))
@@ -346,13 +346,10 @@ def test_help_is_given(capsys, arguments):
 
 
 def test_a_batch_not_divisible_by_the_ranks_ends_with_code_2_and_one_line(tmp_path):
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=3", "-m", "hpc_supcon"]
-    done = subprocess.run(
-        [*torchrun, "run", "default", *FAST, f"run_dir={tmp_path}/r"], capture_output=True, text=True, check=False
-    )
-    lines = [line for line in done.stderr.splitlines() if "hpc-supcon: error" in line]
+    three = Ranks(["run", "default", *FAST, f"run_dir={tmp_path}/r"], tmp_path / "stderr", 3)
+    assert three.end() == [2, 2, 2]
+    lines = [line for line in three.stderr.splitlines() if "hpc-supcon: error" in line]
     assert len(lines) == 1
     assert "data.batch_size=16" in lines[0]
     assert "use 15 or 18" in lines[0]
-    assert "exitcode  : 2" in done.stderr
     assert not (tmp_path / "r").exists()

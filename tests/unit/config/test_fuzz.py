@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hpc_supcon import config as cfg
 from hpc_supcon.config import yaml12
 from hpc_supcon.errors import ConfigError
 
-fuzz = settings(max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+fuzz = settings(max_examples=200)
 SCALARS = st.sampled_from(
     ["1", "-0", "1e999", ".nan", "-.inf", "0x", "0o9", "9" * 5000, "~", "true", "''", '"\\ud800"', "*a", "&a x", "<<",
      "=", "!!int x", "!!float x", "!!binary =", "!!timestamp 2024-99-99", "!!set {}", "!!omap [a]", "!x y", "|", ">-",

@@ -187,7 +187,7 @@ def test_alpha_outside_its_range_is_refused():
 # ---- any classes
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     sizes=st.lists(st.integers(0, 12), min_size=1, max_size=8).filter(any),
     alpha=st.floats(0, 1),

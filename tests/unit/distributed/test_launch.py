@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 import platform
-import subprocess
-import sys
 
 import pytest
 import torch
 
+from hpc_supcon import allocator
+from hpc_supcon.bench.common import resident
 from hpc_supcon.distributed import launch
 from hpc_supcon.distributed.launch import Launch, fair_threads
 from hpc_supcon.errors import ConfigError, LaunchError
+from tests.dist.ranks import run_ranks
+from tests.processes import Ranks
 
 TORCHRUN = {
     "RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2",
@@ -108,35 +110,29 @@ def test_cuda_without_a_gpu_is_refused():
     assert launch.choose_device("auto", launch.Launch()).type == "cpu"
 
 
-def test_rank_without_world_size_ends_with_code_2_and_one_line(tmp_path, python):
-    done = subprocess.run(
-        [python, "-m", "hpc_supcon", "run", f"run_dir={tmp_path}/r"],
-        env={**os.environ, "RANK": "0"}, capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    assert done.returncode == 2
-    assert done.stderr.count("\n") == 1
-    assert "WORLD_SIZE" in done.stderr
+def test_rank_without_world_size_ends_with_code_2_and_one_line(tmp_path):
+    alone = Ranks(["run", f"run_dir={tmp_path}/r"], tmp_path / "stderr", environment={"RANK": 0})
+    assert alone.end() == [2]
+    assert alone.stderr.count("\n") == 1
+    assert "WORLD_SIZE" in alone.stderr
     assert not (tmp_path / "r").exists()
+
+
+def memory_after_freeing(rank, world_size, kept):
+    """Bytes that a freed tensor of 200 MB leaves with this process: before and after all is given back."""
+    with launch.start(device="cpu", reuse_memory=kept):
+        before = resident("VmRSS")
+        x = torch.ones(50_000_000)
+        del x
+        after = resident("VmRSS") - before
+        allocator.give_freed_memory_back()
+        return after, resident("VmRSS") - before
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has the switch")
 @pytest.mark.parametrize("kept", [False, True])
 def test_freed_memory_stays_with_the_process_where_that_is_asked_for(kept):
-    code = (
-        "import torch\n"
-        "from hpc_supcon import allocator\n"
-        "from hpc_supcon.distributed import launch\n"
-        "from hpc_supcon.bench.common import resident\n"
-        f"with launch.start(device='cpu', reuse_memory={kept}):\n"
-        "    before = resident('VmRSS')\n"
-        "    x = torch.ones(50_000_000)\n"
-        "    del x\n"
-        "    print(resident('VmRSS') - before)\n"
-        "    allocator.give_freed_memory_back()\n"
-        "    print(resident('VmRSS') - before)\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    after, given_back = map(int, done.stdout.split())
+    ((after, given_back),) = run_ranks(memory_after_freeing, 1, kept)
     assert (after > 150_000_000) is kept
     assert given_back < 50_000_000
 

@@ -74,9 +74,7 @@ print("results agree")
 
 def test_kernels_in_the_interpreter_agree_with_the_dense_backend():
     environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        [sys.executable, "-c", RESULTS], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=200
-    )
+    done = subprocess.run([sys.executable, "-c", RESULTS], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "results agree" in done.stdout
 
@@ -110,8 +108,6 @@ print("compiled")
 def test_kernels_compile_to_tensor_core_code_without_a_gpu(tmp_path):
     environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
     environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run(
-        [sys.executable, "-c", COMPILE], env=environment, cwd=ROOT, capture_output=True, text=True, timeout=200
-    )
+    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "compiled" in done.stdout

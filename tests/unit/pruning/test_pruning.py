@@ -72,7 +72,7 @@ def test_masks_equal_those_of_torch(scope, rate):
 
 @pytest.mark.parametrize("scope", ["global", "layer"])
 @given(rate=st.floats(0, 0.99), sizes=st.lists(st.integers(2, 40), min_size=1, max_size=5), data=st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_number_of_pruned_weights_is_exact_also_with_ties(scope, rate, sizes, data):
     scores = {str(i): torch.tensor(data.draw(st.lists(st.integers(0, 3), min_size=n, max_size=n))).float()
               for i, n in enumerate(sizes)}  # fmt: skip
@@ -268,7 +268,7 @@ def test_a_sparse_file_returns_every_bit(tmp_path):
 
 
 @given(n=st.integers(0, 400), share=st.floats(0, 1), seed=st.integers(0, 99))
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_any_density_is_restored_and_the_file_is_never_much_larger(tmp_path_factory, n, share, seed):
     rng = torch.Generator().manual_seed(seed)
     tensor = torch.where(torch.rand(n, generator=rng) < share, torch.randn(n, generator=rng), 0)

@@ -1,0 +1,35 @@
+"""What `make` and the commit hooks run."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parents[2]
+
+
+def recipe(target):
+    """The commands of a target of the Makefile."""
+    lines = (ROOT / "Makefile").read_text().splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"{target}:"))
+    end = next(i for i, line in enumerate(lines[start + 1 :], start + 1) if not line.startswith("\t"))
+    text = "\n".join(line.strip() for line in lines[start + 1 : end])
+    return text.replace("$(BIN)", ".venv/bin").replace(" && ", "\n").splitlines()
+
+
+def test_the_commit_hooks_run_what_make_lints():
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    hooks = [hook for repo in config["repos"] for hook in repo["hooks"]]
+    assert {repo["repo"] for repo in config["repos"]} == {"local"}, "needs no network"
+    assert [hook["entry"] for hook in hooks] == recipe("lint")
+    assert not any(hook["pass_filenames"] for hook in hooks)
+
+
+def test_make_test_runs_every_folder_of_tests_once():
+    shared, alone = recipe("test")
+    variables = dict(line.split(" = ", 1) for line in (ROOT / "Makefile").read_text().splitlines() if " = " in line)
+    folders = variables["ALONE"].split()
+    assert shared.endswith("$(ALONE:%=--ignore=%)")
+    assert alone.endswith(" $(ALONE)")
+    assert all((ROOT / folder).is_dir() for folder in folders)
