@@ -112,22 +112,38 @@ def pairwise_stats(
     anchors = prepare_anchors(
         features, labels, gather=gather, validate=validate, queue=queue, rows_per_rank=rows_per_rank
     )
+    backend = choose_backend(backend, anchors, features, tau)
+    if backend == "triton":
+        precision = _tile_precision(precision, features)
     with torch.autocast(features.device.type, enabled=False):
         dtype = compute_dtype(features, tau)
         exact = torch.as_tensor(temperature, dtype=torch.float64)
-        scale = exact.rsqrt()  # the products of rows of this length are s_ij
-        for_inverse = exact if inverse else None
-        backend = choose_backend(backend, anchors, features, tau)
-        if backend == "reference":
-            u_ND = normalize_rows(anchors.rows, scale, dtype)
-            found = dense_statistics(u_ND, anchors.labels, anchors, queue, scale, for_inverse, log_zero(dtype))
-            return PairwiseStats(*found, valid=found[0] > 0)
-        tiled: TiledBackend = torch_tiled.TorchTiledBackend(tile_size)
-        if backend == "triton":
-            from . import triton_kernels
+        return _statistics(anchors, queue, exact, dtype, inverse, backend, precision, tile_size)
 
-            tiled = triton_kernels.TritonBackend(_tile_precision(precision, features))
-        return PairwiseStats(*tiled_statistics(anchors, queue, scale, for_inverse, dtype, tiled, log_zero(dtype)))
+
+def _statistics(
+    anchors: Anchors,
+    queue: Queue | None,
+    temperature: Tensor,
+    dtype: torch.dtype,
+    inverse: bool,
+    backend: str,
+    precision: str,
+    tile_size: int,
+) -> PairwiseStats:
+    """By the backend chosen; temperature: 0-dim float64."""
+    scale = temperature.rsqrt()  # the products of rows of this length are s_ij
+    for_inverse = temperature if inverse else None
+    if backend == "reference":
+        u_ND = normalize_rows(anchors.rows, scale, dtype)
+        found = dense_statistics(u_ND, anchors.labels, anchors, queue, scale, for_inverse, log_zero(dtype))
+        return PairwiseStats(*found, valid=found[0] > 0)
+    tiled: TiledBackend = torch_tiled.TorchTiledBackend(tile_size)
+    if backend == "triton":
+        from . import triton_kernels
+
+        tiled = triton_kernels.TritonBackend(precision)
+    return PairwiseStats(*tiled_statistics(anchors, queue, scale, for_inverse, dtype, tiled, log_zero(dtype)))
 
 
 def global_mean(per_anchor: Tensor, valid: Tensor, *, gather: bool = True) -> Tensor:

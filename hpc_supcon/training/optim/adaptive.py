@@ -94,33 +94,37 @@ class Lamb(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Update all parameters that have a gradient."""
-        members = [(group, *_with_gradient(group)) for group in self.param_groups]
-        every = [p for _, params, _ in members for p in params]
-        if not every:
-            return
-        moves = iter(self._adam_directions(every, [g for _, _, grads in members for g in grads]))
-        for group, params, _ in members:
+        members = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
+        counts = self._count([p for _, p in members])
+        for t in sorted(set(counts)):  # one, unless a parameter got its first gradient later than others
+            self._update([member for member, count in zip(members, counts, strict=True) if count == t], t)
+
+    def _update(self, members: list[tuple[dict[str, Any], Tensor]], t: int) -> None:
+        """The t-th step of these (group, parameter), of all groups at once as far as they are treated alike."""
+        # both bias corrections enter as numbers, not as passes over the tensors: u is `scale` times `updates`
+        root = (1 - self.betas[1] ** t) ** 0.5
+        scale = root / (1 - self.betas[0] ** t)
+        moves = iter(self._adam_directions([p for _, p in members], self.eps * root))
+        for group in self.param_groups:
+            params = [p for owner, p in members if owner is group]
             updates = [next(moves) for _ in params]
             if not params:
                 continue
             if group["weight_decay"]:
-                torch._foreach_add_(updates, params, alpha=group["weight_decay"])
-            ratio = self._trust_ratios(params, updates) if group["adapt"] else None
-            _add_scaled(params, ratio, updates, -group["lr"])
+                torch._foreach_add_(updates, params, alpha=group["weight_decay"] / scale)
+            ratio = self._trust_ratios(params, updates, scale) if group["adapt"] else None
+            _add_scaled(params, ratio, updates, -group["lr"] * scale)
 
-    def _adam_directions(self, params: list[Tensor], grads: list[Tensor]) -> TensorList:
-        """Update m and s; returns m / (1 - beta1^t) / (sqrt(s / (1 - beta2^t)) + eps)."""
+    def _adam_directions(self, params: list[Tensor], eps: float) -> TensorList:
+        """Update m and s; returns m / (sqrt(s) + eps)."""
         beta1, beta2 = self.betas
+        grads = [p.grad for p in params if p.grad is not None]
         mean, square = _slots(self.state, params, "exp_avg"), _slots(self.state, params, "exp_avg_sq")
         torch._foreach_lerp_(mean, grads, 1 - beta1)
         torch._foreach_mul_(square, beta2)
         torch._foreach_addcmul_(square, grads, grads, 1 - beta2)
-        counts = self._count(params)
-        # both corrections in one factor: m / (sqrt(s) c + eps (1 - beta1^t)), c = (1 - beta1^t) / sqrt(1 - beta2^t)
-        first = [1 - beta1**t for t in counts]
         denominator = torch._foreach_sqrt(square)
-        torch._foreach_mul_(denominator, [c / (1 - beta2**t) ** 0.5 for c, t in zip(first, counts, strict=True)])
-        torch._foreach_add_(denominator, [self.eps * c for c in first])
+        torch._foreach_add_(denominator, eps)
         return torch._foreach_div(mean, denominator)
 
     def _count(self, params: list[Tensor]) -> list[int]:
@@ -129,11 +133,13 @@ class Lamb(torch.optim.Optimizer):
             if "step" not in self.state[p]:
                 self.state[p]["step"] = torch.zeros((), device="cpu")
         steps = [self.state[p]["step"] for p in params]
-        torch._foreach_add_(steps, 1.0)
+        if steps:
+            torch._foreach_add_(steps, 1.0)
         return [int(t.numpy()) for t in steps]
 
-    def _trust_ratios(self, params: list[Tensor], updates: list[Tensor]) -> TensorList:
+    def _trust_ratios(self, params: list[Tensor], updates: list[Tensor], scale: float) -> TensorList:
         w, u = _norms(params, updates)
+        u = u * scale
         if self.norm_range is not None:
             w = w.clamp(*self.norm_range)
         return torch.where((w > 0) & (u > 0), w / u, 1.0).unbind()
