@@ -63,7 +63,7 @@ def run_cases(rank, world_size, cases):
 
 
 def run_all(world_size, cases):
-    """By case, the results of `run_case` on every rank. All in the same processes: starting them costs more than steps."""
+    """By case, the results of `run_case` on every rank. All cases share processes, which take longer to start."""
     return list(zip(*run_ranks(run_cases, world_size, cases), strict=True))
 
 

@@ -1,4 +1,4 @@
-"""The engine ddp: the same weights on any number of ranks, compiled, or with checkpointed activations; loss scaling."""
+"""The engine ddp: equal weights on any number of ranks, compiled or with checkpointed activations; loss scaling."""
 
 from __future__ import annotations
 

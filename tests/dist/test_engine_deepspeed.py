@@ -35,7 +35,9 @@ ZEROS = (None, 0, 1, 2)
 @pytest.fixture(scope="module")
 def runs():
     """(name of optimizer or form, zero) -> by rank, five steps; None is DDP."""
-    cases = {(name, zero): Case(LEARNED, settings, engine(zero)) for name, settings in OPTIMIZERS.items() for zero in ZEROS}
+    cases = {
+        (name, zero): Case(LEARNED, settings, engine(zero)) for name, settings in OPTIMIZERS.items() for zero in ZEROS
+    }
     cases |= {
         (name, zero): Case(OPTIMIZERS["adamw"], settings, engine(zero))
         for name, settings in FORMS.items()
@@ -72,7 +74,9 @@ def test_checkpoints_equal_those_of_ddp(runs, zero, name):
 def test_a_run_is_resumed_under_the_other_engine(tmp_path):
     pairs = [(None, 1), (1, None), (0, 2), (2, None), (None, 0)]
     first = {
-        (name, zero): Case(LEARNED, settings, engine(zero), stop=3) for name, settings in OPTIMIZERS.items() for zero in ZEROS
+        (name, zero): Case(LEARNED, settings, engine(zero), stop=3)
+        for name, settings in OPTIMIZERS.items()
+        for zero in ZEROS
     }
     whole = {name: Case(LEARNED, settings, stop=6) for name, settings in OPTIMIZERS.items()}
     done = run_all(2, [*first.values(), *whole.values()])
@@ -89,7 +93,7 @@ def test_a_run_is_resumed_under_the_other_engine(tmp_path):
             for name, before, after in changes
         ],
     )
-    for (name, before, after), ranks in zip(changes, later, strict=True):
+    for (name, _, _), ranks in zip(changes, later, strict=True):
         for rank, got in enumerate(ranks):
             uninterrupted = {**want[name][rank], "losses": want[name][rank]["losses"][3:]}
             assert_same(got, uninterrupted, 1e-6)

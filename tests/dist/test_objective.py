@@ -7,10 +7,10 @@ import torch
 import torch.nn.functional as F
 
 from hpc_supcon.config import load_config
+from hpc_supcon.distributed.launch import Launch, Runtime
 from hpc_supcon.errors import ConfigError
 from hpc_supcon.losses import SupConLoss, TripletLoss
 from hpc_supcon.models import PretrainingModel, build_encoder, build_head
-from hpc_supcon.distributed.launch import Launch, Runtime
 from hpc_supcon.training.engine import distribute
 from hpc_supcon.training.objective import Objective
 from tests.dist.ranks import run_ranks

@@ -8,8 +8,6 @@ import signal
 import pytest
 import torch
 
-from hpc_supcon.training.checkpointer import Checkpointer
-from hpc_supcon.training.data import load_data
 from hpc_supcon import checkpoint
 from hpc_supcon.config import load_config
 from hpc_supcon.distributed.launch import Launch, Runtime
@@ -17,6 +15,8 @@ from hpc_supcon.evaluation.encoder import load_model
 from hpc_supcon.run_folder import read_config
 from hpc_supcon.stages import pretrain
 from hpc_supcon.stages.prune import prune
+from hpc_supcon.training.checkpointer import Checkpointer
+from hpc_supcon.training.data import load_data
 from tests.dist.ranks import run_ranks
 from tests.unit.pruning.test_pruning import assert_pruned, torch_masks
 

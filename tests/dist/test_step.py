@@ -11,9 +11,9 @@ from torch import nn
 from hpc_supcon.bench.common import resident
 from hpc_supcon.config import load_config
 from hpc_supcon.data import ArraySource, Batch, LoaderOptions, Splits
+from hpc_supcon.distributed.launch import Launch, Runtime
 from hpc_supcon.errors import NonFinite
 from hpc_supcon.models import PretrainingModel, Projection
-from hpc_supcon.distributed.launch import Launch, Runtime
 from hpc_supcon.training.build import Start, build_training
 from hpc_supcon.training.data import Data
 from hpc_supcon.training.ema import MomentumQueue
@@ -132,8 +132,10 @@ def exchanges(rank, world_size, overrides):
 
     def hook(_, bucket):
         buckets.append(bucket.buffer().numel())
-        return torch.distributed.all_reduce(bucket.buffer().div_(world_size), async_op=True).get_future().then(
-            lambda future: future.value()[0]
+        return (
+            torch.distributed.all_reduce(bucket.buffer().div_(world_size), async_op=True)
+            .get_future()
+            .then(lambda future: future.value()[0])
         )
 
     state.parallel.register_comm_hook(None, hook)

@@ -9,9 +9,9 @@ import torch
 from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
 
+from hpc_supcon.distributed.launch import Launch, Runtime
 from hpc_supcon.losses import SupConLoss
 from hpc_supcon.models import PretrainingModel, Projection, build_encoder, synchronize_batchnorm
-from hpc_supcon.distributed.launch import Launch, Runtime
 from hpc_supcon.training.engine import distribute
 from tests.dist.ranks import run_ranks
 

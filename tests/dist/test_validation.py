@@ -8,16 +8,16 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from hpc_supcon import checkpoint
 from hpc_supcon.config import load_config
 from hpc_supcon.data import ArraySource, EvalTransform, Splits, TrainOrder
+from hpc_supcon.distributed.launch import Launch, Runtime
 from hpc_supcon.errors import ConfigError
 from hpc_supcon.evaluation.monitor import online_probe
-from hpc_supcon.distributed.launch import Launch, Runtime
 from hpc_supcon.models import build_model
+from hpc_supcon.stages.pretrain import pretrain
 from hpc_supcon.training.build import build_training
 from hpc_supcon.training.data import load_data
-from hpc_supcon import checkpoint
-from hpc_supcon.stages.pretrain import pretrain
 from hpc_supcon.training.validation import build_validate, check_validation_split
 from tests.dist.ranks import run_ranks
 from tests.dist.test_step import in_memory
@@ -177,12 +177,21 @@ def test_stops_at_a_target(tmp_path):
     ("overrides", "message"),
     [
         (["train.stopping.patience=3"], "validation.every_epochs"),
-        (["train.stopping.patience=3", "validation.every_epochs=1", "data.validation_fraction=0"], "validation split"),
+        (
+            ["train.stopping.patience=3", "validation.every_epochs=1", "data.validation_fraction=0"],
+            "validation split",
+        ),
         (["validation.every_epochs=1", "data.validation_fraction=0"], "validation split"),
-        (["validation.every_epochs=1", "train.stopping.target=0.5", "train.stopping.monitor=accuracy"], "no classifier"),
+        (
+            ["validation.every_epochs=1", "train.stopping.target=0.5", "train.stopping.monitor=accuracy"],
+            "no classifier",
+        ),
         (["validation.probe.kind=knn"], "validation.every_epochs"),
         (["validation.every_epochs=1", "validation.probe={kind: knn, images: 30, k: 31, temperature: 1}"], "k=31"),
-        (["validation.every_epochs=1", "validation.probe={kind: knn, images: 99, k: 37, temperature: 1}"], "has 36 im"),
+        (
+            ["validation.every_epochs=1", "validation.probe={kind: knn, images: 99, k: 37, temperature: 1}"],
+            "has 36 im",
+        ),
     ],
 )
 def test_impossible_settings_are_refused_before_training(overrides, message, tmp_path):

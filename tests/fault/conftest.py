@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from ..processes import RUN_TIMEOUT_S
 from . import runs
 
 
@@ -11,7 +12,7 @@ def pytest_collection_modifyitems(items):
     """Whole runs of several processes: on a busy machine one test may take many times as long."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
-            item.add_marker(pytest.mark.timeout(4 * runs.RUN_TIMEOUT_S))
+            item.add_marker(pytest.mark.timeout(4 * RUN_TIMEOUT_S))
 
 
 @pytest.fixture(scope="session")

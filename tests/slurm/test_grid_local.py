@@ -10,7 +10,7 @@ import sys
 
 import pytest
 
-from hpc_supcon.grid.folder import load, read_record, submitted_jobs
+from hpc_supcon.grid.folder import read_record, submitted_jobs
 
 from .grids import LONG, grid, processes_of, states, wait_for, wait_for_checkpoint, weights, write_grid, write_profile
 
@@ -24,38 +24,36 @@ def here(monkeypatch, request):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
 
 
+def good_and_bad(folder):
+    """An axis with a cell that can be trained and one whose images do not exist."""
+    missing = {"data.source": "image_folder", "data.root": str(folder / "images"), "data.image_size": 16}
+    return {"data": {"good": {"seed": 1}, "bad": {**missing, "seed": 2}}}
+
+
 def test_a_grid_with_two_ranks_and_a_failing_cell_runs_to_the_report(here, tmp_path):
-    path = write_grid(
-        tmp_path,
-        "g",
-        axes={"loss.name": ["supcon_in", "nonsense"], "model.encoder": ["conv", "resnet9_small"]},
-        resources={
-            "where": [{"cells": {"loss.name": "supcon_in", "model.encoder": "conv"}, "pretrain": {"tasks": 2}}]
-        },
-    )
+    two_ranks = {"cells": {"data": "good"}, "pretrain": {"tasks": 2}}
+    path = write_grid(tmp_path, "g", axes=good_and_bad(tmp_path), resources={"where": [two_ranks]})
     folder = tmp_path / "a b" / "g"
     told = grid("submit", path, "--profile", write_profile(tmp_path, cluster="local", parallel=2), "--dir", folder)
-    assert "4 done, 2 failed, 2 blocked" in told
-    for cell in load(folder).cells:
-        wanted = {"done"} if cell.labels["loss.name"] == "supcon_in" else {"failed", "blocked"}
-        assert {states(folder)[name] for name in cell.nodes} == wanted
-    metrics = (folder / "runs" / "supcon-in_conv" / "metrics.jsonl").read_text().splitlines()
+    assert "2 done, 1 failed, 1 blocked" in told
+    assert states(folder) == {
+        "good.pretrain": "done", "good.probe": "done", "bad.pretrain": "failed", "bad.probe": "blocked",
+    }  # fmt: skip
+    metrics = (folder / "runs" / "good" / "metrics.jsonl").read_text().splitlines()
     assert json.loads(metrics[0])["world_size"] == 2
-    assert "unknown loss 'nonsense'" in grid("status", folder)
-    assert "unknown loss 'nonsense'" in grid("logs", folder, "nonsense_conv.pretrain")
+    assert str(tmp_path / "images") in grid("status", folder)
+    assert f"image folder {tmp_path / 'images'} does not exist" in grid("logs", folder, "bad.pretrain")
     grid("report", folder)
     table = (folder / "report" / "report.md").read_text()
-    assert table.count("missing") == 8
+    assert table.count("missing") == 4
 
 
 def test_packed_runs_share_a_job_and_one_that_fails_stops_no_other(here, tmp_path):
-    path = write_grid(tmp_path, "g", axes={"loss.name": ["supcon_in", "nonsense", "simclr"]}, pack=3)
-    folder = tmp_path / "g"
+    path, folder = write_grid(tmp_path, "g", axes=good_and_bad(tmp_path), pack=2), tmp_path / "g"
     grid("submit", path, "--cluster", "local", "--dir", folder)
     assert len(set(submitted_jobs(folder).values())) == 2, "one job for each stage"
     assert states(folder) == {
-        "supcon-in.pretrain": "done", "supcon-in.probe": "done", "simclr.pretrain": "done", "simclr.probe": "done",
-        "nonsense.pretrain": "failed", "nonsense.probe": "blocked",
+        "good.pretrain": "done", "good.probe": "done", "bad.pretrain": "failed", "bad.probe": "blocked",
     }  # fmt: skip
 
 

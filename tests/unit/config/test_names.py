@@ -22,7 +22,7 @@ from hpc_supcon.errors import ConfigError
 from hpc_supcon.evaluation import monitor
 from hpc_supcon.evaluation.probes import PROBES
 from hpc_supcon.evaluation.probes.optimization import OPTIMIZERS as PROBE_OPTIMIZERS
-from hpc_supcon.grid.files import STAGES
+from hpc_supcon.grid.schema import STAGES
 from hpc_supcon.losses import LOSSES
 from hpc_supcon.losses.pairwise import BACKENDS, FP32_TEMPERATURE
 from hpc_supcon.losses.pairwise import MIN_TEMPERATURE as LEAST_OF_THE_LOSSES
