@@ -119,22 +119,22 @@ def test_rank_without_world_size_ends_with_code_2_and_one_line(tmp_path):
 
 
 def memory_after_freeing(rank, world_size, kept):
-    """Bytes that a freed tensor of 200 MB leaves with this process: before and after all is given back."""
+    """Bytes that a freed tensor of 200 MB leaves with this process: before and after all is released."""
     with launch.start(device="cpu", reuse_memory=kept):
         before = resident("VmRSS")
         x = torch.ones(50_000_000)
         del x
         after = resident("VmRSS") - before
-        allocator.give_freed_memory_back()
+        allocator.release_freed_memory()
         return after, resident("VmRSS") - before
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="only glibc has the switch")
 @pytest.mark.parametrize("kept", [False, True])
 def test_freed_memory_stays_with_the_process_where_that_is_asked_for(kept):
-    ((after, given_back),) = run_ranks(memory_after_freeing, 1, kept)
+    ((after, released),) = run_ranks(memory_after_freeing, 1, kept)
     assert (after > 150_000_000) is kept
-    assert given_back < 50_000_000
+    assert released < 50_000_000
 
 
 @pytest.mark.parametrize(

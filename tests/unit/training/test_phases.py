@@ -18,6 +18,7 @@ from hpc_supcon import phases
 from hpc_supcon.distributed.launch import Launch, Runtime
 from hpc_supcon.errors import NonFinite, RunFolderError
 from hpc_supcon.phases import Clock, measured_by, phase
+from hpc_supcon.seeding import stream
 from hpc_supcon.training import finite_check
 from hpc_supcon.training.fit import collect_garbage_every
 from hpc_supcon.training.profile import TRACED, WARM_UP, Breakdown, StepProfile, breakdown
@@ -284,7 +285,10 @@ def test_a_step_never_waits_for_its_device_except_to_read_the_finite_check(monke
 
 def ranks_that_may_not_wait(rank, world_size, overrides):
     state, options, batches = build(rank, world_size, overrides)
-    drawn = [state.views(batch.images) for batch in batches]  # drawing happens on the CPU for every device
+    drawn = []  # drawing happens on the CPU for every device
+    for step, batch in enumerate(batches):
+        state.views.reseed(stream(options.seed, "views", rank, step))
+        drawn.append(state.views(batch.images))
     state.views.draw, state.views.select = (lambda *a: None), (lambda *a: None)
     state.views.render = lambda *a: drawn[state.step]
     with pytest.MonkeyPatch.context() as patch:
