@@ -167,7 +167,7 @@ def fit_with_a_non_finite_step(rank, world, folder, way):
     runtime = Runtime(Launch(rank=rank, world_size=world), torch.device("cpu"))
     with pytest.MonkeyPatch.context() as patch:
         if way == "leaves":
-            patch.setattr("hpc_supcon.training.fit.current", Leaving)
+            patch.setattr("hpc_supcon.training.fit.current_watchdog", Preempting)
         with (
             MetricLog(folder if rank == 0 else None, tensorboard=False) as log,
             ProgressLine(5, 1, shown=False) as progress,
@@ -178,8 +178,8 @@ def fit_with_a_non_finite_step(rank, world, folder, way):
     return str(caught.value), validations, state.step
 
 
-class Leaving:
-    """A watch under which the run leaves after the non-finite step."""
+class Preempting:
+    """A watchdog that preempts the run after the non-finite step."""
 
     def training(self):
         return self.phase("")
@@ -187,7 +187,7 @@ class Leaving:
     def phase(self, *args, **kwargs):
         return nullcontext()
 
-    def edge(self, step):
+    def completed(self, step):
         return step == BAD
 
 
