@@ -30,7 +30,7 @@ from hpc_supcon.checkpoint.load import problem_of  # noqa: E402
 from hpc_supcon.checkpoint.writer import CheckpointWriter  # noqa: E402
 from hpc_supcon.distributed.watchdog import Watchdog  # noqa: E402
 from hpc_supcon.training import step as step_module  # noqa: E402
-from hpc_supcon.training.finite_check import FiniteCheck  # noqa: E402
+from hpc_supcon.training.state import FiniteCheck  # noqa: E402
 from hpc_supcon.training.step import train_step  # noqa: E402
 from tests.dist.ranks import run_ranks  # noqa: E402
 from tests.dist.test_step import build  # noqa: E402

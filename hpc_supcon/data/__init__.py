@@ -8,9 +8,8 @@ from .sources.beton import BetonSource, open_beton
 from .sources.source import ArraySource, Source, channel_statistics, normalization_of
 from .sources.splits import SOURCES, Splits, convert_splits, load_splits, open_source
 from .sources.stratify import stratified_split
-from .views.normalize import EvalTransform
-from .views.parameters import ViewParameters
-from .views.views import POLICIES, Views
+from .views.pixels import EvalTransform
+from .views.views import POLICIES, ViewParameters, Views
 
 __all__ = [
     "LOADERS",

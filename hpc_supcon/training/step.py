@@ -21,8 +21,7 @@ from ..distributed.collectives import all_sum, world_size
 from ..models import frozen_running_statistics
 from ..phases import BACKWARD, ENCODER, LOSS, PROJECTION, on_gradient, phase
 from ..seeding import stream
-from .finite_check import FiniteCheck
-from .state import StepOptions, TrainState
+from .state import FiniteCheck, StepOptions, TrainState
 
 
 @dataclass(frozen=True)

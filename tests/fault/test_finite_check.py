@@ -15,11 +15,10 @@ from hpc_supcon.distributed import collectives
 from hpc_supcon.distributed.launch import Launch, Runtime
 from hpc_supcon.errors import NonFinite
 from hpc_supcon.training.checkpointer import Checkpointer
-from hpc_supcon.training.finite_check import FiniteCheck
 from hpc_supcon.training.fit import fit
 from hpc_supcon.training.metrics import MetricLog, ProgressLine
 from hpc_supcon.training.plan import TrainingPlan
-from hpc_supcon.training.state import Training
+from hpc_supcon.training.state import FiniteCheck, Training
 from hpc_supcon.training.step import train_step
 
 from ..dist.ranks import run_ranks

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ...errors import HpcSupconError, LoaderDied
-from ..transfer import copy_async
+from ..views.pixels import copy_async
 from .base import Batch, BatchRequest, EpochSteps
 
 DEPTH = 2

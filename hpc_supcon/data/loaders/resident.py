@@ -17,8 +17,7 @@ from torch import Tensor
 from ...errors import CorruptSample, DataError
 from ..crop_boxes import crop_boxes
 from ..sources.source import Source
-from ..transfer import copy_async
-from ..views.resample import resample
+from ..views.pixels import copy_async, resample
 from .base import Batch, BatchRequest, CropOptions, EpochSteps, LoaderOptions
 from .sample_reader import find_replacement
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ...errors import ConfigError
 from ..sources.source import LUMA
-from ..transfer import copy_async
+from .pixels import copy_async
 
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 """Operations, numbered as in torchvision's ColorJitter."""
@@ -157,3 +158,17 @@ class Jitter(nn.Module):
             if step < blends.shape[1]:
                 blend(x, blends[:, step], blend_factors[:, step])
         return x
+
+
+def check_probabilities(**probabilities: float) -> None:
+    """Raise ConfigError for a value outside 0..1."""
+    for name, value in probabilities.items():
+        if not 0 <= value <= 1:
+            raise ConfigError(f"{name} is a probability and must be within 0..1, not {value}")
+
+
+def check_strengths(**strengths: float) -> None:
+    """Raise ConfigError for a strength of the color jitter below 0, or a hue above 0.5."""
+    for name, value in strengths.items():
+        if not 0 <= value <= (0.5 if name == "hue" else float("inf")):
+            raise ConfigError(f"{name} must be at least 0{' and at most 0.5' * (name == 'hue')}, not {value}")

@@ -23,8 +23,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from ..transfer import copy_async
 from .color import grayscale
+from .pixels import copy_async
 
 OPERATIONS = (
     "Identity",

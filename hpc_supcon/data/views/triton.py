@@ -20,10 +20,10 @@ import triton.language as tl
 from torch import Tensor
 
 from ..sources.source import LUMA
-from ..transfer import copy_async
+from .pixels import copy_async
 
 if TYPE_CHECKING:
-    from .parameters import ViewParameters
+    from .views import ViewParameters
 
 _RED, _GREEN, _BLUE = (tl.constexpr(weight) for weight in LUMA)
 

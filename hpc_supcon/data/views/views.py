@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.util import find_spec
 
 import numpy as np
@@ -11,13 +12,10 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError, unknown_name
 from ..crop_boxes import check_crops, draw_boxes
-from ..transfer import copy_async
-from .color import SIGMA, Jitter, gaussian_blur, grayscale, kernel_size
-from .normalize import normalize_, normalize_levels_
+from .color import SIGMA, Jitter, check_probabilities, check_strengths, gaussian_blur, grayscale, kernel_size
 from .ops import operate_
-from .parameters import ViewParameters, check_probabilities, check_strengths
+from .pixels import copy_async, flip_selected, normalize_, normalize_levels_, resample
 from .policies import AutoAugment, RandAugment
-from .resample import flip_selected, resample
 
 POLICIES: dict[str, Callable[..., AutoAugment | RandAugment | None]] = {
     "none": lambda **_: None,
@@ -32,6 +30,36 @@ FUSED_SIDE = 64
 """Largest side in pixels of the images and views that one kernel computes on CUDA."""
 CPU_CACHE = 1 << 22
 """Bytes of float views processed at once on a CPU, so that they stay in its cache between operations."""
+
+
+@dataclass(frozen=True)
+class ViewParameters:
+    """Random parameters of n = B * V views (the V views of an image are adjacent).
+
+    Numbers are on the device of the views. Which operation applies to which view is on the CPU, which launches the
+    operations: reading it from a GPU would wait for everything that is queued there.
+    """
+
+    boxes: Tensor
+    """int64 [n, 4], on the device: top, left, height, width of the crop."""
+    factors: Tensor
+    """float32 [n, 4], on the device: brightness, contrast, saturation (factors >= 0) and hue (turns)."""
+    flip: Tensor
+    """bool [n]: mirrored left to right."""
+    permutation: Tensor
+    """int64 [n]: the order of the color operations, an index into Jitter.permutations; -1 for no color operation."""
+    grayscale: Tensor
+    """bool [n]: converted to gray, after the color operations."""
+    sigma: Tensor
+    """float32 [n]: standard deviation of the blur in pixels; 0 for none."""
+    operations: Tensor
+    """int64 [n, steps]: operations of AutoAugment or RandAugment (indices into ops.OPERATIONS), in sequence."""
+    magnitudes: Tensor
+    """float64 [n, steps]: their magnitudes (see ops.OPERATIONS)."""
+
+    def select(self, rows: slice) -> ViewParameters:
+        """The parameters of these views."""
+        return ViewParameters(**{name: value[rows] for name, value in vars(self).items()})
 
 
 class Views(nn.Module):

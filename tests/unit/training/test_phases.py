@@ -19,7 +19,7 @@ from hpc_supcon.distributed.launch import Launch, Runtime
 from hpc_supcon.errors import NonFinite, RunFolderError
 from hpc_supcon.phases import Clock, measured_by, phase
 from hpc_supcon.seeding import stream
-from hpc_supcon.training import finite_check
+from hpc_supcon.training import state as state_module
 from hpc_supcon.training.fit import collect_garbage_every
 from hpc_supcon.training.profile import TRACED, WARM_UP, Breakdown, StepProfile, breakdown
 from hpc_supcon.training.step import train_step
@@ -275,7 +275,7 @@ def test_a_step_never_waits_for_its_device_except_to_read_the_finite_check(monke
     meta = torch.device("meta")
     state, options, batches = build(0, 1, [*overrides, f"loss.backend={backend}"], runtime=Runtime(Launch(), meta))
     options = replace(options, defer_finite_check=True)
-    monkeypatch.setattr(finite_check, "_to_host", lambda numbers: (torch.zeros(3), None))
+    monkeypatch.setattr(state_module, "_to_host", lambda numbers: (torch.zeros(3), None))
     for batch in batches[:3]:
         train_step(state, type(batch)(batch.images.to(meta), batch.labels.to(meta), batch.index.to(meta)), options)
     assert state.step == 3

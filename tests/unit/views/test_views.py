@@ -12,7 +12,7 @@ from torchvision.transforms.v2 import functional as TF
 from hpc_supcon.data import EvalTransform, Views
 from hpc_supcon.data.crop_boxes import draw_boxes
 from hpc_supcon.data.views.color import BRIGHTNESS, CONTRAST, SATURATION, adjust_hue, blend, grayscale
-from hpc_supcon.data.views.resample import resample
+from hpc_supcon.data.views.pixels import resample
 from hpc_supcon.errors import ConfigError
 from hpc_supcon.seeding import stream
 

@@ -1,11 +1,19 @@
-"""Crops of a whole batch: cropped, resized and flipped in two matrix products, or only flipped."""
+"""Images as tensors on their device: copied without waiting, cropped and resized, flipped, normalized."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Sequence
 
-from ..transfer import copy_async
+import torch
+from torch import Tensor, nn
+
+
+def copy_async(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on `device`, without waiting for the work that is queued there."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device, non_blocking=True)
+    # The caching host allocator does not reuse pinned memory before the copy out of it is done.
+    return tensor.pin_memory().to(device, non_blocking=True)
 
 
 def interpolation_matrices(
@@ -67,3 +75,37 @@ def flip_selected(images: Tensor, rows: Tensor, flip: Tensor) -> Tensor:
     sources[chosen] = torch.arange(len(rows), len(rows) + len(chosen))
     result = torch.cat((unchanged, mirrored)).index_select(0, copy_async(sources, device))
     return result if contiguous else result.permute(0, 3, 1, 2)
+
+
+def normalize_(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(x - mean) / std in place; x float [C, ...], mean and std [C]."""
+    shape = (-1, *[1] * (x.ndim - 1))
+    # addcmul would not be vectorized here, because two of its operands are broadcast
+    return x.mul_(std.reciprocal().view(shape)).sub_((mean / std).view(shape))
+
+
+def normalize_levels_(x: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(x / 255 - mean) / std in place; x float [n, C, H, W], contiguous or channels last."""
+    if x.is_contiguous():
+        return normalize_(x.transpose(0, 1), 255 * mean, 255 * std).transpose(0, 1)
+    # over whole rows of pixels: a loop over three channels is not vectorized
+    rows, W = x.permute(0, 2, 3, 1).flatten(2), x.shape[3]
+    rows.mul_((255 * std).reciprocal().repeat(W)).sub_((mean / std).repeat(W))
+    return x
+
+
+class EvalTransform(nn.Module):
+    """uint8 [B, C, H, W] -> float32 [B, C, H, W], normalized: the input in evaluation."""
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(self, mean: Tensor | Sequence[float], std: Tensor | Sequence[float]) -> None:
+        """mean, std: [C] in units of 0..1."""
+        super().__init__()
+        self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.float32), persistent=False)
+        self.register_buffer("std", torch.as_tensor(std, dtype=torch.float32), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        scaled = images.float().mul_(1 / 255).transpose(0, 1)
+        return normalize_(scaled, self.mean, self.std).transpose(0, 1)
