@@ -220,7 +220,7 @@ def _victim(pipe: Connection, who: str, folder: str, what: str, seed: int) -> No
 def faults(folder: Path, times: int) -> dict[str, Any]:
     """What the training program meets when a worker is killed, is stopped, or its process group gets a signal."""
     found: dict[str, Any] = {}
-    for what, n in (("kill", times), ("stop", 3), ("group", 3)):
+    for what, n in (("kill", times), ("stop", 2), ("group", 3)):
         for who in KINDS:
             outcomes: dict[str, list[float]] = {}
             for seed in range(n):

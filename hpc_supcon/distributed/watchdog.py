@@ -2,7 +2,7 @@
 
 Two threads run beside the main thread (monitors.py). One watches this process for signals and for progress of the
 main thread, the other exchanges messages with the other ranks through the store. The main thread sends nothing for
-this: a step costs it one lock and one look at a flag.
+this: a step costs it one lock and the reading of a flag.
 
 When a run is preempted in training, its ranks exit after a common step. Each rank publishes the number of the first
 step after which it knows of the preemption. With M the largest of these numbers, all exit after step M + 1. No rank

@@ -17,7 +17,7 @@ StemName = Literal["auto", "small", "standard"]
 ContrastiveName = Literal["supcon_out", "supcon_in", "tcl", "simclr"]
 """Losses over the embeddings of all ranks, and of a queue."""
 PairwiseName = Literal[ContrastiveName, "triplet"]
-"""Losses that compare images; all others look at one image at a time."""
+"""Losses that compare images; all others take one image at a time."""
 ClassifierLossName = Literal["cross_entropy", "cross_entropy_mae"]
 """Losses that train a classifier beside the encoder."""
 DecoderLossName = Literal["reconstruction"]

@@ -132,10 +132,11 @@ class Lamb(torch.optim.Optimizer):
         for p in params:
             if "step" not in self.state[p]:
                 self.state[p]["step"] = torch.zeros((), device="cpu")
+        if not params:
+            return []
         steps = [self.state[p]["step"] for p in params]
-        if steps:
-            torch._foreach_add_(steps, 1.0)
-        return [int(t.numpy()) for t in steps]
+        torch._foreach_add_(steps, 1.0)
+        return [int(t) for t in torch.stack(steps).tolist()]
 
     def _trust_ratios(self, params: list[Tensor], updates: list[Tensor], scale: float) -> TensorList:
         w, u = _norms(params, updates)
