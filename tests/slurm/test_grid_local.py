@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,7 @@ import pytest
 
 from hpc_supcon.grid.folder import read_record, submitted_jobs
 
+from ..processes import Ranks
 from .grids import LONG, grid, processes_of, states, wait_for, wait_for_checkpoint, weights, write_grid, write_profile
 
 pytestmark = pytest.mark.timeout(1200)
@@ -93,8 +95,13 @@ def test_an_interrupted_pruning_resumes_and_ends_with_the_same_weights(here, tmp
     assert set(states(folder).values()) == {"done"}, grid("status", folder)
     assert len(read_record(folder, "rate-0.5.prune").requeues) == 1
     assert "going on from step" in grid("logs", folder, "rate-0.5.prune")
-    grid("submit", path, "--cluster", "debug", "--dir", tmp_path / "debug")
-    assert weights(pruned) == weights(tmp_path / "debug" / pruned.relative_to(folder))
+    dense, again = folder / "runs" / "rate-0.5", tmp_path / "again"
+    again.mkdir()
+    shutil.copy(dense / "config.yaml", again)
+    (again / "checkpoints").symlink_to(dense / "checkpoints")
+    uninterrupted = Ranks(["prune", str(again)], tmp_path / "stderr")
+    assert uninterrupted.end() == [0], uninterrupted.stderr
+    assert weights(pruned) == weights(again / pruned.relative_to(dense))
 
 
 @pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
