@@ -15,7 +15,7 @@ quickstart: $(VENV)/.installed  ## the main job on embedded data: two ranks, abo
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node $(RANKS) -m hpc_supcon run run_dir=runs/quickstart-$$(date +%Y%m%d-%H%M%S)
 
 check: lint  ## before each commit: linters, types, and the unit tests as far as they need no training
-	$(BIN)/python -m pytest $(PARALLEL) --no-training tests/unit
+	$(BIN)/python -m pytest $(PARALLEL) --no-training tests/unit --ignore=tests/unit/bench
 
 test: lint $(VENV)/.installed-extras  ## the whole suite, with all that can be installed: ffcv, dali, DeepSpeed, a local Slurm
 	$(BIN)/python -m pytest $(PARALLEL) $(ALONE:%=--ignore=%)

@@ -28,7 +28,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint that was read: tensors by file stem (`model`, `optimizer`, `rng`), and the plain `state`."""
+    """A checkpoint that was read: tensors by file stem (`model`, `optimizer`, ...), and the plain `state`."""
 
     path: Path
     tensors: dict[str, dict[str, Tensor]]
