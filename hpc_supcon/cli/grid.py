@@ -25,9 +25,9 @@ grid = typer.Typer(
 
 CLUSTERS = ("slurm", "local", "debug")
 ROWS = 40
-GridFile = Annotated[Path, typer.Argument(metavar="GRID", help="A grid file, such as launch/grids/tcl.yaml.")]
+GridFile = Annotated[Path, typer.Argument(metavar="GRID", help="A grid file, such as launch/grids/deck.yaml.")]
 GridDir = Annotated[Path, typer.Argument(metavar="GRID_DIR", help="A grid's folder.")]
-Overrides = Annotated[
+CellOverrides = Annotated[
     list[str] | None, typer.Argument(metavar="key=value", help="Settings of every cell, such as data.root=/data.")
 ]
 All = Annotated[bool, typer.Option("--all", help="Show every row.")]
@@ -51,7 +51,7 @@ def _profile(path: Path | None, cluster: str | None) -> tuple[str, ClusterProfil
 
 @grid.command("expand")
 def expand_command(
-    grid_file: GridFile, overrides: Overrides = None, every: All = False, debug: Debug = False
+    grid_file: GridFile, overrides: CellOverrides = None, every: All = False, debug: Debug = False
 ) -> None:
     """Check every cell; show the runs, their order and what they cost at most. Submits nothing."""
     from ..grid.status import render_plan
@@ -62,7 +62,7 @@ def expand_command(
 @grid.command("submit")
 def submit_command(
     grid_file: GridFile,
-    overrides: Overrides = None,
+    overrides: CellOverrides = None,
     cluster: Annotated[str | None, typer.Option(help="slurm | local | debug; by default the profile's.")] = None,
     profile: Annotated[Path | None, typer.Option(help="A cluster's profile: launch/clusters/NAME.yaml.")] = None,
     folder: Annotated[Path | None, typer.Option("--dir", help="The grid's folder; by default grids/NAME.")] = None,
