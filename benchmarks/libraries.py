@@ -40,6 +40,8 @@ from hpc_supcon.training.memory import _LiveBytes
 from hpc_supcon.training.optim import build_optimizer
 
 ROUNDS, STEPS, BATCH, WORKERS, TIMEOUT_S = 7, 24, 64, 2, 10.0
+ANSWER_S = 60.0
+"""How long a program with a faulty worker may take, from its start, before "no answer" is noted with this time."""
 
 
 class CountOps(TorchDispatchMode):
@@ -232,8 +234,8 @@ def faults(folder: Path, times: int) -> dict[str, Any]:
                 )
                 process.start()
                 theirs.close()
-                outcome, seconds = "hangs", 30.0
-                if ours.poll(60):
+                outcome, seconds = "no answer", ANSWER_S
+                if ours.poll(ANSWER_S):
                     with contextlib.suppress(EOFError):
                         outcome, seconds = ours.recv()
                 outcomes.setdefault(outcome, []).append(seconds)
