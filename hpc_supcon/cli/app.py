@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from .. import __version__
 from ..config import Config, Stage, load_config, schema_rows, to_yaml
 from ..errors import CorruptSample, HpcSupconError, Preempted, RankLost
 from ..run_folder import read_config
+from ..terminal import output
 from .bench import bench
 from .checkpoints import checkpoints
 from .common import Debug, progress_bars, started
@@ -140,8 +140,8 @@ def config_command(
         return
     table = Table("setting", "type", "default", "unit", "meaning", box=None, pad_edge=False, header_style="bold")
     for row in schema_rows():
-        table.add_row(*(text.replace("[", r"\[") for text in row))
-    Console(width=None if sys.stdout.isatty() else 160).print(table)
+        table.add_row(*row)
+    output().print(table)
 
 
 @app.command("convert")
@@ -210,9 +210,9 @@ def _print_results(folder: Path, results: list[dict[str, Any]]) -> None:
             if result[split] is not None:
                 numbers = (f"{result[split][name]:.4f}" for name in names)
                 table.add_row(result["probe"], split, *numbers, end_section=split == "test")
-    console = Console()
+    console = output()
     console.print(table)
-    console.print(f"results: {folder / 'results.json'}", soft_wrap=True, highlight=False)
+    console.print(f"results: {folder / 'results.json'}", soft_wrap=True)
 
 
 def _title(results: list[dict[str, Any]]) -> str:

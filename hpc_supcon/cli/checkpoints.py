@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
-from rich.text import Text
 
 from ..errors import CheckpointCorrupt, RunFolderError
+from ..terminal import output
 from .common import Debug
 
 
@@ -83,11 +82,11 @@ def describe(run_dir: Path, *, verify: bool = True) -> list[dict[str, Any]]:
 
 
 def _print(run_dir: Path, rows: list[dict[str, Any]], *, verified: bool) -> None:
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = output()
     if not rows:
-        console.print(f"{run_dir}: no checkpoint yet", soft_wrap=True, highlight=False, markup=False)
+        console.print(f"{run_dir}: no checkpoint yet", soft_wrap=True)
         return
-    table = Table(title=Text(str(run_dir)))
+    table = Table(title=str(run_dir))
     for heading in ("step", "written", "bytes", "ranks", "state"):
         table.add_column(heading, justify="right" if heading in ("step", "bytes", "ranks") else "left")
     undamaged = "verified" if verified else "sizes match"
@@ -98,4 +97,4 @@ def _print(run_dir: Path, rows: list[dict[str, Any]], *, verified: bool) -> None
     console.print(table)
     for row in rows:
         if row["problem"]:
-            console.print(f"step {row['step']}: {row['problem']}", soft_wrap=True, highlight=False, markup=False)
+            console.print(f"step {row['step']}: {row['problem']}", soft_wrap=True)

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from ..config import Config, Stage, check_ranks
+from ..terminal import progress_bar
 
 if TYPE_CHECKING:
     from ..distributed.launch import Runtime
@@ -53,11 +53,8 @@ def started(settings: Config, stages: tuple[Stage, ...], *, resume: bool) -> Ite
 @contextmanager
 def progress_bars() -> Iterator[Callable[[str, int, int], None]]:
     """`update(name, done, total)`: a progress bar for each name; nothing is shown where stderr is no terminal."""
-    from rich.progress import Progress
-
     bars: dict[str, Any] = {}
-    console = Console(stderr=True)
-    with Progress(console=console, disable=not console.is_terminal, transient=True) as progress:
+    with progress_bar() as progress:
 
         def update(name: str, done: int, total: int) -> None:
             if name not in bars:

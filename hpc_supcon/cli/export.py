@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
 from ..errors import ConfigError, LaunchError, unknown_name
+from ..terminal import output
 from .common import Debug, progress_bars
 
 if TYPE_CHECKING:
@@ -161,7 +161,7 @@ def _report_left_out(problems: Sequence[str], images: ImageSet) -> None:
 
 def _print(predictions: Predictions) -> None:
     """A row for each image, with its three most probable classes."""
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = output()
     table = Table("image", "class", "probability", "then")
     for path, shares in zip(predictions.paths, predictions.probabilities, strict=True):
         first, *others = (-shares).argsort(kind="stable")[:3]

@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.live import Live
 
 from ..errors import ConfigError, unknown_name
+from ..terminal import output
 from .common import Debug
 
 if TYPE_CHECKING:
@@ -56,7 +56,7 @@ def expand_command(
     """Check every cell; show the runs, their order and what they cost at most. Submits nothing."""
     from ..grid.status import render_plan
 
-    _console().print(render_plan(_plan(grid_file, overrides), None if every else ROWS))
+    output().print(render_plan(_plan(grid_file, overrides), None if every else ROWS))
 
 
 @grid.command("submit")
@@ -101,7 +101,7 @@ def status_command(
     from ..grid.node_state import QUEUED, node_states
     from ..grid.status import render
 
-    frozen, rows, console = load(grid_dir), None if every else ROWS, _console()
+    frozen, rows, console = load(grid_dir), None if every else ROWS, output()
     states = node_states(frozen)
     if not watch:
         console.print(render(frozen, states, rows))
@@ -202,7 +202,3 @@ def _summary(root: Path) -> None:
 def _report(line: str) -> None:
     sys.stdout.write(f"{line}\n")
     sys.stdout.flush()
-
-
-def _console() -> Console:
-    return Console(width=None if sys.stdout.isatty() else 200, highlight=False)

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from ..run_folder import read_config
+from ..terminal import output
 from .common import Debug, started
 
 
@@ -59,6 +58,6 @@ def _print(run_dir: Path, results: list[dict[str, Any]]) -> None:
             result["probe"],
             *("" if score is None else f"{score['accuracy']:.4f}" for score in scores),
         )
-    console = Console(width=None if sys.stdout.isatty() else 160)
+    console = output()
     console.print(table)
-    console.print(f"results: {run_dir / 'results.json'}", soft_wrap=True, highlight=False)
+    console.print(f"results: {run_dir / 'results.json'}", soft_wrap=True)

@@ -10,7 +10,7 @@ from ..data import EvalTransform, Splits
 from ..distributed.collectives import gather_objects, propagate_errors, rank
 from ..errors import CheckpointCorrupt, DataError, RunFolderError
 from ..models import PretrainingModel, build_model
-from ..training.metrics import console
+from ..terminal import warn
 
 
 def check_has_encoder(folder: Path) -> None:
@@ -55,7 +55,7 @@ def _choose(checkpoints: Path) -> checkpoint.Checkpoint:
     newest, refused = checkpoint.load_newest(checkpoints)
     assert newest is not None
     for line in refused:
-        console.print(f"not used: {line}", soft_wrap=True, style="yellow")
+        warn(f"not used: {line}")
     with checkpoint.mismatch_is_corrupt(newest.path):
         best_at = newest.state["stopping"]["best_at"] if "stopping" in newest.state else None
         if best_at is None or int(best_at) == newest.state["step"]:
@@ -63,9 +63,5 @@ def _choose(checkpoints: Path) -> checkpoint.Checkpoint:
     try:
         return checkpoint.load_checkpoint(path_of(checkpoints, int(best_at)))
     except CheckpointCorrupt as error:
-        console.print(
-            f"not used: {error}; taking {newest.name} in place of the best, step {best_at}",
-            soft_wrap=True,
-            style="yellow",
-        )
+        warn(f"not used: {error}; taking {newest.name} in place of the best, step {best_at}")
         return newest

@@ -139,9 +139,11 @@ def to_csv(tables: Sequence[TableData]) -> str:
 
 def draw(table: TableData, path: Path) -> None:
     """Write the table's chart as a PNG. Needs no display."""
+    from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    FigureCanvasAgg(chart(table)).print_png(path)
+    with rc_context({"text.parse_math": False}):  # labels are the user's: "$" in them starts no formula
+        FigureCanvasAgg(chart(table)).print_png(path)
 
 
 def chart(table: TableData) -> Figure:

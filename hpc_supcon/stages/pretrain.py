@@ -18,12 +18,13 @@ from ..distributed.launch import Runtime
 from ..distributed.preemption import requested
 from ..distributed.watchdog import current_watchdog
 from ..errors import Preempted
+from ..terminal import console
 from ..training.build import Start, build_training
 from ..training.checkpointer import Checkpointer
 from ..training.data import Data
 from ..training.engine import check_engine
 from ..training.fit import fit
-from ..training.metrics import MetricLog, ProgressLine, console
+from ..training.metrics import MetricLog, ProgressLine
 from ..training.plan import peak_lr
 from ..training.profile import Breakdown, StepProfile
 from ..training.resume import resume_newest

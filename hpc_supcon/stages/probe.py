@@ -28,9 +28,10 @@ from ..evaluation.probes import (
 )
 from ..evaluation.scores import classification_scores
 from ..seeding import changed_since
+from ..terminal import note, warn
 from ..training.data import Data
 from ..training.engine import place
-from ..training.metrics import MetricLog, console
+from ..training.metrics import MetricLog
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,7 @@ def start_without_encoder(config: Config, runtime: Runtime) -> Path:
         if runtime.is_main:
             if not run_folder.is_used(folder):
                 run_folder.create(folder, config)
-            console.print(f"probe.kind={', '.join(config.probe.kinds)} reads pixels: no encoder is pre-trained")
+            note(f"probe.kind={', '.join(config.probe.kinds)} reads pixels: no encoder is pre-trained")
     return folder
 
 
@@ -96,7 +97,7 @@ def _tasks(
         masks = found.tensors.get("masks")
         warning = changed_since(found.state)
         if warning is not None and runtime.is_main:
-            console.print(f"{folder}: {warning}", soft_wrap=True, style="yellow")
+            warn(f"{folder}: {warning}")
     else:
         with propagate_errors():
             normalization = normalization_of(data.splits.train)

@@ -18,9 +18,9 @@ from ..evaluation.monitor import online_probe
 from ..evaluation.probes import check_probes
 from ..models import PretrainingModel
 from ..pruning import PRUNERS, WeightMasks, build_masks, fully_pruned, masks_digest, measure, prunable
+from ..terminal import warn
 from ..training.build import Start
 from ..training.data import Data
-from ..training.metrics import console
 from ..training.plan import peak_lr
 from .pretrain import pretrain
 from .probe import probe
@@ -150,7 +150,7 @@ def _warn_of_fully_pruned(rate: float, masks: Masks) -> None:
     """A warning, not an error: residual connections may carry the features past a layer without weights."""
     if names := fully_pruned(masks):
         shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-        console.print(f"prune.rate={rate:g} leaves nothing of {shown}", soft_wrap=True, style="yellow", markup=False)
+        warn(f"prune.rate={rate:g} leaves nothing of {shown}")
 
 
 def _build_run_folder(

@@ -13,7 +13,7 @@ from ..config import Config, digest
 from ..distributed.collectives import propagate_errors
 from ..distributed.launch import Runtime
 from ..phases import phase
-from .metrics import console
+from ..terminal import warn
 from .state import TrainState
 
 
@@ -99,5 +99,5 @@ def _build_writer(config: Config, runtime: Runtime) -> CheckpointWriter:
         save,
         asynchronous=settings.asynchronous,
         max_failed=settings.max_failed_saves,
-        warn=lambda line: console.print(line, soft_wrap=True, style="yellow", markup=False),
+        warn=warn,
     )

@@ -9,15 +9,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 
 from ..data import Batch
 from ..phases import phase
-
-console = Console(stderr=True, highlight=False)
+from ..terminal import console, note
 
 
 class Meter:
@@ -118,10 +116,10 @@ class ProgressLine:
         self._live = shown and console.is_terminal
         self._last_line = time.monotonic()
         self._progress = Progress(
-            TextColumn("[bold]{task.description}"),
+            TextColumn("{task.description}", style="bold", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
-            TextColumn("{task.fields[numbers]}"),
+            TextColumn("{task.fields[numbers]}", markup=False),
             TimeRemainingColumn(elapsed_when_finished=True),
             console=console,
             disable=not self._live,
@@ -140,14 +138,14 @@ class ProgressLine:
     def print(self, line: str) -> None:
         """Print one line above the bar."""
         if self._shown:
-            console.print(line, soft_wrap=True)
+            note(line)
 
     def end_epoch(self, epoch: int, numbers: dict[str, float]) -> None:
         """Print the numbers of an epoch where there is no bar; `epoch` counts from 1."""
         due = time.monotonic() - self._last_line >= self.MIN_INTERVAL_S or epoch == self._epochs
         if self._shown and not self._live and due:
             self._last_line = time.monotonic()
-            console.print(
+            note(
                 f"epoch {epoch}/{self._epochs}  loss {numbers['loss']:.4f}  {numbers['images_per_s']:,.0f} images/s  "
                 f"data wait {numbers['data_wait']:.1%}  {numbers['time_left_s']:.0f} s left"
             )

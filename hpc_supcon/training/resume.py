@@ -10,7 +10,7 @@ from ..distributed.collectives import gather_objects, propagate_errors
 from ..distributed.launch import Runtime
 from ..errors import WorldSizeMismatch
 from ..seeding import changed_since
-from .metrics import console
+from ..terminal import note, warn
 from .state import TrainState
 
 
@@ -25,11 +25,11 @@ def resume_newest(state: TrainState, folder: Path, runtime: Runtime, config: Con
         if runtime.is_main:
             found, refused = checkpoint.load_newest(folder / run_folder.CHECKPOINTS)
             for line in refused:
-                console.print(f"not used: {line}", soft_wrap=True, style="yellow")
+                warn(f"not used: {line}")
     path = gather_objects(found.path if found else None)[0]
     if path is None:
         if runtime.is_main:
-            console.print(f"{folder}: no checkpoint yet, starting from step 0", soft_wrap=True)
+            note(f"{folder}: no checkpoint yet, starting from step 0")
         return False
     with propagate_errors():
         found = found or checkpoint.load_checkpoint(path)
@@ -43,8 +43,8 @@ def resume_newest(state: TrainState, folder: Path, runtime: Runtime, config: Con
             state.load(found.tensors, found.state)
     if runtime.is_main:
         changed = saved_world != runtime.world_size
-        note = f" (saved by {saved_world} ranks, going on with {runtime.world_size})" if changed else ""
-        console.print(f"{folder}: going on from step {state.step}{note}", soft_wrap=True)
+        ranks = f" (saved by {saved_world} ranks, going on with {runtime.world_size})" if changed else ""
+        note(f"{folder}: going on from step {state.step}{ranks}")
         if (warning := changed_since(found.state)) is not None:
-            console.print(f"{path}: {warning}", soft_wrap=True, style="yellow")
+            warn(f"{path}: {warning}")
     return True
