@@ -14,6 +14,10 @@ class HpcSupconError(Exception):
     """Base of all named errors."""
 
     exit_code = 2
+    on_all_ranks = False
+    """Every rank raises it, so that one line for each node is enough."""
+    is_printed = False
+    """It is on this node's terminal already."""
 
 
 class ConfigError(HpcSupconError):
@@ -70,6 +74,7 @@ class NonFinite(HpcSupconError):
     """Loss or gradients became NaN or Inf; training ended, and the step was not saved."""
 
     exit_code = 3
+    on_all_ranks = True
 
 
 class OutOfMemory(HpcSupconError):
@@ -94,6 +99,7 @@ class Preempted(HpcSupconError):
     """SIGTERM or SIGUSR2 preempted the run. It has saved, and can be started again with --resume."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h
+    on_all_ranks = True
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str], *, listed: str | None = None) -> str:

@@ -231,7 +231,7 @@ def main(arguments: list[str] | None = None) -> None:
     except HpcSupconError as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        elif _is_first_on_node() or isinstance(error, RankLost):
+        elif not error.is_printed and (_is_first_on_node() or isinstance(error, RankLost)):
             kind = "" if isinstance(error, Preempted) else "error: "
             sys.stderr.write(f"hpc-supcon: {kind}{error}\n")
         sys.exit(error.exit_code)

@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import faulthandler
+import json
 import os
 import signal
+import socket
 import sys
 import threading
 import time
 import traceback
 from contextlib import suppress
+from dataclasses import asdict
 from datetime import datetime
 from typing import NoReturn
 
 from ..errors import HpcSupconError, Preempted, RankLost
 from . import preemption
-from .store import ABORT, EXIT, RankStore, is_stopped, local_pid
-from .watchdog import Phase, Watchdog
+from .store import ABORT, EXIT, FAILED, RankStore, is_stopped, local_pid
+from .watchdog import Failure, Phase, Watchdog
 
 RANKS_TIMEOUT_S = 10.0
 """How long a rank that ends the run waits for the others to write their stacks, or to exit."""
@@ -118,6 +121,44 @@ def _signal_local(watchdog: Watchdog, ranks: set[int], number: signal.Signals) -
         if pid is not None:
             with suppress(ProcessLookupError, PermissionError):
                 os.kill(pid, number)
+
+
+def report_failure(watchdog: Watchdog, error: Exception) -> None:
+    """Tell this rank's own error: to the terminal, to folder/stacks, and to the other ranks.
+
+    Returns when they know it, so that this process can end: they only notice that the connection breaks.
+    """
+    message = " ".join(str(error).split())
+    failure = Failure(watchdog.rank, type(error).__name__, message)
+    store = watchdog.store
+    assert store is not None
+    with suppress(RuntimeError):  # the store is gone where rank 0 has ended already
+        store.broadcast(FAILED, json.dumps(asdict(failure)))
+        store.set(FAILED, "known")
+        first = Failure(**json.loads(store.shared()[FAILED]))
+        is_repeated = first.rank != failure.rank and (first.kind, first.message) == (failure.kind, failure.message)
+        if isinstance(error, HpcSupconError):
+            error.is_printed = not is_repeated or _is_on_this_host(watchdog, first.rank)
+        if is_repeated:
+            return
+        print_line(f"error: {failure.to_error()}")
+        if watchdog.folder is not None and watchdog.folder.is_dir():
+            write_stacks(watchdog, str(failure.to_error()), error)
+        _wait_for_ranks(store, FAILED, [rank for rank in range(store.world_size) if rank != store.rank])
+
+
+def failure_of_another_rank(watchdog: Watchdog) -> HpcSupconError | None:
+    """The error that another rank has reported, if any; printed already where that rank runs on this host."""
+    if watchdog.failure is None or watchdog.failure.rank == watchdog.rank:
+        return None
+    error = watchdog.failure.to_error()
+    error.on_all_ranks = True
+    error.is_printed = _is_on_this_host(watchdog, watchdog.failure.rank)
+    return error
+
+
+def _is_on_this_host(watchdog: Watchdog, rank: int) -> bool:
+    return bool(watchdog.processes) and watchdog.processes[rank].split()[0] == socket.gethostname()
 
 
 def _wait_for_ranks(store: RankStore, key: str, ranks: list[int]) -> None:

@@ -137,4 +137,6 @@ def raise_on_all_ranks(error: HpcSupconError | None) -> None:
         if first is not None:
             same_everywhere = all(e is not None and e.args == first.args for e in errors)
             message = str(first) if same_everywhere else f"rank {origin}: {first}"
-            raise type(first)(message) from error
+            common = type(first)(message)
+            common.on_all_ranks = True
+            raise common from error

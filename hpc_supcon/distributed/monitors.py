@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import select
 import signal
@@ -13,12 +14,20 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ..errors import Preempted, RankLost
+from ..errors import HpcSupconError, Preempted, RankLost
 from . import preemption
-from .abort import abort_all_ranks, exit_lock, save_and_exit, write_stacks
+from .abort import (
+    abort_all_ranks,
+    exit_lock,
+    failure_of_another_rank,
+    print_line,
+    report_failure,
+    save_and_exit,
+    write_stacks,
+)
 from .launch import Runtime
-from .store import ABORT, EXIT, PREEMPTED, RankStore, process_id
-from .watchdog import Watchdog, set_current_watchdog
+from .store import ABORT, EXIT, FAILED, PREEMPTED, RankStore, process_id
+from .watchdog import Failure, Watchdog, set_current_watchdog
 
 CHECK_INTERVAL_S = 0.25
 """Between two checks of this process."""
@@ -26,6 +35,8 @@ EXCHANGE_INTERVAL_S = 0.5
 """Between two exchanges of messages; each is two requests to the store (in rank 0 or in the launcher)."""
 JOIN_TIMEOUT_S = 5.0
 """How long the main thread waits for a monitor to end."""
+FAILED_S = 10.0
+"""How long a rank may take to end by itself after another rank has told its error."""
 STORE_LOST_S = 10.0
 """How long a rank that cannot reach the store goes on: at the end of a run, rank 0 may be the first to exit."""
 
@@ -54,7 +65,8 @@ def start_watchdog(folder: Path, *, step_timeout_s: float, first_step_timeout_s:
 def monitor_ranks(watchdog: Watchdog, runtime: Runtime) -> Iterator[None]:
     """Inside, the ranks of the process group monitor each other.
 
-    Raises RankLost when the connection to another rank breaks, after this rank's stacks were written.
+    An error that this rank alone has is told to the others. When the connection to another rank breaks, raises the
+    error that it has told, else RankLost, after this rank's stacks were written.
     """
     watchdog.rank, watchdog.device = runtime.rank, runtime.device
     if runtime.world_size == 1:
@@ -66,9 +78,13 @@ def monitor_ranks(watchdog: Watchdog, runtime: Runtime) -> Iterator[None]:
     monitor.start()
     try:
         yield
-    except RuntimeError as error:
-        if not _is_broken_connection(error):
+    except Exception as error:
+        if not isinstance(error, RuntimeError) or not _is_broken_connection(error):
+            if not (isinstance(error, HpcSupconError) and error.on_all_ranks):
+                report_failure(watchdog, error)
             raise
+        if (failure := failure_of_another_rank(watchdog)) is not None:
+            raise failure from error
         reason = _first_line(error)
         with exit_lock:
             path = write_stacks(watchdog, reason, error)
@@ -176,6 +192,7 @@ class RankMonitor(_Monitor):
         self._is_preemption_sent = self._is_exiting = False
         # rank 0 monitors all ranks, all others monitor rank 0
         self._monitored = list(range(1, store.world_size) if store.rank == 0 else range(1))
+        self._failed = _Unchanged(self._clock)
         self._alive = {rank: _Unchanged(self._clock) for rank in self._monitored}
 
     def run(self) -> None:
@@ -198,6 +215,9 @@ class RankMonitor(_Monitor):
         if EXIT in messages and store.rank:
             store.set("exiting", "yes")
             os._exit(Preempted.exit_code)
+        if FAILED in messages:
+            self._after_failure(messages[FAILED])
+            return
         if PREEMPTED in messages:
             preemption.request(messages[PREEMPTED])
         elif (reason := preemption.requested()) and not self._is_preemption_sent:
@@ -208,6 +228,21 @@ class RankMonitor(_Monitor):
         if not watchdog.processes:
             watchdog.processes = store.rank_values("process") or []
         self._check_others()
+
+    def _after_failure(self, message: str) -> None:
+        """Another rank has ended, or this one is about to. The main thread usually notices a broken connection; a
+        collective on a GPU may wait for ever instead."""
+        watchdog = self._watchdog
+        if watchdog.failure is None:
+            watchdog.failure = Failure(**json.loads(message))
+            self._store.set(FAILED, "known")
+        seconds = self._failed.seconds("failed")
+        error = failure_of_another_rank(watchdog)
+        if error is not None and seconds > FAILED_S:
+            with exit_lock:
+                if not error.is_printed:
+                    print_line(f"error: {error}")
+                os._exit(error.exit_code)
 
     def _check_others(self) -> None:
         limit = self._watchdog.step_timeout_s

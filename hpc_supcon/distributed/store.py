@@ -13,10 +13,11 @@ from typing import Any
 
 from torch.distributed import distributed_c10d
 
-PREEMPTED, EXIT, ABORT = "preempted", "exit", "abort"
+PREEMPTED, EXIT, ABORT, FAILED = "preempted", "exit", "abort", "failed"
 """Messages to all ranks. PREEMPTED: save and exit after the next common step (value: the signal). EXIT: rank 0 has
-saved, exit at once. ABORT: end at once (value: what failed)."""
-SHARED = (PREEMPTED, EXIT, ABORT)
+saved, exit at once. ABORT: end at once (value: what failed). FAILED: a rank ends with an error of its own (value: see
+watchdog.Failure)."""
+SHARED = (PREEMPTED, EXIT, ABORT, FAILED)
 _UNSET = "-"
 
 

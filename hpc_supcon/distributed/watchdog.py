@@ -21,6 +21,8 @@ from pathlib import Path
 
 import torch
 
+from .. import errors
+from ..errors import HpcSupconError, RankLost
 from . import preemption
 from .launch import set_collective_timeout
 from .store import RankStore
@@ -45,6 +47,23 @@ class Phase:
 
 
 FIRST_STEP, TRAINING = "first step", "training"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """The error with which one rank ends, for the other ranks."""
+
+    rank: int
+    kind: str
+    """Name of its class."""
+    message: str
+
+    def to_error(self) -> HpcSupconError:
+        """The same error for another rank; RankLost where it is none of the named ones."""
+        kind = getattr(errors, self.kind, None)
+        if isinstance(kind, type) and issubclass(kind, HpcSupconError):
+            return kind(f"rank {self.rank}: {self.message}")
+        return RankLost(f"rank {self.rank}: {self.kind}: {self.message}")
 
 
 class Watchdog:
@@ -72,6 +91,8 @@ class Watchdog:
         self.processes: list[str] = []
         """store.process_id of every rank, once all ranks have published theirs."""
         self.device = torch.device("cpu")
+        self.failure: Failure | None = None
+        """Of the first rank that ended with an error of its own."""
         self._published = False
         self._phase_lock = threading.Lock()
 

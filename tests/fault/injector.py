@@ -16,10 +16,11 @@ model.safetensors) and `phase`:
     validation                                    before the validation after that step
     probe                                         before the probes (step 0)
 
-Actions: kill stop abort usr2 term (signals to itself), hang (for ever), raise (an exception with no name), enospc
-edquot erofs eacces eio (OSError from the system call), half (half of a write, then SIGKILL), truncate flip (damage
-the file of the checkpoint just published), timeout (from now on a training step may take TIMEOUT_S: faster to wait
-for than runtime.timeout_s, which also limits the start of a run, however busy the machine is).
+Actions: kill stop abort usr2 term (signals to itself), hang (for ever), raise (an exception with no name), corrupt
+(the error of an image that does not decode), enospc edquot erofs eacces eio (OSError from the system call), half
+(half of a write, then SIGKILL), truncate flip (damage the file of the checkpoint just published), timeout (from now
+on a training step may take TIMEOUT_S: faster to wait for than runtime.timeout_s, which also limits the start of a
+run, however busy the machine is).
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ SIGNALS = {
     "term": signal.SIGTERM,
 }
 ERRORS = ("enospc", "edquot", "erofs", "eacces", "eio")
-ACTIONS = (*SIGNALS, "hang", "abort", "raise", *ERRORS, "half", "truncate", "flip", "timeout")
+ACTIONS = (*SIGNALS, "hang", "abort", "raise", "corrupt", *ERRORS, "half", "truncate", "flip", "timeout")
 TIMEOUT_S = 6
 PHASES = ("step", *CALLS, "save", "saved", "validation", "probe")
 
@@ -163,6 +164,10 @@ def inject(fault: Fault, write: tuple[Any, ...], published: Path | None) -> None
         shorten_timeout()
     elif fault.action == "raise":
         raise InjectedError(f"{fault.phase} of step {fault.step}")
+    elif fault.action == "corrupt":
+        from hpc_supcon.errors import CorruptSample
+
+        raise CorruptSample("image train/[cat]/7.png does not decode")
     elif fault.action in ERRORS:
         number = getattr(errno, fault.action.upper())
         raise OSError(number, os.strerror(number))
