@@ -8,14 +8,18 @@ from typing import Any
 
 from .config import Config, Stage, differences, load_config, to_yaml
 from .errors import RunFolderError
-from .files import write_atomically
+from .files import file_lock, write_atomically
+from .run_lock import LOCK
 
 CONFIG, RESULTS, CHECKPOINTS, PROFILE = "config.yaml", "results.json", "checkpoints", "profile"
 
 
 def is_used(folder: Path) -> bool:
-    """Whether anything is there, a file included."""
-    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    """Whether anything but a lock is there, a file included. Raises RunFolderError where that cannot be read."""
+    try:
+        return folder.exists() and (not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir()))
+    except OSError as error:
+        raise RunFolderError(f"{folder}: cannot be read: {error.strerror}") from None
 
 
 def check_usable(folder: Path, config: Config, *, resume: bool) -> None:
@@ -64,13 +68,23 @@ def read_config(
     return load_config(folder / CONFIG, overrides, stages=stages)
 
 
+def check_results(folder: Path) -> None:
+    """Raise RunFolderError for a results.json to which nothing can be added; call it before the work."""
+    if (folder / RESULTS).exists():
+        _read_results(folder / RESULTS)
+
+
 def add_result(folder: Path, result: dict[str, Any]) -> None:
-    """Add an entry to results.json, in place of an earlier one of the same stage, probe, checkpoint and folder."""
+    """Add an entry to results.json, in place of an earlier one of the same stage, probe, checkpoint and folder.
+
+    Several processes may do so at once. Raises OSError, RunFolderError; the file is then as it was.
+    """
     path = folder / RESULTS
-    results = _read_results(path) if path.exists() else []
     key = ("stage", "probe", "checkpoint", "folder")
-    results = [r for r in results if any(r.get(k) != result.get(k) for k in key)] + [result]
-    write_atomically(path, json.dumps({"results": results}, indent=2) + "\n")
+    with file_lock(folder / f".{RESULTS}.lock"):
+        results = _read_results(path) if path.exists() else []
+        results = [r for r in results if any(r.get(k) != result.get(k) for k in key)] + [result]
+        write_atomically(path, json.dumps({"results": results}, indent=2) + "\n")
 
 
 def _read_results(path: Path) -> list[dict[str, Any]]:
