@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,13 @@ def create(folder: Path, config: Config) -> None:
         write_atomically(folder / CONFIG, to_yaml(config))
     except OSError as error:
         raise RunFolderError(f"{folder}: cannot be made: {error.strerror}") from None
+
+
+def check_checkpoints(folder: Path) -> None:
+    """Raise RunFolderError where this process may not save checkpoints; call it before training."""
+    path = folder / CHECKPOINTS
+    if path.exists() and not os.access(path, os.W_OK | os.X_OK):
+        raise RunFolderError(f"{path}: no right to write there, so no checkpoint could be saved")
 
 
 def check_still_there(folder: Path) -> None:
@@ -93,6 +101,8 @@ def _read_results(path: Path) -> list[dict[str, Any]]:
         results = json.loads(path.read_text(encoding="utf-8"))["results"]
         if isinstance(results, list) and all(isinstance(result, dict) for result in results):
             return results
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot be read: {error.strerror}; move it away and evaluate again") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
         pass
     raise RunFolderError(f"{path}: damaged, or not a file of results; move it away and evaluate again")

@@ -4,9 +4,9 @@ RUN_DIR/.lock carries a POSIX lock and names its holder. The kernel gives such a
 however that happens, and no other process inherits it: a worker process that outlives its run does not keep it, as it
 would keep a flock. It holds between the nodes of NFS and Lustre as well, if they are mounted with locks.
 
-Some shared file systems have no locks, or locks that other nodes do not see (Lustre's `localflock`). There the content
-of the file decides: a holder of this machine is alive if its pid and start time are those of a process; one of another
-machine shows that it is alive by renewing the file's time every few seconds.
+Some shared file systems have no locks, or locks that other nodes do not see (Lustre's `localflock`). There the
+content of the file decides: a holder of this machine is alive if its pid and start time are those of a process; one
+of another machine shows that it is alive by renewing the file's time every few seconds.
 """
 
 from __future__ import annotations
@@ -91,8 +91,8 @@ _acquiring = threading.Lock()
 def run_lock(folder: Path, warn: Warn) -> Iterator[None]:
     """Inside, no other process that asks for the lock of `folder` gets it. The folder is made if it does not exist.
 
-    A process may ask again for what it holds. The lock of a process that has ended is taken over, which `warn` is told
-    in one line. Raises RunFolderError naming host and pid of the holder, and where this process may not write.
+    A process may ask again for what it holds. The lock of a process that has ended is taken over, which `warn` is
+    told in one line. Raises RunFolderError naming host and pid of the holder, and where this process may not write.
     """
     held = _acquire(folder, warn)
     try:
@@ -220,14 +220,10 @@ def _read_holder(handle: int) -> Holder | None:
     """None for an empty file: its last holder has given it up; or one that is not whole."""
     try:
         content = json.loads(os.pread(handle, 4096, 0))
-        return Holder(**{name: type_(content[name]) for name, type_ in _FIELDS.items()})
+        started, machine, since = (str(content[name]) for name in ("started", "machine", "since"))
+        return Holder(str(content["host"]), int(content["pid"]), started, machine, since)
     except (ValueError, KeyError, TypeError):
         return None
-
-
-_FIELDS: dict[str, Callable[[str], str | int]] = {
-    "host": str, "pid": int, "started": str, "machine": str, "since": str
-}  # fmt: skip
 
 
 def _write_holder(folder: Path, handle: int, has_lock: bool, warn: Warn) -> None:
@@ -253,7 +249,7 @@ def _machine() -> str:
     """Boot and process namespace: containers of one machine do not see each other's processes."""
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="utf-8").strip()
-        return f"{boot} {os.readlink('/proc/self/ns/pid')}"
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
     return socket.gethostname()
 
 
@@ -265,10 +261,11 @@ def _renew(held: _Held) -> None:
 
 
 def _release(held: _Held) -> None:
-    found = os.fstat(held.handle)
-    if _held.pop((found.st_dev, found.st_ino), None) is None:
+    if held.released.is_set():  # by `release_all`, or this is a forked process
         return
     held.released.set()
+    found = os.fstat(held.handle)
+    del _held[found.st_dev, found.st_ino]
     with suppress(OSError):  # a disk that is gone or full: the next process finds out that this one has ended
         os.ftruncate(held.handle, 0)
     _remove(held.folder, held.made)
@@ -289,6 +286,7 @@ def _forget() -> None:
     global _guard, _acquiring
     _guard, _acquiring = threading.Lock(), threading.Lock()
     for held in _held.values():
+        held.released.set()
         os.close(held.handle)
     _held.clear()
 

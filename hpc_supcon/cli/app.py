@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -37,8 +38,9 @@ app = typer.Typer(
     name="hpc-supcon",
     help="Supervised contrastive learning of images, from one CPU to a Slurm cluster.",
     epilog="Several ranks: torchrun --nproc_per_node N -m hpc_supcon run CONFIG, or srun hpc-supcon run CONFIG. "
-    "Exit codes: 0 done; 1 results could not be written, and were printed; 2 wrong input; 3 NaN or Inf; 4 the loader died; 5 another rank was lost or hangs; 6 out of "
-    "memory; 75 preempted (SIGTERM, SIGUSR2) and saved: start again with --resume.",
+    "Exit codes: 0 done; 1 results could not be written, and were printed; 2 wrong input; 3 NaN or Inf; 4 the "
+    "loader died; 5 another rank was lost or hangs; 6 out of memory; 75 preempted (SIGTERM, SIGUSR2) and saved: "
+    "start again with --resume.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -261,6 +263,11 @@ def _main(arguments: list[str]) -> None:
             kind = "" if isinstance(error, Preempted) else "error: "
             sys.stderr.write(f"hpc-supcon: {kind}{error}\n")
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.filename is None or "--debug" in arguments:
+            raise
+        sys.stderr.write(f"hpc-supcon: error: {error.filename}: {error.strerror}\n")
+        sys.exit(2 if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else 1)
 
 
 def _is_first_on_node() -> bool:

@@ -52,7 +52,7 @@ def safe_streams() -> Iterator[SafeStream]:
     before = sys.stdout, sys.stderr
     out, err = _safe(1, sys.stdout), _safe(2, sys.stderr)
     _open(0, os.O_RDONLY)
-    sys.stdout, sys.stderr = out, err  # type: ignore[assignment]
+    sys.stdout, sys.stderr = out, err
     try:
         yield out
     finally:
@@ -67,7 +67,7 @@ def _safe(number: int, stream: TextIO | None) -> SafeStream:
         return SafeStream(stream)
     lost = OSError(errno.EBADF, "it is closed")
     # not the descriptor, which a file may have by now that was opened before
-    return SafeStream(open(os.devnull, "w", encoding="utf-8"), lost)  # noqa: PTH123, SIM115
+    return SafeStream(open(os.devnull, "w", encoding="utf-8"), lost)  # noqa: PTH123
 
 
 def _open(number: int, mode: int) -> bool:

@@ -56,6 +56,7 @@ def _pretrain(
     folder = config.folder
     with propagate_errors():
         run_folder.check_usable(folder, config, resume=resume)
+        run_folder.check_checkpoints(folder)
         check_config(config, stages=("pretrain",), world_size=runtime.world_size)
         check_engine(config, runtime)
         check_validation_split(config, data.splits)

@@ -63,8 +63,8 @@ def probe(
     """Fit every probe of `probe.kind` in turn; returns the entries written into results.json. Collective.
 
     Every choice (learning rate, iteration) is made on validation; the test set is read once, at the end of each
-    probe. writer: of a caller that calls its `check`. Raises ConfigError, DataError, RunFolderError, CheckpointCorrupt
-    before any fit, NonFinite during one, ResultsNotWritten after the last.
+    probe. writer: of a caller that calls its `check`. Raises ConfigError, DataError, RunFolderError and
+    CheckpointCorrupt before any fit, NonFinite during one, ResultsNotWritten after the last.
     """
     own = writer or ResultWriter()
     with locked(folder, runtime, warn):

@@ -93,8 +93,8 @@ def prune(
     Returns the entries written into results.json. Every rate starts from the dense encoder of the run's best
     checkpoint and gets a run folder of its own in `folder`/pruned. Only weights of the encoder's convolutions and
     linear layers are pruned: heads are not part of what is evaluated. With `resume`, unfinished prunings continue
-    from their newest checkpoint. writer: of a caller that calls its `check`. Raises ConfigError, DataError, RunFolderError, CheckpointCorrupt before any work,
-    NonFinite during it, ResultsNotWritten after it.
+    from their newest checkpoint. writer: of a caller that calls its `check`. Raises ConfigError, DataError,
+    RunFolderError, CheckpointCorrupt before any work, NonFinite during it, ResultsNotWritten after it.
     """
     own = writer or ResultWriter()
     with locked(folder, runtime, warn):

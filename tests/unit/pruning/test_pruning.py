@@ -29,8 +29,8 @@ from hpc_supcon.pruning import (
     pack,
     prunable,
     save_sparse,
-    write_sparse,
     unpack,
+    write_sparse,
 )
 from hpc_supcon.training.step import train_step
 from tests.dist.test_step import build

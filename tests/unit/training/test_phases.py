@@ -8,7 +8,6 @@ import json
 import weakref
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
