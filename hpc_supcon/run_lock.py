@@ -144,10 +144,10 @@ def _open_locked(folder: Path, made: list[Path]) -> tuple[int, bool]:
     until = time.monotonic() + ENDING_S
     while True:
         _make(folder, made)
-        if not os.access(folder, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
         handle = os.open(folder / LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
+            if not os.access(folder, os.W_OK | os.X_OK):
+                raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
             has_lock = _try_lock(handle)
             if has_lock is None and time.monotonic() > until:
                 raise _in_use(folder, _read_holder(handle))
