@@ -60,6 +60,12 @@ class OutputError(HpcSupconError):
     """A file that a command would write exists already, or cannot be written."""
 
 
+class ResultsNotWritten(OutputError):
+    """Results could not be written into results.json; they were printed instead."""
+
+    exit_code = 1
+
+
 class ExportError(HpcSupconError):
     """A model cannot be exported to a format, or its exported file gives other outputs; no file is left."""
 

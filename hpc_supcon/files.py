@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import errno
+import fcntl
 import os
 import secrets
 import stat
+import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -54,6 +58,37 @@ def _sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+_threads = threading.Lock()
+
+
+@contextmanager
+def file_lock(path: Path, *, wait_s: float = 60.0) -> Iterator[None]:
+    """Inside, no other process or thread is inside for the same `path`: a file for this purpose, made if missing.
+
+    For reading, changing and writing another file, which takes milliseconds. On a file system without locks only
+    threads exclude each other. Raises OSError (TimeoutError after wait_s).
+    """
+    with _threads, path.open("ab") as file:  # a POSIX lock belongs to the process: see run_lock.py
+        until = time.monotonic() + wait_s
+        while True:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except OSError as error:
+                if error.errno in NO_LOCKS:
+                    break
+                if error.errno not in (errno.EACCES, errno.EAGAIN):
+                    raise
+                if time.monotonic() > until:
+                    raise TimeoutError(errno.ETIMEDOUT, f"locked by another process for {wait_s:g} s") from None
+                time.sleep(0.01)
+        yield
+
+
+NO_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL)
+"""Errors of a file system without locks."""
 
 
 def check_output(path: Path, *, force: bool) -> None:

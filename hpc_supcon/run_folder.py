@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from .config import Config, Stage, differences, load_config, to_yaml
 from .errors import RunFolderError
-from .files import write_atomically
+from .files import file_lock, write_atomically
+from .run_lock import LOCK
 
 CONFIG, RESULTS, CHECKPOINTS, PROFILE = "config.yaml", "results.json", "checkpoints", "profile"
 
 
 def is_used(folder: Path) -> bool:
-    """Whether anything is there, a file included."""
-    return folder.exists() and (not folder.is_dir() or any(folder.iterdir()))
+    """Whether anything but a lock is there, a file included. Raises RunFolderError where that cannot be read."""
+    try:
+        return folder.exists() and (not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir()))
+    except OSError as error:
+        raise RunFolderError(f"{folder}: cannot be read: {error.strerror}") from None
 
 
 def check_usable(folder: Path, config: Config, *, resume: bool) -> None:
@@ -43,6 +48,13 @@ def create(folder: Path, config: Config) -> None:
         raise RunFolderError(f"{folder}: cannot be made: {error.strerror}") from None
 
 
+def check_checkpoints(folder: Path) -> None:
+    """Raise RunFolderError where this process may not save checkpoints; call it before training."""
+    path = folder / CHECKPOINTS
+    if path.exists() and not os.access(path, os.W_OK | os.X_OK):
+        raise RunFolderError(f"{path}: no right to write there, so no checkpoint could be saved")
+
+
 def check_still_there(folder: Path) -> None:
     """Raise RunFolderError if the folder of a running run is no longer there."""
     if not (folder / CONFIG).is_file():
@@ -64,13 +76,23 @@ def read_config(
     return load_config(folder / CONFIG, overrides, stages=stages)
 
 
+def check_results(folder: Path) -> None:
+    """Raise RunFolderError for a results.json to which nothing can be added; call it before the work."""
+    if (folder / RESULTS).exists():
+        _read_results(folder / RESULTS)
+
+
 def add_result(folder: Path, result: dict[str, Any]) -> None:
-    """Add an entry to results.json, in place of an earlier one of the same stage, probe, checkpoint and folder."""
+    """Add an entry to results.json, in place of an earlier one of the same stage, probe, checkpoint and folder.
+
+    Several processes may do so at once. Raises OSError, RunFolderError; the file is then as it was.
+    """
     path = folder / RESULTS
-    results = _read_results(path) if path.exists() else []
     key = ("stage", "probe", "checkpoint", "folder")
-    results = [r for r in results if any(r.get(k) != result.get(k) for k in key)] + [result]
-    write_atomically(path, json.dumps({"results": results}, indent=2) + "\n")
+    with file_lock(folder / f".{RESULTS}.lock"):
+        results = _read_results(path) if path.exists() else []
+        results = [r for r in results if any(r.get(k) != result.get(k) for k in key)] + [result]
+        write_atomically(path, json.dumps({"results": results}, indent=2) + "\n")
 
 
 def _read_results(path: Path) -> list[dict[str, Any]]:
@@ -79,6 +101,8 @@ def _read_results(path: Path) -> list[dict[str, Any]]:
         results = json.loads(path.read_text(encoding="utf-8"))["results"]
         if isinstance(results, list) and all(isinstance(result, dict) for result in results):
             return results
-    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot be read: {error.strerror}; move it away and evaluate again") from None
+    except (ValueError, KeyError, TypeError, RecursionError):
         pass
     raise RunFolderError(f"{path}: damaged, or not a file of results; move it away and evaluate again")

@@ -7,9 +7,13 @@ printed here appears as it is; colors are set by the argument `style`.
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from .errors import RunFolderError
 
 WIDTH = 200
 """Columns of a table that is written to a file or a pipe."""
@@ -25,6 +29,15 @@ def note(line: str) -> None:
 def warn(line: str) -> None:
     """As `note`, in yellow."""
     console.print(line, soft_wrap=True, style="yellow")
+
+
+@contextmanager
+def only_told() -> Iterator[None]:
+    """A RunFolderError in the block is printed and nothing else: for what can be lost, such as a plot."""
+    try:
+        yield
+    except RunFolderError as error:
+        warn(str(error))
 
 
 def output() -> Console:

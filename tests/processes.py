@@ -42,7 +42,7 @@ class Ranks:
         environment: Mapping[str, object] | None = None,
         main: Callable[[], None] = cli.main,
     ) -> None:
-        self._stderr = stderr
+        self.arguments, self._stderr = list(arguments), stderr
         stderr.unlink(missing_ok=True)
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]

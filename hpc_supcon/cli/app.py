@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
 import traceback
@@ -15,16 +16,18 @@ from .. import __version__
 from ..config import Config, Stage, load_config, schema_rows, to_yaml
 from ..errors import CorruptSample, HpcSupconError, Preempted, RankLost
 from ..run_folder import read_config
-from ..terminal import output
+from ..terminal import only_told, output
 from .bench import bench
 from .checkpoints import checkpoints
 from .common import Debug, progress_bars, started
 from .export import embed, export, predict
 from .grid import grid
 from .prune import prune
+from .streams import safe_streams
 
 if TYPE_CHECKING:
     from ..distributed.launch import Runtime
+    from ..stages.results import ResultWriter
     from ..training.data import Data
 
 QUICKSTART = "quickstart"
@@ -35,8 +38,9 @@ app = typer.Typer(
     name="hpc-supcon",
     help="Supervised contrastive learning of images, from one CPU to a Slurm cluster.",
     epilog="Several ranks: torchrun --nproc_per_node N -m hpc_supcon run CONFIG, or srun hpc-supcon run CONFIG. "
-    "Exit codes: 0 done; 2 wrong input; 3 NaN or Inf; 4 the loader died; 5 another rank was lost or hangs; 6 out of "
-    "memory; 75 preempted (SIGTERM, SIGUSR2) and saved: start again with --resume.",
+    "Exit codes: 0 done; 1 results could not be written, and were printed; 2 wrong input; 3 NaN or Inf; 4 the "
+    "loader died; 5 another rank was lost or hangs; 6 out of memory; 75 preempted (SIGTERM, SIGUSR2) and saved: "
+    "start again with --resume.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -67,15 +71,18 @@ def run(
     with started(settings, RUN, resume=resume) as (runtime, data):
         from ..evaluation.probes import check_probes
         from ..stages.probe import probe, start_without_encoder
+        from ..stages.results import ResultWriter
 
         check_probes(settings, data.splits)
+        writer = ResultWriter()
         if settings.probe.needs_encoder:
-            folder = _pretrained(settings, runtime, data, resume)
+            folder = _pretrained(settings, runtime, data, resume, writer)
         else:
             folder = start_without_encoder(settings, runtime)
-        results = probe(folder, settings, runtime, data)
+        results = probe(folder, settings, runtime, data, writer=writer)
         if runtime.is_main:
             _print_results(folder, results)
+        writer.check()
 
 
 @app.command("pretrain")
@@ -85,23 +92,26 @@ def pretrain_command(
     """Pre-train an encoder into a run folder."""
     settings = _settings(config, overrides, ("pretrain",))
     with started(settings, ("pretrain",), resume=resume) as (runtime, data):
-        _pretrained(settings, runtime, data, resume)
+        from ..stages.results import ResultWriter
+
+        writer = ResultWriter()
+        _pretrained(settings, runtime, data, resume, writer)
+        writer.check()
 
 
-def _pretrained(settings: Config, runtime: Runtime, data: Data, resume: bool) -> Path:
+def _pretrained(settings: Config, runtime: Runtime, data: Data, resume: bool, writer: ResultWriter) -> Path:
     """Pre-train, draw the curves (and an autoencoder's images); returns the run folder. Collective."""
-    from ..distributed.collectives import propagate_errors
     from ..evaluation.monitor import online_probe
     from ..evaluation.plots import draw_training_curves
     from ..stages.pretrain import pretrain
     from ..stages.reconstruct import evaluate_autoencoder
 
     folder = pretrain(settings, runtime, data, resume=resume, online_probe=online_probe(settings, runtime, data))
-    with propagate_errors():
+    with only_told():
         if runtime.is_main:
             draw_training_curves(folder)
     if "reconstruction" in settings.loss.weights:
-        evaluate_autoencoder(folder, settings, runtime, data)
+        evaluate_autoencoder(folder, settings, runtime, data, writer=writer)
     return folder
 
 
@@ -117,12 +127,15 @@ def probe_command(
         from ..evaluation.encoder import check_has_encoder
 
         check_has_encoder(run_dir)  # before minutes of decoding
-    with started(settings, ("probe",), resume=True) as (runtime, data):
+    with started(settings, ("probe",), resume=True, folder=run_dir) as (runtime, data):
         from ..stages.probe import probe
+        from ..stages.results import ResultWriter
 
-        results = probe(run_dir, settings, runtime, data)
+        writer = ResultWriter()
+        results = probe(run_dir, settings, runtime, data, writer=writer)
         if runtime.is_main:
             _print_results(run_dir, results)
+        writer.check()
 
 
 @app.command("config")
@@ -224,8 +237,22 @@ def _title(results: list[dict[str, Any]]) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the command line; named errors become one line and their exit code."""
-    arguments = sys.argv[1:] if arguments is None else arguments
+    """Run the command line; named errors become one line and their exit code.
+
+    Where stdout does not take what a command prints, one line says so on stderr, and the exit code is not 0.
+    """
+    with safe_streams() as stdout:
+        try:
+            _main(sys.argv[1:] if arguments is None else arguments)
+        except SystemExit as exit:
+            stdout.flush()
+            if stdout.error is not None:
+                sys.stderr.write(f"hpc-supcon: error: stdout: {stdout.error.strerror}; what was printed is lost\n")
+                raise SystemExit(exit.code or 1) from None
+            raise
+
+
+def _main(arguments: list[str]) -> None:
     try:
         app(arguments, prog_name="hpc-supcon")
     except HpcSupconError as error:
@@ -235,6 +262,11 @@ def main(arguments: list[str] | None = None) -> None:
             kind = "" if isinstance(error, Preempted) else "error: "
             sys.stderr.write(f"hpc-supcon: {kind}{error}\n")
         sys.exit(error.exit_code)
+    except OSError as error:
+        if error.filename is None or "--debug" in arguments:
+            raise
+        sys.stderr.write(f"hpc-supcon: error: {error.filename}: {error.strerror}\n")
+        sys.exit(2 if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else 1)
 
 
 def _is_first_on_node() -> bool:

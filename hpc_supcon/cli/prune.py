@@ -29,10 +29,14 @@ def prune(
 
     check_prune(run_dir, settings, resume=resume)
     check_has_encoder(run_dir)  # before decoding the data, which takes minutes
-    with started(settings, ("prune",), resume=True) as (runtime, data):
-        results = prune_run(run_dir, settings, runtime, data, resume=resume)
+    with started(settings, ("prune",), resume=True, folder=run_dir) as (runtime, data):
+        from ..stages.results import ResultWriter
+
+        writer = ResultWriter()
+        results = prune_run(run_dir, settings, runtime, data, resume=resume, writer=writer)
         if runtime.is_main:
             _print(run_dir, results)
+        writer.check()
 
 
 def _print(run_dir: Path, results: list[dict[str, Any]]) -> None:

@@ -17,6 +17,7 @@ from datetime import datetime
 from typing import NoReturn
 
 from ..errors import HpcSupconError, Preempted, RankLost
+from ..run_lock import release_all
 from . import preemption
 from .store import ABORT, EXIT, FAILED, RankStore, is_stopped, local_pid
 from .watchdog import Failure, Phase, Watchdog
@@ -60,6 +61,7 @@ def _save_and_exit(watchdog: Watchdog, phase: Phase, store: RankStore | None) ->
         with suppress(RuntimeError):
             store.broadcast(EXIT, "yes")
             _wait_for_ranks(store, "exiting", list(range(1, store.world_size)))
+    release_all()
     os._exit(code)
 
 
@@ -170,7 +172,7 @@ def _wait_for_ranks(store: RankStore, key: str, ranks: list[int]) -> None:
 
 def write_stacks(watchdog: Watchdog, reason: str, error: BaseException | None = None) -> str:
     """Write every thread's stack to folder/stacks/rank-R.txt, or to stderr without a folder; returns where."""
-    if watchdog.folder is None or not watchdog.folder.is_dir():
+    if watchdog.folder is None:
         faulthandler.dump_traceback(sys.stderr)
         return "stderr"
     path = watchdog.folder / STACKS / f"rank-{watchdog.rank}.txt"

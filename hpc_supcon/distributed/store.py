@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import os
 import socket
-from pathlib import Path
 from typing import Any
 
 from torch.distributed import distributed_c10d
+
+from ..process import START_TIME, STATE, UNKNOWN, process_field
 
 PREEMPTED, EXIT, ABORT, FAILED = "preempted", "exit", "abort", "failed"
 """Messages to all ranks. PREEMPTED: save and exit after the next common step (value: the signal). EXIT: rank 0 has
@@ -64,29 +65,17 @@ def _path(key: str, rank: int | None = None) -> str:
 
 def process_id() -> str:
     """This process for ranks on the same host: host name, pid and start time (the kernel reuses pids)."""
-    return f"{socket.gethostname()} {os.getpid()} {_stat(os.getpid(), START_TIME)}"
+    return f"{socket.gethostname()} {os.getpid()} {process_field(os.getpid(), START_TIME)}"
 
 
 def local_pid(process: str) -> int | None:
     """The pid of a process (as `process_id` returns it) that is alive on this host, else None."""
     host, pid, started = process.split()
-    is_here = host == socket.gethostname() and started != "?" and _stat(int(pid), START_TIME) == started
+    is_here = host == socket.gethostname() and started != UNKNOWN and process_field(int(pid), START_TIME) == started
     return int(pid) if is_here else None
 
 
 def is_stopped(process: str) -> bool:
     """Whether a process (as `process_id` returns it) is on this host and stopped, as by SIGSTOP."""
     pid = local_pid(process)
-    return pid is not None and _stat(pid, STATE) == "T"
-
-
-STATE, START_TIME = 3, 22
-"""Fields of /proc/PID/stat. The start time is in clock ticks since boot."""
-
-
-def _stat(pid: int, field: int) -> str:
-    """One field of /proc/PID/stat, from the third on; "?" where there is no such file."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[field - 3]
-    except (OSError, IndexError):
-        return "?"
+    return pid is not None and process_field(pid, STATE) == "T"

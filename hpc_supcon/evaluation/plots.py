@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..errors import RunFolderError
 from ..files import atomic_path
+from ..training.metric_file import METRICS, read_events
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,19 +42,17 @@ def draw_probe_curves(
 def draw_training_curves(folder: Path) -> list[Path]:
     """plots/loss-pretrain.png, and accuracy-pretrain.png where there is any accuracy, from metrics.jsonl.
 
-    Reads the events "train" and "validation". Of a step that was trained twice (after falling back to an older
-    checkpoint) the last event counts. Returns the files drawn. Raises RunFolderError.
+    Reads the events "train" and "validation"; lines that are not whole are passed over. Of a step that was trained
+    twice (after falling back to an older checkpoint) the last event counts. Returns the files drawn. Raises
+    RunFolderError.
     """
     events: dict[str, dict[int, dict[str, Any]]] = {"train": {}, "validation": {}}
     try:
-        lines = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        for event in map(json.loads, lines):
+        for event in read_events(folder / METRICS):
             if event["event"] in events:
                 events[event["event"]][event["step"]] = event
     except OSError as error:
-        raise RunFolderError(f"{folder / 'metrics.jsonl'}: cannot be read: {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunFolderError(f"{folder / 'metrics.jsonl'}: not a line of metrics: {error}") from None
+        raise RunFolderError(f"{folder / METRICS}: cannot be read: {error.strerror}") from None
     paths = []
     for number in ("loss", "accuracy"):
         curves = {

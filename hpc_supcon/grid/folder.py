@@ -225,8 +225,9 @@ def local_queue_id() -> str:
 
 def append_submission(root: Path, stage: str, jobs: dict[str, str]) -> None:
     """Record the job ids of nodes."""
+    line = json.dumps({"time": round(time.time(), 1), "stage": stage, "jobs": jobs})
     with (root / "submissions.jsonl").open("a", encoding="utf-8") as file:
-        file.write(json.dumps({"time": round(time.time(), 1), "stage": stage, "jobs": jobs}) + "\n")
+        file.write(f"\n{line}\n")  # the line before may have been torn by a kill
         file.flush()
         os.fsync(file.fileno())
 
@@ -235,8 +236,9 @@ def submitted_jobs(root: Path) -> dict[str, str]:
     """Node -> id of its last job; {} before the first submission."""
     jobs: dict[str, str] = {}
     with contextlib.suppress(FileNotFoundError):
-        for line in (root / "submissions.jsonl").read_text(encoding="utf-8").splitlines():
-            jobs |= json.loads(line)["jobs"]
+        for line in (root / "submissions.jsonl").read_bytes().split(b"\n"):
+            with contextlib.suppress(ValueError):  # an empty line, or one that was torn by a kill
+                jobs |= json.loads(line)["jobs"]
     return jobs
 
 

@@ -32,7 +32,22 @@ GZIP_LEVEL = 6
 
 
 def save_sparse(state: Mapping[str, Tensor], path: Path) -> int:
-    """Write a state dict; returns the size of the file in bytes. Raises RunFolderError.
+    """Write a state dict; returns the size of the file in bytes. Raises RunFolderError."""
+    payload = to_sparse(state)
+    write_sparse(path, payload)
+    return len(payload)
+
+
+def write_sparse(path: Path, payload: bytes) -> None:
+    """Write what `to_sparse` returned. Raises RunFolderError."""
+    try:
+        write_atomically(path, payload)
+    except OSError as error:
+        raise RunFolderError(f"{path}: not written ({len(payload):,} bytes): {error.strerror}") from None
+
+
+def to_sparse(state: Mapping[str, Tensor]) -> bytes:
+    """The content of the file of a state dict.
 
     Only +0 is left out, so that `load_sparse` returns the same bits.
     """
@@ -43,12 +58,7 @@ def save_sparse(state: Mapping[str, Tensor], path: Path) -> int:
         index[name] = (encoding, list(tensor.shape))
         stored |= {f"{part}/{name}": value for part, value in parts.items()}
     metadata = {"format": FORMAT, "tensors": json.dumps(index), "sha256": _sha256(stored)}
-    payload = safetensors.torch.save(stored, metadata=metadata)
-    try:
-        write_atomically(path, payload)
-    except OSError as error:
-        raise RunFolderError(f"{path}: not written ({len(payload):,} bytes): {error.strerror}") from None
-    return len(payload)
+    return safetensors.torch.save(stored, metadata=metadata)
 
 
 def load_sparse(path: Path) -> dict[str, Tensor]:
@@ -110,20 +120,20 @@ def _sha256(stored: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def measure(state: Mapping[str, Tensor], sparse: Path) -> dict[str, Any]:
-    """Sizes of the safetensors file, of that file under gzip -6, and of the sparse file, which `sparse` becomes.
+def measure(state: Mapping[str, Tensor]) -> tuple[dict[str, Any], bytes]:
+    """Sizes of the safetensors file, of that file under gzip -6, and of the sparse file; and the latter's content.
 
     {"dense_bytes", "gzip_bytes", "sparse_bytes", "ratio_gzip", "ratio_sparse"}: a ratio is dense bytes / those bytes.
-    Raises RunFolderError.
     """
     # copies, because safetensors refuses tensors that share memory
     payload = safetensors.torch.save({name: t.detach().cpu().contiguous().clone() for name, t in state.items()})
     dense, zipped = len(payload), len(gzip.compress(payload, GZIP_LEVEL, mtime=0))
-    written = save_sparse(state, sparse)
-    return {
+    sparse = to_sparse(state)
+    sizes = {
         "dense_bytes": dense,
         "gzip_bytes": zipped,
-        "sparse_bytes": written,
+        "sparse_bytes": len(sparse),
         "ratio_gzip": round(dense / zipped, 4),
-        "ratio_sparse": round(dense / written, 4),
+        "ratio_sparse": round(dense / len(sparse), 4),
     }
+    return sizes, sparse

@@ -14,11 +14,12 @@ import torch
 from .. import __version__, checkpoint, run_folder
 from ..config import Config, check_config, digest
 from ..distributed.collectives import propagate_errors
+from ..distributed.folder_lock import locked
 from ..distributed.launch import Runtime
 from ..distributed.preemption import requested
 from ..distributed.watchdog import current_watchdog
 from ..errors import Preempted
-from ..terminal import console
+from ..terminal import console, warn
 from ..training.build import Start, build_training
 from ..training.checkpointer import Checkpointer
 from ..training.data import Data
@@ -43,12 +44,20 @@ def pretrain(
 ) -> Path:
     """Train encoder and heads; returns the run folder. Collective. `online_probe`: see validation.build_validate.
 
-    All input is checked before the folder is made. With `resume`, training continues from the newest checkpoint that
-    verifies, bit for bit on the same number of ranks.
+    All input is checked before the folder is made, and its lock held from then on. With `resume`, training continues
+    from the newest checkpoint that verifies, bit for bit on the same number of ranks.
     """
+    with locked(config.folder, runtime, warn):
+        return _pretrain(config, runtime, data, resume, online_probe, start)
+
+
+def _pretrain(
+    config: Config, runtime: Runtime, data: Data, resume: bool, online_probe: OnlineProbe | None, start: Start | None
+) -> Path:
     folder = config.folder
     with propagate_errors():
         run_folder.check_usable(folder, config, resume=resume)
+        run_folder.check_checkpoints(folder)
         check_config(config, stages=("pretrain",), world_size=runtime.world_size)
         check_engine(config, runtime)
         check_validation_split(config, data.splits)
@@ -59,11 +68,16 @@ def pretrain(
     with propagate_errors():
         if runtime.is_main and not resumed:
             run_folder.create(folder, config)
-    plan, is_main = training.plan, runtime.is_main
+    plan, is_main, state = training.plan, runtime.is_main, training.state
     with (
         current_watchdog().phase("saving"),  # a save in the background may not be interrupted
         closing(training.loader),
-        MetricLog(folder if is_main else None, tensorboard=config.log.tensorboard) as log,
+        MetricLog(
+            folder if is_main else None,
+            tensorboard=config.log.tensorboard,
+            resumed_at=state.step if resume and state.step < plan.steps else None,
+            validated=state.last_validated_step,
+        ) as log,
         ProgressLine(plan.steps, plan.epochs, shown=is_main and config.log.progress) as progress,
     ):
         _report_start(config, runtime, data, training, log, progress)

@@ -14,6 +14,7 @@ from .. import run_folder
 from ..config import Config, digest
 from ..data import EvalTransform, Source, normalization_of
 from ..distributed.collectives import propagate_errors
+from ..distributed.folder_lock import locked
 from ..distributed.launch import Runtime
 from ..evaluation.encoder import check_classes, load_model
 from ..evaluation.features import LabeledRows, SplitRows, extract, in_chunks, read_images, select_classes
@@ -28,10 +29,11 @@ from ..evaluation.probes import (
 )
 from ..evaluation.scores import classification_scores
 from ..seeding import changed_since
-from ..terminal import note, warn
+from ..terminal import note, only_told, warn
 from ..training.data import Data
 from ..training.engine import place
 from ..training.metrics import MetricLog
+from .results import ResultWriter
 
 
 @dataclass(frozen=True)
@@ -56,14 +58,27 @@ def start_without_encoder(config: Config, runtime: Runtime) -> Path:
     return folder
 
 
-def probe(folder: Path, config: Config, runtime: Runtime, data: Data) -> list[dict[str, Any]]:
+def probe(
+    folder: Path, config: Config, runtime: Runtime, data: Data, *, writer: ResultWriter | None = None
+) -> list[dict[str, Any]]:
     """Fit every probe of `probe.kind` in turn; returns the entries written into results.json. Collective.
 
     Every choice (learning rate, iteration) is made on validation; the test set is read once, at the end of each
-    probe. Raises ConfigError, DataError, RunFolderError, CheckpointCorrupt before any fit, NonFinite during one.
+    probe. writer: of a caller that calls its `check`. Raises ConfigError, DataError, RunFolderError and
+    CheckpointCorrupt before any fit, NonFinite during one, ResultsNotWritten after the last.
     """
+    own = writer or ResultWriter()
+    with locked(folder, runtime, warn):
+        results = _probe(folder, config, runtime, data, own)
+    if writer is None:
+        own.check()
+    return results
+
+
+def _probe(folder: Path, config: Config, runtime: Runtime, data: Data, writer: ResultWriter) -> list[dict[str, Any]]:
     with propagate_errors():
         check_probes(config, data.splits)
+        run_folder.check_results(folder)
     tasks, encoder = _tasks(folder, config, runtime, data)
     results = []
     with MetricLog(folder if runtime.is_main else None, tensorboard=config.log.tensorboard) as log:
@@ -74,9 +89,8 @@ def probe(folder: Path, config: Config, runtime: Runtime, data: Data) -> list[di
                 numbers = {name: value for name, value in line.items() if name != "iteration"}
                 log.log(f"probe/{task.kind}", line["iteration"], **numbers)
             result = _result(task, outcome, encoder) | {"seconds": round(time.perf_counter() - began, 2)}
-            with propagate_errors():
-                if runtime.is_main:
-                    _write(folder, config, outcome, result, encoder, runtime.world_size)
+            if runtime.is_main:
+                _write(folder, config, outcome, result, encoder, runtime.world_size, writer)
             names = ("probe", "chosen", "validation", "test")
             log.log("probe", encoder.step if encoder else 0, **{name: result[name] for name in names})
             results.append(result)
@@ -175,10 +189,13 @@ def _write(
     result: dict[str, Any],
     encoder: EncoderCheckpoint | None,
     world_size: int,
+    writer: ResultWriter,
 ) -> None:
-    """The fitted probe, its curves, and its entry in results.json."""
+    """The entry of one probe in results.json, the fitted probe, and its curves."""
     fitted = outcome.probe
     step = encoder.step if encoder and fitted.input != "pixels" else 0
-    save_probe(fitted, folder / FOLDER / fitted.kind, step, world_size=world_size, config_digest=digest(config))
-    draw_probe_curves(folder, fitted.kind, outcome.history, kept=outcome.chosen.get("iteration"))
-    run_folder.add_result(folder, result)
+    writer.add(folder, result)
+    with writer.may_fail():
+        save_probe(fitted, folder / FOLDER / fitted.kind, step, world_size=world_size, config_digest=digest(config))
+    with only_told():
+        draw_probe_curves(folder, fitted.kind, outcome.history, kept=outcome.chosen.get("iteration"))

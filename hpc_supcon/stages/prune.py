@@ -11,19 +11,21 @@ from torch import Tensor
 from .. import checkpoint, run_folder
 from ..config import Config, check_config, digest, flatten_data
 from ..distributed.collectives import gather_objects, propagate_errors
+from ..distributed.folder_lock import locked
 from ..distributed.launch import Runtime
 from ..errors import RunFolderError
 from ..evaluation.encoder import check_classes, load_model
 from ..evaluation.monitor import online_probe
 from ..evaluation.probes import check_probes
 from ..models import PretrainingModel
-from ..pruning import PRUNERS, WeightMasks, build_masks, fully_pruned, masks_digest, measure, prunable
+from ..pruning import PRUNERS, WeightMasks, build_masks, fully_pruned, masks_digest, measure, prunable, write_sparse
 from ..terminal import warn
 from ..training.build import Start
 from ..training.data import Data
 from ..training.plan import peak_lr
 from .pretrain import pretrain
 from .probe import probe
+from .results import ResultWriter
 
 PRUNED, SPARSE = "pruned", "model.sparse.safetensors"
 DEFAULT_LR_FACTOR = 0.1
@@ -78,19 +80,37 @@ def pruned_config(folder: Path, config: Config, rate: float) -> Config:
 
 
 def prune(
-    folder: Path, config: Config, runtime: Runtime, data: Data, *, resume: bool = False
+    folder: Path,
+    config: Config,
+    runtime: Runtime,
+    data: Data,
+    *,
+    resume: bool = False,
+    writer: ResultWriter | None = None,
 ) -> list[dict[str, Any]]:
     """Prune at every rate of `prune.rate`, fine-tune, probe, and measure the size on disk. Collective.
 
     Returns the entries written into results.json. Every rate starts from the dense encoder of the run's best
     checkpoint and gets a run folder of its own in `folder`/pruned. Only weights of the encoder's convolutions and
     linear layers are pruned: heads are not part of what is evaluated. With `resume`, unfinished prunings continue
-    from their newest checkpoint. Raises ConfigError, DataError, RunFolderError, CheckpointCorrupt before any work,
-    NonFinite during it.
+    from their newest checkpoint. writer: of a caller that calls its `check`. Raises ConfigError, DataError,
+    RunFolderError, CheckpointCorrupt before any work, NonFinite during it, ResultsNotWritten after it.
     """
+    own = writer or ResultWriter()
+    with locked(folder, runtime, warn):
+        results = _prune(folder, config, runtime, data, own, resume)
+    if writer is None:
+        own.check()
+    return results
+
+
+def _prune(
+    folder: Path, config: Config, runtime: Runtime, data: Data, writer: ResultWriter, resume: bool
+) -> list[dict[str, Any]]:
     with propagate_errors():
         check_prune(folder, config, resume=resume)
         check_probes(config, data.splits)
+        run_folder.check_results(folder)
     dense, found = load_model(folder)
     with propagate_errors():
         check_classes(folder, found, data.splits)
@@ -102,17 +122,16 @@ def prune(
         pruned = pruned_config(folder, config, rate)
         if runtime.is_main:
             _warn_of_fully_pruned(rate, masks)
-        _build_run_folder(pruned, dense, found, masks, runtime, data, resume=resume)
-        probed = probe(pruned.folder, pruned, runtime, data)
-        model, best = load_model(pruned.folder)
-        with propagate_errors():
-            facts = _facts(pruned, model, best, found, masks) if runtime.is_main else {}
-        entries = [{**entry, **facts, "stage": "prune"} for entry in probed]
-        with propagate_errors():
+        with locked(pruned.folder, runtime, warn):
+            _build_run_folder(pruned, dense, found, masks, runtime, data, resume=resume)
+            probed = probe(pruned.folder, pruned, runtime, data, writer=writer)
+            model, best = load_model(pruned.folder)
+            facts = _facts(pruned, model, best, found, masks, writer) if runtime.is_main else {}
+            entries = [{**entry, **facts, "stage": "prune"} for entry in probed]
             if runtime.is_main:
                 for entry in entries:
-                    run_folder.add_result(pruned.folder, entry)
-                    run_folder.add_result(folder, entry)
+                    writer.add(pruned.folder, entry)
+                    writer.add(folder, entry)
         results += entries
     return results
 
@@ -184,10 +203,18 @@ def _build_run_folder(
 
 
 def _facts(
-    pruned: Config, model: PretrainingModel, best: checkpoint.Checkpoint, dense: checkpoint.Checkpoint, masks: Masks
+    pruned: Config,
+    model: PretrainingModel,
+    best: checkpoint.Checkpoint,
+    dense: checkpoint.Checkpoint,
+    masks: Masks,
+    writer: ResultWriter,
 ) -> dict[str, Any]:
     """What results.json says about one pruning besides the scores. `model` is of `best`; writes its sparse file."""
     weights = prunable(model.encoder)
+    sizes, sparse = measure(model.encoder.state_dict())
+    with writer.may_fail():
+        write_sparse(pruned.folder / SPARSE, sparse)
     return {
         "folder": f"{PRUNED}/{pruned.folder.name}",
         "prune": {
@@ -200,5 +227,5 @@ def _facts(
             "finetune_steps": best.state["step"],
             "dense_checkpoint": dense.name,
         },
-        "size": measure(model.encoder.state_dict(), pruned.folder / SPARSE),
+        "size": sizes,
     }

@@ -11,14 +11,17 @@ from .. import run_folder
 from ..config import Config
 from ..data import EvalTransform, Source
 from ..distributed.collectives import propagate_errors
+from ..distributed.folder_lock import locked
 from ..distributed.launch import Runtime
 from ..evaluation.encoder import load_model
 from ..evaluation.plots import draw_image_rows
 from ..evaluation.reconstruction import interpolate, reconstruct, reconstruction_errors, to_pixels
 from ..models import PretrainingModel
+from ..terminal import only_told, warn
 from ..training.data import Data
 from ..training.engine import place
 from ..training.metrics import MetricLog
+from .results import ResultWriter
 
 IMAGES = 5
 """Images that are shown above their reconstructions."""
@@ -26,12 +29,25 @@ STEPS = 10
 """Images of the interpolation, both ends included."""
 
 
-def evaluate_autoencoder(folder: Path, config: Config, runtime: Runtime, data: Data) -> dict[str, Any]:
+def evaluate_autoencoder(
+    folder: Path, config: Config, runtime: Runtime, data: Data, *, writer: ResultWriter | None = None
+) -> dict[str, Any]:
     """MAE and MSE on validation and test into results.json, reconstructions into plots/. Collective.
 
-    Evaluates the run's best checkpoint. Returns the entry of results.json. Raises RunFolderError, CheckpointCorrupt,
-    and what the loader raises.
+    Evaluates the run's best checkpoint. writer: of a caller that calls its `check`. Returns the entry of
+    results.json. Raises RunFolderError, CheckpointCorrupt, what the loader raises, and ResultsNotWritten.
     """
+    own = writer or ResultWriter()
+    with locked(folder, runtime, warn):
+        result = _evaluate(folder, config, runtime, data, own)
+    if writer is None:
+        own.check()
+    return result
+
+
+def _evaluate(folder: Path, config: Config, runtime: Runtime, data: Data, writer: ResultWriter) -> dict[str, Any]:
+    with propagate_errors():
+        run_folder.check_results(folder)
     model, found = load_model(folder)
     model = place(model, runtime, channels_last=config.train.channels_last).eval()
     transform = EvalTransform(**found.state["normalization"]).to(runtime.device)
@@ -54,8 +70,9 @@ def evaluate_autoencoder(folder: Path, config: Config, runtime: Runtime, data: D
     }
     with propagate_errors():
         if runtime.is_main:
-            run_folder.add_result(folder, result)
-            _draw(folder, model, data.splits.validation or data.splits.train, transform)
+            writer.add(folder, result)
+            with only_told():
+                _draw(folder, model, data.splits.validation or data.splits.train, transform)
     with MetricLog(folder if runtime.is_main else None, tensorboard=False) as log:
         log.log("reconstruction", found.state["step"], validation=result["validation"], test=result["test"])
     return result

@@ -11,11 +11,12 @@ from typing import Any
 
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
-from torch.utils.tensorboard import SummaryWriter
 
 from ..data import Batch
 from ..phases import phase
-from ..terminal import console, note
+from ..terminal import console, note, warn
+from .metric_file import METRICS, AppendedLines, rewind
+from .tensorboard import TensorBoard
 
 
 class Meter:
@@ -72,23 +73,40 @@ class Meter:
 class MetricLog:
     """Appends one JSON line for each event to `folder/metrics.jsonl`, and writes numbers to TensorBoard.
 
-    On ranks other than 0 (`folder=None`) all methods do nothing.
+    A file that cannot be written is told once, and the run goes on. On ranks other than 0 (`folder=None`) all methods
+    do nothing.
     """
 
-    def __init__(self, folder: Path | None, *, tensorboard: bool = True) -> None:
-        self._file = None if folder is None else (folder / "metrics.jsonl").open("a", encoding="utf-8", buffering=1)
-        self._writer = SummaryWriter(str(folder / "tensorboard")) if folder is not None and tensorboard else None
+    def __init__(
+        self,
+        folder: Path | None,
+        *,
+        tensorboard: bool = True,
+        resumed_at: int | None = None,
+        validated: int | None = None,
+    ) -> None:
+        """resumed_at: the step from which a run goes on, and `validated` the last one whose validation it does not do
+        again: events after these are removed from metrics.jsonl, and TensorBoard no longer shows them."""
+        self._lines: AppendedLines | None = None
+        self._tensorboard: TensorBoard | None = None
+        if folder is None:
+            return
+        if resumed_at is not None:
+            rewind(folder / METRICS, resumed_at, warn, validated=validated)
+        self._lines = AppendedLines(folder / METRICS, warn)
+        if tensorboard:
+            purge_step = None if resumed_at is None else resumed_at + 1
+            self._tensorboard = TensorBoard(folder / "tensorboard", warn, purge_step=purge_step)
 
     def log(self, event: str, step: int, **values: Any) -> None:
         """Write one event. Floats in `values` also go to TensorBoard as `event/name`."""
-        if self._file is None:
+        if self._lines is None:
             return
         line = {"event": event, "step": step, "time": round(time.time(), 3), **values}
-        self._file.write(json.dumps(line) + "\n")
-        if self._writer is not None:
-            for name, value in values.items():
-                if isinstance(value, float):
-                    self._writer.add_scalar(f"{event}/{name}", value, step)
+        self._lines.write(json.dumps(line))
+        if self._tensorboard is not None:
+            numbers = {f"{event}/{name}": value for name, value in values.items() if isinstance(value, float)}
+            self._tensorboard.add(numbers, step)
 
     def __enter__(self) -> MetricLog:
         return self
@@ -96,10 +114,10 @@ class MetricLog:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._file is not None:
-            self._file.close()
-        if self._writer is not None:
-            self._writer.close()
+        if self._lines is not None:
+            self._lines.close()
+        if self._tensorboard is not None:
+            self._tensorboard.close()
 
 
 class ProgressLine:

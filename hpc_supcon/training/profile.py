@@ -6,7 +6,7 @@ Measuring changes no result: a run with `train.profile` ends with the same weigh
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -14,10 +14,9 @@ from types import TracebackType
 import torch
 from rich.table import Table
 
-from ..distributed.collectives import propagate_errors
-from ..errors import RunFolderError
 from ..models import PretrainingModel
 from ..phases import BACKWARD, ENCODER, LOSS, PROJECTION, REST, Clock, measured_by
+from ..terminal import warn
 
 WARM_UP, TRACED = 5, 3
 """Steps before the measured ones (allocations, compilation, tuning), and after them for the profiler's trace."""
@@ -108,8 +107,7 @@ class StepProfile:
         self._open = ExitStack()
 
     def step(self) -> None:
-        """Call after each training step. Collective after the last traced one; raises RunFolderError when the trace
-        cannot be written."""
+        """Call after each training step. A trace that cannot be written is told, and missing."""
         self._done += 1
         if self._done == WARM_UP and self._folder is not None:
             self._clock = Clock(self._device)
@@ -118,8 +116,7 @@ class StepProfile:
             self._finish_clock(self._wanted)
             self._start_trace()
         if self._done == WARM_UP + self._wanted + TRACED:
-            with propagate_errors():
-                self._write_trace()
+            self._write_trace()
 
     def _finish_clock(self, steps: int) -> None:
         if self._clock is not None:
@@ -144,7 +141,9 @@ class StepProfile:
             self._folder.mkdir(parents=True, exist_ok=True)
             trace.export_chrome_trace(str(path))
         except OSError as error:
-            raise RunFolderError(f"{path}: the profile cannot be written: {error.strerror}") from None
+            warn(f"{path}: not written: {error.strerror}; the run goes on without a trace")
+            with suppress(OSError):  # half of a trace cannot be read
+                path.unlink(missing_ok=True)
 
     def __enter__(self) -> StepProfile:
         return self

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -28,3 +29,22 @@ def uninterrupted(tmp_path_factory):
         return made[ranks, settings]
 
     return of
+
+
+@pytest.fixture
+def small_disk(tmp_path, request):
+    """A real file system of 2 MB, or of the size that is given by indirect parametrization."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    done = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={getattr(request, 'param', '2m')}", "none", str(disk)],
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode:
+        pytest.skip(f"NOT CHECKED on a real full disk: mounting is refused here ({done.stderr.strip()})")
+    try:
+        yield disk
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)

@@ -26,12 +26,21 @@ class Run(Ranks):
     """The processes of one run with injected faults, one for each rank."""
 
     def __init__(
-        self, ranks, folder, *more, fault="", stage="pretrain", main=None, environment=None, settings=SETTINGS
+        self,
+        ranks,
+        folder,
+        *more,
+        fault="",
+        stage="pretrain",
+        main=None,
+        environment=None,
+        settings=SETTINGS,
+        stderr=None,
     ):
         self.folder = folder
         super().__init__(
             [stage, "default", *settings, f"run_dir={folder}", *more],
-            folder.with_suffix(".stderr"),
+            stderr or folder.with_suffix(".stderr"),
             ranks,
             environment={"HPC_SUPCON_FAULT": fault, **(environment or {})},
             main=partial(_main, main or injector.main),

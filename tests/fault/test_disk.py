@@ -106,22 +106,6 @@ def test_a_disk_that_is_too_small_is_detected_before_a_byte_is_written(tmp_path,
     check_only(tmp_path, 1)
 
 
-@pytest.fixture
-def small_disk(tmp_path):
-    """A real file system of 2 MB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    done = subprocess.run(
-        ["mount", "-t", "tmpfs", "-o", "size=2m", "none", str(disk)], capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        pytest.skip(f"NOT CHECKED on a real full disk: mounting is refused here ({done.stderr.strip()})")
-    try:
-        yield disk
-    finally:
-        subprocess.run(["umount", "-l", str(disk)], check=True)
-
-
 def test_a_full_file_system_keeps_the_earlier_checkpoint(small_disk, monkeypatch):
     folder = small_disk / "checkpoints"
     save(folder, 1, numbers=300_000)

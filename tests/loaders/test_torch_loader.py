@@ -216,6 +216,30 @@ def test_workers_that_cannot_start_are_reported(monkeypatch):
     assert_nothing_left(before)
 
 
+def test_a_tmpdir_too_long_for_a_socket_is_named(monkeypatch):
+    def broken(process):
+        raise OSError("AF_UNIX path too long")
+
+    monkeypatch.setattr("tempfile.tempdir", "/a/long/folder")
+    monkeypatch.setattr("multiprocessing.process.BaseProcess.start", broken)
+    with pytest.raises(LoaderDied, match=r"TMPDIR=/a/long/folder is too long for the name of a socket") as caught:
+        load_all("torch", arrays())
+    assert "__main__" not in str(caught.value)
+
+
+class BusErrorSource(ArraySource):
+    """Reading it kills the worker as a page of a full /dev/shm does."""
+
+    def read(self, i):
+        os.kill(os.getpid(), signal.SIGBUS)
+        return super().read(i)
+
+
+def test_a_worker_that_finds_shared_memory_full_is_reported_with_advice():
+    with pytest.raises(LoaderDied, match=r"killed by SIGBUS: /dev/shm is full.*--shm-size"):
+        load_all("torch", arrays(BusErrorSource))
+
+
 def test_workers_survive_the_signals_of_a_scheduler():
     batches, _ = load_all("torch", arrays(SignalledSource))
     assert torch.equal(torch.cat([b.images for b in batches]), arrays().stack())

@@ -13,8 +13,10 @@ ROOT = Path(hpc_supcon.__file__).parent
 # From the bottom up: each part may import those above it in this list (and itself). Parts on one line do not know
 # each other.
 LAYERS = [
-    {"errors", "renamed", "environment", "terminal"},
+    {"errors", "renamed", "environment", "process"},
+    {"terminal"},
     {"files"},
+    {"run_lock"},
     {"config"},
     {"run_folder"},
     {"allocator", "phases", "seeding"},

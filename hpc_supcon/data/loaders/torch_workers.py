@@ -8,6 +8,7 @@ signal handler, wherever the main thread happens to be; and every batch is a new
 from __future__ import annotations
 
 import signal
+import tempfile
 from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -30,6 +31,8 @@ from .sample_reader import SampleReader
 
 PREFETCH_FACTOR = 2
 """Batches requested from each worker at once: the one it decodes, and the one it continues with."""
+SHM = "/dev/shm"  # noqa: S108 (named in messages only)
+MORE_SHM = f"give {SHM} more space (docker: --shm-size), or lower data.workers or data.batch_size"
 _SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 
 
@@ -83,7 +86,7 @@ class _WorkerPool:
 
     def __init__(self, reader: SampleReader, slots: Tensor, workers: int, timeout_s: float) -> None:
         """slots: uint8 [PREFETCH_FACTOR * workers, B, ...], where the workers write."""
-        self._slots = slots.share_memory_()  # its file has no name, so nothing is left behind however this ends
+        self._slots = _shared(slots)
         self._timeout_s = timeout_s
         self._submitted = 0
         self._pending: deque[tuple[int, int]] = deque()  # (number of the request, its images), oldest first
@@ -100,11 +103,7 @@ class _WorkerPool:
                 for _ in range(workers):
                     self._start(context, reader)
         except OSError as error:
-            self._fail(
-                f"worker processes cannot be started ({error}); a script must do its work under "
-                "if __name__ == '__main__', because they import it",
-                error,
-            )
+            self._fail(f"worker processes cannot be started ({error}){_advice(error)}", error)
 
     def _start(self, context: ForkServerContext, reader: SampleReader) -> None:
         ours, theirs = context.Pipe()
@@ -158,11 +157,32 @@ class _WorkerPool:
         process.join(self._timeout_s)
         code = process.exitcode
         how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with exit code {code}"
+        if code == -signal.SIGBUS:
+            how += f": {SHM} is full, or an image file was cut short while it was read; {MORE_SHM}"
         self._fail(f"worker process {worker} (pid {process.pid}) {how}", cause)
 
     def _fail(self, reason: str, cause: Exception | None = None) -> NoReturn:
         self.close()
         raise LoaderDied(f"data.loader=torch: {reason}") from cause
+
+
+def _shared(slots: Tensor) -> Tensor:
+    """`slots` in shared memory. Its file has no name, so nothing is left behind however this ends."""
+    try:
+        return slots.share_memory_()
+    except RuntimeError as error:  # torch has no other type for what the kernel refuses
+        reason = str(error).rpartition(">: ")[2].splitlines()[0]
+        raise LoaderDied(
+            f"data.loader=torch: {slots.nbytes:,} bytes of shared memory for its batches: {reason}; {MORE_SHM}"
+        ) from error
+
+
+def _advice(error: OSError) -> str:
+    if isinstance(error, ConnectionError):
+        return "; a script must do its work under if __name__ == '__main__', because they import it"
+    if "AF_UNIX" in str(error):
+        return f": TMPDIR={tempfile.gettempdir()} is too long for the name of a socket; set a shorter one"
+    return ""
 
 
 def _end(workers: list[BaseProcess], pipes: list[Connection]) -> None:

@@ -99,6 +99,17 @@ class FolderSource:
         )
 
 
+@contextmanager
+def unreadable_is_data_error() -> Iterator[None]:
+    """In the block, a file or folder of a data set that this user may not read, or that cannot be, is a DataError."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None:
+            raise
+        raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from None
+
+
 def open_folder(
     root: Path, *, image_size: int | None, channels: int | None
 ) -> tuple[FolderSource, FolderSource | None, FolderSource]:

@@ -12,7 +12,7 @@ from ...errors import ConfigError, DataError, unknown_name
 from .beton import open_beton
 from .builtin import digits, synthetic
 from .convert import convert
-from .folder import open_folder
+from .folder import open_folder, unreadable_is_data_error
 from .source import ArraySource, Source, fit_images
 from .stratify import stratified_sample, stratified_split
 from .vision import open_cifar, open_mnist
@@ -143,7 +143,10 @@ def load_splits(
     if not 0 <= validation_fraction < 1:
         raise ConfigError(f"data.validation_fraction must be in [0, 1), not {validation_fraction}")
     options = SourceOptions(_folder(root), download, image_size, channels, synthetic)
-    splits = open_splits(options) if beton is None else _open_beton(beton, name, image_size, check_hash=check_hash)
+    with unreadable_is_data_error():
+        splits = (
+            open_splits(options) if beton is None else _open_beton(beton, name, image_size, check_hash=check_hash)
+        )
     train, validation = splits.train, splits.validation
     if validation is None and validation_fraction > 0:
         kept, picked = stratified_split(train.labels, fraction=validation_fraction, seed=seed)
@@ -169,7 +172,8 @@ def open_source(
     synthetic: Mapping[str, int] | None = None,
 ) -> Splits:
     """The data set called `name` with the splits that it has itself. Arguments and errors: see `load_splits`."""
-    return _source(name)(SourceOptions(_folder(root), download, image_size, channels, synthetic))
+    with unreadable_is_data_error():
+        return _source(name)(SourceOptions(_folder(root), download, image_size, channels, synthetic))
 
 
 def _source(name: str) -> Callable[[SourceOptions], Splits]:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ...errors import DataError
 from .beton import open_beton
-from .folder import open_folder
+from .folder import open_folder, unreadable_is_data_error
 from .source import Source
 
 _CHUNK = 64  # images that a thread decodes at a time
@@ -51,7 +51,8 @@ def verify(
     if path.suffix == ".beton" or path.is_file():
         # Any size will do: images are decoded in the size they are stored in.
         return {path.name: verify_source(open_beton(path, image_size=1), workers=workers, progress=progress)}
-    train, validation, test = open_folder(path, image_size=1, channels=None)
+    with unreadable_is_data_error():
+        train, validation, test = open_folder(path, image_size=1, channels=None)
     splits = {"train": train, "validation": validation, "test": test}
     return {
         name: verify_source(source, workers=workers, progress=progress)

@@ -231,6 +231,6 @@ def test_training_curves_have_each_step_once_and_need_a_log(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert [p.name for p in draw_training_curves(tmp_path)] == ["loss-pretrain.png", "accuracy-pretrain.png"]
     assert (tmp_path / "plots/accuracy-pretrain.png").stat().st_size > 5000
-    (tmp_path / "metrics.jsonl").write_text("{")
-    with pytest.raises(RunFolderError, match="not a line"):
-        draw_training_curves(tmp_path)
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"event": "train", "step": 5, "lo')
+    assert len(draw_training_curves(tmp_path)) == 2, "a torn line is passed over"

@@ -8,7 +8,6 @@ import json
 import weakref
 from contextlib import nullcontext
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ from torch import nn
 
 from hpc_supcon import phases
 from hpc_supcon.distributed.launch import Launch, Runtime
-from hpc_supcon.errors import NonFinite, RunFolderError
+from hpc_supcon.errors import NonFinite
 from hpc_supcon.phases import Clock, measured_by, phase
 from hpc_supcon.seeding import stream
 from hpc_supcon.training import state as state_module
@@ -171,22 +170,16 @@ def test_a_run_that_ends_early_reports_what_it_measured(tmp_path):
     assert not (tmp_path / "none").exists()
 
 
-def profile_on_ranks(rank, world_size, folder):
-    state, options, batches = build(rank, world_size, [])
-    with StepProfile(1, state.model, CPU, Path(folder) if rank == 0 else None, lambda found: None) as profile:
-        for k in range(WARM_UP + TRACED):
+def test_a_trace_that_cannot_be_written_is_told_and_training_goes_on(tmp_path, capsys):
+    (tmp_path / "file").write_text("not a folder")
+    state, options, batches = build(0, 1, [])
+    with StepProfile(1, state.model, CPU, tmp_path / "file", lambda found: None) as profile:
+        for k in range(WARM_UP + TRACED + 2):
             train_step(state, batches[k % 5], options)
             profile.step()
-        train_step(state, batches[0], options)
-        with pytest.raises(RunFolderError, match="cannot be written") as caught:
-            profile.step()
-    return str(caught.value)
-
-
-def test_a_trace_that_rank_0_cannot_write_stops_all_ranks(tmp_path):
-    (tmp_path / "file").write_text("not a folder")
-    messages = run_ranks(profile_on_ranks, 2, str(tmp_path / "file"))
-    assert messages[0] == messages[1]
+    told = [line for line in capsys.readouterr().err.splitlines() if "not written" in line]
+    assert len(told) == 1
+    assert told[0].startswith(f"{tmp_path}/file/trace.json.gz: not written: ")
 
 
 class Cycle:

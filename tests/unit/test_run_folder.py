@@ -1,0 +1,58 @@
+"""results.json: entries that several processes add at once, and files that are no results."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import pytest
+
+from hpc_supcon.errors import RunFolderError
+from hpc_supcon.run_folder import add_result, check_results
+from tests.processes import FORK_SERVER
+
+
+def add(folder, writer, count, start):
+    start.wait()
+    for i in range(count):
+        add_result(folder, {"stage": "probe", "probe": f"{writer}-{i}"})
+
+
+def results(folder):
+    return json.loads((folder / "results.json").read_text())["results"]
+
+
+@pytest.mark.parametrize("kind", [FORK_SERVER.Process, threading.Thread])
+def test_no_entry_is_lost_when_several_add_at_once(tmp_path, kind):
+    start = (FORK_SERVER if kind is FORK_SERVER.Process else threading).Event()
+    writers = [kind(target=add, args=(tmp_path, writer, 20, start)) for writer in range(4)]
+    for writer in writers:
+        writer.start()
+    start.set()
+    for writer in writers:
+        writer.join()
+    assert sorted(entry["probe"] for entry in results(tmp_path)) == sorted(
+        f"{w}-{i}" for w in range(4) for i in range(20)
+    )
+    assert not list(tmp_path.glob("*partial*"))
+
+
+def test_an_entry_takes_the_place_of_an_earlier_one_of_the_same_probe(tmp_path):
+    for accuracy in (0.1, 0.2):
+        add_result(tmp_path, {"stage": "probe", "probe": "knn", "test": accuracy})
+    assert results(tmp_path) == [{"stage": "probe", "probe": "knn", "test": 0.2}]
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"results": 3}', '{"results": [3]}'])
+def test_a_file_that_is_not_of_results_is_named_before_the_work_and_left_alone(tmp_path, content):
+    (tmp_path / "results.json").write_text(content)
+    for call in (lambda: check_results(tmp_path), lambda: add_result(tmp_path, {"stage": "probe"})):
+        with pytest.raises(RunFolderError, match=r"results\.json: damaged, or not a file of results"):
+            call()
+    assert (tmp_path / "results.json").read_text() == content
+
+
+def test_results_that_cannot_be_read_are_named(tmp_path):
+    (tmp_path / "results.json").mkdir()
+    with pytest.raises(RunFolderError, match=r"results\.json: cannot be read: Is a directory"):
+        check_results(tmp_path)
