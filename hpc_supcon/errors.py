@@ -14,6 +14,8 @@ class HpcSupconError(Exception):
     """Base of all named errors."""
 
     exit_code = 2
+    of_this_rank = False
+    """Whether the error is this process's alone, so that it is printed whatever its rank."""
 
 
 class ConfigError(HpcSupconError):
@@ -28,12 +30,20 @@ class LaunchError(HpcSupconError):
     """The distributed environment (torchrun, Slurm) is partial or contradicts itself."""
 
 
+class RanksDiffer(HpcSupconError):
+    """The ranks of a launch do not have the same command, settings, versions or data."""
+
+
 class DataError(HpcSupconError):
     """A data set is missing, empty, or not what the configuration says."""
 
 
 class CorruptSample(DataError):
     """One image cannot be used; the message names its path."""
+
+
+class DataChanged(DataError):
+    """The data set is not the one that the run was started with."""
 
 
 class LossInputError(HpcSupconError):
@@ -88,6 +98,7 @@ class RankLost(HpcSupconError):
     """Another rank was killed, was stopped, or hangs; all ranks end."""
 
     exit_code = 5
+    of_this_rank = True
 
 
 class Preempted(HpcSupconError):

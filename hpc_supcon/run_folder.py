@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,14 @@ def create(folder: Path, config: Config) -> None:
         write_atomically(folder / CONFIG, to_yaml(config))
     except OSError as error:
         raise RunFolderError(f"{folder}: cannot be made: {error.strerror}") from None
+
+
+def identity(folder: Path) -> str:
+    """A text by which two machines find out whether they see the same run folder: what is in its config.yaml."""
+    try:
+        return f"sha256:{hashlib.sha256((folder / CONFIG).read_bytes()).hexdigest()[:16]}"
+    except OSError:
+        return "absent"
 
 
 def check_still_there(folder: Path) -> None:
