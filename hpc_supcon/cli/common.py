@@ -59,7 +59,7 @@ def started(
         **versions(),
         **shared_settings(settings),
         # all ranks read the folder that rank 0 writes
-        f"{settings.folder / run_folder.CONFIG}": run_folder.identity(settings.folder),
+        f"run_dir/{run_folder.CONFIG}": run_folder.identity(settings.folder),
     }
     with (
         start_watchdog(

@@ -79,7 +79,7 @@ def compare_ranks(
     facts_of, digests, read = (
         [f"hpc_supcon/start/{nth}/{key}/{r}" for r in range(world_size)] for key in ("facts", "digest", "read")
     )
-    text = json.dumps(dict(facts) if error is None else [type(error).__name__, str(error)], sort_keys=True)
+    text = json.dumps(dict(facts) if error is None else [type(error).__name__, str(error)])
     store.set(facts_of[rank], text)
     store.set(digests[rank], f"{GOOD if error is None else BAD}{hashlib.sha256(text.encode()).hexdigest()}")
     if not _wait(store, digests, timeout_s):

@@ -56,8 +56,8 @@ def report_changed_data(folder: Path, found: checkpoint.Checkpoint, config: Conf
     if before is None or not is_own or not (changed := data.differences(before)):
         return
     console.print(
-        f"{folder}: its data have changed since {found.name} was trained: {'; '.join(changed)}; going on with them "
-        "as they are now",
+        f"{folder}: its data have changed since it was trained: {'; '.join(changed)}; going on with them as "
+        "they are now",
         soft_wrap=True,
         style="yellow",
         markup=False,
