@@ -7,6 +7,9 @@ CONCURRENT_RUNS = "HPC_SUPCON_CONCURRENT_RUNS"
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables without which torchrun starts no process."""
 
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "SLURM_PROCID")
+"""Environment variables of a process that may be one of several ranks."""
+
 
 def port_of_job(job: int) -> int:
     """TCP port on which rank 0 of a scheduler's job listens: a number that all ranks compute without a message.

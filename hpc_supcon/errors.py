@@ -18,6 +18,8 @@ class HpcSupconError(Exception):
     """Every rank raises it, so that one line for each node is enough."""
     is_printed = False
     """It is on this node's terminal already."""
+    of_this_rank = False
+    """Whether the error is this process's alone, so that it is printed whatever its rank."""
 
 
 class ConfigError(HpcSupconError):
@@ -32,12 +34,20 @@ class LaunchError(HpcSupconError):
     """The distributed environment (torchrun, Slurm) is partial or contradicts itself."""
 
 
+class RanksDiffer(HpcSupconError):
+    """The ranks of a launch do not have the same command, settings, versions or data."""
+
+
 class DataError(HpcSupconError):
     """A data set is missing, empty, or not what the configuration says."""
 
 
 class CorruptSample(DataError):
     """One image cannot be used; the message names its path."""
+
+
+class DataChanged(DataError):
+    """The data set is not the one that the run was started with."""
 
 
 class LossInputError(HpcSupconError):
@@ -99,6 +109,7 @@ class RankLost(HpcSupconError):
     """Another rank was killed, was stopped, or hangs; all ranks end."""
 
     exit_code = 5
+    of_this_rank = True
 
 
 class Preempted(HpcSupconError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -53,6 +54,14 @@ def check_checkpoints(folder: Path) -> None:
     path = folder / CHECKPOINTS
     if path.exists() and not os.access(path, os.W_OK | os.X_OK):
         raise RunFolderError(f"{path}: no right to write there, so no checkpoint could be saved")
+
+
+def identity(folder: Path) -> str:
+    """A text by which two machines find out whether they see the same run folder: what is in its config.yaml."""
+    try:
+        return f"sha256:{hashlib.sha256((folder / CONFIG).read_bytes()).hexdigest()[:16]}"
+    except OSError:
+        return "absent"
 
 
 def check_still_there(folder: Path) -> None:

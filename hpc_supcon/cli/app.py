@@ -14,12 +14,12 @@ from rich.table import Table
 
 from .. import __version__
 from ..config import Config, Stage, load_config, schema_rows, to_yaml
-from ..errors import CorruptSample, HpcSupconError, Preempted, RankLost
+from ..errors import CorruptSample, HpcSupconError, Preempted
 from ..run_folder import read_config
 from ..terminal import only_told, output
 from .bench import bench
 from .checkpoints import checkpoints
-from .common import Debug, progress_bars, started
+from .common import Debug, progress_bars, refused_together, started
 from .export import embed, export, predict
 from .grid import grid
 from .prune import prune
@@ -67,8 +67,10 @@ def run(
     config: ConfigArgument = QUICKSTART, overrides: Overrides = None, resume: Resume = False, debug: Debug = False
 ) -> None:
     """Pre-train an encoder, then evaluate it (pretrain + probe). Where all probes read pixels, none is trained."""
-    settings = _settings(config, overrides, RUN)
-    with started(settings, RUN, resume=resume) as (runtime, data):
+    with refused_together():
+        settings = _settings(config, overrides, RUN)
+    command = {"command": "run", "--resume": "yes" if resume else "no"}
+    with started(settings, RUN, command, resume=resume) as (runtime, data):
         from ..evaluation.probes import check_probes
         from ..stages.probe import probe, start_without_encoder
         from ..stages.results import ResultWriter
@@ -90,8 +92,10 @@ def pretrain_command(
     config: ConfigArgument = QUICKSTART, overrides: Overrides = None, resume: Resume = False, debug: Debug = False
 ) -> None:
     """Pre-train an encoder into a run folder."""
-    settings = _settings(config, overrides, ("pretrain",))
-    with started(settings, ("pretrain",), resume=resume) as (runtime, data):
+    with refused_together():
+        settings = _settings(config, overrides, ("pretrain",))
+    command = {"command": "pretrain", "--resume": "yes" if resume else "no"}
+    with started(settings, ("pretrain",), command, resume=resume) as (runtime, data):
         from ..stages.results import ResultWriter
 
         writer = ResultWriter()
@@ -122,12 +126,14 @@ def probe_command(
     debug: Debug = False,
 ) -> None:
     """Evaluate a run folder's encoder, or the pixels, by the probes of probe.kind; writes results.json there."""
-    settings = read_config(run_dir, overrides or [], stages=("probe",))
-    if settings.probe.needs_encoder:
-        from ..evaluation.encoder import check_has_encoder
+    with refused_together():
+        settings = read_config(run_dir, overrides or [], stages=("probe",))
+        if settings.probe.needs_encoder:
+            from ..evaluation.encoder import check_has_encoder
 
-        check_has_encoder(run_dir)  # before minutes of decoding
-    with started(settings, ("probe",), resume=True, folder=run_dir) as (runtime, data):
+            check_has_encoder(run_dir)  # before minutes of decoding
+    command = {"command": "probe", "RUN_DIR": run_dir.absolute()}
+    with started(settings, ("probe",), command, resume=True, folder=run_dir) as (runtime, data):
         from ..stages.probe import probe
         from ..stages.results import ResultWriter
 
@@ -258,7 +264,7 @@ def _main(arguments: list[str]) -> None:
     except HpcSupconError as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        elif not error.is_printed and (_is_first_on_node() or isinstance(error, RankLost)):
+        elif not error.is_printed and (_is_first_on_node() or error.of_this_rank):
             kind = "" if isinstance(error, Preempted) else "error: "
             sys.stderr.write(f"hpc-supcon: {kind}{error}\n")
         sys.exit(error.exit_code)

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..config import Config, Stage, check_ranks
+from ..config import Config, Stage, check_ranks, shared_settings
+from ..environment import RANK_VARIABLES
+from ..errors import HpcSupconError, LaunchError
 from ..terminal import progress_bar, warn
 
 if TYPE_CHECKING:
@@ -20,24 +23,53 @@ Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback with ever
 
 
 @contextmanager
+def refused_together() -> Iterator[None]:
+    """A named error of one rank in this block, which comes before its process group, is raised on every rank."""
+    try:
+        yield
+    except LaunchError:
+        raise  # without its launch, a rank does not know where the others are
+    except HpcSupconError as error:
+        if not any(name in os.environ for name in RANK_VARIABLES):
+            raise  # without importing PyTorch
+        from ..distributed.agreement import refused
+        from ..distributed.launch import resolve
+
+        raise refused(resolve(), error) from None
+
+
+@contextmanager
 def started(
-    settings: Config, stages: tuple[Stage, ...], *, resume: bool, folder: Path | None = None
+    settings: Config,
+    stages: tuple[Stage, ...],
+    command: Mapping[str, object],
+    *,
+    resume: bool,
+    folder: Path | None = None,
 ) -> Iterator[tuple[Runtime, Data]]:
     """The process group, the lock of the run folder, and the data, for as long as a command runs these stages.
 
-    folder: the run folder, where it need not be the one that the settings name.
+    folder: the run folder, where it need not be the one that the settings name. command: its name and arguments,
+    which all ranks must have in common as they have the settings. Raises RanksDiffer on all of them where they have
+    not, before any of them does more.
     """
-    from ..distributed import launch as rt
-
-    check_ranks(settings, rt.resolve().world_size, stages=stages)  # before more is imported, which takes seconds
     from .. import run_folder
+    from ..distributed import launch as rt
     from ..distributed.collectives import propagate_errors
     from ..distributed.folder_lock import locked
     from ..distributed.monitors import monitor_ranks, start_watchdog
+    from ..training.agreement import versions
     from ..training.data import load_data
 
     folder = folder or settings.folder
     limits = settings.runtime
+    facts = {
+        **{name: str(value) for name, value in command.items()},
+        **versions(),
+        **shared_settings(settings),
+        # all ranks read the folder that rank 0 writes
+        f"run_dir/{run_folder.CONFIG}": run_folder.identity(settings.folder),
+    }
     with (
         start_watchdog(
             folder,
@@ -50,10 +82,12 @@ def started(
             timeout_s=limits.first_step_timeout_s,
             deterministic=settings.deterministic,
             reuse_memory=limits.reuse_memory,
+            facts=facts,
         ) as runtime,
         monitor_ranks(watchdog, runtime),
     ):
         with propagate_errors():
+            check_ranks(settings, runtime.world_size, stages=stages)
             run_folder.check_usable(settings.folder, settings, resume=resume)  # before minutes of decoding
         with locked(folder, runtime, warn):
             yield runtime, load_data(settings, runtime)

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 SHOWN = 20
 """Predictions of up to this many images are printed as a table; those of more images as CSV."""
 
+SHOWN_CLASSES = 5
+
 DEVICES = ("auto", "cpu", "cuda")
 
 RunDir = Annotated[Path, typer.Argument(metavar="RUN_DIR", help="A run folder.")]
@@ -87,6 +89,10 @@ def embed(
         opened = open_images(images, loaded.shape, loaded.classes)
         outputs = embed_images(loaded, opened, out, force=force, **options)
     _report_left_out(outputs.problems, opened)
+    if opened.unknown_classes:
+        unknown, more = ", ".join(opened.unknown_classes[:SHOWN_CLASSES]), len(opened.unknown_classes) - SHOWN_CLASSES
+        names = f"{unknown} and {more} more" if more > 0 else unknown
+        sys.stderr.write(f"labels are left out: not among the classes that {run_dir} was trained on: {names}\n")
     labels = "" if opened.labels is None else ", with labels"
     sys.stdout.write(f"{out}: {len(outputs.indices)} images, {outputs.values.shape[1]} numbers each{labels}\n")
 

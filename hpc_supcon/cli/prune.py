@@ -10,7 +10,7 @@ from rich.table import Table
 
 from ..run_folder import read_config
 from ..terminal import output
-from .common import Debug, started
+from .common import Debug, refused_together, started
 
 
 def prune(
@@ -22,14 +22,16 @@ def prune(
     debug: Debug = False,
 ) -> None:
     """Prune a run's encoder to each rate of prune.rate, into RUN_DIR/pruned/; fine-tune, probe, measure its size."""
-    settings = read_config(run_dir, overrides or [], stages=("prune",))
-    from ..evaluation.encoder import check_has_encoder
-    from ..stages.prune import check_prune
-    from ..stages.prune import prune as prune_run
+    with refused_together():
+        settings = read_config(run_dir, overrides or [], stages=("prune",))
+        from ..evaluation.encoder import check_has_encoder
+        from ..stages.prune import check_prune
+        from ..stages.prune import prune as prune_run
 
-    check_prune(run_dir, settings, resume=resume)
-    check_has_encoder(run_dir)  # before decoding the data, which takes minutes
-    with started(settings, ("prune",), resume=True, folder=run_dir) as (runtime, data):
+        check_prune(run_dir, settings, resume=resume)
+        check_has_encoder(run_dir)  # before decoding the data, which takes minutes
+    command = {"command": "prune", "RUN_DIR": run_dir.absolute(), "--resume": "yes" if resume else "no"}
+    with started(settings, ("prune",), command, resume=True, folder=run_dir) as (runtime, data):
         from ..stages.results import ResultWriter
 
         writer = ResultWriter()

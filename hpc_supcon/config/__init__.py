@@ -3,9 +3,21 @@
 from .check import Stage, check_config, check_ranks
 from .load import load_config, merge, parse_override, recipe_names, resolve, validated
 from .schema import Config
-from .settings import NEUTRAL, differences, digest, flatten, flatten_data, is_neutral, schema_rows, to_yaml
+from .settings import (
+    MAY_DIFFER,
+    NEUTRAL,
+    differences,
+    digest,
+    flatten,
+    flatten_data,
+    is_neutral,
+    schema_rows,
+    shared_settings,
+    to_yaml,
+)
 
 __all__ = [
+    "MAY_DIFFER",
     "NEUTRAL",
     "Config",
     "Stage",
@@ -22,6 +34,7 @@ __all__ = [
     "recipe_names",
     "resolve",
     "schema_rows",
+    "shared_settings",
     "to_yaml",
     "validated",
 ]

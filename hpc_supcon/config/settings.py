@@ -21,6 +21,7 @@ NEUTRAL = (
     "data.download",
     "data.workers",
     "data.timeout_s",
+    "data.allow_change",
     "train.engine",
     "train.deepspeed",
     "train.compile",
@@ -37,6 +38,16 @@ NEUTRAL = (
     "runtime.first_step_timeout_s",
     "train.allow_world_size_change",
 )
+
+MAY_DIFFER = {
+    "data.root": "nodes may keep their copies in different places; what is in them is compared",
+    "data.beton": "as data.root",
+    "data.download": "a node may lack the files",
+    "data.workers": "nodes may have different numbers of cores",
+    "runtime.threads": "as data.workers; so may HPC_SUPCON_CONCURRENT_RUNS, which divides them",
+    "model.weights": "as data.root; the sha256 of the file is compared",
+}
+"""Settings that need not be the same on all ranks, and why. All others must be."""
 
 
 def is_neutral(key: str) -> bool:
@@ -57,7 +68,24 @@ def digest(config: Config) -> str:
 def differences(old: Config, new: Config) -> list[str]:
     """`key: old -> new` for every setting that changes the results of pre-training."""
     a, b = flatten(old), flatten(new)
+    if a["data.beton"] and b["data.beton"]:
+        a["data.beton"] = b["data.beton"]  # files that were moved; what is in them is compared
     return [f"{k}: {a.get(k)} -> {b.get(k)}" for k in {**a, **b} if a.get(k) != b.get(k) and not is_neutral(k)]
+
+
+def shared_settings(config: Config) -> dict[str, str]:
+    """`section.key` -> value, as text, of every setting that all ranks must have in common.
+
+    Of a path that may differ, whether it is given. run_dir is the whole path of the run folder.
+    """
+    settings = {key: _as_text(value) for key, value in flatten(config).items() if key not in MAY_DIFFER}
+    paths = {"data.root": config.data.root, "data.beton": config.data.beton, "model.weights": config.model.weights}
+    given = {key: "null" if path is None else "(a path)" for key, path in paths.items()}
+    return settings | given | {"run_dir": str(config.folder.absolute())}
+
+
+def _as_text(value: Any) -> str:
+    return value if isinstance(value, str) else json.dumps(value, sort_keys=True)
 
 
 def flatten(config: Config) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Data: sources (name -> images and labels), order (pure permutation), loaders and views (augmentation)."""
 
+from .fingerprint import DataFingerprint, class_differences, fingerprint
 from .loaders import LOADERS, CropOptions, LoaderOptions, build_loader, choose_loader, replaced_on_all_ranks
 from .loaders.base import Batch, Loader
 from .order import EvalOrder, Order, TrainOrder
@@ -21,6 +22,7 @@ __all__ = [
     "BetonSource",
     "ClassBalanced",
     "CropOptions",
+    "DataFingerprint",
     "EvalOrder",
     "EvalTransform",
     "Loader",
@@ -36,7 +38,9 @@ __all__ = [
     "build_order",
     "channel_statistics",
     "choose_loader",
+    "class_differences",
     "convert_splits",
+    "fingerprint",
     "load_splits",
     "normalization_of",
     "open_beton",

@@ -21,8 +21,9 @@ from torch.distributed import distributed_c10d
 
 from ..allocator import keep_freed_memory
 from ..environment import CONCURRENT_RUNS, TORCHRUN, port_of_job
-from ..errors import ConfigError, LaunchError
+from ..errors import ConfigError, HpcSupconError, LaunchError
 from . import collectives
+from .agreement import compare_ranks, open_store, refused
 
 
 @dataclass(frozen=True)
@@ -197,11 +198,19 @@ def start(
     timeout_s: float = 600.0,
     deterministic: bool = False,
     reuse_memory: bool = False,
+    facts: Mapping[str, str] | None = None,
 ) -> Iterator[Runtime]:
     """Set up this process: device, threads, memory, determinism, and a process group when there are several ranks
-    (nccl for CUDA tensors, gloo for CPU tensors). The process group is destroyed when the block ends."""
+    (nccl for CUDA tensors, gloo for CPU tensors). The process group is destroyed when the block ends.
+
+    facts: what all ranks must have in common, by name. Raises RanksDiffer on all of them where they have not, before
+    the process group is made.
+    """
     launch = resolve()
-    chosen = choose_device(device, launch)
+    try:
+        chosen = choose_device(device, launch)
+    except HpcSupconError as error:
+        raise refused(launch, error) from None
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     elif reuse_memory:
@@ -210,11 +219,13 @@ def start(
     torch.set_num_threads(threads or fair_threads(launch))
     _set_determinism(deterministic)
     if launch.world_size > 1:
+        store = open_store(launch, timeout_s)
+        # the type that was chosen: with another one, not even the process group can be made
+        everything = {**(facts or {}), "device": chosen.type}
+        compare_ranks(store, launch.rank, launch.world_size, everything, timeout_s=timeout_s)
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
-            init_method=f"tcp://{launch.master_addr}:{launch.master_port}"
-            if launch.launcher == "slurm"
-            else "env://",
+            store=store,
             rank=launch.rank,
             world_size=launch.world_size,
             timeout=timedelta(seconds=timeout_s),

@@ -6,11 +6,26 @@ from pathlib import Path
 
 from .. import checkpoint, run_folder
 from ..checkpoint.layout import path_of
-from ..data import EvalTransform, Splits
+from ..config import Config, flatten
+from ..data import DataFingerprint, EvalTransform, Splits, class_differences
 from ..distributed.collectives import gather_objects, propagate_errors, rank
 from ..errors import CheckpointCorrupt, DataError, RunFolderError
 from ..models import PretrainingModel, build_model
 from ..terminal import warn
+from ..training.agreement import check_same_checkpoint, saved_fingerprint
+
+CHOOSE_IMAGES = (
+    "seed",
+    "data.source",
+    "data.root",
+    "data.beton",
+    "data.image_size",
+    "data.channels",
+    "data.validation_fraction",
+    "data.train_images",
+)
+SYNTHETIC = "data.synthetic."
+"""The settings, and the section, that decide which images a run has."""
 
 
 def check_has_encoder(folder: Path) -> None:
@@ -23,13 +38,32 @@ def check_has_encoder(folder: Path) -> None:
 
 
 def check_classes(folder: Path, found: checkpoint.Checkpoint, splits: Splits) -> None:
-    """Raise DataError where a run's encoder was trained on other classes than the data have."""
-    if tuple(found.state["classes"]) != splits.classes:
-        raise DataError(f"{folder}: trained on classes {found.state['classes']}, the data has {list(splits.classes)}")
+    """Raise DataError where a run's encoder was trained on other classes than the data have, or in another order."""
+    if different := class_differences(splits.classes, found.state["classes"]):
+        raise DataError(
+            f"{folder}: the data have other classes than its encoder was trained on: {'; '.join(different)}; give "
+            "the run's own data, or train an encoder on these"
+        )
+
+
+def report_changed_data(folder: Path, found: checkpoint.Checkpoint, config: Config, data: DataFingerprint) -> None:
+    """Print a line where the run's own data have changed since the checkpoint: the encoder may have been trained on
+    images that are now in test. Other data, that the settings ask for, are no change. On rank 0."""
+    with checkpoint.mismatch_is_corrupt(found.path):
+        before = saved_fingerprint(found.state)
+    settings, own = flatten(config), flatten(run_folder.read_config(folder))
+    is_own = all(settings[key] == own[key] for key in settings if key in CHOOSE_IMAGES or key.startswith(SYNTHETIC))
+    if before is None or not is_own or not (changed := data.differences(before)):
+        return
+    warn(
+        f"{folder}: its data have changed since it was trained: {'; '.join(changed)}; going on with them as "
+        "they are now"
+    )
 
 
 def load_model(folder: Path) -> tuple[PretrainingModel, checkpoint.Checkpoint]:
-    """The model of a run's best checkpoint, on the CPU. Collective. Raises RunFolderError, CheckpointCorrupt.
+    """The model of a run's best checkpoint, on the CPU. Collective. Raises RunFolderError, CheckpointCorrupt,
+    RanksDiffer.
 
     With early stopping, the best is the checkpoint at which it saw its best value; otherwise it is the newest that
     verifies. Rank 0 chooses and the other ranks load its choice: if each chose by itself, they could differ.
@@ -48,6 +82,7 @@ def load_model(folder: Path) -> tuple[PretrainingModel, checkpoint.Checkpoint]:
             model.load_state_dict(found.tensors.get("ema", found.tensors["model"]))
             EvalTransform(**found.state["normalization"])  # used later: checked here, where an error names the file
             tuple(found.state["classes"])
+    check_same_checkpoint(found)
     return model, found
 
 

@@ -33,6 +33,8 @@ class ImageSet:
     of the .beton) that has the name of one of them."""
     ignored: int
     """Number of files in folders whose names do not end like those of images."""
+    unknown_classes: tuple[str, ...] = ()
+    """Why there are no labels: classes of the images that the model does not have, where it has others of them."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +79,8 @@ def open_images(paths: Sequence[Path], shape: tuple[int, int, int], classes: Seq
     image_format = ImageFormat(shape[0], shape[1], convert=True, resize=True, reference=image_paths[0])
     source = FolderSource(image_paths, torch.zeros(len(image_paths), dtype=torch.int64), (), image_format)
     names = [path.parent.name for path in image_paths]
-    return ImageSet(source, tuple(map(str, image_paths)), _labels(names, classes), ignored)
+    paths_as_text = tuple(map(str, image_paths))
+    return ImageSet(source, paths_as_text, _labels(names, classes), ignored, _unknown(names, classes))
 
 
 def _open_beton(path: Path, shape: tuple[int, int, int], classes: Sequence[str]) -> ImageSet:
@@ -85,12 +88,19 @@ def _open_beton(path: Path, shape: tuple[int, int, int], classes: Sequence[str])
     if beton.channels != shape[0]:
         beton = BetonSource(path, beton.columns, beton.rows, beton.labels, beton.classes, shape[0], shape[1])
     names = [beton.classes[label] for label in beton.labels.tolist()]
-    return ImageSet(beton, tuple(f"{path}#{i}" for i in range(len(beton))), _labels(names, classes), 0)
+    positions = tuple(f"{path}#{i}" for i in range(len(beton)))
+    return ImageSet(beton, positions, _labels(names, classes), 0, _unknown(names, classes))
 
 
 def _labels(names: Sequence[str], classes: Sequence[str]) -> tuple[int, ...] | None:
     index = {name: label for label, name in enumerate(classes)}
     return tuple(index[name] for name in names) if set(names) <= index.keys() else None
+
+
+def _unknown(names: Sequence[str], classes: Sequence[str]) -> tuple[str, ...]:
+    """The names that are no classes where others are; folders of which none is one are not meant as classes."""
+    unknown = set(names) - set(classes)
+    return tuple(sorted(unknown)) if unknown < set(names) else ()
 
 
 def _list_folder(root: Path) -> tuple[list[Path], int]:

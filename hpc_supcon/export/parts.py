@@ -126,6 +126,12 @@ def _load_classifier(folder: Path, kind: str | None) -> ModelPart:
                 f"{folder}: its {kind} probe was fitted on step {description['step']}, but the best checkpoint is "
                 f"step {found.state['step']}: run `hpc-supcon probe {folder} probe.kind={kind}` again"
             )
+        if unknown := sorted(set(description["classes"]) - set(found.state["classes"])):
+            raise RunFolderError(
+                f"{folder}: its {kind} probe was fitted on classes that its encoder was not trained on: "
+                f"{', '.join(unknown[:3])}{' ...' * (len(unknown) > 3)}; run `hpc-supcon probe {folder} "
+                f"probe.kind={kind}` again"
+            )
         encoder, encoder_description, name = model.encoder, found.state["encoder"], found.name
     elif fitted.input == "pixels":
         channels = len(description["normalization"]["mean"])

@@ -64,7 +64,7 @@ def _pretrain(
         is_saved = resume and bool(checkpoint.list_steps(folder / run_folder.CHECKPOINTS))
     training = build_training(config, data, runtime, start=start, load_weights=not is_saved)
     validate = build_validate(config, data, training, runtime, online_probe)
-    resumed = resume and resume_newest(training.state, folder, runtime, config)
+    resumed = resume and resume_newest(training.state, folder, runtime, config, data)
     with propagate_errors():
         if runtime.is_main and not resumed:
             run_folder.create(folder, config)

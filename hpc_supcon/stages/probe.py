@@ -16,7 +16,7 @@ from ..data import EvalTransform, Source, normalization_of
 from ..distributed.collectives import propagate_errors
 from ..distributed.folder_lock import locked
 from ..distributed.launch import Runtime
-from ..evaluation.encoder import check_classes, load_model
+from ..evaluation.encoder import check_classes, load_model, report_changed_data
 from ..evaluation.features import LabeledRows, SplitRows, extract, in_chunks, read_images, select_classes
 from ..evaluation.fitted_probe import FOLDER, save_probe
 from ..evaluation.plots import draw_probe_curves
@@ -106,6 +106,8 @@ def _tasks(
         model, found = load_model(folder)
         with propagate_errors():
             check_classes(folder, found, data.splits)
+            if runtime.is_main:
+                report_changed_data(folder, found, config, data.fingerprint)
         encoder = place(model.encoder, runtime, channels_last=config.train.channels_last)
         loaded, description = EncoderCheckpoint(found.name, found.state["step"]), found.state
         masks = found.tensors.get("masks")

@@ -14,7 +14,7 @@ from ..distributed.collectives import gather_objects, propagate_errors
 from ..distributed.folder_lock import locked
 from ..distributed.launch import Runtime
 from ..errors import RunFolderError
-from ..evaluation.encoder import check_classes, load_model
+from ..evaluation.encoder import check_classes, load_model, report_changed_data
 from ..evaluation.monitor import online_probe
 from ..evaluation.probes import check_probes
 from ..models import PretrainingModel
@@ -114,6 +114,8 @@ def _prune(
     dense, found = load_model(folder)
     with propagate_errors():
         check_classes(folder, found, data.splits)
+        if runtime.is_main and config.prune.finetunes:  # otherwise the probes say it
+            report_changed_data(folder, found, config, data.fingerprint)
         scores = PRUNERS[config.prune.method](prunable(dense.encoder))
         masks_by_rate = {rate: build_masks(scores, rate, config.prune.scope) for rate in config.prune.rates}
     _check_same_masks(folder, masks_by_rate)

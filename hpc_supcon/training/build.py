@@ -12,12 +12,15 @@ from torch import Tensor
 
 from ..config import Config
 from ..data import Splits, Views, normalization_of
+from ..distributed.agreement import ranks_that_differ
 from ..distributed.collectives import propagate_errors
 from ..distributed.launch import Runtime
-from ..models import PretrainingModel, apply_activation_checkpointing, build_model
+from ..errors import RanksDiffer
+from ..models import LoadedWeights, PretrainingModel, apply_activation_checkpointing, build_model
 from ..models import load_weights as load_pretrained
 from ..pruning import WeightMasks
 from ..seeding import seed_global_generators, stream
+from .agreement import STATE_KEY
 from .data import Data, build_training_loader
 from .ema import MomentumQueue, WeightAverage
 from .engine import ENGINES, EngineParts, LossScale, autocast, compiler, place
@@ -49,7 +52,7 @@ def build_training(
     """
     with propagate_errors():
         loader = build_training_loader(config, data, runtime)
-        description = describe_model(config, data.splits)
+        description = describe_model(config, data.splits) | {STATE_KEY: data.fingerprint.as_json()}
         torch.manual_seed(stream(config.seed, "model"))  # the same on all ranks, so that their weights are equal
         model = build_model(description) if start is None else start.model
         views = build_views(config, description)
@@ -62,12 +65,22 @@ def build_training(
         if start is not None and start.masks is not None:
             # before the model is copied or wrapped: a weight average and a momentum encoder start pruned as well
             WeightMasks(model.encoder, start.masks)
+    _check_same_weights(weights)
     seed_global_generators(stream(config.seed, "layers", runtime.rank))
     state = _build_state(config, model, objective, views, runtime)
     if start is not None and start.masks is not None:
         state.masks = WeightMasks(state.model.encoder, start.masks)
     plan = build_plan(config, loader.steps_per_epoch)
     return Training(state, _step_options(config, runtime), loader, plan, description, weights)
+
+
+def _check_same_weights(weights: LoadedWeights | None) -> None:
+    """Raise RanksDiffer where a rank read another file of `model.weights` than rank 0. Collective."""
+    if different := ranks_that_differ(None if weights is None else weights.sha256):
+        raise RanksDiffer(
+            f"model.weights: the file of rank {different[0]} has another content than that of rank 0; give all ranks "
+            "the same file"
+        )
 
 
 def describe_model(config: Config, splits: Splits) -> dict[str, Any]:

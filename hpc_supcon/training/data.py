@@ -8,6 +8,7 @@ from ..config import Config
 from ..data import (
     ArraySource,
     CropOptions,
+    DataFingerprint,
     Loader,
     LoaderOptions,
     Order,
@@ -22,6 +23,7 @@ from ..distributed.collectives import gather_objects, propagate_errors
 from ..distributed.launch import Runtime
 from ..errors import DataError
 from ..losses import loss_spec
+from .agreement import agreed_fingerprint
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,13 @@ class Data:
     training: LoaderOptions
     evaluation: LoaderOptions
     """As `training`, but without random crops."""
+    fingerprint: DataFingerprint
+    """Of the splits, taken before anything was decoded."""
 
 
 def load_data(config: Config, runtime: Runtime) -> Data:
-    """The data set. Collective. Raises ConfigError and DataError, the same on every rank.
+    """The data set. Collective. Raises ConfigError and DataError, the same on every rank; RanksDiffer where the ranks
+    have not the same data.
 
     Where the loader keeps the data set in memory, every image is decoded here, so that damaged files are found
     before training starts.
@@ -60,6 +65,7 @@ def load_data(config: Config, runtime: Runtime) -> Data:
             beton=data.beton,
             check_hash=runtime.launch.local_rank == 0,
         )
+    fingerprint = agreed_fingerprint(splits)
     name: str = data.loader
     reason = "as configured"
     if name == "auto":  # depends on free memory, which differs between nodes: all ranks take rank 0's choice
@@ -68,7 +74,7 @@ def load_data(config: Config, runtime: Runtime) -> Data:
         with propagate_errors():
             validation = None if splits.validation is None else _decoded(splits.validation)
             splits = Splits(_decoded(splits.train), validation, _decoded(splits.test))
-    return Data(splits, name, reason, training, replace(training, crop=None))
+    return Data(splits, name, reason, training, replace(training, crop=None), fingerprint)
 
 
 def loader_options(config: Config) -> LoaderOptions:

@@ -11,14 +11,16 @@ from ..distributed.launch import Runtime
 from ..errors import WorldSizeMismatch
 from ..seeding import changed_since
 from ..terminal import note, warn
+from .agreement import check_same_checkpoint, check_unchanged
+from .data import Data
 from .state import TrainState
 
 
-def resume_newest(state: TrainState, folder: Path, runtime: Runtime, config: Config) -> bool:
+def resume_newest(state: TrainState, folder: Path, runtime: Runtime, config: Config, data: Data) -> bool:
     """Load the newest checkpoint that verifies into `state`; False when the run has not saved one yet. Collective.
 
     Rank 0 chooses the checkpoint and the others load the same one: if each chose for itself, they could differ.
-    Raises CheckpointCorrupt, RunFolderError, WorldSizeMismatch.
+    Raises CheckpointCorrupt, DataChanged, RanksDiffer, RunFolderError, WorldSizeMismatch.
     """
     found: checkpoint.Checkpoint | None = None
     with propagate_errors():
@@ -40,11 +42,16 @@ def resume_newest(state: TrainState, folder: Path, runtime: Runtime, config: Con
                 "or set train.allow_world_size_change=true"
             )
         with checkpoint.mismatch_is_corrupt(path):
-            state.load(found.tensors, found.state)
+            change = check_unchanged(config, found.state, data.fingerprint, path)
+    check_same_checkpoint(found)
+    with propagate_errors(), checkpoint.mismatch_is_corrupt(path):
+        state.load(found.tensors, found.state)
     if runtime.is_main:
         changed = saved_world != runtime.world_size
         ranks = f" (saved by {saved_world} ranks, going on with {runtime.world_size})" if changed else ""
         note(f"{folder}: going on from step {state.step}{ranks}")
+        if change is not None:
+            warn(change)
         if (warning := changed_since(found.state)) is not None:
             warn(f"{path}: {warning}")
     return True

@@ -10,7 +10,7 @@ from torch import nn
 
 from hpc_supcon.bench.common import resident
 from hpc_supcon.config import load_config
-from hpc_supcon.data import ArraySource, Batch, LoaderOptions, Splits
+from hpc_supcon.data import ArraySource, Batch, LoaderOptions, Splits, fingerprint
 from hpc_supcon.distributed.launch import Launch, Runtime
 from hpc_supcon.errors import NonFinite
 from hpc_supcon.models import PretrainingModel, Projection
@@ -44,7 +44,7 @@ class DoubleEncoder(nn.Module):
 
 def in_memory(splits):
     """These splits, kept in memory and served without random crops."""
-    return Data(splits, "resident", "", LoaderOptions(), LoaderOptions())
+    return Data(splits, "resident", "", LoaderOptions(), LoaderOptions(), fingerprint(splits))
 
 
 def build(rank, world_size, overrides, *, encoder=None, runtime=None):

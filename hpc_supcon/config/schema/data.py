@@ -66,6 +66,10 @@ class DataConfig(Section):
     on_corrupt: Literal["fail", "replace"] = Field(
         description="what happens when an image does not decode; replace: another one is served, and counted"
     )
+    allow_change: bool = Field(
+        description="resume although the images or classes are not those that the run was started with, where the "
+        "order of the images can still be served"
+    )
     crop_while_decoding: bool = Field(
         description="the loader takes the random crops from the stored images, at full resolution (for large images)"
     )

@@ -9,6 +9,7 @@ import pytest
 from hpc_supcon import cli
 from hpc_supcon.config import yaml12
 from hpc_supcon.training import data as training_data
+from tests.processes import Ranks
 
 DEEPSPEED = ["train.engine=deepspeed", "train.deepspeed.zero=2"]
 VALIDATE = "validation.every_epochs=1"
@@ -179,13 +180,11 @@ def test_a_batch_that_the_ranks_of_a_grids_job_cannot_share(capsys, tmp_path, st
 
 
 @pytest.mark.parametrize("command", ["run", "pretrain"])
-def test_a_batch_that_the_ranks_of_a_launch_cannot_share(capsys, tmp_path, monkeypatch, command):
-    launch = {"RANK": 0, "LOCAL_RANK": 0, "WORLD_SIZE": 3, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 29500}
-    for name, value in launch.items():
-        monkeypatch.setenv(name, str(value))
-    code, out, err = run(capsys, command, "quickstart", f"run_dir={tmp_path}/r")
-    assert (code, out, err.count("\n")) == (2, "", 1), err
-    assert "data.batch_size=512 is the global batch and cannot be shared equally by 3 ranks: use 510 or 513" in err
+def test_a_batch_that_the_ranks_of_a_launch_cannot_share(tmp_path, command):
+    it = Ranks([command, "quickstart", f"run_dir={tmp_path}/r"], tmp_path / "stderr", 3)
+    assert it.end() == [2, 2, 2]
+    said = "data.batch_size=512 is the global batch and cannot be shared equally by 3 ranks: use 510 or 513"
+    assert it.stderr == f"hpc-supcon: error: {said}\n"
     assert not (tmp_path / "r").exists()
 
 
