@@ -10,10 +10,24 @@ import difflib
 from collections.abc import Iterable
 
 
+def printable(text: object) -> str:
+    """The text on one line, with escapes for what no terminal shows: control characters, bytes that are no UTF-8."""
+    return "".join(c if c.isprintable() else _escaped(c) for c in str(text))
+
+
+def _escaped(character: str) -> str:
+    if "\udc80" <= character <= "\udcff":  # how Python keeps a byte that is no UTF-8
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode("ascii")
+
+
 class HpcSupconError(Exception):
-    """Base of all named errors."""
+    """Base of all named errors. Its message is printable, whatever names of files it contains."""
 
     exit_code = 2
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*(printable(text) if isinstance(text, str) else text for text in arguments))
 
 
 class ConfigError(HpcSupconError):

@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import ConfigError, LaunchError, unknown_name
+from ..run_folder import read_config
 from .common import Debug, progress_bars
 
 if TYPE_CHECKING:
@@ -84,7 +85,7 @@ def embed(
     check_output(out, force=force)
     with _inference_options(device, batch_size, skip_corrupt) as options:
         loaded = load_part(run_dir, part)
-        opened = open_images(images, loaded.shape, loaded.classes)
+        opened = open_images(images, loaded.shape, loaded.classes, exif=read_config(run_dir).data.exif)
         outputs = embed_images(loaded, opened, out, force=force, **options)
     _report_left_out(outputs.problems, opened)
     labels = "" if opened.labels is None else ", with labels"
@@ -114,7 +115,7 @@ def predict(
         check_output(out, force=force)
     with _inference_options(device, batch_size, skip_corrupt) as options:
         classifier = load_part(run_dir, "classifier", probe)
-        opened = open_images(images, classifier.shape, classifier.classes)
+        opened = open_images(images, classifier.shape, classifier.classes, exif=read_config(run_dir).data.exif)
         predictions = predict_images(classifier, opened, **options)
     _report_left_out(predictions.problems, opened)
     if out is not None:
