@@ -227,8 +227,9 @@ def _open_beton(beton: str | Path, name: str, options: SourceOptions, *, check_h
             check_hash=check_hash,
         )
 
+    train = open_split("train")
     validation = open_split("validation") if "validation" in written else None
-    return Splits(open_split("train"), validation, open_split("test"))
+    return Splits(train, validation, open_split("test"))
 
 
 def _written_together(files: Mapping[str, Path]) -> list[str]:

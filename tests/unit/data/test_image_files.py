@@ -205,7 +205,7 @@ def test_the_content_decides_the_format_whatever_the_suffix(tmp_path, suffix, pi
 def test_the_first_frame_of_an_animation_is_the_image(tmp_path):
     frames = [picture(mode="P", seed=seed) for seed in range(3)]
     for name in ("a.gif", "a.webp", "a.png", "a.tif"):
-        path = save(tmp_path / name, frames[0], save_all=True, append_images=frames[1:], **{"lossless": True})
+        path = save(tmp_path / name, frames[0], save_all=True, append_images=frames[1:], lossless=True)
         assert_same(read_image(path, RGB), frames[0].convert("RGB"))
         assert_same(decoded(path, RGB), frames[0].convert("RGB"))
 
