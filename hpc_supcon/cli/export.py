@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import ConfigError, LaunchError, unknown_name
+from ..errors import ConfigError, LaunchError, printable, unknown_name
 from ..run_folder import read_config
 from .common import Debug, progress_bars
 
@@ -56,7 +56,7 @@ def export(
 
     written = export_part(run_dir, format, part=part, probe=probe, out=out, force=force)
     sys.stdout.write(
-        f"{written.path}: {written.bytes:,} bytes; read back, its outputs differ from the model's by "
+        f"{printable(written.path)}: {written.bytes:,} bytes; read back, its outputs differ from the model's by "
         f"{written.difference:.1g} at most\n"
     )
 
@@ -89,7 +89,9 @@ def embed(
         outputs = embed_images(loaded, opened, out, force=force, **options)
     _report_left_out(outputs.problems, opened)
     labels = "" if opened.labels is None else ", with labels"
-    sys.stdout.write(f"{out}: {len(outputs.indices)} images, {outputs.values.shape[1]} numbers each{labels}\n")
+    sys.stdout.write(
+        f"{printable(out)}: {len(outputs.indices)} images, {outputs.values.shape[1]} numbers each{labels}\n"
+    )
 
 
 def predict(
@@ -120,7 +122,7 @@ def predict(
     _report_left_out(predictions.problems, opened)
     if out is not None:
         save_predictions(predictions, out, checkpoint=classifier.description["checkpoint"], force=force)
-        sys.stdout.write(f"{out}: {len(predictions.paths)} images\n")
+        sys.stdout.write(f"{printable(out)}: {len(predictions.paths)} images\n")
     elif len(predictions.paths) <= SHOWN:
         _print(predictions)
     else:
@@ -167,7 +169,6 @@ def _print(predictions: Predictions) -> None:
     for path, shares in zip(predictions.paths, predictions.probabilities, strict=True):
         first, *others = (-shares).argsort(kind="stable")[:3]
         then = ", ".join(f"{predictions.classes[k]} {shares[k]:.3f}" for k in others)
-        shown = path.encode(errors="surrogateescape").decode(errors="replace")
         name = Text(predictions.classes[first])
-        table.add_row(Text(shown, overflow="fold"), name, f"{shares[first]:.3f}", Text(then))
+        table.add_row(Text(printable(path), overflow="fold"), name, f"{shares[first]:.3f}", Text(then))
     console.print(table)

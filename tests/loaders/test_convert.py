@@ -125,7 +125,9 @@ def test_a_beton_of_the_other_data_exif_is_refused(root, tmp_path, exif, other):
     convert_splits("image_folder", splits, tmp_path / "a.beton")
     options = {"beton": tmp_path / "a.beton", "image_size": 16}
     assert len(load_splits("image_folder", **options, exif=exif).train) == len(splits.train)
-    with pytest.raises(DataError, match=rf"a\.train\.beton holds images .*\(data\.exif={exif}\).* data\.exif={other}"):
+    with pytest.raises(
+        DataError, match=rf"a\.train\.beton holds images .*\(data\.exif={exif}\).* data\.exif={other}"
+    ):
         load_splits("image_folder", **options, exif=other)
 
 

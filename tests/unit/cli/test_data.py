@@ -64,26 +64,29 @@ def spoil(path: Path, kind: str) -> None:
 
 @pytest.mark.parametrize(
     "settings",
-    [{}, {"channels": 3}, {"channels": 1}, {"image_size": 8}, {"image_size": 4, "channels": 3, "exif": "ignore"}],
+    [{}, {"channels": 3}, {"channels": 1, "image_size": 8}, {"image_size": 4, "exif": "ignore"}],
     ids=str,
 )
-@pytest.mark.parametrize("kind", ["L", "P", "RGBA", "LA", "1", "CMYK", "turned", "deep", "tga", "cut", "wide"])
+@pytest.mark.parametrize("kind", ["L", "P", "RGBA", "CMYK", "turned", "deep", "tga", "cut", "wide"])
 @pytest.mark.parametrize("name", ["cat/0.png", "dog/2.png"])
 def test_verify_passes_what_training_loads_and_refuses_what_it_refuses(capsys, root, kind, settings, name):
     spoil(root / "train" / name, kind)
     code, out, err = run(capsys, "verify", root, *(f"data.{key}={value}" for key, value in settings.items()))
+    refusal = refusal_of_training(root, settings)
+    assert code == (0 if refusal is None else 2), out + err
+    if refusal is not None:
+        assert refusal.split(": set")[0].split(" (image ")[0] in out + err
+
+
+def refusal_of_training(root, settings) -> str | None:
+    """What loading the training images raises."""
     try:
         source = load_splits("image_folder", root=root, validation_fraction=0, **settings).train
-        order = EvalOrder(len(source), 8)
-        loader = build_loader(
-            "resident", source, order, seed=0, rank=0, world_size=1, device="cpu", options=LoaderOptions()
-        )
-        loader.close()
+        order, where = EvalOrder(len(source), 8), {"seed": 0, "rank": 0, "world_size": 1, "device": "cpu"}
+        build_loader("resident", source, order, **where, options=LoaderOptions()).close()
     except HpcSupconError as error:
-        assert code == 2
-        assert str(error).split(": set")[0].split(" (image ")[0] in out + err
-    else:
-        assert code == 0, out + err
+        return str(error)
+    return None
 
 
 def test_convert_takes_channels_for_mixed_modes_and_says_so(capsys, root, tmp_path):
