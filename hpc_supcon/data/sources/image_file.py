@@ -7,11 +7,8 @@ which names the file.
 from __future__ import annotations
 
 import io
-import logging
-import re
 import stat
 import struct
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +19,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from ...errors import CorruptSample, DataError
 from . import jpeg
+from .quiet import silence_pillow
 
 FORMATS = {
     "JPEG": (".jpg", ".jpeg"),
@@ -60,13 +58,10 @@ _EXIF_ERRORS = (
 _PNG_ORIENTATION = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 """Beginnings of the parts of a PNG that can name an orientation; they may come after the pixels."""
 
-_SILENT = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
-"""A filter of the module `warnings`."""
 _BITS_PER_SAMPLE = 258
 """Tag of a TIFF."""
 _HEADER = 1 << 20
 """Bytes in which the header of any file ends."""
-logging.getLogger("PIL").addHandler(logging.NullHandler())  # without a handler, errors would go to stderr
 
 
 @dataclass(frozen=True)
@@ -134,7 +129,7 @@ def encoded_image(path: Path, image_format: ImageFormat) -> tuple[bytes, tuple[i
 def open_image(file: IO[bytes]) -> Image.Image:
     """The image with its header read, of one of FORMATS. Raises whatever Pillow raises, and ValueError for too many
     pixels: Pillow raises only above twice its limit, and warns below that."""
-    _silence_pillow()
+    silence_pillow()
     image = Image.open(file, formats=tuple(FORMATS))
     pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
     if limit is not None and pixels > limit:
@@ -157,16 +152,6 @@ def check_regular(path: Path) -> None:
     """Raise DataError for a FIFO, a socket or a device, which may block whoever opens it; OSError."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise DataError(f"image {path} is not a regular file: move it elsewhere")
-
-
-def _silence_pillow() -> None:
-    """Its warnings, about odd EXIF data for instance, concern nobody who cannot change the file.
-
-    A filter for good: one around each call would be seen by all threads, and end in the middle of other calls. It is
-    set again where others were put before it.
-    """
-    if list(warnings.filters[:1]) != [_SILENT]:
-        warnings.filterwarnings("ignore", module=_SILENT[3].pattern)
 
 
 def _reason(error: Exception) -> str:
