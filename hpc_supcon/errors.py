@@ -10,8 +10,19 @@ import difflib
 from collections.abc import Iterable
 
 
+def printable(text: object) -> str:
+    """The text on one line, with escapes for what no terminal shows: control characters, bytes that are no UTF-8."""
+    return "".join(c if c.isprintable() else _escaped(c) for c in str(text))
+
+
+def _escaped(character: str) -> str:
+    if "\udc80" <= character <= "\udcff":  # how Python keeps a byte that is no UTF-8
+        return f"\\x{ord(character) - 0xDC00:02x}"
+    return character.encode("unicode_escape").decode("ascii")
+
+
 class HpcSupconError(Exception):
-    """Base of all named errors."""
+    """Base of all named errors. Its message is printable, whatever names of files it contains."""
 
     exit_code = 2
     on_all_ranks = False
@@ -20,6 +31,9 @@ class HpcSupconError(Exception):
     """It is on this node's terminal already."""
     of_this_rank = False
     """Whether the error is this process's alone, so that it is printed whatever its rank."""
+
+    def __init__(self, *arguments: object) -> None:
+        super().__init__(*(printable(text) if isinstance(text, str) else text for text in arguments))
 
 
 class ConfigError(HpcSupconError):

@@ -14,7 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from datetime import date
 from functools import partial
 from itertools import count, product
@@ -29,6 +29,7 @@ from torchvision import datasets
 from torchvision.transforms import v2
 
 from ..allocator import keep_freed_memory
+from ..config.schema.data import DataConfig
 from ..data import (
     ArraySource,
     CropOptions,
@@ -41,8 +42,10 @@ from ..data import (
     open_beton,
     open_source,
 )
+from ..data.loaders import OnCorrupt
 from ..errors import ConfigError, MissingExtra
 from .common import machine
+from .loader_plot import LoaderRow, plot
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 LARGE, LARGEST_BATCH = 224, 512
@@ -52,23 +55,6 @@ CONTENDERS = ("torchvision", "resident", "torch", "ffcv", "ffcv-decode-twice", "
 Batches = Generator[Tensor, None, None]
 """float32 [B, 2, 3, S, S]"""
 _TORCHVISION_COLOR = [v2.RandomApply([v2.ColorJitter(0.4, 0.4, 0.4, 0.1)], p=0.8), v2.RandomGrayscale(0.2)]
-
-
-@dataclass(frozen=True)
-class LoaderRow:
-    """One loader at one batch size and number of workers: images/s of the best and the worst of `rounds` rounds.
-
-    cpu_ms_per_image: CPU time of all processes together, which hardly depends on what else runs on the machine.
-    """
-
-    data: str
-    name: str
-    batch_size: int
-    workers: int
-    images_per_s: float
-    images_per_s_worst: float
-    cpu_ms_per_image: float
-    rounds: int
 
 
 def make_large_set(folder: Path, images: int = 1024, side: int = 256) -> Path:
@@ -116,13 +102,16 @@ def _twice(transform: Callable[[Any], Tensor], image: Any) -> Tensor:
 
 
 def our_batches(
-    name: str, source: Source, size: int, batch_size: int, workers: int, device: str, policy: str, *, crop: bool
-) -> Batches:
+    name: str, source: Source, size: int, batch_size: int, workers: int, device: str, policy: str, *, crop: bool,
+    on_corrupt: OnCorrupt = "fail",
+) -> Batches:  # fmt: skip
     """Two views per image by one of our loaders; endless. `crop`: the loader crops while decoding."""
     loader_name, _, twice = name.partition("-")
     views_per_decode = 1 if twice else 2
-    options = LoaderOptions(workers=workers, crop=CropOptions(views_per_decode, size) if crop else None)
-    views = Views(views_per_decode, size, mean=MEAN, std=STD, policy=policy, channels_last=True).to(device)
+    crops = CropOptions(views_per_decode, size) if crop else None
+    options = LoaderOptions(workers=workers, on_corrupt=on_corrupt, crop=crops)
+    mean, std = MEAN[: source.channels], STD[: source.channels]
+    views = Views(views_per_decode, size, mean=mean, std=std, policy=policy, channels_last=True).to(device)
     order = TrainOrder(len(source), batch_size)
     loader = build_loader(loader_name, source, order, seed=0, rank=0, world_size=1, device=device, options=options)
     with closing(loader):
@@ -167,6 +156,7 @@ def cpu_seconds() -> float:
 
 def measure(
     data: Path | None,
+    settings: DataConfig,
     batch_sizes: Sequence[int],
     workers: Sequence[int],
     names: Sequence[str],
@@ -179,7 +169,8 @@ def measure(
 ) -> None:
     """Run, print, and write out/DATE-loader-DEVICE[TAG].json and .png. Raises ConfigError, DataError.
 
-    data: an image folder of small images (None: large ones only). A contender whose package is missing is skipped,
+    data: an image folder of small images (None: large ones only), read with the image_size, channels, exif and
+    on_corrupt of `settings`, which change nothing for torchvision. A contender whose package is missing is skipped,
     with a message.
     """
     if policy not in ("flip_crop", "simaugment"):
@@ -196,13 +187,13 @@ def measure(
         if data is not None:
             sets.insert(0, (data.name, data, 0))
         for label, folder, size in sets:
-            sources = _sources(folder, Path(scratch) / f"{label}.beton", size)
+            sources = _sources(folder, Path(scratch) / f"{label}.beton", size, settings)
             for batch_size, n_workers in product(batch_sizes, workers):
                 if batch_size <= min(len(sources["torch"]), LARGEST_BATCH if size else batch_size):
                     in_turns = partial(
                         _measure_in_turns, label, folder, sources, size, batch_size, n_workers, device, policy
                     )
-                    results += in_turns(names=names, seconds=seconds, rounds=rounds)
+                    results += in_turns(settings, names=names, seconds=seconds, rounds=rounds)
     out.mkdir(parents=True, exist_ok=True)
     stem = out / f"{date.today().isoformat()}-loader-{device}{tag}"
     text = json.dumps({"machine": about, "policy": policy, "results": [asdict(r) for r in results]}, indent=1)
@@ -211,12 +202,15 @@ def measure(
     print(f"written: {stem}.json, {stem}.png")
 
 
-def _sources(folder: Path, beton: Path, size: int) -> dict[str, Source]:
+def _sources(folder: Path, beton: Path, size: int, settings: DataConfig) -> dict[str, Source]:
     """Each loader's source: image files, the same as a .beton file, or the same in memory (small images only)."""
-    splits = open_source("image_folder", folder, image_size=size or None)
+    image_size = size or settings.image_size
+    splits = open_source(
+        "image_folder", folder, image_size=image_size, channels=settings.channels, exif=settings.exif
+    )
     train = splits.train
     convert_splits("image_folder", splits, beton)
-    in_beton = open_beton(beton.with_name(f"{beton.stem}.train.beton"), image_size=size or None)
+    in_beton = open_beton(beton.with_name(f"{beton.stem}.train.beton"), image_size=image_size)
     sources: dict[str, Source] = {"torch": train, "dali": train, "ffcv": in_beton, "ffcv-decode-twice": in_beton}
     if not size:
         sources["resident"] = ArraySource(train.stack(), train.labels, train.classes)
@@ -225,7 +219,7 @@ def _sources(folder: Path, beton: Path, size: int) -> dict[str, Source]:
 
 def _measure_in_turns(
     label: str, folder: Path, sources: dict[str, Source], size: int, batch_size: int, workers: int, device: str,
-    policy: str, *, names: Iterable[str], seconds: float, rounds: int,
+    policy: str, settings: DataConfig, *, names: Iterable[str], seconds: float, rounds: int,
 ) -> list[LoaderRow]:  # fmt: skip
     """Rounds of all contenders in turns, so that drift of the machine affects all of them."""
     side = size or sources["torch"].image_size
@@ -235,7 +229,7 @@ def _measure_in_turns(
             makers[name] = partial(torchvision_batches, folder, side, batch_size, workers, device, policy)
         elif name in sources and (size or name != "ffcv-decode-twice"):
             ours = partial(our_batches, name, sources[name], side, batch_size, workers, device, policy)
-            makers[name] = partial(ours, crop=bool(size))
+            makers[name] = partial(ours, crop=bool(size), on_corrupt=settings.on_corrupt)
     measured: dict[str, list[tuple[float, float]]] = {name: [] for name in makers}
     skipped: dict[str, MissingExtra] = {}
     for _, (name, make) in product(range(rounds), makers.items()):
@@ -258,44 +252,3 @@ def _measure_in_turns(
         where = f"{label:>14} {r.name:>18} batch {batch_size:>5} workers {workers}"
         print(f"{where} {r.images_per_s:>10,.0f} images/s {r.cpu_ms_per_image:7.3f} ms of CPU{ratio}", flush=True)
     return results
-
-
-def plot(results: Sequence[LoaderRow], path: Path) -> None:
-    """One panel for each data set; a line, or for a single batch size a bar, for each contender and worker number."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-    from matplotlib.ticker import LogLocator, NullFormatter
-
-    labels, names = (list(dict.fromkeys(values)) for values in zip(*((r.data, r.name) for r in results), strict=True))
-    counts = sorted({r.workers for r in results})
-    figure, axes = plt.subplots(1, len(labels), figsize=(5.8 * len(labels), 4.4), layout="constrained", squeeze=False)
-    for axis, label in zip(axes[0], labels, strict=True):
-        own = [r for r in results if r.data == label]
-        sizes = sorted({r.batch_size for r in own})
-        axis.set_title(f"{label}: images/s, two views each")
-        lines = [(n, w, [r for r in own if (r.name, r.workers) == (n, w)]) for n in names for w in counts]
-        lines = [(n, w, sorted(line, key=lambda r: r.batch_size)) for n, w, line in lines if line]
-        if len(sizes) == 1:
-            called = [f"{n}, {w} workers" if len(counts) > 1 else n for n, w, _ in lines]
-            bars = axis.barh(called[::-1], [line[0].images_per_s for _, _, line in lines][::-1])
-            axis.bar_label(bars, fmt="{:,.0f}", padding=3)
-            axis.margins(x=0.18)
-            continue
-        for name, workers, line in lines:
-            style = {"color": f"C{names.index(name)}", "linestyle": "-" if workers == counts[-1] else "--"}
-            x, y = [r.batch_size for r in line], [r.images_per_s for r in line]
-            axis.plot(x, y, marker="o", label=f"{name}, {workers}", **style)
-        axis.set(xscale="log", yscale="log", xlabel="batch size")
-        axis.set_xticks(sizes, labels=[str(n) for n in sizes])
-        axis.xaxis.minorticks_off()
-        axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
-        axis.yaxis.set_major_formatter("{x:,.0f}")
-        axis.yaxis.set_minor_formatter(NullFormatter())
-        axis.grid(alpha=0.3)
-        axis.legend(
-            title="loader, workers", fontsize="small", handlelength=3.5, loc="center left", bbox_to_anchor=(1, 0.5)
-        )
-    figure.savefig(path, dpi=120)
-    plt.close(figure)

@@ -1,4 +1,4 @@
-"""The root of the command line, and the commands `run | pretrain | probe | config | convert | verify`."""
+"""The root of the command line, and the commands `run | pretrain | probe | config`."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ from rich.table import Table
 
 from .. import __version__
 from ..config import Config, Stage, load_config, schema_rows, to_yaml
-from ..errors import CorruptSample, HpcSupconError, Preempted
+from ..errors import HpcSupconError, Preempted
 from ..run_folder import read_config
 from ..terminal import only_told, output
 from .bench import bench
 from .checkpoints import checkpoints
-from .common import Debug, progress_bars, refused_together, started
+from .common import Debug, Overrides, refused_together, started
+from .data import convert, verify
 from .export import embed, export, predict
 from .grid import grid
 from .prune import prune
@@ -48,6 +49,8 @@ app = typer.Typer(
 )
 
 app.add_typer(bench, name="bench")
+app.command("convert")(convert)
+app.command("verify")(verify)
 app.command("checkpoints")(checkpoints)
 app.command("prune")(prune)
 app.command("export")(export)
@@ -56,9 +59,6 @@ app.command("predict")(predict)
 app.add_typer(grid, name="grid")
 
 ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A recipe's name or a YAML file.")]
-Overrides = Annotated[
-    list[str] | None, typer.Argument(metavar="key=value", help="Settings to change, such as optim.lr=0.1.")
-]
 Resume = Annotated[bool, typer.Option("--resume", help="Resume from the run folder's newest checkpoint.")]
 
 
@@ -161,54 +161,6 @@ def config_command(
     for row in schema_rows():
         table.add_row(*row)
     output().print(table)
-
-
-@app.command("convert")
-def convert_command(
-    data: Annotated[str, typer.Argument(metavar="DATA", help="An image folder, or a source such as cifar10.")],
-    out: Annotated[Path, typer.Argument(metavar="OUT.beton", help="Writes OUT.train.beton, OUT.test.beton ...")],
-    root: Annotated[Path | None, typer.Option(help="Folder of a source other than an image folder.")] = None,
-    download: Annotated[bool, typer.Option("--download", help="Fetch the source if it is not there.")] = False,
-    max_size: Annotated[int | None, typer.Option(help="Longest side in px; larger images are shrunk.")] = None,
-    jpeg_quality: Annotated[int | None, typer.Option(help="1..95; by default JPEG files are copied.")] = None,
-    raw_fraction: Annotated[float, typer.Option(help="Share of images stored as pixels, 0..1.")] = 0.0,
-    debug: Debug = False,
-) -> None:
-    """Write a data set as .beton files with manifests, for data.loader=ffcv (data.beton=OUT.beton)."""
-    from ..data import convert_splits, open_source
-
-    is_folder = "/" in data or Path(data).is_dir()
-    name = "image_folder" if is_folder else data
-    # a .beton takes mixed sizes: image_size=1 keeps them from being checked, and nothing is resized to it
-    splits = open_source(name, data if is_folder else root, download=download, image_size=1 if is_folder else None)
-    options = {"max_size": max_size, "jpeg_quality": jpeg_quality, "raw_fraction": raw_fraction}
-    with progress_bars() as update:
-        manifests = convert_splits(name, splits, out, progress=update, **options)
-    for split, manifest in manifests.items():
-        sys.stdout.write(f"{split}: {manifest['samples']} images, {manifest['bytes']:,} bytes\n")
-    sys.stdout.write(f"use: data.source={name} data.beton={out}\n")
-
-
-@app.command("verify")
-def verify_command(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="An image folder or a .beton file.")],
-    debug: Debug = False,
-) -> None:
-    """Decode every image; list sizes, classes, and each image that training would refuse."""
-    from ..data.sources.verify import verify
-
-    with progress_bars() as update:
-        reports = verify(path, progress=lambda done, total: update(path.name, done, total))
-    broken = 0
-    for name, report in reports.items():
-        sizes = ", ".join(f"{w}x{h}: {n}" for (w, h), n in sorted(report.sizes.items(), key=lambda x: -x[1])[:5])
-        more = f" and {len(report.sizes) - 5} more sizes" if len(report.sizes) > 5 else ""
-        sys.stdout.write(f"{name}: {report.images} images, {len(report.classes)} classes, {sizes}{more}\n")
-        for problem in report.problems:
-            sys.stdout.write(f"  index {problem.index}: {problem.message}\n")
-        broken += len(report.problems)
-    if broken:
-        raise CorruptSample(f"{path}: {broken} images cannot be used")
 
 
 def _settings(config: str, overrides: list[str] | None, stages: tuple[Stage, ...]) -> Config:

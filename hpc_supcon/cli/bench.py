@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from .common import Debug
+from .data import DataSettings, data_settings
 
 bench = typer.Typer(help="Measure parts of the pipeline on this machine.", no_args_is_help=True)
 
@@ -42,6 +43,7 @@ def bench_loss(
 
 @bench.command("loader")
 def bench_loader(
+    settings: DataSettings = None,
     data: Annotated[Path | None, typer.Option(help="An image folder of small images, such as CIFAR-10.")] = None,
     batch_size: Annotated[list[int] | None, typer.Option(help="Images per batch; repeat for several.")] = None,
     workers: Annotated[list[int] | None, typer.Option(help="Decoding workers; repeat for several.")] = None,
@@ -62,7 +64,9 @@ def bench_loader(
     from ..distributed.launch import Launch, choose_device
 
     kind = choose_device(device, Launch()).type
-    measure(data, batch_size or [512], workers or [2], only or CONTENDERS, kind, policy, seconds, rounds, tag, out)
+    own = data_settings(settings, "data.root", "data.source", "data.beton")
+    sizes, counts, names = batch_size or [512], workers or [2], only or CONTENDERS
+    measure(data, own, sizes, counts, names, kind, policy, seconds, rounds, tag, out)
 
 
 @bench.command("step")

@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from ..training.data import Data
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback with every error.")]
+Overrides = Annotated[
+    list[str] | None, typer.Argument(metavar="key=value", help="Settings to change, such as optim.lr=0.1.")
+]
 
 
 @contextmanager

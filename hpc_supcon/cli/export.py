@@ -12,7 +12,8 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import ConfigError, LaunchError, unknown_name
+from ..errors import ConfigError, LaunchError, printable, unknown_name
+from ..run_folder import read_config
 from ..terminal import output
 from .common import Debug, progress_bars
 
@@ -57,7 +58,7 @@ def export(
 
     written = export_part(run_dir, format, part=part, probe=probe, out=out, force=force)
     sys.stdout.write(
-        f"{written.path}: {written.bytes:,} bytes; read back, its outputs differ from the model's by "
+        f"{printable(written.path)}: {written.bytes:,} bytes; read back, its outputs differ from the model's by "
         f"{written.difference:.1g} at most\n"
     )
 
@@ -86,7 +87,7 @@ def embed(
     check_output(out, force=force)
     with _inference_options(device, batch_size, skip_corrupt) as options:
         loaded = load_part(run_dir, part)
-        opened = open_images(images, loaded.shape, loaded.classes)
+        opened = open_images(images, loaded.shape, loaded.classes, exif=read_config(run_dir).data.exif)
         outputs = embed_images(loaded, opened, out, force=force, **options)
     _report_left_out(outputs.problems, opened)
     if opened.unknown_classes:
@@ -94,7 +95,9 @@ def embed(
         names = f"{unknown} and {more} more" if more > 0 else unknown
         sys.stderr.write(f"labels are left out: not among the classes that {run_dir} was trained on: {names}\n")
     labels = "" if opened.labels is None else ", with labels"
-    sys.stdout.write(f"{out}: {len(outputs.indices)} images, {outputs.values.shape[1]} numbers each{labels}\n")
+    sys.stdout.write(
+        f"{printable(out)}: {len(outputs.indices)} images, {outputs.values.shape[1]} numbers each{labels}\n"
+    )
 
 
 def predict(
@@ -120,12 +123,12 @@ def predict(
         check_output(out, force=force)
     with _inference_options(device, batch_size, skip_corrupt) as options:
         classifier = load_part(run_dir, "classifier", probe)
-        opened = open_images(images, classifier.shape, classifier.classes)
+        opened = open_images(images, classifier.shape, classifier.classes, exif=read_config(run_dir).data.exif)
         predictions = predict_images(classifier, opened, **options)
     _report_left_out(predictions.problems, opened)
     if out is not None:
         save_predictions(predictions, out, checkpoint=classifier.description["checkpoint"], force=force)
-        sys.stdout.write(f"{out}: {len(predictions.paths)} images\n")
+        sys.stdout.write(f"{printable(out)}: {len(predictions.paths)} images\n")
     elif len(predictions.paths) <= SHOWN:
         _print(predictions)
     else:
@@ -172,7 +175,6 @@ def _print(predictions: Predictions) -> None:
     for path, shares in zip(predictions.paths, predictions.probabilities, strict=True):
         first, *others = (-shares).argsort(kind="stable")[:3]
         then = ", ".join(f"{predictions.classes[k]} {shares[k]:.3f}" for k in others)
-        shown = path.encode(errors="surrogateescape").decode(errors="replace")
         name = Text(predictions.classes[first])
-        table.add_row(Text(shown, overflow="fold"), name, f"{shares[first]:.3f}", Text(then))
+        table.add_row(Text(printable(path), overflow="fold"), name, f"{shares[first]:.3f}", Text(then))
     console.print(table)

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ..data import BetonSource, Source, open_beton
-from ..data.sources.folder import IGNORED, SUFFIXES, FolderSource, ImageFormat
+from ..data.sources.folder import IGNORED, FolderSource
+from ..data.sources.image_file import SUFFIXES, Exif, ImageFormat, check_regular
 from ..errors import DataError
 
 AHEAD = 2
@@ -49,17 +50,20 @@ class DecodedBatch:
     """A line for each image of this batch that does not decode."""
 
 
-def open_images(paths: Sequence[Path], shape: tuple[int, int, int], classes: Sequence[str]) -> ImageSet:
+def open_images(
+    paths: Sequence[Path], shape: tuple[int, int, int], classes: Sequence[str], *, exif: Exif = "transpose"
+) -> ImageSet:
     """The images in `paths`: image files, folders, or one .beton file. Nothing is decoded yet.
 
     shape: (C, S, S) to which every image is converted, as training does with an image folder: to gray or RGB, shorter
-    side to S px, central square. classes: the model's, for the labels. Raises DataError.
+    side to S px, central square. classes: the model's, for the labels. exif: data.exif of the model's run. Raises
+    DataError.
     """
     betons = [path for path in paths if path.suffix == ".beton"]
     if betons:
         if len(paths) > 1:
             raise DataError(f"{betons[0]}: a .beton file stands alone; pass the other images in another call")
-        return _open_beton(betons[0], shape, classes)
+        return _open_beton(betons[0], shape, classes, exif)
     files: set[Path] = set()
     ignored = 0
     for path in paths:
@@ -69,22 +73,23 @@ def open_images(paths: Sequence[Path], shape: tuple[int, int, int], classes: Seq
                 raise DataError(f"{path} holds no images ({', '.join(SUFFIXES)}), at any depth")
             files.update(listed)
             ignored += others
-        elif path.is_file():
+        elif path.exists():
+            check_regular(path)
             files.add(path)
         else:
             raise DataError(f"{path} does not exist")
     image_paths = sorted(files)
     if not image_paths:
         raise DataError("no images given: name image files, folders or a .beton file")
-    image_format = ImageFormat(shape[0], shape[1], convert=True, resize=True, reference=image_paths[0])
+    image_format = ImageFormat(shape[0], shape[1], convert=True, resize=True, reference=image_paths[0], exif=exif)
     source = FolderSource(image_paths, torch.zeros(len(image_paths), dtype=torch.int64), (), image_format)
     names = [path.parent.name for path in image_paths]
     paths_as_text = tuple(map(str, image_paths))
     return ImageSet(source, paths_as_text, _labels(names, classes), ignored, _unknown(names, classes))
 
 
-def _open_beton(path: Path, shape: tuple[int, int, int], classes: Sequence[str]) -> ImageSet:
-    beton = open_beton(path, image_size=shape[1])
+def _open_beton(path: Path, shape: tuple[int, int, int], classes: Sequence[str], exif: Exif) -> ImageSet:
+    beton = open_beton(path, image_size=shape[1], exif=exif)
     if beton.channels != shape[0]:
         beton = BetonSource(path, beton.columns, beton.rows, beton.labels, beton.classes, shape[0], shape[1])
     names = [beton.classes[label] for label in beton.labels.tolist()]

@@ -58,6 +58,7 @@ def load_data(config: Config, runtime: Runtime) -> Data:
             download=data.download,
             image_size=data.image_size,
             channels=data.channels,
+            exif=data.exif,
             validation_fraction=data.validation_fraction,
             train_images=data.train_images,
             seed=config.seed,

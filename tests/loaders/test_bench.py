@@ -18,13 +18,17 @@ def bench(tmp_path, *arguments):
     return stopped.value.code or 0
 
 
-def test_every_contender_is_measured_and_plotted(tmp_path, monkeypatch):
+def test_every_contender_is_measured_and_plotted(tmp_path, monkeypatch, capsys):
     from hpc_supcon.bench import loader
 
     monkeypatch.setattr(loader, "make_large_set", lambda folder: write_folder(folder, suffix="jpg", size=(64, 64)))
     small = write_folder(tmp_path / "small", suffix="jpg", size=(32, 32))
-    only = ["--only", "resident", "--only", "torch", "--workers", "1"]
-    assert bench(tmp_path, "--data", str(small), "--batch-size", "8", *only) == 0
+    only = ["--only", "resident", "--only", "torch", "--only", "torchvision", "--workers", "1"]
+    Image.open(small / "train/a/01.jpg").convert("L").save(small / "train/a/00.jpg")
+    given = ["--data", str(small), "--batch-size", "8", *only]
+    assert bench(tmp_path, *given) == 2
+    assert "data.channels=3" in capsys.readouterr().err
+    assert bench(tmp_path, *given, "data.channels=3") == 0
     (table,) = tmp_path.glob("*.json")
     results = json.loads(table.read_text())["results"]
     assert {(r["data"], r["name"]) for r in results} >= {("small", "resident"), ("small", "torch")}

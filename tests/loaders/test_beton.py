@@ -179,7 +179,7 @@ def test_a_name_without_the_suffix_is_refused(arrays, tmp_path):
 
 def test_an_image_larger_than_a_page_is_named(tmp_path):
     source = ArraySource(torch.zeros(1, 3, 1700, 1700, dtype=torch.uint8), torch.zeros(1, dtype=torch.int64), ["a"])
-    with pytest.raises(DataError, match=r"image 0 takes 8670000 bytes.*set max_size"):
+    with pytest.raises(DataError, match=r"image 0 takes 8670000 bytes.*--max-size"):
         convert(source, tmp_path / "a.beton", raw_fraction=1.0)
     assert list(tmp_path.iterdir()) == []
 

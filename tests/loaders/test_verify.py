@@ -17,7 +17,7 @@ def test_a_valid_folder_is_described(tmp_path):
     root = write_folder(tmp_path)
     save(root / "train" / "a" / "00.png", size=(30, 50))
     calls = []
-    reports = verify(root, progress=lambda *done: calls.append(done))
+    reports = verify(root, image_size=16, progress=lambda *done: calls.append(done))
     assert list(reports) == ["train", "test"]
     train = reports["train"]
     assert (train.images, train.channels, train.problems) == (N, 3, ())
@@ -51,11 +51,11 @@ def test_every_bad_image_is_found_and_named(damaged, kind, message, workers):
 def test_a_beton_is_checked_against_its_manifest(tmp_path, folder):
     path = tmp_path / "a.beton"
     convert(open_train(folder), path)
-    report = verify(path)["a.beton"]
+    report = verify(path, image_size=16)["a.beton"]
     assert (report.images, report.sizes, report.problems) == (N, {(80, 64): N}, ())
     os.truncate(path, path.stat().st_size // 2)
     with pytest.raises(DataError, match=str(path)):
-        verify(path)
+        verify(path, image_size=16)
 
 
 def test_a_wrong_layout_is_an_error(tmp_path):

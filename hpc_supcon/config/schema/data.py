@@ -28,6 +28,10 @@ class DataConfig(Section):
     channels: Literal[1, 3] | None = Field(
         description="convert every image to 1 (gray) or 3 (RGB) channels; null: all must have the same number"
     )
+    exif: Literal["transpose", "ignore"] = Field(
+        description="image folders; transpose: images are turned upright by their EXIF orientation; ignore: they are "
+        "read as stored"
+    )
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
         description="share of the training images set aside for validation, stratified, where the data set has no "
         "validation split of its own; 0: no validation"

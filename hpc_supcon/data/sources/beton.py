@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ...errors import CorruptSample, DataError
-from .folder import DECODE_ERRORS, MODE_OF_CHANNELS
+from ...errors import DataError
+from .image_file import MODE_OF_CHANNELS, Exif, named, open_image
 from .source import Pixels, channels_first, resize_and_crop, stack_images
 
 FORMAT = "hpc-supcon beton 1"
@@ -89,15 +89,12 @@ class BetonSource:
             int(self.columns[k][row]) for k in ("mode", "width", "height", "ptr", "size")
         )
         data = self.bytes[ptr : ptr + size]
-        try:
+        with named(f"{self.path}: sample {row}"):
             if mode == RAW:
                 image = Image.fromarray(data.reshape(height, width, 3))
             else:
-                image = Image.open(io.BytesIO(data.tobytes()))
-                image.load()
-        except DECODE_ERRORS as error:
-            raise CorruptSample(f"{self.path}: sample {row} does not decode: {error}") from error
-        return image.convert(MODE_OF_CHANNELS[self.channels])
+                image = open_image(io.BytesIO(data.tobytes()))
+            return image.convert(MODE_OF_CHANNELS[self.channels])
 
     def stack(self) -> Tensor:
         """uint8 [N, C, S, S]. Raises as `read`."""
@@ -120,13 +117,20 @@ class BetonSource:
 
 
 def open_beton(
-    path: str | Path, *, image_size: int | None = None, name: str | None = None, check_hash: bool = True
+    path: str | Path,
+    *,
+    image_size: int | None = None,
+    channels: int | None = None,
+    name: str | None = None,
+    exif: Exif | None = None,
+    check_hash: bool = True,
 ) -> BetonSource:
     """The images of a .beton file that `convert` wrote.
 
     image_size: what images are resized and cropped to (see `resize_and_crop`); needed where sizes are mixed.
-    name: the data set that the file must contain, as given to `convert`. check_hash: read the whole file (about a
-    second per gigabyte) and compare its sha256; of the ranks that share a file, one is enough.
+    channels: 1 or 3; gray images can be read as RGB. name: the data set that the file must contain, as given to
+    `convert`. exif: how the images of a folder must have been read; None: in any way. check_hash: read the whole file
+    (about a second per gigabyte) and compare its sha256; of the ranks that share a file, one is enough.
 
     Raises DataError naming the file when it or its manifest is missing, truncated, damaged, or of another data set.
     """
@@ -136,6 +140,7 @@ def open_beton(
         raise DataError(
             f"{path} contains {manifest['name']!r}, not {name!r}: name the right file or convert it again"
         )
+    _check_pixels(path, manifest, channels, exif)
     _check_bytes(path, manifest, check_hash=check_hash)
     samples, allocations = _read_tables(path, manifest)
     labels = samples["label"].astype(np.int64)
@@ -155,7 +160,7 @@ def open_beton(
         np.arange(len(labels)),
         torch.from_numpy(labels),
         manifest["classes"],
-        manifest["channels"],
+        channels or manifest["channels"],
         image_size or stored,
     )
 
@@ -194,6 +199,20 @@ def digest_of(path: Path) -> str:
 
 def labels_digest(labels: npt.NDArray[np.int64]) -> str:
     return hashlib.sha256(labels.astype("<i8").tobytes()).hexdigest()
+
+
+def _check_pixels(path: Path, manifest: dict[str, Any], channels: int | None, exif: Exif | None) -> None:
+    if channels == 1 and manifest["channels"] == 3:
+        raise DataError(f"{path} holds RGB images, not gray ones: convert the data again with data.channels=1")
+    # files written before images were turned have no such entry; sets that are no folders have no EXIF data
+    of_folder = "exif" in manifest or str(manifest["name"]).startswith("image_folder/")
+    stored = manifest.get("exif", "ignore")
+    if of_folder and exif is not None and stored != exif:
+        what = "turned upright (data.exif=transpose)" if stored == "transpose" else "as stored (data.exif=ignore)"
+        raise DataError(
+            f"{path} holds images {what}, not those of data.exif={exif}: convert the data again with "
+            f"data.exif={exif}, or train with data.exif={stored}"
+        )
 
 
 def _check_bytes(path: Path, manifest: dict[str, Any], *, check_hash: bool) -> None:

@@ -10,7 +10,7 @@ import io
 import json
 import os
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,10 +39,14 @@ from .beton import (
     manifest_path,
 )
 from .folder import FolderSource
+from .image_file import named, open_image
+from .jpeg import whole_jpeg
 from .source import Source
 
 PAGE = 1 << 23
 """Bytes. FFCV reads whole pages, so no image may cross a page boundary."""
+SIDE = 65_500
+"""Pixels of the longest side: what libjpeg decodes; the format itself has 16 bits for it."""
 QUALITY = 90
 _CHUNK = 64  # images that a thread encodes at a time
 
@@ -58,28 +62,45 @@ class _Encoding:
     raw_fraction: float
 
     def sample(self, i: int) -> tuple[int, int, int, bytes]:
-        """(mode, width, height, bytes) of image i. Raises CorruptSample, also where the file would only be copied."""
+        """(mode, width, height, bytes) of image i. Raises CorruptSample, also where the file would only be copied;
+        DataError for an image that a .beton cannot hold."""
         image = self.source.pil_image(i)
         longest = max(image.size)
         limit = longest if self.max_size is None else min(self.max_size, longest)
-        if limit < longest:
-            width, height = (max(1, round(side * limit / longest)) for side in image.size)
-            image = image.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=3.0)
+        if limit > SIDE:
+            raise DataError(
+                f"{self.name_of(i)} is {image.width}x{image.height} pixels, and a side of a .beton's images has at "
+                f"most {SIDE}: shrink such images with --max-size={SIDE} or less"
+            )
+        with named(self.name_of(i)):
+            if limit < longest:
+                width, height = (max(1, round(side * limit / longest)) for side in image.size)
+                image = image.resize((width, height), Image.Resampling.BILINEAR, reducing_gap=3.0)
+            return self._encode(i, image, shrunk=limit < longest)
+
+    def _encode(self, i: int, image: Image.Image, *, shrunk: bool) -> tuple[int, int, int, bytes]:
         if random_index(0, 0, i, 0, 1 << 30) < self.raw_fraction * (1 << 30):
             return RAW, *image.size, np.asarray(image.convert("RGB")).tobytes()
-        if limit == longest and self.jpeg_quality is None and (copy := self._jpeg_file(i, image.mode)) is not None:
+        if not shrunk and self.jpeg_quality is None and (copy := self._jpeg_file(i, image)) is not None:
             return JPEG, *image.size, copy
         buffer = io.BytesIO()
         image.save(buffer, "JPEG", quality=QUALITY if self.jpeg_quality is None else self.jpeg_quality)
         return JPEG, *image.size, buffer.getvalue()
 
-    def _jpeg_file(self, i: int, mode: str) -> bytes | None:
-        """The bytes of the image's file where it is a JPEG of that mode."""
+    def _jpeg_file(self, i: int, image: Image.Image) -> bytes | None:
+        """The bytes of the image's file where it is a JPEG of the same mode and the same way up, which every decoder
+        takes; else None."""
         if not isinstance(self.source, FolderSource):
             return None
-        data = self.source.paths[i].read_bytes()
-        with Image.open(io.BytesIO(data)) as image:
-            return data if (image.format, image.mode) == ("JPEG", mode) else None
+        data, size = self.source.encoded(i)  # without EXIF data, turned where need be
+        copy = whole_jpeg(data)
+        if copy is None or size != image.size:
+            return None
+        with open_image(io.BytesIO(copy)) as stored:
+            return copy if stored.mode == image.mode else None
+
+    def name_of(self, i: int) -> str:
+        return f"image {self.source.paths[i]}" if isinstance(self.source, FolderSource) else f"image {i}"
 
     def chunk(self, start: int) -> list[tuple[int, int, int, bytes]]:
         return [self.sample(i) for i in range(start, min(start + _CHUNK, len(self.source)))]
@@ -90,6 +111,7 @@ def convert(
     out: str | Path,
     *,
     name: str = "",
+    splits: Sequence[str] | None = None,
     max_size: int | None = None,
     jpeg_quality: int | None = None,
     raw_fraction: float = 0.0,
@@ -98,10 +120,12 @@ def convert(
 ) -> dict[str, Any]:
     """Write the source's images and labels to OUT.beton, and their manifest beside it; returns the manifest.
 
-    name: of the data set, which `open_beton` can check. max_size: longest side in pixels, larger images are shrunk.
-    jpeg_quality 1..95: JPEG files are re-encoded too; None copies those that are not shrunk as they are, and
-    encodes all others at 90. raw_fraction in [0, 1]: share of images stored as pixels, which are faster to read and
-    several times as large. workers: threads; None takes one per processor. progress: called after every 64 images.
+    name: of the data set, which `open_beton` can check. splits: those that are converted together with this one, for
+    the manifest. max_size: longest side in pixels, larger images are shrunk. jpeg_quality 1..95: JPEG files are
+    re-encoded too; None copies those that are neither shrunk nor turned and that every decoder takes (see
+    jpeg.whole_jpeg), without EXIF data, and encodes all others at 90. raw_fraction in [0, 1]: share of images stored
+    as pixels, which are faster to read and several times as large. workers: threads; None takes one per processor.
+    progress: called after every 64 images.
 
     Until it is complete the file has another name, and it is not read without its manifest. Raises ConfigError
     for values outside their ranges, DataError when it cannot be written, CorruptSample for an image.
@@ -125,6 +149,7 @@ def convert(
                 "max_size": max_size,
                 "jpeg_quality": jpeg_quality,
                 "raw_fraction": raw_fraction,
+                "splits": splits,
             }
             partial_manifest.write_text(json.dumps(manifest), encoding="utf-8")
     except OSError as error:
@@ -140,7 +165,10 @@ def _write(file: BinaryIO, encoding: _Encoding, workers: int, progress: ConvertP
     position = _aligned(SAMPLES_AT + samples.nbytes)
     for i, (mode, width, height, data) in enumerate(_encoded(encoding, workers)):
         if len(data) > PAGE:
-            raise DataError(f"image {i} takes {len(data)} bytes, more than the {PAGE} of a page: set max_size")
+            raise DataError(
+                f"{encoding.name_of(i)} takes {len(data)} bytes, more than the {PAGE} of a page: shrink such images "
+                f"with --max-size, or store fewer as pixels with --raw-fraction"
+            )
         if position // PAGE != (position + len(data) - 1) // PAGE:
             position = _aligned(position)
         file.seek(position)
@@ -190,7 +218,9 @@ def _aligned(position: int) -> int:
 
 def _manifest(path: Path, source: Source, samples: np.ndarray, name: str) -> dict[str, Any]:
     sides = np.unique(np.concatenate((samples["image"]["width"], samples["image"]["height"])))
-    return {
+    # only files have EXIF data; of other sets there is nothing to say
+    exif = {"exif": source.image_format.exif} if isinstance(source, FolderSource) else {}
+    return exif | {
         "format": FORMAT,
         "name": name,
         "samples": len(samples),

@@ -131,15 +131,27 @@ def channels_first(image: Image.Image) -> Pixels:
     return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
 
 
+_ORDINARY = 4
+"""Width / height, or height / width, up to which an image is resized as a whole."""
+
+
 def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
-    """The image with its shorter side resized to `size` pixels, antialiased, and cropped to the central square."""
+    """The image with its shorter side resized to `size` pixels, antialiased, and cropped to the central square.
+
+    Of an image that is long and thin only that square is resized: whole, it could take more memory than there is.
+    """
     width, height = image.size
     if (width, height) == (size, size):
         return image
     short = min(width, height)
-    image = image.resize((size * width // short, size * height // short), Image.Resampling.BILINEAR)
-    left, top = (image.width - size) // 2, (image.height - size) // 2
-    return image.crop((left, top, left + size, top + size))
+    wide, tall = size * width // short, size * height // short
+    left, top = (wide - size) // 2, (tall - size) // 2
+    if max(wide, tall) <= _ORDINARY * size:  # the same as below, but for a box whose sides are rounded to 24 bits
+        image = image.resize((wide, tall), Image.Resampling.BILINEAR)
+        return image.crop((left, top, left + size, top + size))
+    x, y = width / wide, height / tall
+    box = (left * x, top * y, (left + size) * x, (top + size) * y)
+    return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
 
 
 def fit_images(images: Tensor, *, image_size: int | None, channels: int | None) -> Tensor:

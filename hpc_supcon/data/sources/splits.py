@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError, DataError, unknown_name
-from .beton import open_beton
+from .beton import open_beton, read_manifest
 from .builtin import digits, synthetic
 from .convert import convert
 from .folder import open_folder, unreadable_is_data_error
+from .image_file import Exif
 from .source import ArraySource, Source, fit_images
 from .stratify import stratified_sample, stratified_split
 from .vision import open_cifar, open_mnist
@@ -50,6 +51,7 @@ class SourceOptions:
     download: bool = False
     image_size: int | None = None
     channels: int | None = None
+    exif: Exif = "transpose"
     synthetic: Mapping[str, int] | None = None
 
     def __post_init__(self) -> None:
@@ -74,7 +76,8 @@ def _cifar(name: str, options: SourceOptions) -> Splits:
 def _image_folder(options: SourceOptions) -> Splits:
     if options.root is None:
         raise DataError("image_folder needs data.root: a folder with train/CLASS/*.jpg|png and test/ or val/")
-    return Splits(*open_folder(options.root, image_size=options.image_size, channels=options.channels))
+    image_size, channels, exif = options.image_size, options.channels, options.exif
+    return Splits(*open_folder(options.root, image_size=image_size, channels=channels, exif=exif))
 
 
 def _synthetic(options: SourceOptions) -> Splits:
@@ -115,6 +118,7 @@ def load_splits(
     download: bool = False,
     image_size: int | None = None,
     channels: int | None = None,
+    exif: Exif = "transpose",
     validation_fraction: float = 0.1,
     train_images: int | None = None,
     seed: int = 0,
@@ -124,12 +128,13 @@ def load_splits(
 ) -> Splits:
     """The data set called `name` (a key of SOURCES), or the .beton files it was converted to.
 
-    beton: PATH/NAME.beton means the files PATH/NAME.train.beton, NAME.test.beton and, where the data set has a
+    beton: PATH/NAME.beton means the files PATH/NAME.train.beton, NAME.test.beton and, where the data set had a
     validation split, NAME.validation.beton, as `convert_splits` writes them; `root` is then not needed. check_hash:
     see `open_beton`.
 
     root: folder of the files (not for digits and synthetic). download: fetch them where they are missing.
-    image_size (pixels) and channels (1 or 3): what images are converted to; None keeps theirs.
+    image_size (pixels) and channels (1 or 3): what images are converted to; None keeps theirs. exif: whether images
+    of a folder are turned upright.
     validation_fraction in [0, 1): share of train that becomes the validation split, stratified, drawn with `seed`;
     0 gives none. A data set with a validation split keeps it. train_images: train on this many of the images that
     are left, in the same proportions of classes. synthetic: arguments of `builtin.synthetic`, for that name only.
@@ -142,11 +147,9 @@ def load_splits(
         raise ConfigError(f"options of synthetic data were given, but the data is {name}")
     if not 0 <= validation_fraction < 1:
         raise ConfigError(f"data.validation_fraction must be in [0, 1), not {validation_fraction}")
-    options = SourceOptions(_folder(root), download, image_size, channels, synthetic)
+    options = SourceOptions(_folder(root), download, image_size, channels, exif, synthetic)
     with unreadable_is_data_error():
-        splits = (
-            open_splits(options) if beton is None else _open_beton(beton, name, image_size, check_hash=check_hash)
-        )
+        splits = open_splits(options) if beton is None else _open_beton(beton, name, options, check_hash=check_hash)
     train, validation = splits.train, splits.validation
     if validation is None and validation_fraction > 0:
         kept, picked = stratified_split(train.labels, fraction=validation_fraction, seed=seed)
@@ -169,11 +172,12 @@ def open_source(
     download: bool = False,
     image_size: int | None = None,
     channels: int | None = None,
+    exif: Exif = "transpose",
     synthetic: Mapping[str, int] | None = None,
 ) -> Splits:
     """The data set called `name` with the splits that it has itself. Arguments and errors: see `load_splits`."""
     with unreadable_is_data_error():
-        return _source(name)(SourceOptions(_folder(root), download, image_size, channels, synthetic))
+        return _source(name)(SourceOptions(_folder(root), download, image_size, channels, exif, synthetic))
 
 
 def _source(name: str) -> Callable[[SourceOptions], Splits]:
@@ -200,20 +204,44 @@ def convert_splits(
 
     `options` are those of `convert`; progress(split, images written, all images).
     """
+    sources = {split: source for split, source in vars(splits).items() if source is not None}
     manifests = {}
-    for split, source in vars(splits).items():
-        if source is not None:
-            report = None if progress is None else partial(progress, split)
-            file = split_file(out, split)
-            manifests[split] = convert(source, file, name=f"{name}/{split}", progress=report, **options)
+    for split, source in sources.items():
+        report = None if progress is None else partial(progress, split)
+        file = split_file(out, split)
+        manifests[split] = convert(
+            source, file, name=f"{name}/{split}", splits=list(sources), progress=report, **options
+        )
     return manifests
 
 
-def _open_beton(beton: str | Path, name: str, image_size: int | None, *, check_hash: bool) -> Splits:
+def _open_beton(beton: str | Path, name: str, options: SourceOptions, *, check_hash: bool) -> Splits:
     files = {split: split_file(Path(beton).expanduser(), split) for split in ("train", "validation", "test")}
+    written = _written_together(files)
 
     def open_split(split: str) -> Source:
-        return open_beton(files[split], image_size=image_size, name=f"{name}/{split}", check_hash=check_hash)
+        return open_beton(
+            files[split],
+            image_size=options.image_size,
+            channels=options.channels,
+            name=f"{name}/{split}",
+            exif=options.exif,
+            check_hash=check_hash,
+        )
 
-    validation = files["validation"].exists()
-    return Splits(open_split("train"), open_split("validation") if validation else None, open_split("test"))
+    train = open_split("train")
+    validation = open_split("validation") if "validation" in written else None
+    return Splits(train, validation, open_split("test"))
+
+
+def _written_together(files: Mapping[str, Path]) -> list[str]:
+    """The splits of the conversion that wrote the file of train: one of another conversion may lie beside it.
+
+    Manifests of 0.1 do not name them; then every file that exists is one. Raises DataError where test is of another.
+    """
+    train, test = (read_manifest(files[split]).get("splits") for split in ("train", "test"))
+    if train != test:
+        raise DataError(
+            f"{files['train']} and {files['test'].name} are of different conversions: convert the data again"
+        )
+    return [split for split, file in files.items() if file.exists()] if train is None else train

@@ -8,10 +8,12 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ...errors import DataError
 from .beton import open_beton
 from .folder import open_folder, unreadable_is_data_error
+from .image_file import Exif
 from .source import Source
 
 _CHUNK = 64  # images that a thread decodes at a time
@@ -40,19 +42,26 @@ class SplitReport:
 
 
 def verify(
-    path: str | Path, *, workers: int | None = None, progress: Callable[[int, int], None] | None = None
+    path: str | Path,
+    *,
+    image_size: int | None = None,
+    channels: int | None = None,
+    exif: Exif = "transpose",
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, SplitReport]:
     """A report for each split of an image folder ("train", "test", perhaps "validation"), or for a .beton file.
 
     Every image is decoded, by `workers` threads (None: one per processor); progress(images decoded, all images).
-    Raises DataError where the set as a whole is wrong: its layout, a .beton that differs from its manifest.
+    image_size, channels, exif: as training would read the set, see `load_splits`. Raises DataError where the set as a
+    whole is wrong: its layout, sizes that need image_size, a .beton that differs from its manifest.
     """
     path = Path(path)
+    given: dict[str, Any] = {"image_size": image_size, "channels": channels, "exif": exif}
     if path.suffix == ".beton" or path.is_file():
-        # Any size will do: images are decoded in the size they are stored in.
-        return {path.name: verify_source(open_beton(path, image_size=1), workers=workers, progress=progress)}
+        return {path.name: verify_source(open_beton(path, **given), workers=workers, progress=progress)}
     with unreadable_is_data_error():
-        train, validation, test = open_folder(path, image_size=1, channels=None)
+        train, validation, test = open_folder(path, **given)
     splits = {"train": train, "validation": validation, "test": test}
     return {
         name: verify_source(source, workers=workers, progress=progress)

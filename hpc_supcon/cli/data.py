@@ -1,0 +1,94 @@
+"""The commands `hpc-supcon convert | verify`: a data set as a run would read it."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ..config import resolve, validated
+from ..config.schema.data import DataConfig
+from ..errors import ConfigError, CorruptSample, printable
+from .common import Debug, progress_bars
+
+DataSettings = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="data.key=value", help="Settings of the data, as a run takes them: data.channels=3."),
+]
+
+
+def data_settings(overrides: list[str] | None, *given: str) -> DataConfig:
+    """The section `data` of a run with these overrides.
+
+    given: settings that the command's own arguments name. Raises ConfigError for these, and for other sections.
+    """
+    data, origins = resolve("default", overrides or [])
+    for key, origin in origins.items():
+        if not key.startswith("data."):
+            raise ConfigError(f"{origin}: this command takes settings of the data alone, such as data.channels=3")
+        if key in given:
+            raise ConfigError(f"{origin}: the command's own arguments say what {key} is; drop it")
+    return validated(json.dumps(data), origins, "the settings").data
+
+
+def convert(
+    data: Annotated[str, typer.Argument(metavar="DATA", help="An image folder, or a source such as cifar10.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT.beton", help="Writes OUT.train.beton, OUT.test.beton ...")],
+    settings: DataSettings = None,
+    root: Annotated[Path | None, typer.Option(help="data.root: folder of a source that is no image folder.")] = None,
+    download: Annotated[bool, typer.Option("--download", help="data.download=true: fetch a missing source.")] = False,
+    max_size: Annotated[int | None, typer.Option(help="Longest side in px; larger images are shrunk.")] = None,
+    jpeg_quality: Annotated[int | None, typer.Option(help="1..95; by default JPEG files are copied.")] = None,
+    raw_fraction: Annotated[float, typer.Option(help="Share of images stored as pixels, 0..1.")] = 0.0,
+    debug: Debug = False,
+) -> None:
+    """Write a data set as .beton files with manifests, for data.loader=ffcv (data.beton=OUT.beton)."""
+    is_folder = "/" in data or Path(data).is_dir()
+    own = data_settings(settings, "data.source", "data.beton", *["data.root"] * (is_folder or root is not None))
+    from ..data import convert_splits, open_source
+
+    name = "image_folder" if is_folder else data
+    splits = open_source(
+        name,
+        data if is_folder else root or own.root,
+        download=download or own.download,
+        # the files of a folder keep their sizes, mixed ones too: image_size is applied to them when they are read
+        image_size=own.image_size or 1 if is_folder else own.image_size,
+        channels=own.channels,
+        exif=own.exif,
+        synthetic=own.synthetic.model_dump() if name == "synthetic" else None,
+    )
+    options = {"max_size": max_size, "jpeg_quality": jpeg_quality, "raw_fraction": raw_fraction}
+    with progress_bars() as update:
+        manifests = convert_splits(name, splits, out, progress=update, **options)
+    for split, manifest in manifests.items():
+        sys.stdout.write(f"{split}: {manifest['samples']} images, {manifest['bytes']:,} bytes\n")
+    exif = f" data.exif={own.exif}" if is_folder and own.exif != "transpose" else ""
+    sys.stdout.write(f"use: data.source={name} data.beton={printable(out)}{exif}\n")
+
+
+def verify(
+    path: Annotated[Path, typer.Argument(metavar="PATH", help="An image folder or a .beton file.")],
+    settings: DataSettings = None,
+    debug: Debug = False,
+) -> None:
+    """Decode every image; list sizes, classes, and each image that training with these settings would refuse."""
+    own = data_settings(settings, "data.source", "data.beton", "data.root")
+    from ..data.sources.verify import verify as verify_images
+
+    given: dict[str, Any] = {"image_size": own.image_size, "channels": own.channels, "exif": own.exif}
+    with progress_bars() as update:
+        reports = verify_images(path, progress=lambda done, total: update(printable(path.name), done, total), **given)
+    broken = 0
+    for name, report in reports.items():
+        sizes = ", ".join(f"{w}x{h}: {n}" for (w, h), n in sorted(report.sizes.items(), key=lambda x: -x[1])[:5])
+        more = f" and {len(report.sizes) - 5} more sizes" if len(report.sizes) > 5 else ""
+        sys.stdout.write(f"{printable(name)}: {report.images} images, {len(report.classes)} classes, {sizes}{more}\n")
+        for problem in report.problems:
+            sys.stdout.write(f"  index {problem.index}: {problem.message}\n")
+        broken += len(report.problems)
+    if broken:
+        raise CorruptSample(f"{path}: {broken} images cannot be used")
