@@ -45,7 +45,7 @@ class TestFfcv(LoaderContract):
         return open_beton(beton, image_size=16)
 
     def check_images(self, images, source):
-        """OpenCV's area filter against Pillow's triangle."""
+        """FFCV's JPEG decoder takes a fast, less exact transform."""
         assert (images.float() - source.stack().float()).abs().mean() < 2
 
 
@@ -138,7 +138,7 @@ def corrupt(jpegs, tmp_path):
 @pytest.mark.parametrize("crop", [None, CROP])
 @pytest.mark.parametrize("keep", [0, 30, 100_000])
 def test_a_sample_that_does_not_decode_is_named(corrupt, keep, crop):
-    with pytest.raises(CorruptSample, match=r"jpg\.beton: sample 9 does not decode \(image 9 of the set\)"):
+    with pytest.raises(CorruptSample, match=r"jpg\.beton: sample 9 does not decode: .*\(image 9 of the set\)"):
         load_all(corrupt(keep), crop=crop)
 
 
@@ -149,11 +149,10 @@ def test_a_sample_that_does_not_decode_is_replaced_as_by_every_loader(corrupt, k
     assert loader.replaced == 1
     assert (index != torch.arange(N)).nonzero().flatten().tolist() == [9]
     assert torch.equal(images[9], source.read(int(index[9])))
-    if keep != 100_000:  # Pillow decodes the image that ends in zeros without an error
-        options = LoaderOptions(on_corrupt="replace")
-        order = EvalOrder(N, 8)
-        other = build_loader("resident", source, order, seed=0, rank=0, world_size=1, device="cpu", options=options)
-        assert torch.equal(index, torch.cat([b.index for b in other.epoch(0)]))
+    options = LoaderOptions(on_corrupt="replace")
+    order = EvalOrder(N, 8)
+    other = build_loader("resident", source, order, seed=0, rank=0, world_size=1, device="cpu", options=options)
+    assert torch.equal(index, torch.cat([b.index for b in other.epoch(0)]))
 
 
 def test_an_exception_in_a_thread_reaches_the_caller(jpegs):
