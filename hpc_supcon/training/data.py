@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..config import Config
 from ..data import (
@@ -35,7 +35,7 @@ class Data:
     """Why that loader was chosen, for the user."""
     training: LoaderOptions
     evaluation: LoaderOptions
-    """As `training`, but without random crops."""
+    """As `training`, but without random crops; images that do not decode are left out, not replaced."""
 
 
 def load_data(config: Config, runtime: Runtime) -> Data:
@@ -68,7 +68,7 @@ def load_data(config: Config, runtime: Runtime) -> Data:
         with propagate_errors():
             validation = None if splits.validation is None else _decoded(splits.validation)
             splits = Splits(_decoded(splits.train), validation, _decoded(splits.test))
-    return Data(splits, name, reason, training, replace(training, crop=None))
+    return Data(splits, name, reason, training, training.for_evaluation())
 
 
 def loader_options(config: Config) -> LoaderOptions:
