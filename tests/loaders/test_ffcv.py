@@ -8,9 +8,11 @@ import time
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from hpc_supcon.data import EvalOrder, TrainOrder, build_loader, load_splits
-from hpc_supcon.data.loaders import LoaderOptions, choose_loader
+from hpc_supcon.data.loaders import CropOptions, LoaderOptions, choose_loader
+from hpc_supcon.data.loaders.sample_reader import SampleReader
 from hpc_supcon.data.sources.beton import open_beton
 from hpc_supcon.data.sources.convert import convert
 from hpc_supcon.errors import ConfigError, CorruptSample, LoaderDied
@@ -70,6 +72,24 @@ def test_raw_images_that_need_no_resizing_are_unchanged(tmp_path):
     train = load_splits("synthetic", synthetic={"images": 70, "classes": 5}, validation_fraction=0).train
     convert(train, tmp_path / "a.beton", raw_fraction=1.0)
     assert torch.equal(load_all(open_beton(tmp_path / "a.beton"))[0], train.stack())
+
+
+@pytest.mark.parametrize("crop", [None, CropOptions(2, 64, scale=(0.02, 1.0))])
+@pytest.mark.parametrize("shape", [(360, 480), (480, 360), (64, 64), (40, 30), (70, 50), (9, 200)])
+def test_raw_images_are_resized_as_by_pillow_to_a_level(tmp_path, shape, crop):
+    """Shrunk and enlarged, square or not; noise, in which a shift of a tenth of a pixel shows."""
+    pixels = np.random.default_rng(0).integers(0, 256, (2, *shape, 3), dtype=np.uint8)
+    for name, image in zip("ab", pixels, strict=True):
+        for split in ("train", "test"):
+            path = tmp_path / split / name / "0.png"
+            path.parent.mkdir(parents=True)
+            Image.fromarray(image).save(path)
+    convert(open_train(tmp_path), tmp_path / "a.beton", raw_fraction=1.0)
+    source = open_beton(tmp_path / "a.beton", image_size=64)
+    expected = np.empty((2, *([2] if crop else []), 3, 64, 64), dtype=np.uint8)
+    SampleReader(source, 0, crop, "fail").fill(expected, 0, np.arange(2))
+    images = load_all(source, EvalOrder(2, 2), crop=crop)[0]
+    assert (images.int() - torch.from_numpy(expected).int()).abs().max() <= 1
 
 
 def test_jpegs_decode_nearly_as_with_pillow(jpegs):

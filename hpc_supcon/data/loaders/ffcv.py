@@ -150,7 +150,7 @@ def _decoder() -> Callable[..., None]:
                 target = out[k, v * length : (v + 1) * length]
                 view = scratch if planar else target.reshape((size, size, 3))
                 if h == size and w == size:
-                    copy_box(pixels, top, left, view)
+                    copy_box(pixels, int(top), int(left), view)
                 else:
                     resample(pixels, top, left, h, w, view)
                 if planar:

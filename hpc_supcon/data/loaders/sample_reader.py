@@ -10,7 +10,7 @@ from PIL import Image
 
 from ...errors import CorruptSample
 from ..crop_boxes import central_boxes, crop_boxes
-from ..philox import IntArray, random_index
+from ..philox import FloatArray, IntArray, random_index
 from ..sources.source import Pixels, Source, channels_first
 from .base import LEFT_OUT, CropOptions, OnCorrupt
 
@@ -64,17 +64,17 @@ class SampleReader:
 
         return find_replacement(self.seed, epoch, i, len(self.source), read, reason)
 
-    def boxes(self, epoch: int, index: IntArray, heights: IntArray, widths: IntArray) -> IntArray:
-        """int64 [B, V, 4]: the crops of these images; without crops the one central square that `read` takes.
+    def boxes(self, epoch: int, index: IntArray, heights: IntArray, widths: IntArray) -> FloatArray:
+        """float64 [B, V, 4]: the crops of these images; without crops the one central box that `Source.read` takes.
 
         index, heights, widths: int64 [B], the sizes in pixels as stored.
         """
         crop = self.crop
         if crop is None:
-            return central_boxes(heights, widths)
+            return central_boxes(heights, widths, self.source.image_size)
         return crop_boxes(
             self.seed, epoch, index, heights, widths, views=crop.views, scale=crop.scale, ratio=crop.ratio
-        )
+        ).astype(np.float64)
 
     def _read(self, out: Pixels, epoch: int, i: int) -> None:
         if self.crop is None:

@@ -21,7 +21,7 @@ Array = Any  # numba compiles for the types that it is called with
 
 
 @_compiled
-def resample(pixels: Array, top: int, left: int, h: int, w: int, out: Array) -> None:
+def resample(pixels: Array, top: float, left: float, h: float, w: float, out: Array) -> None:
     """The box of `pixels` [H, W, 3] resized to out [S, S, 3], all uint8 and contiguous, here as below."""
     size = out.shape[0]
     columns, column_counts, column_weights = _filter(pixels.shape[1], left, w, size)
@@ -56,7 +56,7 @@ def to_planes(pixels: Array, channels: int, out: Array) -> None:
 
 
 @_compiled
-def _filter(side: int, begin: int, extent: int, size: int) -> tuple[Array, Array, Array]:
+def _filter(side: int, begin: float, extent: float, size: int) -> tuple[Array, Array, Array]:
     """For each of `size` outputs: its first input, how many it has, and their weights, int32 [size, taps]."""
     scale = extent / size
     support = max(scale, 1.0)
