@@ -161,14 +161,15 @@ def sets(tmp_path_factory):
     return {name: (beton, of_beton) if name == "ffcv" else (files, decodes) for name in LOADERS}
 
 
-@pytest.mark.parametrize("crop", [None, CROP], ids=["", "crops"])
+# the resident loader takes its crops from the resized images
+CROPPED = [*((name, None) for name in LOADERS), *((name, CROP) for name in LOADERS if name != "resident")]
+
+
 @pytest.mark.parametrize("world_size", [1, 2])
-@pytest.mark.parametrize("name", LOADERS)
+@pytest.mark.parametrize(("name", "crop"), CROPPED, ids=lambda value: value if isinstance(value, str) else "")
 def test_every_loader_replaces_the_damaged_images_by_the_same_ones(sets, name, world_size, crop):
     require_packages(name)
     source, decodes = sets[name]
-    if name == "resident" and crop is not None:
-        pytest.skip("its crops are taken from the resized images")
     loaded, images, replaced = [], [], 0
     for rank in range(world_size):
         order = EvalOrder(len(source), 9)
@@ -224,14 +225,17 @@ def test_a_second_epoch_replaces_again_and_training_goes_on(sets):
 SOUND = [OddImage(f"sound-{k}.jpg", jpeg, "decodes") for k in range(3)]
 
 
-@pytest.mark.parametrize("image", DAMAGED, ids=lambda image: image.name)
-@pytest.mark.parametrize("name", [name for name in LOADERS if name != "torch"])
+DAMAGED_FOR = [
+    *((name, image) for name in ("resident", "dali") for image in DAMAGED),
+    *(("ffcv", image) for image in DAMAGED if fits_into_beton(image)),
+]
+
+
+@pytest.mark.parametrize(("name", "image"), DAMAGED_FOR, ids=lambda value: getattr(value, "name", value))
 def test_every_loader_names_a_damaged_image_where_the_policy_is_fail(tmp_path, name, image):
     require_packages(name)
     images = [*SOUND, image]
     if name == "ffcv":
-        if not fits_into_beton(image):
-            pytest.skip("convert writes no such file")
         source, named = beton_source(tmp_path, images), "odd.beton: sample 3 does not decode"
     else:
         source, named = folder_source(tmp_path, images), image.name

@@ -64,7 +64,8 @@ class DataConfig(Section):
     workers: Count = Field(description="processes or threads that decode, per rank")
     timeout_s: Positive = Field(description="longest wait for one batch", json_schema_extra={"unit": "s"})
     on_corrupt: Literal["fail", "replace"] = Field(
-        description="what happens when an image does not decode; replace: another one is served, and counted"
+        description="what happens when an image does not decode; replace: training takes another one in its place, "
+        "evaluation leaves it out; both are counted"
     )
     crop_while_decoding: bool = Field(
         description="the loader takes the random crops from the stored images, at full resolution (for large images)"
