@@ -1,7 +1,8 @@
 """Boxes of random resized crops, distributed as torchvision's RandomResizedCrop.get_params draws them.
 
 A box is top, left, height and width in pixels. `draw_boxes` draws from a torch generator, on its device, for images
-of one size; `crop_boxes` is a pure function of seed, epoch, image and view, for images of any sizes.
+of one size; `crop_boxes` is a pure function of seed, epoch, image and view, for images of any sizes; `central_boxes`
+are those without random crops.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from .philox import IntArray, uniform
+from .philox import FloatArray, IntArray, uniform
 
 TRIES = 10
 """Boxes drawn before the central one is taken."""
@@ -112,10 +113,16 @@ def crop_boxes(
     return np.stack((top, left, h, w), axis=-1).astype(np.int64)
 
 
-def central_boxes(heights: IntArray, widths: IntArray) -> IntArray:
-    """int64 [B, 1, 4]: the largest central square of each image."""
-    side = np.minimum(heights, widths)
-    return np.stack(((heights - side) // 2, (widths - side) // 2, side, side), axis=-1)[:, None]
+def central_boxes(heights: IntArray, widths: IntArray, size: int) -> FloatArray:
+    """float64 [B, 1, 4]: what `resize_and_crop` shows of each image in `size` x `size` pixels.
+
+    Nearly the largest central square: it is a whole number of pixels of the resized image, so its edges lie between
+    those of the image as stored, up to half a resized pixel off the square's.
+    """
+    sides = np.stack((heights, widths), axis=-1)
+    resized = size * sides // sides.min(axis=-1, keepdims=True)
+    scale = sides / resized
+    return np.concatenate(((resized - size) // 2 * scale, size * scale), axis=-1)[:, None]
 
 
 def central_size(height: Any, width: Any, ratio: tuple[float, float]) -> tuple[IntArray, IntArray]:

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..data import EvalOrder, EvalTransform, Loader, LoaderOptions, Source, Splits, build_loader
-from ..distributed.collectives import gather_rows
+from ..distributed.collectives import all_sum, gather_rows
 from ..distributed.launch import Runtime
+from ..errors import CorruptSample
 
 LabeledRows = tuple[Tensor, Tensor]
 """(features float32 [n, D] or images uint8 [n, C, H, W], labels int64 [n])."""
@@ -34,7 +35,8 @@ def extract(
 
     transform: uint8 [B, C, H, W] -> what the encoder reads (EvalTransform).
 
-    Every sample is on exactly one rank, in rank order (see EvalOrder). Always in fp32 and in batches of one size, so
+    Every sample is on exactly one rank, in rank order (see EvalOrder), but for those that the loader leaves out (see
+    `count_left_out`). Always in fp32 and in batches of one size, so
     that a feature does not depend on the number of ranks. Leaves the encoder in eval mode.
     """
     encoder.eval()
@@ -43,6 +45,8 @@ def extract(
     with closing(_build_loader(source, runtime, batch_size, loader, options)) as opened:
         for batch in opened.epoch(0):
             images, n = batch.images, len(batch.images)
+            if n == 0:  # none of them decodes
+                continue
             if n < batch_size:  # another batch size may take another kernel, which rounds differently
                 images = torch.cat([images, images[-1:].expand(batch_size - n, -1, -1, -1)])
             features.append(encoder(transform(images)).float()[:n])
@@ -68,6 +72,17 @@ def read_images(
         images = torch.empty(0, source.channels, source.image_size, source.image_size, dtype=torch.uint8)
         return images.to(runtime.device), torch.empty(0, dtype=torch.int64, device=runtime.device)
     return torch.cat([images for images, _ in pairs]), torch.cat([labels for _, labels in pairs])
+
+
+def count_left_out(source: Source, labels: Tensor) -> int:
+    """How many images of `source` all ranks together left out, because they do not decode. Collective.
+
+    labels: [n_r], of this rank's rows. Raises CorruptSample on every rank where no image is left.
+    """
+    rows = int(all_sum(labels.new_tensor(len(labels))))
+    if rows == 0:
+        raise CorruptSample(f"none of the {len(source)} images decodes: `hpc-supcon verify` names them")
+    return len(source) - rows
 
 
 def _build_loader(
@@ -155,21 +170,30 @@ def in_chunks(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 class SplitRows:
-    """The splits of a run as features or pixels, each computed at its first use and kept for all probes."""
+    """The splits of a run as features or pixels, each computed at its first use and kept for all probes.
+
+    `left_out`: for each split that was read, how many of its images do not decode and have no row.
+    """
 
     def __init__(self, splits: Splits, read: Callable[[Source, str], LabeledRows]) -> None:
-        """read(source, input) -> this rank's rows. Ranks must read the same splits: `gathered` is collective."""
+        """read(source, input) -> this rank's rows. Ranks must read the same splits: each first use is collective."""
         self._splits, self._read = splits, read
+        self.left_out: dict[str, int] = {}
         self._local: dict[tuple[str, str], LabeledRows] = {}
         self._gathered: dict[tuple[str, str], LabeledRows] = {}
 
     def local(self, split: str, input: str) -> LabeledRows | None:
-        """This rank's rows; None for a validation split that the run does not have."""
+        """This rank's rows; None for a validation split that the run does not have. Collective.
+
+        Raises CorruptSample where no image of the split decodes.
+        """
         source: Source | None = getattr(self._splits, split)
         if source is None:
             return None
         if (split, input) not in self._local:
-            self._local[split, input] = self._read(source, input)
+            rows = self._read(source, input)
+            self.left_out[split] = count_left_out(source, rows[1])
+            self._local[split, input] = rows
         return self._local[split, input]
 
     def gathered(self, split: str, input: str) -> LabeledRows | None:

@@ -14,7 +14,7 @@ from ..models import LinearHeads
 from ..seeding import stream
 from ..training.data import Data
 from ..training.validation import OnlineProbe, undisturbed
-from .features import LabeledRows, build_prepare, extract, fit_standardization
+from .features import LabeledRows, build_prepare, count_left_out, extract, fit_standardization
 from .probes.knn import knn_accuracy
 from .probes.optimization import FitPlan
 from .probes.training import seeded, train_heads
@@ -60,6 +60,8 @@ def monitor(
             extract(encoder, source, transform, runtime, loader=loader, options=options)
             for source in (subset, validation)
         )
+        for source, rows in ((subset, train_rows), (validation, validation_rows)):
+            count_left_out(source, rows[1])
         classes = len(train.classes)
         if kind == "knn":
             accuracy = knn_accuracy(*train_rows, *validation_rows, classes=classes, k=k, temperature=temperature)

@@ -9,7 +9,7 @@ from ..data import EvalTransform, LoaderOptions, Source
 from ..distributed.collectives import all_sum
 from ..distributed.launch import Runtime
 from ..models import PretrainingModel
-from .features import extract
+from .features import count_left_out, extract
 
 
 def reconstruct(model: PretrainingModel, x: Tensor) -> Tensor:
@@ -42,12 +42,14 @@ def reconstruction_errors(
     *,
     loader: str = "resident",
     options: LoaderOptions | None = None,
-) -> dict[str, float]:
-    """{"mae", "mse"}: mean absolute and squared error of pixels in -1..1 over all images of `source`. Collective."""
-    errors, _ = extract(_Errors(model, transform), source, transform, runtime, loader=loader, options=options)
+) -> tuple[dict[str, float], int]:
+    """({"mae", "mse"}: mean absolute and squared error of pixels in -1..1 over the images of `source`, how many of
+    them were left out because they do not decode). Collective. Raises as count_left_out."""
+    errors, labels = extract(_Errors(model, transform), source, transform, runtime, loader=loader, options=options)
+    left_out = count_left_out(source, labels)
     total = all_sum(torch.cat([errors.double().sum(0), errors.new_full((1,), len(errors)).double()]))
     mae, mse = (total[:2] / total[2]).tolist()
-    return {"mae": mae, "mse": mse}
+    return {"mae": mae, "mse": mse}, left_out
 
 
 class _Errors(nn.Module):

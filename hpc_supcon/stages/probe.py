@@ -17,7 +17,15 @@ from ..distributed.collectives import propagate_errors
 from ..distributed.folder_lock import locked
 from ..distributed.launch import Runtime
 from ..evaluation.encoder import check_classes, load_model, report_changed_data
-from ..evaluation.features import LabeledRows, SplitRows, extract, in_chunks, read_images, select_classes
+from ..evaluation.features import (
+    LabeledRows,
+    SplitRows,
+    count_left_out,
+    extract,
+    in_chunks,
+    read_images,
+    select_classes,
+)
 from ..evaluation.fitted_probe import FOLDER, save_probe
 from ..evaluation.plots import draw_probe_curves
 from ..evaluation.probes import (
@@ -33,6 +41,7 @@ from ..terminal import note, only_told, warn
 from ..training.data import Data
 from ..training.engine import place
 from ..training.metrics import MetricLog
+from .left_out import left_out_entry, tell_left_out
 from .results import ResultWriter
 
 
@@ -94,6 +103,7 @@ def _probe(folder: Path, config: Config, runtime: Runtime, data: Data, writer: R
             names = ("probe", "chosen", "validation", "test")
             log.log("probe", encoder.step if encoder else 0, **{name: result[name] for name in names})
             results.append(result)
+    tell_left_out(results, data.splits, runtime)
     return results
 
 
@@ -139,6 +149,7 @@ def _result(task: ProbeTask, outcome: ProbeOutcome, encoder: EncoderCheckpoint |
     """The entry of one probe in results.json. Collective; the only place that reads the test split."""
     config, fitted = task.config, outcome.probe
     pixels = fitted.input == "pixels"
+    left_out = {} if fitted.input == "images" else {"train": task.rows.left_out["train"]}  # else replaced in training
     return {
         "stage": "probe",
         "probe": fitted.kind,
@@ -152,36 +163,39 @@ def _result(task: ProbeTask, outcome: ProbeOutcome, encoder: EncoderCheckpoint |
         "parameters": fitted.head_parameters,
         **outcome.facts,
         "chosen": outcome.chosen,
-        "validation": _scores(task, fitted, "validation"),
-        "test": _scores(task, fitted, "test"),
+        "validation": _scores(task, fitted, "validation", left_out),
+        "test": _scores(task, fitted, "test", left_out),
+        **left_out_entry(left_out),
     }
 
 
-def _scores(task: ProbeTask, fitted: FittedProbe, split: str) -> dict[str, float] | None:
+def _scores(task: ProbeTask, fitted: FittedProbe, split: str, left_out: dict[str, int]) -> dict[str, float] | None:
+    """The scores on a split; `left_out` gets the number of its images that do not decode. Collective."""
     if getattr(task.data.splits, split) is None:
         return None
-    logits, labels = _logits(task, fitted, split)
+    logits, labels, left_out[split] = _logits(task, fitted, split)
     return classification_scores(logits.argmax(dim=1), labels, len(fitted.classes))
 
 
-def _logits(task: ProbeTask, fitted: FittedProbe, split: str) -> tuple[Tensor, Tensor]:
-    """(logits, labels) of this rank's share."""
+def _logits(task: ProbeTask, fitted: FittedProbe, split: str) -> tuple[Tensor, Tensor, int]:
+    """(logits, labels) of this rank's share, and the number of images that all ranks left out. Collective."""
     if fitted.input == "images":  # in batches: a split of large images may not fit into memory
+        source: Source = getattr(task.data.splits, split)
         features, labels = extract(
             fitted.encoder,
-            getattr(task.data.splits, split),
+            source,
             fitted.prepare,
             task.runtime,
             loader=task.data.loader,
             options=task.data.evaluation,
         )
         with torch.no_grad():
-            return in_chunks(fitted.head, features), labels
+            return in_chunks(fitted.head, features), labels, count_left_out(source, labels)
     rows = task.rows.local(split, fitted.input)
     assert rows is not None
     if fitted.classes != task.classes:
         rows = select_classes(rows, [task.classes.index(name) for name in fitted.classes])
-    return fitted.logits(rows[0]), rows[1]
+    return fitted.logits(rows[0]), rows[1], task.rows.left_out[split]
 
 
 def _write(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from .. import run_folder
 from ..config import Config
@@ -13,6 +15,7 @@ from ..data import EvalTransform, Source
 from ..distributed.collectives import propagate_errors
 from ..distributed.folder_lock import locked
 from ..distributed.launch import Runtime
+from ..errors import CorruptSample
 from ..evaluation.encoder import load_model
 from ..evaluation.plots import draw_image_rows
 from ..evaluation.reconstruction import interpolate, reconstruct, reconstruction_errors, to_pixels
@@ -21,6 +24,7 @@ from ..terminal import only_told, warn
 from ..training.data import Data
 from ..training.engine import place
 from ..training.metrics import MetricLog
+from .left_out import left_out_entry, tell_left_out
 from .results import ResultWriter
 
 IMAGES = 5
@@ -52,12 +56,18 @@ def _evaluate(folder: Path, config: Config, runtime: Runtime, data: Data, writer
     model = place(model, runtime, channels_last=config.train.channels_last).eval()
     transform = EvalTransform(**found.state["normalization"]).to(runtime.device)
 
-    def errors(source: Source | None) -> dict[str, float] | None:
+    left_out: dict[str, int] = {}
+
+    def errors(split: str) -> dict[str, float] | None:
+        source: Source | None = getattr(data.splits, split)
         if source is None:
             return None
-        return reconstruction_errors(model, source, transform, runtime, loader=data.loader, options=data.evaluation)
+        found, left_out[split] = reconstruction_errors(
+            model, source, transform, runtime, loader=data.loader, options=data.evaluation
+        )
+        return found
 
-    result = {
+    result: dict[str, Any] = {
         "stage": "reconstruction",
         "probe": None,
         "encoder": config.model.encoder,
@@ -65,9 +75,11 @@ def _evaluate(folder: Path, config: Config, runtime: Runtime, data: Data, writer
         "checkpoint": found.name,
         "seed": config.seed,
         "data": config.data.source,
-        "validation": errors(data.splits.validation),
-        "test": errors(data.splits.test),
+        "validation": errors("validation"),
+        "test": errors("test"),
     }
+    result |= left_out_entry(left_out)
+    tell_left_out([result], data.splits, runtime)
     with propagate_errors():
         if runtime.is_main:
             writer.add(folder, result)
@@ -82,11 +94,22 @@ def _evaluate(folder: Path, config: Config, runtime: Runtime, data: Data, writer
 def _draw(folder: Path, model: PretrainingModel, source: Source, transform: EvalTransform) -> None:
     """plots/reconstructions.png and plots/interpolation.png, of evenly strided images: sources are often sorted by
     class."""
-    indices = [i * len(source) // IMAGES for i in range(min(IMAGES, len(source)))]
-    images = torch.stack([source.read(i) for i in indices]).to(transform.mean.device)
-    x = transform(images)
+    x = transform(_some_images(source, IMAGES).to(transform.mean.device))
     rows = {"original": to_pixels(x, transform), "reconstruction": reconstruct(model, x)}
     draw_image_rows(folder, "reconstructions", rows)
     blank = torch.ones_like(x[:1]).expand(STEPS - 2, -1, -1, -1)  # white
     ends = torch.cat([rows["original"][:1], blank, rows["original"][-1:]])
     draw_image_rows(folder, "interpolation", {"original": ends, "decoded": interpolate(model, x[0], x[-1], STEPS)})
+
+
+def _some_images(source: Source, count: int) -> Tensor:
+    """uint8 [<= count, C, H, W]: evenly strided images, or the next ones that decode."""
+    images: dict[int, Tensor] = {}
+    for start in (k * len(source) // count for k in range(min(count, len(source)))):
+        for i in range(start, len(source)):
+            if i in images:
+                continue
+            with suppress(CorruptSample):
+                images[i] = source.read(i)
+                break
+    return torch.stack(list(images.values()))

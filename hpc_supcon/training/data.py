@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from ..config import Config
 from ..data import (
@@ -37,7 +37,7 @@ class Data:
     """Why that loader was chosen, for the user."""
     training: LoaderOptions
     evaluation: LoaderOptions
-    """As `training`, but without random crops."""
+    """As `training`, but without random crops; images that do not decode are left out, not replaced."""
     fingerprint: DataFingerprint
     """Of the splits, taken before anything was decoded."""
 
@@ -75,7 +75,7 @@ def load_data(config: Config, runtime: Runtime) -> Data:
         with propagate_errors():
             validation = None if splits.validation is None else _decoded(splits.validation)
             splits = Splits(_decoded(splits.train), validation, _decoded(splits.test))
-    return Data(splits, name, reason, training, replace(training, crop=None), fingerprint)
+    return Data(splits, name, reason, training, training.for_evaluation(), fingerprint)
 
 
 def loader_options(config: Config) -> LoaderOptions:

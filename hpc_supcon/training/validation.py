@@ -15,7 +15,7 @@ from ..config import Config
 from ..data import EvalOrder, EvalTransform, Order, Source, Splits, TrainOrder, Views, build_loader
 from ..distributed.collectives import all_sum
 from ..distributed.launch import Runtime
-from ..errors import ConfigError
+from ..errors import ConfigError, CorruptSample
 from ..losses import LOSSES
 from ..seeding import stream
 from .build import build_views
@@ -47,7 +47,8 @@ def build_validate(
     """The function that validates `training`, None where the configuration asks for no validation.
 
     The accuracy is the classifier's where the model has one, else the probe's. The averaged weights are evaluated
-    where there are any.
+    where there are any. `left_out` is the number of images that do not decode, where there are any: they count in no
+    mean.
     """
     validation, source = config.validation, data.splits.validation
     if source is None or (validation.every_epochs is None and validation.every_steps is None):
@@ -64,6 +65,7 @@ def build_validate(
     def validate() -> dict[str, float]:
         views.reseed(seed)  # the same views in every validation, so that losses can be compared
         numbers: dict[str, float] = {}
+        left_out: list[int] = []
         values: dict[str, float] = {}
         averaged = nullcontext() if state.ema is None else state.ema.applied()
         with undisturbed(state.parallel, runtime.device), averaged:
@@ -76,22 +78,24 @@ def build_validate(
             with torch.no_grad():
                 if pointwise:
                     order = EvalOrder(len(source), max(1, batch_size // runtime.world_size))
-                    values, more = _pointwise_losses(training, pointwise, batches(order, 0), transform)
+                    values, more = _pointwise_losses(training, pointwise, batches(order, 0, left_out), transform)
                     numbers |= more
                 if pairwise:
                     # shuffled, because files are sorted by class; the same global batches on any number of ranks
-                    shuffled = batches(TrainOrder(len(source), batch_size), config.seed)
+                    shuffled = batches(TrainOrder(len(source), batch_size), config.seed, left_out)
                     values |= _pairwise_losses(training, pairwise, shuffled, views)
         loss = sum(weight * values[name] for name, weight in config.loss.weights.items())
-        return {"loss": loss, **numbers}
+        total = int(all_sum(torch.tensor(left_out, device=runtime.device)).max())
+        return {"loss": loss, **numbers, **({"left_out": total} if total else {})}
 
     return validate
 
 
 def _batches(
-    data: Data, source: Source, runtime: Runtime, order: Order, seed: int
+    data: Data, source: Source, runtime: Runtime, order: Order, seed: int, left_out: list[int]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """(images, labels) of this rank's batches, one epoch of `order`."""
+    """(images, labels) of this rank's batches, one epoch of `order`, without those that do not decode, whose number
+    `left_out` gets at the end."""
     loader = build_loader(
         data.loader,
         source,
@@ -102,9 +106,12 @@ def _batches(
         device=runtime.device,
         options=data.evaluation,
     )
+    missing = sum(len(index) for index in order.epoch(seed, 0, runtime.rank, runtime.world_size))
     with closing(loader):
         for batch in loader.epoch(0):
+            missing -= len(batch.labels)
             yield batch.images, batch.labels
+    left_out.append(missing)
 
 
 def _pointwise_losses(
@@ -119,6 +126,8 @@ def _pointwise_losses(
         sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=state.device)) + mean.double() * n
 
     for images, labels in batches:
+        if not len(labels):  # none of them decodes
+            continue
         x = transform(images).unsqueeze(1)  # one view
         with training.options.autocast():
             outputs = state.model(x)
@@ -138,6 +147,8 @@ def _pointwise_losses(
     zero = torch.zeros((), dtype=torch.float64, device=state.device)  # this rank may have no image
     message = torch.stack([*(sums.get(key, zero) for key in keys), zero + count])
     *totals, images_seen = all_sum(message).tolist()
+    if not images_seen:
+        raise CorruptSample("no image of the validation split decodes: `hpc-supcon verify` names them")
     means = {key: total / images_seen for key, total in zip(keys, totals, strict=True)}
     return {key: means.pop(key) for key in names}, means
 

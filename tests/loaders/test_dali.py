@@ -44,8 +44,7 @@ class TestDali(LoaderContract):
         return open_train(folder)
 
     def check_images(self, images, source):
-        """One resize of the central square, against a resize and a crop of the center."""
-        assert (images.float() - source.stack().float()).abs().mean() < 1
+        assert (images.float() - source.stack().float()).abs().mean() < 0.3
 
 
 class TestDaliOnJpeg(TestDali):
@@ -130,7 +129,7 @@ def test_a_pipeline_that_hangs_is_reported_after_the_timeout(folder):
     source, order = open_train(folder), TrainOrder(N, BATCH)
     loader = build_loader("dali", source, order, seed=0, rank=0, world_size=1, device="cpu", options=options)
     release, began, before = threading.Event(), time.monotonic(), ProcessResources()
-    loader._batch = lambda *arguments: release.wait()
+    loader._decode = lambda *arguments: release.wait()
     with pytest.raises(LoaderDied, match=r"data\.loader=dali: no batch within data\.timeout_s=0\.5 s"):
         next(loader.epoch(0))
     assert time.monotonic() - began < 30
@@ -145,11 +144,42 @@ def test_other_sources_are_refused(folder):
         build_loader("dali", arrays, TrainOrder(N, BATCH), seed=0, rank=0, world_size=1, device="cpu")
 
 
-def test_a_file_that_dali_refuses_but_pillow_decodes_is_reported(folder, monkeypatch):
+@pytest.mark.parametrize("crop", [None, CROP])
+def test_files_that_dali_refuses_are_decoded_by_pillow_and_no_others(folder, monkeypatch, crop):
     source = open_train(folder)
-    whole, text = source.encoded, np.frombuffer(b"not an image" * 40, dtype=np.uint8).tobytes()
-    monkeypatch.setattr(source, "encoded", lambda i: (text, whole(i)[1]) if i == 7 else whole(i))
-    with pytest.raises(LoaderDied, match=r"data\.loader=dali: a batch that Pillow decodes failed: .*decoders\.image"):
+    whole, refused = source.encoded, b"\x89PNG\r\n\x1a\n" + bytes(40)
+    expected, *_ = load_all(source, crop=crop)
+    monkeypatch.setattr(source, "encoded", lambda i: (refused, whole(i)[1]) if i in (7, 8, 20) else whole(i))
+    options, order = LoaderOptions(crop=crop, timeout_s=60), EvalOrder(len(source), 8)
+    loader = build_loader("dali", source, order, seed=0, rank=0, world_size=1, device="cpu", options=options)
+    by_pillow, fill = [], loader._reader.fill
+    loader._reader.fill = lambda out, epoch, index: (by_pillow.append(int(index[0])), fill(out, epoch, index))[1]
+    try:
+        batches = list(loader.epoch(0))
+        assert sorted(by_pillow) == [7, 8, 20]
+        by_pillow.clear()
+        pipeline = loader._pipeline
+        assert torch.equal(torch.cat([b.images for b in batches]), torch.cat([b.images for b in loader.epoch(0)]))
+        assert loader._pipeline is pipeline  # known by now: no batch fails again
+        assert sorted(by_pillow) == [7, 8, 20]
+    finally:
+        loader.close()
+    assert torch.cat([b.index for b in batches]).tolist() == list(range(N))
+    assert loader.replaced == 0
+    images = torch.cat([b.images for b in batches])
+    same = (images == expected).flatten(1).all(dim=1)
+    assert set((~same).nonzero().flatten().tolist()) <= {7, 8, 20}
+    assert (images.int() - expected.int()).abs().float().mean() < 1
+
+
+def test_a_dali_that_decodes_nothing_is_reported(folder, monkeypatch):
+    source = open_train(folder)
+
+    def build(loader):
+        raise RuntimeError("no memory\non the device")
+
+    monkeypatch.setattr("hpc_supcon.data.loaders.dali.DaliLoader._build", build)
+    with pytest.raises(LoaderDied, match=r"DALI failed, and not because of an image: no memory on the device"):
         load_all(source)
 
 
@@ -161,6 +191,16 @@ def test_the_gpu_agrees_with_the_cpu(tmp_path: Path):
         images = load_all(source, device="cuda", crop=crop)[0]
         assert images.is_cuda
         assert (images.cpu().float() - load_all(source, crop=crop)[0].float()).abs().mean() < 3
+
+
+@pytest.mark.parametrize("shape", [(480, 360), (360, 480), (40, 30), (200, 9)])
+def test_images_that_are_not_square_are_resized_as_by_pillow(tmp_path, shape):
+    """Smooth and lossless: what is left is the rounding of two resizers, not half a pixel between two boxes."""
+    root = write_folder(tmp_path, size=shape)
+    source = open_train(root, image_size=64)
+    difference = (load_all(source)[0].float() - source.stack().float()).abs()
+    assert difference.mean() < 0.2
+    assert difference.max() <= 2
 
 
 def test_of_a_wide_image_the_central_square_is_loaded(tmp_path):

@@ -8,7 +8,8 @@ import pytest
 
 from hpc_supcon import cli
 
-from .contract import write_folder
+from ..data.odd_images import cut, jpeg
+from .contract import save, write_folder
 from .extras import require
 
 require("ffcv", "apt-get install pkg-config libopencv-dev libturbojpeg0-dev g++; pip install ffcv")
@@ -31,11 +32,17 @@ def run(*arguments):
 @pytest.mark.parametrize("crop", ["false", "true"])
 @pytest.mark.parametrize("loader", ["resident", "torch", "ffcv", "dali"])
 def test_a_run_has_results_with_every_loader(tmp_path, loader, crop):
+    """Also with damaged images, where the policy is to replace them; no .beton file is made of such."""
     root = write_folder(tmp_path / "images", suffix="jpg")
     where = [f"data.root={root}"]
     if loader == "ffcv":
         run("convert", str(root), str(tmp_path / "set.beton"))
         where = [f"data.beton={tmp_path}/set.beton"]
+    else:
+        save(root / "test" / "b" / "1.jpg", seed=7)
+        for path in ("train/a/03.jpg", "test/b/0.jpg"):
+            (root / path).write_bytes(cut(jpeg(), 0.5))
+        where.append("data.on_corrupt=replace")
     more = [f"data.loader={loader}", f"data.crop_while_decoding={crop}", f"run_dir={tmp_path}/r"]
     run("run", "default", *SETTINGS, *where, *more)
     events = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
@@ -43,4 +50,5 @@ def test_a_run_has_results_with_every_loader(tmp_path, loader, crop):
     steps = [e for e in events if e["event"] == "train"]
     assert len(steps) == 2 * (26 // 8)
     assert all(0 <= e["data_wait"] <= 1 for e in steps)
-    assert (tmp_path / "r/results.json").exists()
+    result = json.loads((tmp_path / "r/results.json").read_text())["results"][0]
+    assert result.get("left_out", {}) == ({} if loader == "ffcv" else {"train": 1, "test": 1})

@@ -68,7 +68,8 @@ class DataConfig(Section):
     workers: Count = Field(description="processes or threads that decode, per rank")
     timeout_s: Positive = Field(description="longest wait for one batch", json_schema_extra={"unit": "s"})
     on_corrupt: Literal["fail", "replace"] = Field(
-        description="what happens when an image does not decode; replace: another one is served, and counted"
+        description="what happens when an image does not decode; replace: training takes another one in its place, "
+        "evaluation leaves it out; both are counted"
     )
     allow_change: bool = Field(
         description="resume although the images or classes are not those that the run was started with, where the "

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Literal, Protocol
+from dataclasses import dataclass, replace
+from typing import Literal, Protocol, get_args
 
 from torch import Tensor
 
@@ -25,6 +25,26 @@ class Batch:
     """int64 [B]: which images of the source these are."""
 
 
+LEFT_OUT = -1
+"""In place of an image's index: it does not decode, and no other one is loaded in its place."""
+
+
+def served(images: Tensor, labels: Tensor, loaded: Tensor) -> Batch:
+    """The batch of `images` [B, ...], without those that were left out.
+
+    labels: int64 [N], of the source. loaded: int64 [B], the index of each image, LEFT_OUT where there is none.
+    """
+    if (loaded == LEFT_OUT).any():
+        valid = loaded != LEFT_OUT
+        images, loaded = images[valid], loaded[valid]
+    return Batch(images, labels[loaded], loaded)
+
+
+def count_replaced(index: Tensor, loaded: Tensor) -> int:
+    """How many of the images int64 [B] that were asked for were replaced by others."""
+    return int(((loaded != index) & (loaded != LEFT_OUT)).sum())
+
+
 class Loader(Protocol):
     """Loads the batches of one rank from one source in one order."""
 
@@ -42,7 +62,8 @@ class Loader(Protocol):
         """This rank's batches of that epoch, from step `start` on (where a resumed run continues).
 
         One epoch at a time: asking for another one ends the one before. The tensors of a batch are new ones,
-        which a caller may keep and change. Raises CorruptSample, and LoaderDied after the timeout.
+        which a caller may keep and change. Where corrupt images are left out, batches are shorter by them, also
+        empty. Raises CorruptSample, and LoaderDied after the timeout.
         """
         ...
 
@@ -88,7 +109,7 @@ class EpochSteps:
         return number == self._epochs_started
 
 
-OnCorrupt = Literal["fail", "replace"]
+OnCorrupt = Literal["fail", "replace", "leave_out"]
 
 
 @dataclass(frozen=True)
@@ -113,7 +134,8 @@ class LoaderOptions:
     """workers: processes or threads that decode, per rank; the resident loader uses none after it has started.
 
     timeout_s: longest wait for one batch, in seconds, before LoaderDied. on_corrupt: what happens to an image
-    that does not decode: `fail` raises CorruptSample, `replace` loads another one in its place.
+    that does not decode: `fail` raises CorruptSample, `replace` loads another one in its place, `leave_out` loads
+    none. Whether an image decodes is what its source says, with Pillow, whatever the loader decodes with.
     """
 
     workers: int = 2
@@ -126,5 +148,11 @@ class LoaderOptions:
             raise ConfigError(f"data.workers must be at least 1, not {self.workers}")
         if not self.timeout_s > 0:
             raise ConfigError(f"data.timeout_s must be above 0 seconds, not {self.timeout_s}")
-        if self.on_corrupt not in ("fail", "replace"):
+        if self.on_corrupt not in get_args(OnCorrupt):
             raise ConfigError(f"data.on_corrupt must be fail or replace, not {self.on_corrupt!r}")
+
+    def for_evaluation(self) -> LoaderOptions:
+        """The same without random crops; a corrupt image is left out, because another one in its place would be
+        scored twice."""
+        on_corrupt: OnCorrupt = "fail" if self.on_corrupt == "fail" else "leave_out"
+        return replace(self, crop=None, on_corrupt=on_corrupt)

@@ -1,15 +1,16 @@
 """The `ffcv` loader: .beton files, decoded by FFCV's C library in threads that do not hold Python's GIL.
 
-FFCV's format, its JPEG decoder and its resizer are used, in a loop of our own. FFCV's Loader drops the decoder's
-return code (a corrupt image shows the pixels of an earlier one), waits forever when its thread fails, yields
-one view per decode, and sets torch's number of threads.
+FFCV's format and its JPEG decoder are used, in a loop of our own. FFCV's Loader drops the decoder's return code (a
+corrupt image shows the pixels of an earlier one), waits forever when its thread fails, yields one view per decode,
+and sets torch's number of threads. FFCV's resizer, OpenCV's area filter, is neither bilinear nor antialiased where a
+side is enlarged.
 """
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
-from ctypes import c_bool, c_int64, c_uint32, c_uint64, c_void_p
+from ctypes import c_bool, c_uint32, c_uint64, c_void_p
 from functools import lru_cache, partial
 from importlib.util import find_spec
 from itertools import pairwise
@@ -18,10 +19,10 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ...errors import ConfigError, CorruptSample, MissingExtra
+from ...errors import ConfigError, MissingExtra
 from ..sources.beton import JPEG, BetonSource
 from ..sources.source import Source
-from .base import Batch, EpochSteps, LoaderOptions
+from .base import Batch, EpochSteps, LoaderOptions, count_replaced, served
 from .prefetch import DaemonThreadPool, PendingBatch, ThreadedEpochs, to_device
 from .sample_reader import SampleReader
 
@@ -33,8 +34,8 @@ _JOIN_S = 5.0  # a job takes milliseconds
 class FfcvLoader:
     """Loader over a BetonSource; `options.workers` threads, started with every epoch.
 
-    Crops have the boxes of every other loader; OpenCV's area filter gives pixels that differ by a few levels from
-    those of Pillow's triangle filter.
+    Boxes and filter are those of every other loader; FFCV's JPEG decoder takes the fast transform, whose pixels
+    differ by a few levels from Pillow's. What it refuses is decoded by Pillow.
 
     Raises ConfigError for any other source, MissingExtra without FFCV.
     """
@@ -47,14 +48,10 @@ class FfcvLoader:
         self._kernel = _decoder()
         self._source, self._device, self._options = source, device, options
         self._reader = SampleReader(source, steps.seed, options.crop, options.on_corrupt)
-        self.steps_per_epoch = len(steps)
+        self.steps_per_epoch, self.replaced = len(steps), 0
         self._epochs = ThreadedEpochs(
             "ffcv", steps, self._start, threads=options.workers, timeout_s=options.timeout_s, join_s=_JOIN_S
         )
-
-    @property
-    def replaced(self) -> int:
-        return self._reader.replaced
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
         """See Loader.epoch."""
@@ -69,36 +66,36 @@ class FfcvLoader:
         rows = source.rows[index.numpy()]
         heights, widths = (columns[name][rows].astype(np.int64) for name in ("height", "width"))
         boxes = self._reader.boxes(epoch, index.numpy(), heights, widths)
-        images, out = self._empty(*boxes.shape[:2])
+        images, loaded = self._empty(len(index)), index.clone()
         failed = np.zeros(len(index), dtype=np.uint8)
+        memory = images if images.is_contiguous() else images.movedim(2, -1)
+        out, (channels, size) = memory.view(len(index), -1).numpy(), self._reader.shape[-3:-1]
         arrays = (columns["mode"], columns["height"], columns["width"], columns["ptr"], columns["size"])
         jobs = min(_JOBS_PER_THREAD * self._options.workers, len(index))
         edges = np.linspace(0, len(index), jobs + 1).astype(np.int64)
-        futures = [
-            pool.submit(partial(self._kernel, source.bytes.view(np.ndarray), *arrays, *part))
-            for part in ((rows[a:b], boxes[a:b], out[a:b], failed[a:b]) for a, b in pairwise(edges.tolist()))
-        ]
-        return partial(self._finish, epoch, index, images, failed), futures
 
-    def _empty(self, batch: int, views: int) -> tuple[torch.Tensor, np.ndarray]:
-        """The images of a batch, and the same memory as the decoder writes it, [B, V, S, S, C]."""
-        C, S, _ = self._reader.shape[-3:]
-        if self._options.crop is None:
-            images = torch.empty(batch, C, S, S, dtype=torch.uint8)
-            return images, images.unsqueeze(1).movedim(2, -1).numpy()
-        # large: left in the layout of the resizer, which is what channels-last models take
-        pixels = torch.empty(batch, views, S, S, C, dtype=torch.uint8)
-        return pixels.movedim(-1, 2), pixels.numpy()
+        def decode(a: int, b: int) -> None:
+            shape = size, channels, memory is images
+            part = rows[a:b], boxes[a:b], out[a:b], failed[a:b]
+            self._kernel(source.bytes.view(np.ndarray), *arrays, *part, *shape)
+            for k in (a + np.flatnonzero(failed[a:b])).tolist():
+                one = slice(k, k + 1)  # Pillow decides whether it decodes
+                loaded[k] = int(self._reader.fill(images[one].numpy(), epoch, index[one].numpy())[0])
 
-    def _finish(self, epoch: int, index: torch.Tensor, images: torch.Tensor, failed: np.ndarray) -> Batch:
-        loaded = index.clone()
-        for k in np.flatnonzero(failed).tolist():
-            i = int(index[k])
-            if self._options.on_corrupt == "fail":
-                row = int(self._source.rows[i])
-                raise CorruptSample(f"{self._source.path}: sample {row} does not decode (image {i} of the set)")
-            loaded[k] = self._reader.replace(images[k].numpy(), epoch, i)
-        return Batch(images, self._source.labels[loaded], loaded)
+        futures = [pool.submit(partial(decode, a, b)) for a, b in pairwise(edges.tolist())]
+        return partial(self._finish, index, images, loaded), futures
+
+    def _empty(self, batch: int) -> torch.Tensor:
+        """The images of a batch: uint8 [B, C, S, S] or [B, V, C, S, S]."""
+        if self._options.crop is None or self._source.channels == 1:
+            return torch.empty(batch, *self._reader.shape, dtype=torch.uint8)
+        # large: left in the layout of the decoder, which is what channels-last models take
+        views, channels, size, _ = self._reader.shape
+        return torch.empty(batch, views, size, size, channels, dtype=torch.uint8).movedim(-1, 2)
+
+    def _finish(self, index: torch.Tensor, images: torch.Tensor, loaded: torch.Tensor) -> Batch:
+        self.replaced += count_replaced(index, loaded)
+        return served(images, self._source.labels, loaded)
 
 
 def _libffcv() -> ctypes.CDLL:
@@ -112,12 +109,6 @@ def _libffcv() -> ctypes.CDLL:
         reason = error if files else "it is not installed"
         raise MissingExtra(f"data.loader=ffcv needs FFCV ({reason}): {INSTALL}") from error
     library.imdecode.argtypes = [c_void_p, c_uint64, c_uint32, c_uint32, c_void_p, *[c_uint32] * 6, c_bool, c_bool]
-    library.resize.argtypes = [c_int64] * 11
-    library.resize.restype = None
-    # Our threads resize crops in parallel; OpenCV would start more threads of its own and keep them.
-    set_threads = library._ZN2cv13setNumThreadsEi  # cv::setNumThreads(int)
-    set_threads.argtypes = [ctypes.c_int]
-    set_threads(0)
     return library
 
 
@@ -127,19 +118,21 @@ def _decoder() -> Callable[..., None]:
     library = _libffcv()
     import numba  # comes with FFCV
 
-    imdecode, resize, jpeg = library.imdecode, library.resize, JPEG
+    from .triangle_filter import copy_box, resample, to_planes
+
+    imdecode, jpeg = library.imdecode, JPEG
 
     def decode(  # type: ignore[no-untyped-def]  # compiled for the types it is called with
-        file, modes, heights, widths, ptrs, sizes, rows, boxes, out, failed
+        file, modes, heights, widths, ptrs, sizes, rows, boxes, out, failed, size, channels, planar
     ) -> None:
-        """file uint8 [bytes]; modes .. sizes: [images of the file]; rows [B]; boxes [B, V, 4];
-        out uint8 [B, V, S, S, C], of any strides; failed uint8 [B] becomes 1 where the decoder reports an error."""
-        size, largest = out.shape[2], 0
-        in_place = out.strides[4] == 1 and out.strides[3] == 3 and out.shape[4] == 3
+        """file uint8 [bytes]; modes .. sizes: [images of the file]; rows [B]; boxes [B, V, 4]; out uint8
+        [B, V * channels * size * size], each view [C, S, S] where `planar`, else [S, S, C]; failed uint8 [B] becomes
+        1 where the decoder reports an error."""
+        largest, length = 0, channels * size * size
         for row in rows:
             largest = max(largest, np.int64(heights[row]) * np.int64(widths[row]))
         buffer = np.empty(3 * largest, np.uint8)
-        small = np.empty((size, size, 3), np.uint8)
+        scratch = np.empty((size, size, 3), np.uint8)
         for k in range(len(rows)):
             row = rows[k]
             H, W = np.int64(heights[row]), np.int64(widths[row])
@@ -154,12 +147,13 @@ def _decoder() -> Callable[..., None]:
                 buffer[: 3 * H * W] = data
             for v in range(boxes.shape[1]):
                 top, left, h, w = boxes[k, v]
+                target = out[k, v * length : (v + 1) * length]
+                view = scratch if planar else target.reshape((size, size, 3))
                 if h == size and w == size:
-                    out[k, v] = pixels[top : top + h, left : left + w, : out.shape[4]]
-                    continue
-                target = out[k, v].ctypes.data if in_place else small.ctypes.data
-                resize(0, pixels.ctypes.data, H, W, top, top + h, left, left + w, target, size, size)
-                if not in_place:
-                    out[k, v] = small[:, :, : out.shape[4]]
+                    copy_box(pixels, int(top), int(left), view)
+                else:
+                    resample(pixels, top, left, h, w, view)
+                if planar:
+                    to_planes(view, channels, target)
 
     return numba.njit(nogil=True, error_model="numpy")(decode)

@@ -18,7 +18,7 @@ from ...errors import CorruptSample, DataError
 from ..crop_boxes import crop_boxes
 from ..sources.source import Source
 from ..views.pixels import copy_async, resample
-from .base import Batch, BatchRequest, CropOptions, EpochSteps, LoaderOptions
+from .base import LEFT_OUT, Batch, BatchRequest, CropOptions, EpochSteps, LoaderOptions, count_replaced
 from .sample_reader import find_replacement
 
 
@@ -54,7 +54,9 @@ class ResidentLoader:
             if self._images is None or not self._steps.is_current(number):
                 return
             if self._corrupt:
-                index = self._without_corrupt(epoch, index)
+                loaded = self._without_corrupt(epoch, index)
+                self.replaced += count_replaced(index, loaded)
+                index = loaded[loaded != LEFT_OUT]
                 device_index = index.to(device_index.device)
             images = self._images.index_select(0, device_index)
             if self._options.crop is not None:
@@ -71,38 +73,42 @@ class ResidentLoader:
         return views.permute(1, 2, 0, 3, 4).mul(255).round_().clamp_(0, 255).to(torch.uint8)
 
     def _without_corrupt(self, epoch: int, index: Tensor) -> Tensor:
-        index = index.clone()
+        """int64 [B]: what is loaded for each of `index`."""
+        loaded, n, corrupt = index.clone(), len(self._labels), self._corrupt
         for k, i in enumerate(index.tolist()):
-            if i in self._corrupt:
-                n, seed = len(self._labels), self._steps.seed
-                index[k] = find_replacement(seed, epoch, i, n, lambda j: j not in self._corrupt)
-                self.replaced += 1
-        return index
+            if i not in corrupt:
+                continue
+            loaded[k] = LEFT_OUT
+            if self._options.on_corrupt == "replace":
+                loaded[k] = find_replacement(
+                    self._steps.seed, epoch, i, n, lambda j: j not in corrupt, reason=corrupt[i]
+                )
+        return loaded
 
     def close(self) -> None:
         """Free the images; an epoch in progress ends before its next batch."""
         self._images = None
 
 
-def _stack(source: Source, options: LoaderOptions) -> tuple[Tensor, frozenset[int]]:
-    """All images, and the indices of the corrupt ones where these are to be replaced."""
+def _stack(source: Source, options: LoaderOptions) -> tuple[Tensor, dict[int, CorruptSample]]:
+    """All images, and why those are corrupt that are to be replaced or left out, by index."""
     try:
-        return source.stack(), frozenset()
+        return source.stack(), {}
     except CorruptSample:
         if options.on_corrupt == "fail":
             raise
     images = torch.zeros(len(source), source.channels, source.image_size, source.image_size, dtype=torch.uint8)
 
-    def decodes(i: int) -> bool:
+    def read(i: int) -> CorruptSample | None:
         try:
             images[i] = source.read(i)
-        except CorruptSample:
-            return False
-        return True
+        except CorruptSample as error:
+            return error
+        return None
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        valid = list(pool.map(decodes, range(len(source))))
-    return images, frozenset(i for i, ok in enumerate(valid) if not ok)
+        errors = enumerate(pool.map(read, range(len(source))))
+        return images, {i: error for i, error in errors if error is not None}
 
 
 def _to_device(images: Tensor, device: torch.device | str) -> Tensor:

@@ -1,18 +1,18 @@
-"""Reads samples one by one: used by worker processes, and by every loader that replaces corrupt images."""
+"""Reads samples one by one with Pillow: in worker processes, and in every loader whose own decoder refuses a file."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image
 
 from ...errors import CorruptSample
 from ..crop_boxes import central_boxes, crop_boxes
-from ..philox import IntArray, random_index
+from ..philox import FloatArray, IntArray, random_index
 from ..sources.source import Pixels, Source, channels_first
-from .base import CropOptions, OnCorrupt
+from .base import LEFT_OUT, CropOptions, OnCorrupt
 
 ATTEMPTS = 100
 """Images tried in the place of a corrupt one before the whole set is considered corrupt."""
@@ -20,16 +20,12 @@ ATTEMPTS = 100
 
 @dataclass
 class SampleReader:
-    """Images of a source in the shape that batches have: [C, S, S], or [V, C, S, S] with crops.
-
-    `replaced` counts the images that were replaced by another one.
-    """
+    """Images of a source in the shape that batches have: [C, S, S], or [V, C, S, S] with crops."""
 
     source: Source
     seed: int
     crop: CropOptions | None
     on_corrupt: OnCorrupt
-    replaced: int = field(default=0, init=False)
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -41,7 +37,9 @@ class SampleReader:
     def fill(self, out: Pixels, epoch: int, index: IntArray) -> IntArray:
         """Write the images of index int64 [B] into out [B, ...]; returns the indices of those that were written.
 
-        Raises CorruptSample naming path and index, DataError where an image is not of the set's format.
+        A corrupt image is replaced, or its index is LEFT_OUT and its part of `out` has no meaning. Any number of
+        threads may call this. Raises CorruptSample naming path and index, DataError where an image is not of the
+        set's format.
         """
         return np.array([self._read_or_replace(out[k], epoch, i) for k, i in enumerate(index.tolist())], np.int64)
 
@@ -52,9 +50,9 @@ class SampleReader:
         except CorruptSample as error:
             if self.on_corrupt == "fail":
                 raise CorruptSample(f"{error} (image {i} of the set)") from error
-            return self.replace(out, epoch, i)
+            return LEFT_OUT if self.on_corrupt == "leave_out" else self._replace(out, epoch, i, error)
 
-    def replace(self, out: Pixels, epoch: int, i: int) -> int:
+    def _replace(self, out: Pixels, epoch: int, i: int, reason: CorruptSample) -> int:
         """Write a valid sample in the place of corrupt sample i; its index, a pure function of (seed, epoch, i)."""
 
         def read(j: int) -> bool:
@@ -64,21 +62,19 @@ class SampleReader:
                 return False
             return True
 
-        j = find_replacement(self.seed, epoch, i, len(self.source), read)
-        self.replaced += 1
-        return j
+        return find_replacement(self.seed, epoch, i, len(self.source), read, reason)
 
-    def boxes(self, epoch: int, index: IntArray, heights: IntArray, widths: IntArray) -> IntArray:
-        """int64 [B, V, 4]: the crops of these images; without crops the one central square that `read` takes.
+    def boxes(self, epoch: int, index: IntArray, heights: IntArray, widths: IntArray) -> FloatArray:
+        """float64 [B, V, 4]: the crops of these images; without crops the one central box that `Source.read` takes.
 
         index, heights, widths: int64 [B], the sizes in pixels as stored.
         """
         crop = self.crop
         if crop is None:
-            return central_boxes(heights, widths)
+            return central_boxes(heights, widths, self.source.image_size)
         return crop_boxes(
             self.seed, epoch, index, heights, widths, views=crop.views, scale=crop.scale, ratio=crop.ratio
-        )
+        ).astype(np.float64)
 
     def _read(self, out: Pixels, epoch: int, i: int) -> None:
         if self.crop is None:
@@ -91,13 +87,16 @@ class SampleReader:
             out[view] = channels_first(image.resize(size, Image.Resampling.BILINEAR, box=box))  # antialiased
 
 
-def find_replacement(seed: int, epoch: int, i: int, n: int, is_valid: Callable[[int], bool]) -> int:
+def find_replacement(
+    seed: int, epoch: int, i: int, n: int, is_valid: Callable[[int], bool], reason: CorruptSample
+) -> int:
     """The image of n that takes the place of corrupt image i in that epoch, the same one in every loader.
 
-    Random ones are tried in turn. Raises CorruptSample when none of ATTEMPTS is valid.
+    Random ones are tried in turn. Raises CorruptSample, with the reason why i is corrupt, when none of ATTEMPTS is
+    valid.
     """
     for attempt in range(ATTEMPTS):
         j = random_index(seed, epoch, i, attempt, n)
         if is_valid(j):
             return j
-    raise CorruptSample(f"image {i} does not decode, and neither do {ATTEMPTS} others tried in its place")
+    raise CorruptSample(f"{reason} (image {i} of the set), and neither do {ATTEMPTS} others tried in its place")

@@ -25,7 +25,7 @@ from torch import Tensor
 from ...errors import HpcSupconError, LoaderDied
 from ..philox import IntArray
 from ..sources.source import Source
-from .base import Batch, BatchRequest, EpochSteps, LoaderOptions
+from .base import Batch, BatchRequest, EpochSteps, LoaderOptions, count_replaced, served
 from .prefetch import to_device
 from .sample_reader import SampleReader
 
@@ -67,9 +67,9 @@ class TorchLoader:
         for _ in requests:
             while queued and self._pool.has_room:
                 self._pool.submit(queued.popleft())
-            images, index, replaced = self._pool.receive()
-            self.replaced += replaced
-            yield Batch(images, self._labels[index], index)
+            images, index, loaded = self._pool.receive()
+            self.replaced += count_replaced(index, loaded)
+            yield served(images, self._labels, loaded)
             if self._closed or not self._steps.is_current(number):
                 return
 
@@ -89,7 +89,7 @@ class _WorkerPool:
         self._slots = _shared(slots)
         self._timeout_s = timeout_s
         self._submitted = 0
-        self._pending: deque[tuple[int, int]] = deque()  # (number of the request, its images), oldest first
+        self._pending: deque[tuple[int, Tensor]] = deque()  # (number of the request, its images), oldest first
         # A fork of this process would copy locks that its other threads (OpenMP, CUDA, NCCL) may hold; spawn
         # would import torch once per worker, which the fork server does once for all.
         context = mp.get_context("forkserver")
@@ -124,24 +124,23 @@ class _WorkerPool:
             self._pipes[worker].send((slot, epoch, index.numpy()))
         except OSError as error:
             self._report_death(worker, error)
-        self._pending.append((self._submitted, len(index)))
+        self._pending.append((self._submitted, index))
         self._submitted += 1
 
-    def receive(self) -> tuple[Tensor, Tensor, int]:
-        """(images, their indices, number replaced) of the oldest request."""
-        number, size = self._pending.popleft()
+    def receive(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(images, the indices asked for, those loaded) of the oldest request."""
+        number, index = self._pending.popleft()
         reply = self._reply(number % len(self._workers))
         if isinstance(reply, HpcSupconError):
             raise reply
-        index, replaced = reply
-        return self._slots[number % len(self._slots), :size].clone(), torch.from_numpy(index), replaced
+        return self._slots[number % len(self._slots), : len(index)].clone(), index, torch.from_numpy(reply)
 
     def drain(self) -> None:
         """Wait for the pending requests of an earlier epoch, and drop their results."""
         while self._pending:
             self._reply(self._pending.popleft()[0] % len(self._workers))
 
-    def _reply(self, worker: int) -> tuple[IntArray, int] | HpcSupconError:
+    def _reply(self, worker: int) -> IntArray | HpcSupconError:
         pipe, sentinel = self._pipes[worker], self._workers[worker].sentinel
         if pipe not in (ready := wait([pipe, sentinel], self._timeout_s)):
             if not ready:
@@ -207,13 +206,11 @@ def _work(pipe: Connection, reader: SampleReader, slots: Tensor) -> None:
             slot, epoch, index = pipe.recv()
         except (EOFError, OSError):
             return
-        before = reader.replaced
         try:
-            loaded = reader.fill(images[slot], epoch, index)
+            reply: IntArray | HpcSupconError = reader.fill(images[slot], epoch, index)
         except HpcSupconError as error:
-            pipe.send(error)
-        else:
-            pipe.send((loaded, reader.replaced - before))
+            reply = error
+        pipe.send(reply)
 
 
 @contextmanager

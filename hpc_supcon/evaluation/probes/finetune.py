@@ -21,7 +21,7 @@ from ...pruning import WeightMasks
 from ...seeding import stream
 from ...training.build import build_views
 from ...training.engine import autocast, distribute, unscaled
-from ..features import extract, in_chunks
+from ..features import count_left_out, extract, in_chunks
 from .base import FittedProbe, ProbeOutcome, ProbeSpec, ProbeTask
 from .optimization import FitPlan, FitProgress, build_optimizer, check_fit, fit_plan, scale_lr
 from .training import Trained, seeded
@@ -174,6 +174,7 @@ def _evaluate(model: Classifier, source: Source, transform: EvalTransform, task:
     losses = F.cross_entropy(logits.double(), labels, reduction="sum")
     correct = (logits.argmax(dim=1) == labels).sum()
     sums = torch.stack([losses, correct.double(), correct.new_tensor(len(labels)).double()])
+    count_left_out(source, labels)
     total_loss, total_correct, n = all_sum(sums).tolist()
     return total_loss / n, total_correct / n
 
@@ -188,7 +189,8 @@ def _training_loader(task: ProbeTask) -> Loader:
         rank=runtime.rank,
         world_size=runtime.world_size,
         device=runtime.device,
-        options=_one_view(data.training) if settings.augment else data.evaluation,
+        # not data.evaluation, which leaves images out: batches of training have one size
+        options=_one_view(data.training) if settings.augment else replace(data.training, crop=None),
     )
 
 

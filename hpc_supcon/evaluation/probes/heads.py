@@ -8,7 +8,7 @@ from typing import Any
 from torch import nn
 
 from ...data import Splits
-from ...errors import ConfigError
+from ...errors import ConfigError, CorruptSample
 from ...models import Heads, LinearHeads, Mlp, SingleHead
 from ...seeding import stream
 from ..features import fit_standardization, select_classes
@@ -37,6 +37,8 @@ def fit_head(
         classes = tuple(classes[label] for label in labels)
         train = select_classes(train, labels)
         validation = None if validation is None else select_classes(validation, labels)
+        if not all(len(rows[0]) for rows in (train, validation) if rows is not None):
+            raise CorruptSample(f"of the classes {' and '.join(classes)}, no training or validation image decodes")
     in_dim = train[0][0].numel()
     description = task.describe(in_dim, head, classes=classes, standardize=settings.standardize)
     with seeded(seed, device):

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ...data import Splits
 from ...distributed.collectives import all_sum, gather_rows
-from ...errors import ConfigError
+from ...errors import ConfigError, CorruptSample
 from ..features import in_chunks
 from .base import FittedProbe, ProbeOutcome, ProbeSpec, ProbeTask
 
@@ -90,14 +90,23 @@ def knn_accuracy(
     """Fraction (0..1) of `features` whose class the nearest neighbors predict, over all ranks. Collective.
 
     train_features [m_r, D] with train_labels [m_r], features [n_r, D] with labels [n_r]: this rank's shares,
-    of any size; 1 <= k <= the number of training rows of all ranks.
+    of any size; k >= 1. Raises CorruptSample where k is above the number of training rows of all ranks.
     """
     bank, bank_labels = gather_rows(train_features), gather_rows(train_labels)
+    check_neighbors("validation.probe.k", k, len(bank))
     head = NearestNeighbors(bank.shape[1], classes, rows=len(bank), k=k, temperature=temperature).to(bank)
     head.fill(bank, bank_labels)
     correct = (in_chunks(head, features).argmax(dim=1) == labels).sum()
     correct, n = all_sum(torch.stack([correct, correct.new_tensor(len(labels))])).tolist()
     return correct / n
+
+
+def check_neighbors(setting: str, k: int, rows: int) -> None:
+    """Raise CorruptSample for more neighbors than images of the training split decode."""
+    if k > rows:
+        raise CorruptSample(
+            f"{setting}={k} neighbors, but only {rows} training images decode: lower it, or mend the images"
+        )
 
 
 def _check(section: str, settings: Any, splits: Splits) -> None:
@@ -112,6 +121,7 @@ def _fit(task: ProbeTask) -> ProbeOutcome:
     settings = task.settings
     train = task.rows.gathered("train", task.input)
     assert train is not None
+    check_neighbors(f"probe.{task.kind}.k", settings.k, len(train[0]))
     in_dim = train[0][0].numel()
     options: dict[str, Any] = {"rows": len(train[0]), "k": settings.k, "temperature": settings.temperature}
     description = task.describe(in_dim, {"name": "knn", "options": options}, classes=task.classes)

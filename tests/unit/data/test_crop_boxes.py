@@ -7,9 +7,11 @@ import math
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torchvision.transforms import RandomResizedCrop
 
 from hpc_supcon.data.crop_boxes import _draw_all_tries, central_boxes, central_size, crop_boxes, draw_boxes
+from hpc_supcon.data.sources.source import resize_and_crop
 
 # ---- drawn from a generator
 
@@ -132,8 +134,20 @@ def test_where_no_box_fits_crop_boxes_are_torchvisions_central_one():
     assert boxes([0], height=30, width=41, **square)[0, 0].tolist() == list(expected)
 
 
-def test_central_boxes_are_squares():
-    assert central_boxes(np.array([10, 7]), np.array([6, 7])).tolist() == [[[2, 0, 6, 6]], [[0, 0, 7, 7]]]
+def test_central_boxes_of_whole_pixels_are_the_central_squares():
+    assert central_boxes(np.array([10, 7]), np.array([6, 7]), 6).tolist() == [[[2, 0, 6, 6]], [[0, 0, 7, 7]]]
+
+
+@pytest.mark.parametrize("shape", [(480, 360), (360, 480), (299, 300), (48, 36), (7, 90), (1, 60), (60, 1), (20, 20)])
+@pytest.mark.parametrize("size", [1, 19, 64, 65])
+def test_central_boxes_are_what_resizing_the_whole_image_and_cropping_it_shows(shape, size):
+    pixels = np.random.default_rng(0).integers(0, 256, (*shape, 3), dtype=np.uint8)
+    image = Image.fromarray(pixels)
+    top, left, h, w = central_boxes(np.array(shape[:1]), np.array(shape[1:]), size)[0, 0].tolist()
+    box = left, top, min(left + w, image.width), min(top + h, image.height)
+    resized = image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    expected = resize_and_crop(image, size)
+    assert np.abs(np.asarray(resized).astype(int) - np.asarray(expected)).max() <= 1
 
 
 # ---- the central box
