@@ -29,8 +29,8 @@ HEADS_OF_CLASSES = ("classifier",)
 
 
 def versions() -> dict[str, str]:
-    """The versions that must be the same on all ranks: weights, random numbers and architectures follow from them."""
-    others = {name: version(name) for name in ("torchvision", "timm", "numpy")}
+    """The versions that must be the same on all ranks: architectures, random numbers and pixels follow from them."""
+    others = {name: version(name) for name in ("torchvision", "timm", "numpy", "pillow")}
     return {"hpc-supcon": __version__, "torch": torch.__version__, **others}
 
 

@@ -57,12 +57,14 @@ def test_every_old_name_stands_for_a_setting_that_exists(old):
     assert new == load_config("default", [f"{section}.{renamed.SETTINGS[old]}={text}"])
 
 
-def test_it_is_exported_and_probed_and_resumes_and_is_pruned(folder, tmp_path):
+def test_it_is_exported_and_probed_and_resumes_and_is_pruned(folder, tmp_path, capsys):
     ours, out = f"run_dir={folder}", tmp_path / "classifier.safetensors"
     assert run("export", folder, "--part", "classifier", "--format", "safetensors", "-o", out) == 0
     assert load_file(out)
     assert run("probe", folder, ours) == 0
     assert run("pretrain", folder / "config.yaml", ours, "--resume") == 0
+    said = "saved by an earlier version without a record of its data; whether they changed is unknown\n"
+    assert capsys.readouterr().err.count(said) == 1
     assert (folder / "checkpoints" / "step-12" / "manifest.json").is_file()
     state = json.loads((folder / "checkpoints" / "step-12" / "state.json").read_text())
     assert state["last_validated_step"] == 12

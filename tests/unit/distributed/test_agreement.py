@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from hpc_supcon.distributed import agreement
 from hpc_supcon.distributed.agreement import compare_ranks
+from hpc_supcon.distributed.launch import Launch
 from hpc_supcon.errors import ConfigError, RankLost, RanksDiffer
 
 WAIT_S = 60.0
@@ -81,7 +82,20 @@ def test_a_rank_that_does_not_come_is_named():
 
 
 def test_a_single_rank_is_refused_with_its_own_error():
-    from hpc_supcon.distributed.launch import Launch
-
     error = ConfigError("no")
     assert agreement.refused(Launch(), error) is error
+    assert not error.of_this_rank
+
+
+@pytest.mark.parametrize("store", [None, dist.HashStore()])
+def test_a_rank_that_is_refused_while_the_others_do_not_come_says_so_itself(monkeypatch, store):
+    def open_store(launch, timeout_s):
+        if store is None:
+            raise RuntimeError("connection refused")
+        return store
+
+    monkeypatch.setattr(agreement, "REFUSAL_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(agreement, "open_store", open_store)
+    error = ConfigError("no")
+    assert agreement.refused(Launch(rank=1, world_size=2, local_rank=1), error) is error
+    assert error.of_this_rank, "printed though it is not the first rank of its node"

@@ -76,4 +76,4 @@ def test_files_of_another_content_are_told():
 
 
 def test_all_packages_that_the_results_follow_from_are_compared():
-    assert set(versions()) == {"hpc-supcon", "torch", "torchvision", "timm", "numpy"}
+    assert set(versions()) == {"hpc-supcon", "torch", "torchvision", "timm", "numpy", "pillow"}
