@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..files import write_atomically
+from ..files import atomic_path, write_atomically
 from .cells import slug
 from .folder import FrozenGrid
 from .tables import TableData, build_tables, is_numeric
@@ -141,7 +141,8 @@ def draw(table: TableData, path: Path) -> None:
     """Write the table's chart as a PNG. Needs no display."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    FigureCanvasAgg(chart(table)).print_png(path)
+    with atomic_path(path, durable=False) as partial:
+        FigureCanvasAgg(chart(table)).print_png(partial)
 
 
 def chart(table: TableData) -> Figure:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import io
 import os
 import shlex
@@ -14,6 +15,7 @@ from rich.console import Console
 
 from hpc_supcon.cli.streams import safe_streams
 
+app = importlib.import_module("hpc_supcon.cli.app")  # the package has a function of this name
 COMMANDS = [
     ["--version"],
     ["--help"],
@@ -86,3 +88,15 @@ def test_a_run_goes_on_when_nobody_reads_its_messages(monkeypatch):
         print("a result")
         sys.stderr.flush()
     assert out.error.errno == errno.EIO
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.EACCES, 2), (errno.EROFS, 2), (errno.ENOSPC, 1), (errno.EIO, 1)])
+def test_an_error_of_the_system_that_names_a_file_is_one_line(monkeypatch, capsys, number, code):
+    def broken(*arguments, **settings):
+        raise OSError(number, os.strerror(number), "/some/file")
+
+    monkeypatch.setattr(app, "app", broken)
+    with pytest.raises(SystemExit) as caught:
+        app.main(["config"])
+    assert caught.value.code == code
+    assert capsys.readouterr().err == f"hpc-supcon: error: /some/file: {os.strerror(number)}\n"
