@@ -166,7 +166,7 @@ def test_probes_of_pixels_train_no_encoder(capsys, tmp_path):
     assert "no encoder is pre-trained" in err
     assert "synthetic, pixels" in out
     assert sorted(p.name for p in folder.iterdir()) == [
-        "config.yaml", "metrics.jsonl", "plots", "probes", "results.json",
+        ".lock", ".results.json.lock", "config.yaml", "metrics.jsonl", "plots", "probes", "results.json",
     ]  # fmt: skip
     code, out, err = run(capsys, "probe", str(folder), "probe.kind=linear")
     assert (code, out, err.count("\n")) == (2, "", 1)
