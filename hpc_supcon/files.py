@@ -32,7 +32,7 @@ def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """A temporary path beside `path` to write to: renamed to `path` after the block, or removed where that raises.
 
     `path` is the old file or the new one at every moment, also for other threads, processes and machines that read
-    or write it. durable: as for `write_atomically`. Raises OSError.
+    or write it. durable: as for `write_atomically`. Raises OSError, which names a file.
     """
     # random, not the process id: on a shared file system, writers on two machines may have the same one
     partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
@@ -43,6 +43,10 @@ def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
         partial.replace(path)
         if durable:
             sync_folder(path.parent)
+    except OSError as error:
+        if error.filename is None:  # as that of a write to a full disk
+            error.filename = str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 

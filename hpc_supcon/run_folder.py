@@ -65,8 +65,15 @@ def identity(folder: Path) -> str:
 
 
 def check_still_there(folder: Path) -> None:
-    """Raise RunFolderError if the folder of a running run is no longer there."""
-    if not (folder / CONFIG).is_file():
+    """Raise RunFolderError if the folder of a running run is no longer there.
+
+    One that cannot be read at the moment, on a disk that fails, counts as there: whoever writes finds that out.
+    """
+    try:
+        is_there = (folder / CONFIG).is_file()
+    except OSError:
+        return
+    if not is_there:
         raise RunFolderError(
             f"{folder}: was deleted or moved while the run trained; nothing is saved there. Start the run again, or "
             "put the folder back and continue with --resume"

@@ -125,9 +125,10 @@ def _acquire(folder: Path, warn: Warn) -> _Held:
             _take_over(folder, handle, has_lock, warn)
             _write_holder(folder, handle, has_lock, warn)
         except BaseException as error:
+            if isinstance(error, OSError) and handle is not None:  # else the file is another process's by now
+                _remove(folder, made)
             if handle is not None:
                 os.close(handle)
-            _remove(folder, made)
             if isinstance(error, OSError):
                 what = "written to" if folder.is_dir() else "made"
                 raise RunFolderError(f"{folder}: cannot be {what}: {error.strerror}") from None

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..files import write_atomically
+from ..files import atomic_path, write_atomically
 from .cells import slug
 from .folder import FrozenGrid
 from .tables import TableData, build_tables, is_numeric
@@ -142,8 +142,9 @@ def draw(table: TableData, path: Path) -> None:
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    with rc_context({"text.parse_math": False}):  # labels are the user's: "$" in them starts no formula
-        FigureCanvasAgg(chart(table)).print_png(path)
+    # labels are the user's: "$" in them starts no formula
+    with rc_context({"text.parse_math": False}), atomic_path(path, durable=False) as partial:
+        FigureCanvasAgg(chart(table)).print_png(partial)
 
 
 def chart(table: TableData) -> Figure:

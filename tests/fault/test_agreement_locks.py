@@ -13,14 +13,14 @@ from hpc_supcon.run_lock import LOCK
 from ..processes import RUN_TIMEOUT_S, Ranks
 from .runs import STEPS, Run, events, hashes, run, steps
 
-PROBE = ["probe.kind=knn", "data.loader=resident"]
+ENDLESS = ["train.epochs=5000", "probe.kind=knn"]
 
 
 @pytest.fixture
 def running(tmp_path):
     """A run of two ranks that has saved a checkpoint and trains on."""
     folder = tmp_path / "r"
-    it = Run(2, folder, "train.epochs=5000", *PROBE)
+    it = Run(2, folder, *ENDLESS)
     deadline = time.monotonic() + RUN_TIMEOUT_S
     while not list(folder.glob("checkpoints/step-*")):
         assert time.monotonic() < deadline, it.stderr
@@ -29,32 +29,25 @@ def running(tmp_path):
     it.kill()
 
 
-def test_a_second_process_that_trains_probes_or_prunes_is_told_who_is_there(running, tmp_path):
-    folder = running.folder
-    there = f"{folder}: in use by process {running.ranks[0].pid} on {socket.gethostname()} (since "
-    settings = [*running.arguments[1:], "--resume"]
+def test_a_run_folder_belongs_to_one_process_until_that_ends_even_by_a_kill(running, tmp_path):
+    folder, pid = running.folder, running.ranks[0].pid
     others = [
-        Ranks(["pretrain", *settings], tmp_path / "pretrain", 2),
+        Ranks([*running.arguments, "--resume"], tmp_path / "pretrain", 2),
         Ranks(["probe", str(folder)], tmp_path / "probe"),
         Ranks(["prune", str(folder), "prune.rate=0.5"], tmp_path / "prune"),
     ]
     for other in others:
         assert set(other.end()) == {2}
         (line,) = other.stderr.splitlines()
-        assert line.startswith(f"hpc-supcon: error: {there}") or there in line
+        assert f"{folder}: in use by process {pid} on {socket.gethostname()} (since " in line
     assert not (folder / "pruned").exists()
     assert len(events(folder, "start")) == 1
 
-
-def test_the_lock_of_a_killed_run_is_taken_over_and_it_goes_on(running, tmp_path):
-    for rank in running.ranks:
-        rank.kill()
-        rank.join()
-    pid = running.ranks[0].pid
-    resumed = Run(2, running.folder, "train.epochs=5000", *PROBE, "--resume", fault="term@step=40")
+    running.kill()
+    resumed = Run(2, folder, *ENDLESS, "--resume", fault="term@step=40")
     assert resumed.end() == [75, 75], resumed.stderr
     assert resumed.stderr.count(f"taken over from process {pid} on {socket.gethostname()}") == 1
-    assert (running.folder / LOCK).read_bytes() == b"", "a preempted run has given its lock up"
+    assert (folder / LOCK).read_bytes() == b"", "a preempted run has given its lock up"
 
 
 def test_a_run_whose_last_line_was_torn_by_a_kill_is_finished_and_tells_no_step_twice(tmp_path, uninterrupted):

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import ctypes
 import os
+import shutil
 import struct
 import subprocess
 import sys
 
 import pytest
 from PIL import Image
+
+from hpc_supcon.run_lock import run_lock
 
 from ..processes import Ranks
 from . import injector
@@ -128,3 +131,22 @@ def test_a_data_folder_without_rights_is_named(tmp_path, part, command):
     assert "Traceback" not in it.stderr
     assert str(root) in it.stderr or os.path.relpath(root) in it.stderr
     assert "ermission denied" in it.stderr or "not readable" in it.stderr or command == "verify"
+
+
+def test_a_pruning_in_whose_folder_another_process_writes_is_refused(trained, tmp_path):
+    folder = trained / "pruned" / "l1-global-0.5"
+    with run_lock(folder, print):
+        line = refused(["prune", str(trained), "prune.rate=0.5"], tmp_path / "stderr", main=injector.main)
+    assert line.startswith(f"hpc-supcon: error: {folder}: in use by process {os.getpid()} on ")
+    assert not (trained / "pruned").exists()
+
+
+def test_a_run_folder_that_was_moved_is_locked_where_it_is_now(trained, tmp_path):
+    moved, before = tmp_path / "moved", tmp_path / "before"
+    shutil.copytree(trained, moved)
+    config = moved / "config.yaml"
+    config.write_text(config.read_text().replace(str(trained), str(before)))
+    with run_lock(moved, print):
+        line = refused(["probe", str(moved)], tmp_path / "stderr", main=injector.main)
+    assert line.startswith(f"hpc-supcon: error: {moved}: in use by process {os.getpid()} on ")
+    assert not before.exists()

@@ -109,8 +109,9 @@ def test_a_full_disk_at_fsync_leaves_the_old_file_alone(old, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(OSError, match="No space left") as caught:
         write_atomically(old, "new")
+    assert caught.value.filename == str(old), "the kernel names no file"
     assert_unchanged(old)
 
 

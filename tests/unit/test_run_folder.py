@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import threading
+from pathlib import Path
 
 import pytest
 
 from hpc_supcon.errors import RunFolderError
-from hpc_supcon.run_folder import add_result, check_results
+from hpc_supcon.run_folder import add_result, check_results, check_still_there
 from tests.processes import FORK_SERVER
 
 
@@ -56,3 +59,15 @@ def test_results_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "results.json").mkdir()
     with pytest.raises(RunFolderError, match=r"results\.json: cannot be read: Is a directory"):
         check_results(tmp_path)
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ESTALE, errno.EACCES])
+def test_a_folder_on_a_disk_that_fails_does_not_count_as_deleted(tmp_path, monkeypatch, number):
+    with pytest.raises(RunFolderError, match="was deleted or moved"):
+        check_still_there(tmp_path)
+
+    def failing(path):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(Path, "is_file", failing)
+    check_still_there(tmp_path)

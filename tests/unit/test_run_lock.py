@@ -157,6 +157,14 @@ def test_a_folder_made_for_the_lock_is_removed_unless_something_was_written_ther
     assert (folder / "config.yaml").exists()
 
 
+def test_of_two_processes_that_make_a_folder_at_once_the_second_leaves_it_to_the_first(
+    tmp_path, monkeypatch, impatient
+):
+    monkeypatch.setattr(module, "_try_lock", lambda handle: None)  # the other one was faster
+    assert refused(tmp_path / "run").startswith(f"{tmp_path}/run: in use by another process")
+    assert (tmp_path / "run" / LOCK).exists()
+
+
 def test_a_folder_that_cannot_be_made_or_written_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     assert refused(tmp_path / "file" / "run") == f"{tmp_path}/file/run: cannot be made: Not a directory"

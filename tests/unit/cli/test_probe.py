@@ -165,8 +165,8 @@ def test_probes_of_pixels_train_no_encoder(capsys, tmp_path):
     assert err.count("\n") == 1
     assert "no encoder is pre-trained" in err
     assert "synthetic, pixels" in out
-    assert sorted(p.name for p in folder.iterdir() if not p.name.endswith(".lock")) == [
-        "config.yaml", "metrics.jsonl", "plots", "probes", "results.json",
+    assert sorted(p.name for p in folder.iterdir()) == [
+        ".lock", ".results.json.lock", "config.yaml", "metrics.jsonl", "plots", "probes", "results.json",
     ]  # fmt: skip
     code, out, err = run(capsys, "probe", str(folder), "probe.kind=linear")
     assert (code, out, err.count("\n")) == (2, "", 1)

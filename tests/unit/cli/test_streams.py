@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import importlib
 import io
 import os
 import shlex
@@ -12,8 +13,11 @@ import sys
 import pytest
 from rich.console import Console
 
+from hpc_supcon import cli
 from hpc_supcon.cli.streams import safe_streams
+from tests.processes import Ranks
 
+app = importlib.import_module("hpc_supcon.cli.app")  # the package has a function of this name
 COMMANDS = [
     ["--version"],
     ["--help"],
@@ -30,14 +34,21 @@ def shell(command, redirections):
     return done.returncode, done.stderr
 
 
-@pytest.mark.parametrize(
-    ("command", "redirections", "problem"),
-    [(command, ">/dev/full", "No space left on device") for command in COMMANDS]
-    + [(command, ">&-", "it is closed") for command in COMMANDS[:2]],
-)
-def test_output_that_is_lost_is_one_line_and_exit_code_1(command, redirections, problem):
-    told = f"hpc-supcon: error: stdout: {problem}; what was printed is lost\n"
-    assert shell(command, redirections) == (1, told)
+@pytest.mark.parametrize("command", COMMANDS)
+def test_output_that_does_not_fit_on_the_disk_is_one_line_and_exit_code_1(command, tmp_path):
+    it = Ranks(command, tmp_path / "stderr", main=onto_a_full_disk)
+    assert it.end() == [1]
+    assert it.stderr == "hpc-supcon: error: stdout: No space left on device; what was printed is lost\n"
+
+
+def onto_a_full_disk():
+    os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+    cli.main()
+
+
+def test_output_to_a_descriptor_that_is_closed_is_one_line_and_exit_code_1():
+    told = "hpc-supcon: error: stdout: it is closed; what was printed is lost\n"
+    assert shell(["--version"], ">&-") == (1, told)
 
 
 def test_a_reader_that_is_gone_is_one_line_and_exit_code_1():
@@ -58,7 +69,9 @@ def test_with_stderr_closed_the_exit_code_tells():
 def test_a_descriptor_that_is_closed_is_not_given_to_the_next_file(tmp_path):
     code = f"""
 import os
+from hpc_supcon import cli
 from hpc_supcon.cli.streams import safe_streams
+from tests.processes import Ranks
 with safe_streams() as out, open({str(tmp_path / "file")!r}, "w") as file:
     os.write(1, b"from a library")
     os.write(2, b"from a library")
@@ -86,3 +99,15 @@ def test_a_run_goes_on_when_nobody_reads_its_messages(monkeypatch):
         print("a result")
         sys.stderr.flush()
     assert out.error.errno == errno.EIO
+
+
+@pytest.mark.parametrize(("number", "code"), [(errno.EACCES, 2), (errno.EROFS, 2), (errno.ENOSPC, 1), (errno.EIO, 1)])
+def test_an_error_of_the_system_that_names_a_file_is_one_line(monkeypatch, capsys, number, code):
+    def broken(*arguments, **settings):
+        raise OSError(number, os.strerror(number), "/some/file")
+
+    monkeypatch.setattr(app, "app", broken)
+    with pytest.raises(SystemExit) as caught:
+        app.main(["config"])
+    assert caught.value.code == code
+    assert capsys.readouterr().err == f"hpc-supcon: error: /some/file: {os.strerror(number)}\n"

@@ -340,3 +340,12 @@ def test_the_pickles_of_jobs_are_in_a_folder_where_nobody_else_may_write(cluster
     with pytest.raises(RunFolderError, match="others can write there"):
         submit(grid, ["missing"], log)
     assert not list(jobs.iterdir())
+
+
+def test_a_line_that_a_kill_tore_costs_no_other_submission(tmp_path):
+    append_submission(tmp_path, "pretrain", {"a.pretrain": "1_0"})
+    with (tmp_path / "submissions.jsonl").open("a") as file:
+        file.write('{"time": 1.0, "stage": "probe", "jobs": {"a.pr')
+    assert submitted_jobs(tmp_path) == {"a.pretrain": "1_0"}
+    append_submission(tmp_path, "probe", {"a.probe": "2_0"})
+    assert submitted_jobs(tmp_path) == {"a.pretrain": "1_0", "a.probe": "2_0"}
