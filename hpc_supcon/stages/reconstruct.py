@@ -16,13 +16,13 @@ from ..distributed.collectives import propagate_errors
 from ..distributed.launch import Runtime
 from ..errors import CorruptSample
 from ..evaluation.encoder import load_model
+from ..evaluation.left_out import left_out_entry, tell_left_out
 from ..evaluation.plots import draw_image_rows
 from ..evaluation.reconstruction import interpolate, reconstruct, reconstruction_errors, to_pixels
 from ..models import PretrainingModel
 from ..training.data import Data
 from ..training.engine import place
 from ..training.metrics import MetricLog
-from .left_out import left_out_entry, tell_left_out
 
 IMAGES = 5
 """Images that are shown above their reconstructions."""
