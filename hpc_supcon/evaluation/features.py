@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..data import EvalOrder, EvalTransform, Loader, LoaderOptions, Source, Splits, build_loader
-from ..distributed.collectives import all_sum, gather_rows
+from ..distributed.collectives import gather_rows
 from ..distributed.launch import Runtime
-from ..errors import CorruptSample
+from .left_out import count_left_out
 
 LabeledRows = tuple[Tensor, Tensor]
 """(features float32 [n, D] or images uint8 [n, C, H, W], labels int64 [n])."""
@@ -72,17 +72,6 @@ def read_images(
         images = torch.empty(0, source.channels, source.image_size, source.image_size, dtype=torch.uint8)
         return images.to(runtime.device), torch.empty(0, dtype=torch.int64, device=runtime.device)
     return torch.cat([images for images, _ in pairs]), torch.cat([labels for _, labels in pairs])
-
-
-def count_left_out(source: Source, labels: Tensor) -> int:
-    """How many images of `source` all ranks together left out, because they do not decode. Collective.
-
-    labels: [n_r], of this rank's rows. Raises CorruptSample on every rank where no image is left.
-    """
-    rows = int(all_sum(labels.new_tensor(len(labels))))
-    if rows == 0:
-        raise CorruptSample(f"none of the {len(source)} images decodes: `hpc-supcon verify` names them")
-    return len(source) - rows
 
 
 def _build_loader(

@@ -14,7 +14,8 @@ from ..models import LinearHeads
 from ..seeding import stream
 from ..training.data import Data
 from ..training.validation import OnlineProbe, undisturbed
-from .features import LabeledRows, build_prepare, count_left_out, extract, fit_standardization
+from .features import LabeledRows, build_prepare, extract, fit_standardization
+from .left_out import count_left_out
 from .probes.knn import knn_accuracy
 from .probes.optimization import FitPlan
 from .probes.training import seeded, train_heads

@@ -9,7 +9,8 @@ from ..data import EvalTransform, LoaderOptions, Source
 from ..distributed.collectives import all_sum
 from ..distributed.launch import Runtime
 from ..models import PretrainingModel
-from .features import count_left_out, extract
+from .features import extract
+from .left_out import count_left_out
 
 
 def reconstruct(model: PretrainingModel, x: Tensor) -> Tensor:

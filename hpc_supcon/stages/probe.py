@@ -20,13 +20,13 @@ from ..evaluation.encoder import check_classes, load_model, report_changed_data
 from ..evaluation.features import (
     LabeledRows,
     SplitRows,
-    count_left_out,
     extract,
     in_chunks,
     read_images,
     select_classes,
 )
 from ..evaluation.fitted_probe import FOLDER, save_probe
+from ..evaluation.left_out import count_left_out, left_out_entry, tell_left_out
 from ..evaluation.plots import draw_probe_curves
 from ..evaluation.probes import (
     PROBES,
@@ -41,7 +41,6 @@ from ..terminal import note, only_told, warn
 from ..training.data import Data
 from ..training.engine import place
 from ..training.metrics import MetricLog
-from .left_out import left_out_entry, tell_left_out
 from .results import ResultWriter
 
 

@@ -17,6 +17,7 @@ from ..distributed.folder_lock import locked
 from ..distributed.launch import Runtime
 from ..errors import CorruptSample
 from ..evaluation.encoder import load_model
+from ..evaluation.left_out import left_out_entry, tell_left_out
 from ..evaluation.plots import draw_image_rows
 from ..evaluation.reconstruction import interpolate, reconstruct, reconstruction_errors, to_pixels
 from ..models import PretrainingModel
@@ -24,7 +25,6 @@ from ..terminal import only_told, warn
 from ..training.data import Data
 from ..training.engine import place
 from ..training.metrics import MetricLog
-from .left_out import left_out_entry, tell_left_out
 from .results import ResultWriter
 
 IMAGES = 5

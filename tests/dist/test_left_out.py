@@ -15,8 +15,8 @@ from hpc_supcon.data import ArraySource, LoaderOptions, Splits, TrainOrder, buil
 from hpc_supcon.distributed.launch import Launch, Runtime
 from hpc_supcon.errors import CorruptSample
 from hpc_supcon.evaluation.features import SplitRows, read_images
+from hpc_supcon.evaluation.left_out import tell_left_out
 from hpc_supcon.evaluation.monitor import monitor
-from hpc_supcon.stages.left_out import tell_left_out
 from hpc_supcon.stages.pretrain import pretrain
 from hpc_supcon.stages.probe import probe
 from hpc_supcon.stages.reconstruct import evaluate_autoencoder

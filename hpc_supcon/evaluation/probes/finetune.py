@@ -21,7 +21,8 @@ from ...pruning import WeightMasks
 from ...seeding import stream
 from ...training.build import build_views
 from ...training.engine import autocast, distribute, unscaled
-from ..features import count_left_out, extract, in_chunks
+from ..features import extract, in_chunks
+from ..left_out import count_left_out
 from .base import FittedProbe, ProbeOutcome, ProbeSpec, ProbeTask
 from .optimization import FitPlan, FitProgress, build_optimizer, check_fit, fit_plan, scale_lr
 from .training import Trained, seeded

@@ -1,13 +1,32 @@
-"""Images that do not decode and that an evaluation therefore leaves out: for results.json and for the user."""
+"""Images that an evaluation leaves out because they do not decode: counted, for results.json and for the user."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ..data import Splits
+from torch import Tensor
+
+from ..data import Source, Splits
+from ..distributed.collectives import all_sum
 from ..distributed.launch import Runtime
+<<<<<<< HEAD:hpc_supcon/stages/left_out.py
 from ..terminal import warn
+=======
+from ..errors import CorruptSample
+from ..training.metrics import console
+>>>>>>> part-loaders:hpc_supcon/evaluation/left_out.py
+
+
+def count_left_out(source: Source, labels: Tensor) -> int:
+    """How many images of `source` all ranks together left out, because they do not decode. Collective.
+
+    labels: [n_r], of this rank's rows. Raises CorruptSample on every rank where no image is left.
+    """
+    rows = int(all_sum(labels.new_tensor(len(labels))))
+    if rows == 0:
+        raise CorruptSample(f"none of the {len(source)} images decodes: `hpc-supcon verify` names them")
+    return len(source) - rows
 
 
 def left_out_entry(left_out: Mapping[str, int]) -> dict[str, Any]:
