@@ -140,11 +140,11 @@ def _result(task: ProbeTask, outcome: ProbeOutcome, encoder: EncoderCheckpoint |
     }
 
 
-def _scores(task: ProbeTask, fitted: FittedProbe, split: str) -> dict[str, float] | None:
+def _scores(task: ProbeTask, fitted: FittedProbe, split: str) -> dict[str, Any] | None:
     if getattr(task.data.splits, split) is None:
         return None
     logits, labels = _logits(task, fitted, split)
-    return classification_scores(logits.argmax(dim=1), labels, len(fitted.classes))
+    return classification_scores(logits.argmax(dim=1), labels, fitted.classes)
 
 
 def _logits(task: ProbeTask, fitted: FittedProbe, split: str) -> tuple[Tensor, Tensor]:
