@@ -14,6 +14,8 @@ class HpcSupconError(Exception):
     """Base of all named errors."""
 
     exit_code = 2
+    of_this_rank = False
+    """Whether the error is this process's alone, so that it is printed whatever its rank."""
 
 
 class ConfigError(HpcSupconError):
@@ -26,6 +28,12 @@ class UnsafeWeights(ConfigError):
 
 class LaunchError(HpcSupconError):
     """The distributed environment (torchrun, Slurm) is partial or contradicts itself."""
+
+
+class RanksApart(LaunchError):
+    """The ranks of a launch do not find each other, or cannot communicate."""
+
+    of_this_rank = True
 
 
 class DataError(HpcSupconError):
@@ -88,12 +96,18 @@ class RankLost(HpcSupconError):
     """Another rank was killed, was stopped, or hangs; all ranks end."""
 
     exit_code = 5
+    of_this_rank = True
 
 
 class Preempted(HpcSupconError):
     """SIGTERM or SIGUSR2 preempted the run. It has saved, and can be started again with --resume."""
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of the message of an error of another library, or the name of its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str], *, listed: str | None = None) -> str:

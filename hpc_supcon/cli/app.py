@@ -14,7 +14,7 @@ from rich.table import Table
 
 from .. import __version__
 from ..config import Config, Stage, load_config, schema_rows, to_yaml
-from ..errors import CorruptSample, HpcSupconError, Preempted, RankLost
+from ..errors import CorruptSample, HpcSupconError, Preempted
 from ..run_folder import read_config
 from .bench import bench
 from .checkpoints import checkpoints
@@ -231,7 +231,7 @@ def main(arguments: list[str] | None = None) -> None:
     except HpcSupconError as error:
         if "--debug" in arguments:
             traceback.print_exc()
-        elif _is_first_on_node() or isinstance(error, RankLost):
+        elif _is_first_on_node() or error.of_this_rank:
             kind = "" if isinstance(error, Preempted) else "error: "
             sys.stderr.write(f"hpc-supcon: {kind}{error}\n")
         sys.exit(error.exit_code)

@@ -40,6 +40,7 @@ def started(settings: Config, stages: tuple[Stage, ...], *, resume: bool) -> Ite
             device=limits.device,
             threads=limits.threads,
             timeout_s=limits.first_step_timeout_s,
+            start_timeout_s=limits.start_timeout_s,
             deterministic=settings.deterministic,
             reuse_memory=limits.reuse_memory,
         ) as runtime,

@@ -12,7 +12,7 @@ from timm.models import DenseNet, ResNet
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..errors import ConfigError
+from ..errors import ConfigError, first_line
 
 STEMS = ("auto", "small", "standard")
 SMALL_STEM_UP_TO = 64  # px; the standard stem reduces smaller images to too few positions
@@ -116,9 +116,8 @@ def _cannot_take(name: str, in_channels: int, size: int, error: Exception) -> Co
             middle = (low + high) // 2
             low, high = (low, middle) if takes(middle) else (middle, high)
         return too_small(name, size, high)
-    message = (str(error).splitlines() or [""])[0] or type(error).__name__
     return ConfigError(
-        f"model.encoder={name} cannot take images of {size} px with {in_channels} channel(s): {message} (it was made "
+        f"model.encoder={name} cannot take images of {size} px with {in_channels} channel(s): {first_line(error)} (it was made "
         f"for {usual} px; see model.input_size, data.channels)"
     )
 
