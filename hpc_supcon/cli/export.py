@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import ConfigError, LaunchError, unknown_name
+from ..errors import ConfigError, unknown_name
 from .common import Debug, progress_bars
 
 if TYPE_CHECKING:
@@ -50,7 +50,6 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Write a run's model to one file that other programs load, and compare the file with the model."""
-    _check_single_process("export")
     from ..export import export_part
 
     written = export_part(run_dir, format, part=part, probe=probe, out=out, force=force)
@@ -72,7 +71,6 @@ def embed(
     debug: Debug = False,
 ) -> None:
     """Embed images by a run's encoder; `embeddings`, `paths` and, where they are known, `labels` go into a .npz."""
-    _check_single_process("embed")
     from ..export import embed as embed_images
     from ..export import load_part, open_images
     from ..files import check_output
@@ -103,7 +101,6 @@ def predict(
     debug: Debug = False,
 ) -> None:
     """Classify images by a run's fitted probe: the top class and the probabilities of all."""
-    _check_single_process("predict")
     from ..export import load_part, open_images
     from ..export import predict as predict_images
     from ..export.inference import check_suffix, save_predictions, write_csv
@@ -134,22 +131,13 @@ def _inference_options(device: str, batch_size: int, skip_corrupt: bool) -> Iter
 
     if device not in DEVICES:
         raise ConfigError("--device: " + unknown_name("device", device, DEVICES))
-    with rt.start(device=device) as runtime, progress_bars() as progress:
+    with rt.start(rt.Launch(), device=device) as runtime, progress_bars() as progress:
         yield {
             "device": runtime.device,
             "batch_size": batch_size,
             "skip_corrupt": skip_corrupt,
             "progress": progress,
         }
-
-
-def _check_single_process(command: str) -> None:
-    """Raise LaunchError under torchrun or srun with several ranks, which would all write the same file."""
-    from ..distributed.launch import resolve
-
-    world_size = resolve().world_size
-    if world_size > 1:
-        raise LaunchError(f"`hpc-supcon {command}` runs in one process; it was started as {world_size} ranks")
 
 
 def _report_left_out(problems: Sequence[str], images: ImageSet) -> None:

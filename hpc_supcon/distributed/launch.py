@@ -99,6 +99,7 @@ def _start_group(launch: Launch, store: Any, device: torch.device, timeout_s: fl
 
 @contextmanager
 def start(
+    launch: Launch | None = None,
     *,
     device: str = "auto",
     threads: int | None = None,
@@ -110,10 +111,10 @@ def start(
     """Set up this process: device, threads, memory, determinism, and a process group when there are several ranks
     (nccl for CUDA tensors, gloo for CPU tensors). The process group is destroyed when the block ends.
 
-    timeout_s: of its collectives; start_timeout_s: how long the ranks wait for each other.
+    launch: None: as the environment says. timeout_s: of its collectives; start_timeout_s: how long the ranks wait for each other.
     Raises LaunchError and ConfigError.
     """
-    launch = resolve()
+    launch = resolve() if launch is None else launch
     store, chosen = None, choose_device(device) if launch.world_size == 1 else None
     if chosen is None:
         store, chosen = meet_ranks(launch, device, start_timeout_s)

@@ -60,6 +60,22 @@ def resolve(env: Mapping[str, str] | None = None) -> Launch:
     return Launch()
 
 
+def check_one_process(command: str, env: Mapping[str, str] | None = None) -> None:
+    """Raise LaunchError where torchrun or srun started several processes of a command that is the work of one."""
+    env = os.environ if env is None else env
+    is_step = "SLURM_STEP_ID" in env and "SLURM_PROCID" in env
+    if "WORLD_SIZE" in env and integer_of(env, "WORLD_SIZE") > 1:
+        instead, processes = "start it without torchrun", integer_of(env, "WORLD_SIZE")
+    elif is_step and _step_tasks(env) > 1:
+        instead, processes = f"write `srun --ntasks=1 hpc-supcon {command} ...`", _step_tasks(env)
+    else:
+        return
+    raise LaunchError(
+        f"`hpc-supcon {command}` is the work of one process, but {processes} were started, which would all do it: "
+        f"{instead}"
+    )
+
+
 def _from_torchrun(env: Mapping[str, str]) -> Launch:
     missing = [name for name in TORCHRUN if name not in env]
     if missing:

@@ -82,13 +82,25 @@ def _make_stem_small(model: Any) -> None:
 def _feature_dim(model: nn.Module, in_channels: int, size: int) -> int:
     """Width of the model's output, found by a forward pass on the meta device, which takes milliseconds."""
     with torch.no_grad():
-        state = {name: t.to("meta") for name, t in [*model.named_parameters(), *model.named_buffers()]}
         images = torch.empty(2, in_channels, size, size, device="meta")
-        features = functional_call(model.eval(), state, (images,))
+        features = functional_call(model.eval(), _on_meta_once(model), (images,), tie_weights=False)
     model.train()
     if not isinstance(features, torch.Tensor) or features.ndim != 2:
         raise ValueError("it returns no feature vectors")
     return features.shape[1]
+
+
+def _on_meta_once(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers on the meta device, each module's under one name.
+
+    Some of timm's models (CoaT) have a module in several places. `functional_call` replaces the tensors of each name
+    and puts them back in the same order, so that those of such a module would stay replaced.
+    """
+    meta: dict[str, Tensor] = {}
+    for prefix, module in model.named_modules():
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        meta |= {f"{prefix}.{name}" if prefix else name: tensor.to("meta") for name, tensor in own}
+    return meta
 
 
 def _classifiers(model: Any) -> tuple[str, ...]:
@@ -117,8 +129,8 @@ def _cannot_take(name: str, in_channels: int, size: int, error: Exception) -> Co
             low, high = (low, middle) if takes(middle) else (middle, high)
         return too_small(name, size, high)
     return ConfigError(
-        f"model.encoder={name} cannot take images of {size} px with {in_channels} channel(s): {first_line(error)} (it was made "
-        f"for {usual} px; see model.input_size, data.channels)"
+        f"model.encoder={name} cannot take images of {size} px with {in_channels} channel(s): {first_line(error)} (it "
+        f"was made for {usual} px; see model.input_size, data.channels)"
     )
 
 
