@@ -1,4 +1,4 @@
-"""Atomic writing of files, and folders that only their owner can access."""
+"""Names of files as they are printed, atomic writing of files, and folders that only their owner can access."""
 
 from __future__ import annotations
 
@@ -10,6 +10,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from .errors import OutputError, RunFolderError
+
+
+def shown(path: str | Path) -> str:
+    """A path or file name as it is printed: bytes that are not UTF-8 as \\xNN, since most streams refuse them."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def write_atomically(path: Path, content: str | bytes, *, durable: bool = True) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
@@ -165,7 +166,9 @@ def convert_command(
     is_folder = "/" in data or Path(data).is_dir()
     name = "image_folder" if is_folder else data
     # a .beton takes mixed sizes: image_size=1 keeps them from being checked, and nothing is resized to it
-    splits = open_source(name, data if is_folder else root, download=download, image_size=1 if is_folder else None)
+    splits = open_source(
+        name, data if is_folder else root, download=download, image_size=1 if is_folder else None, note=_note
+    )
     options = {"max_size": max_size, "jpeg_quality": jpeg_quality, "raw_fraction": raw_fraction}
     with progress_bars() as update:
         manifests = convert_splits(name, splits, out, progress=update, **options)
@@ -183,7 +186,7 @@ def verify_command(
     from ..data.sources.verify import verify
 
     with progress_bars() as update:
-        reports = verify(path, progress=lambda done, total: update(path.name, done, total))
+        reports = verify(path, progress=lambda done, total: update(path.name, done, total), note=_note)
     broken = 0
     for name, report in reports.items():
         sizes = ", ".join(f"{w}x{h}: {n}" for (w, h), n in sorted(report.sizes.items(), key=lambda x: -x[1])[:5])
@@ -194,6 +197,10 @@ def verify_command(
         broken += len(report.problems)
     if broken:
         raise CorruptSample(f"{path}: {broken} images cannot be used")
+
+
+def _note(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
 
 
 def _settings(config: str, overrides: list[str] | None, stages: tuple[Stage, ...]) -> Config:
@@ -230,6 +237,8 @@ def _title(results: list[dict[str, Any]]) -> str:
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line; named errors become one line and their exit code."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # as stderr: names of files need not be valid text
     try:
         app(arguments, prog_name="hpc-supcon")
     except HpcSupconError as error:

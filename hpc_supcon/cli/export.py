@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from ..errors import ConfigError, unknown_name
+from ..files import shown
 from .common import Debug, progress_bars
 
 if TYPE_CHECKING:
@@ -143,8 +144,8 @@ def _inference_options(device: str, batch_size: int, skip_corrupt: bool) -> Iter
 def _report_left_out(problems: Sequence[str], images: ImageSet) -> None:
     for problem in problems:
         sys.stderr.write(f"left out: {problem}\n")
-    if images.ignored:
-        sys.stderr.write(f"{images.ignored} files in these folders do not have the ending of an image file\n")
+    for note in images.notes:
+        sys.stderr.write(f"{note}\n")
 
 
 def _print(predictions: Predictions) -> None:
@@ -153,8 +154,7 @@ def _print(predictions: Predictions) -> None:
     table = Table("image", "class", "probability", "then")
     for path, shares in zip(predictions.paths, predictions.probabilities, strict=True):
         first, *others = (-shares).argsort(kind="stable")[:3]
-        then = ", ".join(f"{predictions.classes[k]} {shares[k]:.3f}" for k in others)
-        shown = path.encode(errors="surrogateescape").decode(errors="replace")
-        name = Text(predictions.classes[first])
-        table.add_row(Text(shown, overflow="fold"), name, f"{shares[first]:.3f}", Text(then))
+        then = ", ".join(f"{shown(predictions.classes[k])} {shares[k]:.3f}" for k in others)
+        name = Text(shown(predictions.classes[first]))
+        table.add_row(Text(shown(path), overflow="fold"), name, f"{shares[first]:.3f}", Text(then))
     console.print(table)

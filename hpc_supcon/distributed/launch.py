@@ -111,8 +111,8 @@ def start(
     """Set up this process: device, threads, memory, determinism, and a process group when there are several ranks
     (nccl for CUDA tensors, gloo for CPU tensors). The process group is destroyed when the block ends.
 
-    launch: None: as the environment says. timeout_s: of its collectives; start_timeout_s: how long the ranks wait for each other.
-    Raises LaunchError and ConfigError.
+    launch: None: as the environment says. timeout_s: of its collectives; start_timeout_s: how long the ranks wait
+    for each other. Raises LaunchError and ConfigError.
     """
     launch = resolve() if launch is None else launch
     store, chosen = None, choose_device(device) if launch.world_size == 1 else None

@@ -129,8 +129,8 @@ def _cannot_take(name: str, in_channels: int, size: int, error: Exception) -> Co
             low, high = (low, middle) if takes(middle) else (middle, high)
         return too_small(name, size, high)
     return ConfigError(
-        f"model.encoder={name} cannot take images of {size} px with {in_channels} channel(s): {first_line(error)} (it "
-        f"was made for {usual} px; see model.input_size, data.channels)"
+        f"model.encoder={name} cannot take images of {size} px with {in_channels} channel(s): {first_line(error)} "
+        f"(it was made for {usual} px; see model.input_size, data.channels)"
     )
 
 

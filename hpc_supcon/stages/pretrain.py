@@ -20,7 +20,7 @@ from ..distributed.watchdog import current_watchdog
 from ..errors import Preempted
 from ..training.build import Start, build_training
 from ..training.checkpointer import Checkpointer
-from ..training.data import Data
+from ..training.data import Data, check_classes_suffice
 from ..training.engine import check_engine
 from ..training.fit import fit
 from ..training.metrics import MetricLog, ProgressLine, console
@@ -50,6 +50,7 @@ def pretrain(
         run_folder.check_usable(folder, config, resume=resume)
         check_config(config, stages=("pretrain",), world_size=runtime.world_size)
         check_engine(config, runtime)
+        check_classes_suffice(config, data.splits)
         check_validation_split(config, data.splits)
         is_saved = resume and bool(checkpoint.list_steps(folder / run_folder.CHECKPOINTS))
     training = build_training(config, data, runtime, start=start, load_weights=not is_saved)

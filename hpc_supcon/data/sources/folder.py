@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import os
 import struct
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -15,14 +14,13 @@ from PIL import Image
 from torch import Tensor
 
 from ...errors import CorruptSample, DataError
+from .listing import Note, list_splits
 from .source import Pixels, channels_first, resize_and_crop, stack_images
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
 CHANNELS_OF_MODE = {"L": 1, "RGB": 3}
 DEEP_MODES = ("I", "F")  # 16 and 32 bits: converting them to 8 needs their range, which only their owner knows
 MODE_OF_CHANNELS = {1: "L", 3: "RGB"}
-IGNORED = ("thumbs.db", "desktop.ini")
-"""Files that desktops create; names that begin with a dot are ignored too."""
 
 # Everything that Pillow has been seen to raise for damaged bytes. A Warning is raised where the caller turned
 # warnings into errors.
@@ -100,15 +98,16 @@ class FolderSource:
 
 
 def open_folder(
-    root: Path, *, image_size: int | None, channels: int | None
+    root: Path, *, image_size: int | None, channels: int | None, note: Note | None = None
 ) -> tuple[FolderSource, FolderSource | None, FolderSource]:
     """(train, validation or None, test) of ROOT/train with ROOT/test and/or ROOT/val.
 
     With both, val is the validation set; where only one exists, it is the test set. Classes are the sorted names
-    of the folders in train. Files are listed and the header of one image is read; none is decoded yet.
+    of the folders in train; another split may lack some of them. Files are listed and the header of one image is
+    read; none is decoded yet.
 
     image_size (pixels) and channels (1 or 3): what images are converted to; None: all must be as the first one.
-    Raises DataError.
+    note: see listing.list_splits. Raises DataError.
     """
     if not root.is_dir():
         raise DataError(f"image folder {root} does not exist: set data.root to a folder with train/CLASS/*.jpg")
@@ -118,10 +117,8 @@ def open_folder(
     if not held_out:
         raise DataError(f"{root} has neither test/ nor val/ beside train/: one of them is needed as the test set")
 
-    listings = {name: _list_split(root / name) for name in ("train", *held_out)}
+    listings = list_splits(root, ("train", *held_out), SUFFIXES, note)
     classes = tuple(listings["train"])
-    for name in held_out:
-        _same_classes(root, name, set(classes), set(listings[name]))
     image_format = _format_of(next(iter(listings["train"].values()))[0], image_size, channels)
 
     def source(name: str) -> FolderSource:
@@ -130,46 +127,6 @@ def open_folder(
         return FolderSource(paths, torch.arange(len(classes)).repeat_interleave(counts), classes, image_format)
 
     return source("train"), source("val") if len(held_out) == 2 else None, source(held_out[-1])
-
-
-def _list_split(folder: Path) -> dict[str, list[Path]]:
-    """Class name -> its image files, both sorted."""
-    listing: dict[str, list[Path]] = {}
-    for entry in _visible(folder):
-        if entry.is_dir():
-            listing[entry.name] = _list_class(entry)
-        elif entry.suffix.lower() in SUFFIXES:
-            raise DataError(f"image {entry} is next to the class folders: move it into one of them")
-        elif entry.is_symlink() and not entry.exists():
-            raise DataError(f"{entry} is a broken link: expected a class folder")
-    if not listing:
-        raise DataError(f"{folder} has no class folders: expected {folder}/CLASS/*.jpg|png")
-    return listing
-
-
-def _list_class(folder: Path) -> list[Path]:
-    """The images of one class. Any other file is an error: skipping it might lose data."""
-    files = _visible(folder)
-    if not files:
-        raise DataError(f"class folder {folder} has no images: add some or remove it")
-    for file in files:
-        if file.is_dir():
-            raise DataError(f"{file} is a folder within a class folder: images must be in {folder} itself")
-        if file.suffix.lower() not in SUFFIXES:
-            raise DataError(f"{file} is not an image file ({', '.join(SUFFIXES)}): convert it or move it elsewhere")
-    return files
-
-
-def _visible(folder: Path) -> list[Path]:
-    names = sorted(os.listdir(folder))  # noqa: PTH208 (millions of names sort faster than paths)
-    return [folder / name for name in names if not name.startswith(".") and name.lower() not in IGNORED]
-
-
-def _same_classes(root: Path, name: str, train: set[str], other: set[str]) -> None:
-    missing, extra = sorted(train - other), sorted(other - train)
-    if missing or extra:
-        parts = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has also {', '.join(extra)}"] * bool(extra)
-        raise DataError(f"the classes of {root / name} are not those of {root / 'train'}: it {' and '.join(parts)}")
 
 
 def _format_of(first: Path, image_size: int | None, channels: int | None) -> ImageFormat:

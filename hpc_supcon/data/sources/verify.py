@@ -12,6 +12,7 @@ from pathlib import Path
 from ...errors import DataError
 from .beton import open_beton
 from .folder import open_folder
+from .listing import Note
 from .source import Source
 
 _CHUNK = 64  # images that a thread decodes at a time
@@ -40,18 +41,23 @@ class SplitReport:
 
 
 def verify(
-    path: str | Path, *, workers: int | None = None, progress: Callable[[int, int], None] | None = None
+    path: str | Path,
+    *,
+    workers: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+    note: Note | None = None,
 ) -> dict[str, SplitReport]:
     """A report for each split of an image folder ("train", "test", perhaps "validation"), or for a .beton file.
 
-    Every image is decoded, by `workers` threads (None: one per processor); progress(images decoded, all images).
-    Raises DataError where the set as a whole is wrong: its layout, a .beton that differs from its manifest.
+    Every image is decoded, by `workers` threads (None: one per processor); progress(images decoded, all images);
+    note: see listing.list_splits. Raises DataError where the set as a whole is wrong: its layout, a .beton that
+    differs from its manifest.
     """
     path = Path(path)
     if path.suffix == ".beton" or path.is_file():
         # Any size will do: images are decoded in the size they are stored in.
         return {path.name: verify_source(open_beton(path, image_size=1), workers=workers, progress=progress)}
-    train, validation, test = open_folder(path, image_size=1, channels=None)
+    train, validation, test = open_folder(path, image_size=1, channels=None, note=note)
     splits = {"train": train, "validation": validation, "test": test}
     return {
         name: verify_source(source, workers=workers, progress=progress)
