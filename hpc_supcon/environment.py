@@ -4,16 +4,28 @@ from __future__ import annotations
 
 CONCURRENT_RUNS = "HPC_SUPCON_CONCURRENT_RUNS"
 """Environment variable: how many runs of a grid, each with its ranks, share the cores at the same time."""
+LOCAL_JOB = "HPC_SUPCON_LOCAL_JOB"
+"""Environment variable: id of a grid's job on this machine, whose MASTER_PORT the grid computed from it."""
 TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Environment variables without which torchrun starts no process."""
 
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "SLURM_PROCID")
 """Environment variables of a process that may be one of several ranks."""
 
+_FIRST_PORT, _PORTS = 15000, 17000
+_STEP = 331  # the steps of a job are far from those of the jobs after it
+_TRIED = 16
 
-def port_of_job(job: int) -> int:
+
+def port_of_job(job: int, step: int = 0) -> int:
     """TCP port on which rank 0 of a scheduler's job listens: a number that all ranks compute without a message.
 
-    Below the ephemeral ports (32768 up on Linux), and different for the jobs that share a node.
+    Below the ephemeral ports (32768 up on Linux), and different for the jobs that share a node, and for the steps of
+    a job.
     """
-    return 15000 + job % 17000
+    return _FIRST_PORT + (job + _STEP * step) % _PORTS
+
+
+def ports_from(port: int) -> list[int]:
+    """The ports that rank 0 tries in this order, where `port` is the one that `port_of_job` gave."""
+    return [_FIRST_PORT + (port - _FIRST_PORT + i) % _PORTS for i in range(_TRIED)]

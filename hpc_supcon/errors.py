@@ -52,6 +52,12 @@ class RanksDiffer(HpcSupconError):
     """The ranks of a launch do not have the same command, settings, versions or data."""
 
 
+class RanksApart(LaunchError):
+    """The ranks of a launch do not find each other, or cannot communicate."""
+
+    of_this_rank = True
+
+
 class DataError(HpcSupconError):
     """A data set is missing, empty, or not what the configuration says."""
 
@@ -131,6 +137,11 @@ class Preempted(HpcSupconError):
 
     exit_code = 75  # EX_TEMPFAIL of sysexits.h
     on_all_ranks = True
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of the message of an error of another library, or the name of its type."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def unknown_name(kind: str, name: object, known: Iterable[str], *, listed: str | None = None) -> str:

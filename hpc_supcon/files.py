@@ -1,4 +1,4 @@
-"""Atomic writing of files, and folders that only their owner can access."""
+"""Names of files as they are printed, atomic writing of files, and folders that only their owner can access."""
 
 from __future__ import annotations
 

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from .. import __version__
 from ..config import Config, Stage, load_config, schema_rows, to_yaml
+from ..distributed.resolve import check_one_process
 from ..errors import HpcSupconError, Preempted
 from ..run_folder import read_config
 from ..terminal import only_told, output
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
 QUICKSTART = "quickstart"
 RUN: tuple[Stage, ...] = ("pretrain", "probe")
 """The stages of `hpc-supcon run`."""
+
+OF_ALL_RANKS = ("run", "pretrain", "probe", "prune")
+"""The commands that several processes do together; all others are the work of one."""
 
 app = typer.Typer(
     name="hpc-supcon",
@@ -240,8 +244,10 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _options(
+    context: typer.Context,
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
     ] = False,
 ) -> None:
-    pass
+    if context.invoked_subcommand is not None and context.invoked_subcommand not in OF_ALL_RANKS:
+        check_one_process(context.invoked_subcommand)

@@ -32,9 +32,9 @@ def bench_loss(
     import torch
 
     from ..bench.loss import measure
-    from ..distributed.launch import Launch, choose_device
+    from ..distributed.devices import choose_device
 
-    kind = choose_device(device, Launch()).type
+    kind = choose_device(device).type
     contenders = only or ["dense", "compiled", "pml", "triton" if kind == "cuda" else "tiled"]
     measure(
         size or [1024, 2048, 4096, 8192], dim, contenders, kind, runs, threads or torch.get_num_threads(), tag, out
@@ -61,9 +61,9 @@ def bench_loader(
 ) -> None:
     """Images/s of every loader, two views delivered on the device, against torchvision's ImageFolder."""
     from ..bench.loader import CONTENDERS, measure
-    from ..distributed.launch import Launch, choose_device
+    from ..distributed.devices import choose_device
 
-    kind = choose_device(device, Launch()).type
+    kind = choose_device(device).type
     own = data_settings(settings, "data.root", "data.source", "data.beton")
     sizes, counts, names = batch_size or [512], workers or [2], only or CONTENDERS
     measure(data, own, sizes, counts, names, kind, policy, seconds, rounds, tag, out)
@@ -99,9 +99,9 @@ def bench_step(
     import torch
 
     from ..bench.step import Limits, measure
-    from ..distributed.launch import Launch, choose_device
+    from ..distributed.devices import choose_device
 
-    kind = choose_device(device, Launch()).type
+    kind = choose_device(device).type
     measure(
         encoder or ["conv", "resnet18"],
         batch_size,

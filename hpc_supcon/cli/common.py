@@ -35,8 +35,7 @@ def refused_together() -> Iterator[None]:
     except HpcSupconError as error:
         if not any(name in os.environ for name in RANK_VARIABLES):
             raise  # without importing PyTorch
-        from ..distributed.agreement import refused
-        from ..distributed.launch import resolve
+        from ..distributed.launch import refused, resolve
 
         raise refused(resolve(), error) from None
 
@@ -83,6 +82,7 @@ def started(
             device=limits.device,
             threads=limits.threads,
             timeout_s=limits.first_step_timeout_s,
+            start_timeout_s=limits.start_timeout_s,
             deterministic=settings.deterministic,
             reuse_memory=limits.reuse_memory,
             facts=facts,

@@ -12,6 +12,7 @@ import typer
 from ..config import resolve, validated
 from ..config.schema.data import DataConfig
 from ..errors import ConfigError, CorruptSample, printable
+from ..terminal import warn
 from .common import Debug, progress_bars
 
 DataSettings = Annotated[
@@ -60,6 +61,7 @@ def convert(
         channels=own.channels,
         exif=own.exif,
         synthetic=own.synthetic.model_dump() if name == "synthetic" else None,
+        note=warn,
     )
     options = {"max_size": max_size, "jpeg_quality": jpeg_quality, "raw_fraction": raw_fraction}
     with progress_bars() as update:
@@ -81,7 +83,9 @@ def verify(
 
     given: dict[str, Any] = {"image_size": own.image_size, "channels": own.channels, "exif": own.exif}
     with progress_bars() as update:
-        reports = verify_images(path, progress=lambda done, total: update(printable(path.name), done, total), **given)
+        reports = verify_images(
+            path, progress=lambda done, total: update(printable(path.name), done, total), note=warn, **given
+        )
     broken = 0
     for name, report in reports.items():
         sizes = ", ".join(f"{w}x{h}: {n}" for (w, h), n in sorted(report.sizes.items(), key=lambda x: -x[1])[:5])

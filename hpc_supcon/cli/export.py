@@ -12,7 +12,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from ..errors import ConfigError, LaunchError, printable, unknown_name
+from ..errors import ConfigError, printable, unknown_name
 from ..run_folder import read_config
 from ..terminal import output
 from .common import Debug, progress_bars
@@ -53,7 +53,6 @@ def export(
     debug: Debug = False,
 ) -> None:
     """Write a run's model to one file that other programs load, and compare the file with the model."""
-    _check_single_process("export")
     from ..export import export_part
 
     written = export_part(run_dir, format, part=part, probe=probe, out=out, force=force)
@@ -75,7 +74,6 @@ def embed(
     debug: Debug = False,
 ) -> None:
     """Embed images by a run's encoder; `embeddings`, `paths` and, where they are known, `labels` go into a .npz."""
-    _check_single_process("embed")
     from ..export import embed as embed_images
     from ..export import load_part, open_images
     from ..files import check_output
@@ -112,7 +110,6 @@ def predict(
     debug: Debug = False,
 ) -> None:
     """Classify images by a run's fitted probe: the top class and the probabilities of all."""
-    _check_single_process("predict")
     from ..export import load_part, open_images
     from ..export import predict as predict_images
     from ..export.inference import check_suffix, save_predictions, write_csv
@@ -143,7 +140,7 @@ def _inference_options(device: str, batch_size: int, skip_corrupt: bool) -> Iter
 
     if device not in DEVICES:
         raise ConfigError("--device: " + unknown_name("device", device, DEVICES))
-    with rt.start(device=device) as runtime, progress_bars() as progress:
+    with rt.start(rt.Launch(), device=device) as runtime, progress_bars() as progress:
         yield {
             "device": runtime.device,
             "batch_size": batch_size,
@@ -152,20 +149,11 @@ def _inference_options(device: str, batch_size: int, skip_corrupt: bool) -> Iter
         }
 
 
-def _check_single_process(command: str) -> None:
-    """Raise LaunchError under torchrun or srun with several ranks, which would all write the same file."""
-    from ..distributed.launch import resolve
-
-    world_size = resolve().world_size
-    if world_size > 1:
-        raise LaunchError(f"`hpc-supcon {command}` runs in one process; it was started as {world_size} ranks")
-
-
 def _report_left_out(problems: Sequence[str], images: ImageSet) -> None:
     for problem in problems:
         sys.stderr.write(f"left out: {problem}\n")
-    if images.ignored:
-        sys.stderr.write(f"{images.ignored} files in these folders do not have the ending of an image file\n")
+    for note in images.notes:
+        sys.stderr.write(f"{note}\n")
 
 
 def _print(predictions: Predictions) -> None:
@@ -174,7 +162,7 @@ def _print(predictions: Predictions) -> None:
     table = Table("image", "class", "probability", "then")
     for path, shares in zip(predictions.paths, predictions.probabilities, strict=True):
         first, *others = (-shares).argsort(kind="stable")[:3]
-        then = ", ".join(f"{predictions.classes[k]} {shares[k]:.3f}" for k in others)
-        name = Text(predictions.classes[first])
-        table.add_row(Text(printable(path), overflow="fold"), name, f"{shares[first]:.3f}", Text(then))
+        then = ", ".join(f"{printable(predictions.classes[k])} {shares[k]:.3f}" for k in others)
+        name = printable(predictions.classes[first])
+        table.add_row(Text(printable(path), overflow="fold"), name, f"{shares[first]:.3f}", then)
     console.print(table)

@@ -36,6 +36,7 @@ NEUTRAL = (
     "runtime.reuse_memory",
     "runtime.timeout_s",
     "runtime.first_step_timeout_s",
+    "runtime.start_timeout_s",
     "train.allow_world_size_change",
 )
 

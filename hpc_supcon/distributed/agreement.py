@@ -10,54 +10,18 @@ import hashlib
 import json
 from collections.abc import Mapping
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any
-
-from torch.distributed.rendezvous import rendezvous
+from typing import Any
 
 from .. import errors
 from ..errors import HpcSupconError, RankLost, RanksDiffer
 from .collectives import gather_objects
 
-if TYPE_CHECKING:
-    from .launch import Launch
-
-REFUSAL_TIMEOUT_S = 60.0
-"""How long a rank that cannot start waits for the others, which import for seconds, to hear of it."""
 READ_TIMEOUT_S = 10.0
 """How long rank 0, which may host the store, waits for the others to read why they end."""
 GOOD, BAD = "+", "-"
 """What the digest of a rank begins with that can start, and of one that cannot."""
 SHOWN = 4
 """Settings, and ranks with a value of their own, that are named where more differ."""
-
-
-def open_store(launch: Launch, timeout_s: float) -> Any:
-    """The store of all ranks of a launch; returns when all have come."""
-    url = f"tcp://{launch.master_addr}:{launch.master_port}" if launch.launcher == "slurm" else "env://"
-    timeout = timedelta(seconds=timeout_s)
-    store, _, _ = next(rendezvous(url, launch.rank, launch.world_size, timeout=timeout))
-    store.set_timeout(timeout)
-    return store
-
-
-def refused(launch: Launch, error: HpcSupconError) -> HpcSupconError:
-    """The error to raise on this rank, which cannot start because of `error`, and on all others.
-
-    The others may have no such error, and would wait for this rank. They hear of it where they compare their facts;
-    where they do not come in time, this rank ends alone.
-    """
-    if launch.world_size == 1:
-        return error
-    try:
-        store = open_store(launch, REFUSAL_TIMEOUT_S)
-        compare_ranks(store, launch.rank, launch.world_size, {}, timeout_s=REFUSAL_TIMEOUT_S, error=error)
-    except HpcSupconError as common:
-        if not isinstance(common, RankLost):
-            return common
-    except (RuntimeError, ValueError, OSError):
-        pass  # the others are not there: what they would say of it is of no use
-    error.of_this_rank = True
-    return error
 
 
 def compare_ranks(

@@ -1,42 +1,46 @@
-"""From environment variables to a process's rank, device, threads and process group.
-
-One resolver for torchrun, Slurm's srun and a single process. A partial or contradictory environment is an
-error: it never silently becomes a world size of 1, which would train N independent copies of the run.
-"""
+"""The start of a process that computes: its rank, device, threads and process group."""
 
 from __future__ import annotations
 
+import json
 import os
-import shutil
-import subprocess
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from ..allocator import keep_freed_memory
-from ..environment import CONCURRENT_RUNS, TORCHRUN, port_of_job
-from ..errors import ConfigError, HpcSupconError, LaunchError
+from ..environment import CONCURRENT_RUNS, ports_from
+from ..errors import HpcSupconError, RankLost, RanksApart, first_line
 from . import collectives
-from .agreement import compare_ranks, open_store, refused
+from .agreement import compare_ranks
+from .devices import choose_device, own_view
+from .rendezvous import START_TIMEOUT_S, Meeting, meet
+from .resolve import Launch, integer_of, resolve
+
+__all__ = [
+    "Launch",
+    "Runtime",
+    "fair_threads",
+    "has_fast_bf16",
+    "meet_ranks",
+    "meeting_of",
+    "refused",
+    "resolve",
+    "set_collective_timeout",
+    "start",
+]
 
 
-@dataclass(frozen=True)
-class Launch:
-    """This process is `rank` of `world_size`, and `local_rank` of `local_world_size` on its node."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    local_world_size: int = 1
-    master_addr: str = "127.0.0.1"
-    master_port: int = 0
-    launcher: str = "single"
+REFUSAL_TIMEOUT_S = 60.0
+"""How long a rank that cannot start waits for the others, which import for seconds, to hear of it."""
 
 
 @dataclass(frozen=True)
@@ -63,139 +67,72 @@ class Runtime:
         return self.launch.rank == 0
 
 
-def resolve(env: Mapping[str, str] | None = None) -> Launch:
-    """Read the launch from environment variables (default: os.environ). Raises LaunchError."""
-    env = os.environ if env is None else env
-    in_step = "SLURM_STEP_ID" in env and "SLURM_PROCID" in env
-    # MASTER_ADDR and MASTER_PORT alone are often exported in shells and say nothing about ranks
-    if any(name in env for name in TORCHRUN[:3]):
-        launch = _from_torchrun(env)
-        if in_step and "TORCHELASTIC_RUN_ID" not in env:
-            step = (_integer(env, "SLURM_PROCID"), _step_tasks(env))
-            if step != (launch.rank, launch.world_size):
-                raise LaunchError(
-                    f"RANK={launch.rank} of WORLD_SIZE={launch.world_size} contradicts srun's task {step[0]} of "
-                    f"{step[1]}; unset RANK and WORLD_SIZE, or start torchrun inside the step"
-                )
-        return launch
-    if in_step:
-        return _from_slurm(env)
-    if "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
-        raise LaunchError(
-            f"this job has SLURM_NTASKS={env['SLURM_NTASKS']} but was not started by srun, so only one task would "
-            "run; write `srun hpc-supcon ...` in the batch script"
-        )
-    return Launch()
+def meeting_of(launch: Launch) -> Meeting:
+    """Where the ranks of a launch meet."""
+    ports = ports_from(launch.master_port) if launch.may_move else [launch.master_port]
+    run = f"{launch.run} {launch.world_size}"
+    return Meeting(launch.rank, launch.world_size, launch.master_addr, ports, run, launch.agent_store)
 
 
-def _from_torchrun(env: Mapping[str, str]) -> Launch:
-    missing = [name for name in TORCHRUN if name not in env]
-    if missing:
-        present = [name for name in TORCHRUN if name in env]
-        raise LaunchError(
-            f"{', '.join(present)} set but {', '.join(missing)} not: start with torchrun (which sets all of them) "
-            "or unset them for a single process"
-        )
-    rank, world = _integer(env, "RANK"), _integer(env, "WORLD_SIZE")
-    local_rank = _integer(env, "LOCAL_RANK")
-    local_world = _integer(env, "LOCAL_WORLD_SIZE") if "LOCAL_WORLD_SIZE" in env else world
-    if not rank < world or not local_rank < local_world <= world:
-        raise LaunchError(
-            f"impossible rank: RANK={rank} of WORLD_SIZE={world}, LOCAL_RANK={local_rank} of {local_world} per node"
-        )
-    return Launch(rank, world, local_rank, local_world, env["MASTER_ADDR"], _integer(env, "MASTER_PORT"), "torchrun")
+def meet_ranks(launch: Launch, device: str, timeout_s: float, facts: Mapping[str, str]) -> tuple[Any, torch.device]:
+    """(the store of the run, this rank's device). Collective.
+
+    Raises, the same on every rank: RanksDiffer where ranks have other `facts`, or another `device`; LaunchError and
+    ConfigError.
+    """
+    store, views = meet(meeting_of(launch), json.dumps(own_view(device)), timeout_s)
+    everything = {**facts, "runtime.device": device}
+    compare_ranks(store, launch.rank, launch.world_size, everything, timeout_s=timeout_s)
+    return store, choose_device(device, launch.rank, [json.loads(view) for view in views])
 
 
-def _from_slurm(env: Mapping[str, str]) -> Launch:
-    world = _step_tasks(env)
-    rank = _integer(env, "SLURM_PROCID")
-    if world == 1 and rank == 0:
-        return Launch(launcher="slurm")
-    missing = [name for name in ("SLURM_LOCALID", "SLURM_JOB_ID") if name not in env]
-    if missing or rank >= world:
-        raise LaunchError(f"partial Slurm step: task {rank} of {world}, missing {', '.join(missing) or 'nothing'}")
-    job = _integer(env, "SLURM_JOB_ID")
-    return Launch(
-        rank=rank,
-        world_size=world,
-        local_rank=_integer(env, "SLURM_LOCALID"),
-        local_world_size=_tasks_on_this_node(env),
-        master_addr=env.get("MASTER_ADDR") or _first_host(env),
-        master_port=_integer(env, "MASTER_PORT") if "MASTER_PORT" in env else port_of_job(job),
-        launcher="slurm",
-    )
+def refused(launch: Launch, error: HpcSupconError) -> HpcSupconError:
+    """The error to raise on this rank, which cannot start because of `error`, and on all others.
 
-
-def _step_tasks(env: Mapping[str, str]) -> int:
-    name = next((n for n in ("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS") if n in env), None)
-    if name is None:
-        raise LaunchError(
-            "SLURM_PROCID set but neither SLURM_STEP_NUM_TASKS nor SLURM_NTASKS: not a whole Slurm step"
-        )
-    return _integer(env, name)
-
-
-def _tasks_on_this_node(env: Mapping[str, str]) -> int:
-    """SLURM_STEP_TASKS_PER_NODE is `2(x3),1`: two tasks on each of three nodes, one on the fourth."""
-    text = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE") or "1"
-    counts: list[int] = []
-    for part in text.split(","):
-        number, _, times = part.partition("(x")
-        counts += [int(number)] * int(times.rstrip(")") or 1)
-    node = int(env.get("SLURM_NODEID", "0"))
-    if node >= len(counts):
-        raise LaunchError(f"SLURM_NODEID={node} but SLURM_STEP_TASKS_PER_NODE={text} lists {len(counts)} nodes")
-    return counts[node]
-
-
-def _first_host(env: Mapping[str, str]) -> str:
-    nodes = env.get("SLURM_STEP_NODELIST") or env.get("SLURM_JOB_NODELIST")
-    if not nodes:
-        raise LaunchError("SLURM_JOB_NODELIST is not set: cannot tell where rank 0 runs; export MASTER_ADDR")
-    if not any(c in nodes for c in "[,"):
-        return nodes
-    if shutil.which("scontrol") is None:
-        raise LaunchError("scontrol is not on PATH: cannot read the node list; export MASTER_ADDR")
-    # scontrol expands the node list's syntax, such as n[1-3,7]
-    done = subprocess.run(["scontrol", "show", "hostnames", nodes], capture_output=True, text=True, check=False)
-    if done.returncode or not done.stdout.strip():
-        raise LaunchError(f"scontrol show hostnames {nodes} failed: {done.stderr.strip()}")
-    return done.stdout.split()[0]
-
-
-def _integer(env: Mapping[str, str], name: str) -> int:
+    The others may have no such error, and would wait for this rank. They hear of it where they compare their facts;
+    where they do not come in time, this rank ends alone.
+    """
+    if launch.world_size == 1:
+        return error
     try:
-        value = int(env[name])
-    except ValueError:
-        value = -1
-    if value < 0:
-        raise LaunchError(f"{name}={env[name]!r} is not an integer of 0 or more")
-    return value
+        store, _ = meet(meeting_of(launch), json.dumps([]), REFUSAL_TIMEOUT_S)
+        compare_ranks(store, launch.rank, launch.world_size, {}, timeout_s=REFUSAL_TIMEOUT_S, error=error)
+    except HpcSupconError as common:
+        if not isinstance(common, RankLost | RanksApart):
+            return common
+    except (RuntimeError, ValueError, OSError):
+        pass  # the others are not there: what they would say of it is of no use
+    error.of_this_rank = True
+    return error
 
 
-def choose_device(name: str, launch: Launch) -> torch.device:
-    """This rank's device for `auto`, `cpu` or `cuda`. Raises ConfigError or LaunchError."""
-    if name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
-        return torch.device("cpu")
-    if not torch.cuda.is_available():
-        raise ConfigError("runtime.device is cuda, but PyTorch sees no CUDA device; use runtime.device=auto or cpu")
-    visible = torch.cuda.device_count()
-    # where Slurm binds one GPU to each task, every task sees its own GPU as number 0
-    index = 0 if visible == 1 and launch.launcher == "slurm" else launch.local_rank
-    if index >= visible:
-        raise LaunchError(
-            f"local rank {launch.local_rank} has no GPU of its own: {visible} visible for "
-            f"{launch.local_world_size} ranks on this node"
+def _start_group(launch: Launch, store: Any, device: torch.device, timeout_s: float) -> None:
+    store.set_timeout(timedelta(seconds=timeout_s))
+    try:
+        dist.init_process_group(
+            "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+            store=store,
+            rank=launch.rank,
+            world_size=launch.world_size,
+            timeout=timedelta(seconds=timeout_s),
+            device_id=device if device.type == "cuda" else None,
         )
-    return torch.device("cuda", index)
+    except RuntimeError as error:  # of gloo, NCCL and the store
+        raise RanksApart(
+            f"rank {launch.rank} on {socket.gethostname()}, {device}: the {launch.world_size} ranks met but cannot "
+            f"communicate: {first_line(error)}; see that each task has a GPU of its own, and which network NCCL and "
+            "gloo use (NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME)"
+        ) from error
 
 
 @contextmanager
 def start(
+    launch: Launch | None = None,
     *,
     device: str = "auto",
     threads: int | None = None,
     timeout_s: float = 600.0,
+    start_timeout_s: float = START_TIMEOUT_S,
     deterministic: bool = False,
     reuse_memory: bool = False,
     facts: Mapping[str, str] | None = None,
@@ -203,14 +140,14 @@ def start(
     """Set up this process: device, threads, memory, determinism, and a process group when there are several ranks
     (nccl for CUDA tensors, gloo for CPU tensors). The process group is destroyed when the block ends.
 
-    facts: what all ranks must have in common, by name. Raises RanksDiffer on all of them where they have not, before
-    the process group is made.
+    launch: None: as the environment says. timeout_s: of its collectives; start_timeout_s: how long the ranks wait
+    for each other. facts: what all ranks must have in common, by name. Raises RanksDiffer on all of them where they
+    have not, before the process group is made; LaunchError and ConfigError.
     """
-    launch = resolve()
-    try:
-        chosen = choose_device(device, launch)
-    except HpcSupconError as error:
-        raise refused(launch, error) from None
+    launch = resolve() if launch is None else launch
+    store, chosen = None, choose_device(device) if launch.world_size == 1 else None
+    if chosen is None:
+        store, chosen = meet_ranks(launch, device, start_timeout_s, facts or {})
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
     elif reuse_memory:
@@ -218,19 +155,8 @@ def start(
     # not OMP_NUM_THREADS, which torchrun sets to 1: sharing the cores among the ranks of this node is faster
     torch.set_num_threads(threads or fair_threads(launch))
     _set_determinism(deterministic)
-    if launch.world_size > 1:
-        store = open_store(launch, timeout_s)
-        # the type that was chosen: with another one, not even the process group can be made
-        everything = {**(facts or {}), "device": chosen.type}
-        compare_ranks(store, launch.rank, launch.world_size, everything, timeout_s=timeout_s)
-        dist.init_process_group(
-            "cpu:gloo,cuda:nccl" if chosen.type == "cuda" else "gloo",
-            store=store,
-            rank=launch.rank,
-            world_size=launch.world_size,
-            timeout=timedelta(seconds=timeout_s),
-            device_id=chosen if chosen.type == "cuda" else None,
-        )
+    if store is not None:
+        _start_group(launch, store, chosen, timeout_s)
     assert (collectives.rank(), collectives.world_size()) == (launch.rank, launch.world_size)
     try:
         yield Runtime(launch, chosen)
@@ -251,14 +177,14 @@ def fair_threads(launch: Launch, env: Mapping[str, str] | None = None, cores: in
     if launch.launcher == "slurm":
         # a task's cores are its own, whether or not Slurm binds the process to them
         if "SLURM_CPUS_PER_TASK" in env:
-            return max(1, min(cores, _integer(env, "SLURM_CPUS_PER_TASK")) // _concurrent_runs(env))
-        if "SLURM_CPUS_ON_NODE" in env and cores < _integer(env, "SLURM_CPUS_ON_NODE"):
+            return max(1, min(cores, integer_of(env, "SLURM_CPUS_PER_TASK")) // _concurrent_runs(env))
+        if "SLURM_CPUS_ON_NODE" in env and cores < integer_of(env, "SLURM_CPUS_ON_NODE"):
             return max(1, cores // _concurrent_runs(env))
     return max(1, cores // (launch.local_world_size * _concurrent_runs(env)))
 
 
 def _concurrent_runs(env: Mapping[str, str]) -> int:
-    return max(1, _integer(env, CONCURRENT_RUNS)) if CONCURRENT_RUNS in env else 1
+    return max(1, integer_of(env, CONCURRENT_RUNS)) if CONCURRENT_RUNS in env else 1
 
 
 def set_collective_timeout(seconds: float) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch.distributed as dist
 
-from ..errors import HpcSupconError, Preempted, RankLost
+from ..errors import HpcSupconError, Preempted, RankLost, first_line
 from . import preemption
 from .abort import (
     abort_all_ranks,
@@ -85,7 +85,7 @@ def monitor_ranks(watchdog: Watchdog, runtime: Runtime) -> Iterator[None]:
             raise
         if (failure := failure_of_another_rank(watchdog)) is not None:
             raise failure from error
-        reason = _first_line(error)
+        reason = first_line(error)[:160]
         with exit_lock:
             path = write_stacks(watchdog, reason, error)
         where = f"{watchdog.current_phase.name}, after step {watchdog.step}"
@@ -100,10 +100,6 @@ def monitor_ranks(watchdog: Watchdog, runtime: Runtime) -> Iterator[None]:
 
 def _is_broken_connection(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or any(word in str(error).lower() for word in ("gloo", "nccl"))
-
-
-def _first_line(error: RuntimeError) -> str:
-    return str(error).strip().splitlines()[0][:160]
 
 
 class _Clock:
@@ -253,5 +249,5 @@ class RankMonitor(_Monitor):
 
     def _store_lost(self, error: RuntimeError) -> None:
         if not self._stopped.wait(STORE_LOST_S):
-            reason = _first_line(error)
+            reason = first_line(error)[:160]
             abort_all_ranks(self._watchdog, f"rank {self._watchdog.rank}: rank 0 or the launcher was lost ({reason})")

@@ -10,12 +10,8 @@ from torch import Tensor
 from ..data import Source, Splits
 from ..distributed.collectives import all_sum
 from ..distributed.launch import Runtime
-<<<<<<< HEAD:hpc_supcon/stages/left_out.py
-from ..terminal import warn
-=======
 from ..errors import CorruptSample
-from ..training.metrics import console
->>>>>>> part-loaders:hpc_supcon/evaluation/left_out.py
+from ..terminal import warn
 
 
 def count_left_out(source: Source, labels: Tensor) -> int:

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..errors import ConfigError, ExportError, MissingExtra, unknown_name
+from ..errors import ConfigError, ExportError, MissingExtra, first_line, unknown_name
 from ..files import check_output, output_file
 from .formats import FORMATS, FileFormat, PixelFunction, metadata_of
 from .parts import ModelPart, load_part
@@ -71,12 +71,8 @@ def _convert(part: ModelPart, format: str) -> bytes:
         raise
     except Exception as error:  # exporters raise many types for a model that they cannot trace
         raise ExportError(
-            f"--format {format} cannot represent this {part.name}: {_first_line(error)}; try another format"
+            f"--format {format} cannot represent this {part.name}: {first_line(error)}; try another format"
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _verify(part: ModelPart, file_format: FileFormat, file: Path, what: str) -> float:
@@ -91,7 +87,7 @@ def _verify(part: ModelPart, file_format: FileFormat, file: Path, what: str) -> 
     except ExportError:
         raise
     except Exception as error:  # runtimes raise many types for a file that they cannot run
-        raise ExportError(f"{what}: the file cannot be used: {_first_line(error)}; it is not kept") from error
+        raise ExportError(f"{what}: the file cannot be used: {first_line(error)}; it is not kept") from error
 
 
 @torch.no_grad()

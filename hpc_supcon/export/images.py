@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from ..data import BetonSource, Source, open_beton
-from ..data.sources.folder import IGNORED, FolderSource
-from ..data.sources.image_file import SUFFIXES, Exif, ImageFormat, check_regular
-from ..errors import DataError
+from ..data.sources.folder import FolderSource
+from ..data.sources.image_file import SUFFIXES, Exif, ImageFormat
+from ..data.sources.listing import PassedOver, check_regular, is_ignored
+from ..errors import DataError, printable
 
 AHEAD = 2
 """Batches that are decoded in advance while the model computes one."""
@@ -32,8 +33,8 @@ class ImageSet:
     labels: tuple[int, ...] | None
     """Index of each image's class among the model's; None unless every image lies in a folder (or belongs to a class
     of the .beton) that has the name of one of them."""
-    ignored: int
-    """Number of files in folders whose names do not end like those of images."""
+    notes: tuple[str, ...]
+    """Lines about what was left out of folders: what is passed over everywhere, files that do not end like images."""
     unknown_classes: tuple[str, ...] = ()
     """Why there are no labels: classes of the images that the model does not have, where it has others of them."""
 
@@ -65,14 +66,14 @@ def open_images(
             raise DataError(f"{betons[0]}: a .beton file stands alone; pass the other images in another call")
         return _open_beton(betons[0], shape, classes, exif)
     files: set[Path] = set()
-    ignored = 0
+    notes: list[str] = []
     for path in paths:
         if path.is_dir():
-            listed, others = _list_folder(path)
+            listed, lines = _list_folder(path)
             if not listed:
                 raise DataError(f"{path} holds no images ({', '.join(SUFFIXES)}), at any depth")
             files.update(listed)
-            ignored += others
+            notes += lines
         elif path.exists():
             check_regular(path)
             files.add(path)
@@ -84,8 +85,8 @@ def open_images(
     image_format = ImageFormat(shape[0], shape[1], convert=True, resize=True, reference=image_paths[0], exif=exif)
     source = FolderSource(image_paths, torch.zeros(len(image_paths), dtype=torch.int64), (), image_format)
     names = [path.parent.name for path in image_paths]
-    paths_as_text = tuple(map(str, image_paths))
-    return ImageSet(source, paths_as_text, _labels(names, classes), ignored, _unknown(names, classes))
+    unknown, given = _unknown(names, classes), tuple(map(str, image_paths))
+    return ImageSet(source, given, _labels(names, classes), tuple(notes), unknown)
 
 
 def _open_beton(path: Path, shape: tuple[int, int, int], classes: Sequence[str], exif: Exif) -> ImageSet:
@@ -94,7 +95,7 @@ def _open_beton(path: Path, shape: tuple[int, int, int], classes: Sequence[str],
         beton = BetonSource(path, beton.columns, beton.rows, beton.labels, beton.classes, shape[0], shape[1])
     names = [beton.classes[label] for label in beton.labels.tolist()]
     positions = tuple(f"{path}#{i}" for i in range(len(beton)))
-    return ImageSet(beton, positions, _labels(names, classes), 0, _unknown(names, classes))
+    return ImageSet(beton, positions, _labels(names, classes), (), _unknown(names, classes))
 
 
 def _labels(names: Sequence[str], classes: Sequence[str]) -> tuple[int, ...] | None:
@@ -108,22 +109,29 @@ def _unknown(names: Sequence[str], classes: Sequence[str]) -> tuple[str, ...]:
     return tuple(sorted(unknown)) if unknown < set(names) else ()
 
 
-def _list_folder(root: Path) -> tuple[list[Path], int]:
-    """(image files, number of other files) under a folder; links are followed, each folder is listed once."""
+def _list_folder(root: Path) -> tuple[list[Path], list[str]]:
+    """(image files, lines about others) under a folder; links are followed, each folder is listed once."""
     found: list[Path] = []
-    others, seen = 0, set()
+    others, seen, passed = 0, set(), PassedOver(root)
     for folder, folders, files in os.walk(root, followlinks=True, onerror=_raise):
         real = os.path.realpath(folder)
         if real in seen:  # a link to a parent folder would never end
             folders.clear()
             continue
         seen.add(real)
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        names = [name for name in files if not name.startswith(".") and name.lower() not in IGNORED]
+        for name in sorted(name for name in (*folders, *files) if is_ignored(name)):
+            passed.add(Path(folder, name), is_folder=name in folders)
+        folders[:] = sorted(name for name in folders if not is_ignored(name))
+        names = [name for name in files if not is_ignored(name)]
         images = [name for name in names if name.lower().endswith(SUFFIXES)]
-        found += [Path(folder, name) for name in images]
+        for name in images:
+            check_regular(Path(folder, name))
+            found.append(Path(folder, name))
         others += len(names) - len(images)
-    return found, others
+    lines = [passed.line()]
+    if others:
+        lines.append(f"{printable(root)}: left out {others} files that do not have the ending of an image file")
+    return found, [line for line in lines if line is not None]
 
 
 def _raise(error: OSError) -> None:

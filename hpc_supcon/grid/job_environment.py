@@ -7,7 +7,7 @@ import select
 import sys
 from dataclasses import dataclass
 
-from ..environment import TORCHRUN, port_of_job
+from ..environment import LOCAL_JOB, TORCHRUN, port_of_job
 from . import slurm
 from .folder import local_job_id
 
@@ -44,7 +44,7 @@ def read_job_environment() -> JobEnvironment:
         if ranks > 1:
             variables |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks)}
             variables |= {"LOCAL_WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1"}
-            variables["MASTER_PORT"] = str(port_of_job(int(job)))
+            variables |= {"MASTER_PORT": str(port_of_job(int(job))), LOCAL_JOB: job}
         if not env.get("CUDA_VISIBLE_DEVICES"):
             variables["CUDA_VISIBLE_DEVICES"] = ""
         try:
@@ -62,5 +62,5 @@ def read_job_environment() -> JobEnvironment:
 def _remove_launcher_variables(variables: dict[str, str]) -> None:
     """A grid that is started inside another job must not take its ranks for its own."""
     for name in list(variables):
-        if name.startswith(("SLURM_", "TORCHELASTIC_")) or name in (*TORCHRUN, "LOCAL_WORLD_SIZE"):
+        if name.startswith(("SLURM_", "TORCHELASTIC_")) or name in (*TORCHRUN, "LOCAL_WORLD_SIZE", LOCAL_JOB):
             del variables[name]

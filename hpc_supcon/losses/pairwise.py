@@ -147,7 +147,7 @@ def _statistics(
 
 
 def global_mean(per_anchor: Tensor, valid: Tensor, *, gather: bool = True) -> Tensor:
-    """Mean of per_anchor [n] over the valid anchors of all ranks: the same value on every rank.
+    """Mean of per_anchor [n] over the valid anchors of all ranks, 0-dim of its dtype: the same value on every rank.
 
     The gradient is world_size / (valid anchors of all ranks) per valid anchor: DistributedDataParallel averages
     gradients over ranks, and the average is then the gradient of one process that has all rows. Without a valid
@@ -166,9 +166,9 @@ def mean_and_sums(
     ranks = collectives.world_size() if gather else 1
     total, *sums = (collectives.all_sum(parts) if gather else parts).unbind()
     count = sums[0].clamp(min=1)
-    scaled = local * (ranks / count)
+    scaled = local * (ranks / count)  # float64, as `count` is
     # The value is that of all ranks, the gradient that of this rank's anchors.
-    return (total / count).to(local.dtype) + (scaled - scaled.detach()), sums
+    return (total / count).to(local.dtype) + (scaled - scaled.detach()).to(local.dtype), sums
 
 
 def compute_dtype(features: Tensor, tau: float) -> torch.dtype:

@@ -29,6 +29,8 @@ class LossSpec:
     """The output of the model that the loss reads."""
     contrastive: bool = False
     """Made of `pairwise_stats`: compares the embeddings of all ranks and accepts a queue of past embeddings."""
+    uses_labels: bool = True
+    """Tells the classes of images apart, unless loss.supervised is false."""
     needs_pairs: bool = False
     """An image needs a second view, or another image of its class in the batch."""
 
@@ -51,11 +53,11 @@ LOSSES: dict[str, LossSpec] = {
     "supcon_out": LossSpec(partial[Any](SupConLoss, form="out"), "projection", contrastive=True, needs_pairs=True),
     "supcon_in": LossSpec(partial[Any](SupConLoss, form="in"), "projection", contrastive=True, needs_pairs=True),
     "tcl": LossSpec(TCLLoss, "projection", contrastive=True, needs_pairs=True),
-    "simclr": LossSpec(SimCLRLoss, "projection", contrastive=True),
+    "simclr": LossSpec(SimCLRLoss, "projection", contrastive=True, uses_labels=False),
     "triplet": LossSpec(TripletLoss, "features", needs_pairs=True),
     "cross_entropy": LossSpec(CrossEntropyLoss, "classifier"),
     "cross_entropy_mae": LossSpec(CrossEntropyMAELoss, "classifier"),
-    "reconstruction": LossSpec(ReconstructionLoss, "decoder"),
+    "reconstruction": LossSpec(ReconstructionLoss, "decoder", uses_labels=False),
 }
 
 

@@ -12,7 +12,7 @@ from timm.models import DenseNet, ResNet
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from ..errors import ConfigError
+from ..errors import ConfigError, first_line
 
 STEMS = ("auto", "small", "standard")
 SMALL_STEM_UP_TO = 64  # px; the standard stem reduces smaller images to too few positions
@@ -82,13 +82,25 @@ def _make_stem_small(model: Any) -> None:
 def _feature_dim(model: nn.Module, in_channels: int, size: int) -> int:
     """Width of the model's output, found by a forward pass on the meta device, which takes milliseconds."""
     with torch.no_grad():
-        state = {name: t.to("meta") for name, t in [*model.named_parameters(), *model.named_buffers()]}
         images = torch.empty(2, in_channels, size, size, device="meta")
-        features = functional_call(model.eval(), state, (images,))
+        features = functional_call(model.eval(), _on_meta_once(model), (images,), tie_weights=False)
     model.train()
     if not isinstance(features, torch.Tensor) or features.ndim != 2:
         raise ValueError("it returns no feature vectors")
     return features.shape[1]
+
+
+def _on_meta_once(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers on the meta device, each module's under one name.
+
+    Some of timm's models (CoaT) have a module in several places. `functional_call` replaces the tensors of each name
+    and puts them back in the same order, so that those of such a module would stay replaced.
+    """
+    meta: dict[str, Tensor] = {}
+    for prefix, module in model.named_modules():
+        own = [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]
+        meta |= {f"{prefix}.{name}" if prefix else name: tensor.to("meta") for name, tensor in own}
+    return meta
 
 
 def _classifiers(model: Any) -> tuple[str, ...]:
@@ -116,10 +128,9 @@ def _cannot_take(name: str, in_channels: int, size: int, error: Exception) -> Co
             middle = (low + high) // 2
             low, high = (low, middle) if takes(middle) else (middle, high)
         return too_small(name, size, high)
-    message = (str(error).splitlines() or [""])[0] or type(error).__name__
     return ConfigError(
-        f"model.encoder={name} cannot take images of {size} px with {in_channels} channel(s): {message} (it was made "
-        f"for {usual} px; see model.input_size, data.channels)"
+        f"model.encoder={name} cannot take images of {size} px with {in_channels} channel(s): {first_line(error)} "
+        f"(it was made for {usual} px; see model.input_size, data.channels)"
     )
 
 

@@ -22,7 +22,7 @@ from ..errors import Preempted
 from ..terminal import console, warn
 from ..training.build import Start, build_training
 from ..training.checkpointer import Checkpointer
-from ..training.data import Data
+from ..training.data import Data, check_classes_suffice
 from ..training.engine import check_engine
 from ..training.fit import fit
 from ..training.metrics import MetricLog, ProgressLine
@@ -60,6 +60,7 @@ def _pretrain(
         run_folder.check_checkpoints(folder)
         check_config(config, stages=("pretrain",), world_size=runtime.world_size)
         check_engine(config, runtime)
+        check_classes_suffice(config, data.splits)
         check_validation_split(config, data.splits)
         is_saved = resume and bool(checkpoint.list_steps(folder / run_folder.CHECKPOINTS))
     training = build_training(config, data, runtime, start=start, load_weights=not is_saved)

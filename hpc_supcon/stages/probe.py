@@ -168,12 +168,12 @@ def _result(task: ProbeTask, outcome: ProbeOutcome, encoder: EncoderCheckpoint |
     }
 
 
-def _scores(task: ProbeTask, fitted: FittedProbe, split: str, left_out: dict[str, int]) -> dict[str, float] | None:
+def _scores(task: ProbeTask, fitted: FittedProbe, split: str, left_out: dict[str, int]) -> dict[str, Any] | None:
     """The scores on a split; `left_out` gets the number of its images that do not decode. Collective."""
     if getattr(task.data.splits, split) is None:
         return None
     logits, labels, left_out[split] = _logits(task, fitted, split)
-    return classification_scores(logits.argmax(dim=1), labels, len(fitted.classes))
+    return classification_scores(logits.argmax(dim=1), labels, fitted.classes)
 
 
 def _logits(task: ProbeTask, fitted: FittedProbe, split: str) -> tuple[Tensor, Tensor, int]:

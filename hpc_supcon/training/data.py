@@ -23,6 +23,7 @@ from ..distributed.collectives import gather_objects, propagate_errors
 from ..distributed.launch import Runtime
 from ..errors import DataError
 from ..losses import loss_spec
+from ..terminal import warn
 from .agreement import agreed_fingerprint
 
 
@@ -65,6 +66,7 @@ def load_data(config: Config, runtime: Runtime) -> Data:
             synthetic=data.synthetic.model_dump() if data.source == "synthetic" else None,
             beton=data.beton,
             check_hash=runtime.launch.local_rank == 0,
+            note=warn if runtime.is_main else None,
         )
     fingerprint = agreed_fingerprint(splits)
     name: str = data.loader
@@ -86,6 +88,16 @@ def loader_options(config: Config) -> LoaderOptions:
         assert data.image_size is not None  # see config.check
         crop = CropOptions(data.views, data.image_size, augment.crop_scale, augment.crop_ratio)
     return LoaderOptions(data.workers, data.timeout_s, data.on_corrupt, crop)
+
+
+def check_classes_suffice(config: Config, splits: Splits) -> None:
+    """Raise DataError for images of one class only, where the loss or the probe of validation tells classes apart."""
+    specs = {name: loss_spec(name) for name in config.loss.weights}
+    for name, spec in specs.items():
+        if spec.uses_labels and (config.loss.supervised or not spec.pairwise):
+            splits.check_two_classes(f"loss {name}")
+    if config.validation.enabled and config.validation.probe.kind != "none":
+        splits.check_two_classes(f"validation.probe.kind={config.validation.probe.kind}")
 
 
 def build_training_loader(config: Config, data: Data, runtime: Runtime) -> Loader:

@@ -5,6 +5,7 @@ Measuring changes no result: a run with `train.profile` ends with the same weigh
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass
@@ -128,6 +129,8 @@ class StepProfile:
         kinds = [torch.profiler.ProfilerActivity.CPU]
         if self._device.type == "cuda":
             kinds.append(torch.profiler.ProfilerActivity.CUDA)
+        # the profiler's library logs to stderr, also that there is no GPU; above its highest level it is silent
+        os.environ.setdefault("KINETO_LOG_LEVEL", "99")
         self._trace = torch.profiler.profile(activities=kinds)
         self._open.enter_context(self._trace)
 

@@ -122,8 +122,8 @@ def _pointwise_losses(
     sums: dict[str, Tensor] = {}
     count = 0
 
-    def add(name: str, mean: Tensor, n: int) -> None:
-        sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=state.device)) + mean.double() * n
+    def add(name: str, total: Tensor) -> None:
+        sums[name] = sums.get(name, torch.zeros((), dtype=torch.float64, device=state.device)) + total
 
     for images, labels in batches:
         if not len(labels):  # none of them decodes
@@ -134,14 +134,14 @@ def _pointwise_losses(
         count += len(labels)
         for name in names:
             head = state.objective.specs[name].head
-            add(name, state.objective.pointwise(name, outputs[head], x, labels), len(labels))
+            add(name, state.objective.pointwise(name, outputs[head], x, labels).double() * len(labels))
         if "classifier" in outputs:
-            right = outputs["classifier"].squeeze(1).argmax(1) == labels
-            add("accuracy", right.double().mean(), len(labels))
+            # counted, not averaged: n (k / n) may differ from k
+            add("accuracy", (outputs["classifier"].squeeze(1).argmax(1) == labels).sum())
         if "decoder" in outputs:
             error = outputs["decoder"].float() - state.objective.targets(x)
-            add("mae", error.abs().mean(), len(labels))
-            add("mse", error.square().mean(), len(labels))
+            add("mae", error.abs().mean().double() * len(labels))
+            add("mse", error.square().mean().double() * len(labels))
     keys = [*names, *(["accuracy"] if "classifier" in state.objective.heads else [])]
     keys += ["mae", "mse"] if "decoder" in state.objective.heads else []
     zero = torch.zeros((), dtype=torch.float64, device=state.device)  # this rank may have no image

@@ -98,23 +98,33 @@ def test_every_sample_is_encoded_exactly_once_with_the_same_bits(trained, n):
     assert torch.equal(torch.cat([p[0] for p in parts]), whole)
 
 
-def score(rank, world_size, predictions, labels, bounds):
+def score(rank, world_size, predictions, labels, bounds, classes):
     own = slice(bounds[rank], bounds[rank + 1])
-    return classification_scores(predictions[own], labels[own], 5)
+    return classification_scores(predictions[own], labels[own], classes)
 
 
 @pytest.mark.parametrize("bounds", [[0, 3, 40], [0, 0, 40], [0, 40, 40]])
 def test_scores_equal_scikit_learn_for_any_distribution_of_the_samples(bounds):
-    predictions, labels = torch.randint(5, (40,)), torch.randint(4, (40,))  # class 4 never occurs, but is predicted
-    averaged = {"average": "macro", "zero_division": 0}
+    # class 4 never occurs, but is predicted; class 5 is neither there nor predicted
+    predictions, labels = torch.randint(5, (40,)), torch.randint(4, (40,))
+    averaged = {"average": "macro", "zero_division": 0, "labels": labels.unique()}
     want = {
         "accuracy": accuracy_score(labels, predictions),
         "f1": f1_score(labels, predictions, **averaged),
         "precision": precision_score(labels, predictions, **averaged),
         "recall": recall_score(labels, predictions, **averaged),
     }
-    for got in [score(0, 1, predictions, labels, [0, 40]), *run_ranks(score, 2, predictions, labels, bounds)]:
-        assert got == pytest.approx(want, abs=1e-6)
+    split = (predictions, labels, bounds, list("abcdef"))
+    for got in [score(0, 1, predictions, labels, [0, 40], list("abcdef")), *run_ranks(score, 2, *split)]:
+        assert got.pop("absent") == ["e", "f"]
+        assert got == pytest.approx(want, rel=1e-15, abs=0)
+
+
+@pytest.mark.parametrize("classes", [2, 3, 7, 10, 49])
+def test_no_score_of_perfect_predictions_differs_from_one(classes):
+    labels = torch.arange(3000) % classes
+    scores = classification_scores(labels, labels, [str(k) for k in range(classes)])
+    assert scores == dict.fromkeys(("accuracy", "f1", "precision", "recall"), 1.0)
 
 
 class FixedBatches:

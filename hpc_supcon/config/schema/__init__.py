@@ -32,6 +32,10 @@ class RuntimeConfig(Section):
         "in evaluation and saving",
         json_schema_extra={"unit": "s"},
     )
+    start_timeout_s: Positive = Field(
+        description="longest time for which the processes of a run wait for each other to start",
+        json_schema_extra={"unit": "s"},
+    )
 
 
 class Config(Section):

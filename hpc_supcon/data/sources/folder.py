@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,10 +22,8 @@ from .image_file import (
     read_image,
     whole_form,
 )
+from .listing import Note, list_splits
 from .source import Pixels, channels_first, resize_and_crop, stack_images
-
-IGNORED = ("thumbs.db", "desktop.ini")
-"""Files that desktops create; names that begin with a dot are ignored too."""
 
 
 class FolderSource:
@@ -84,16 +81,21 @@ def unreadable_is_data_error() -> Iterator[None]:
 
 
 def open_folder(
-    root: Path, *, image_size: int | None, channels: int | None, exif: Exif = "transpose"
+    root: Path,
+    *,
+    image_size: int | None,
+    channels: int | None,
+    exif: Exif = "transpose",
+    note: Note | None = None,
 ) -> tuple[FolderSource, FolderSource | None, FolderSource]:
     """(train, validation or None, test) of ROOT/train with ROOT/test and/or ROOT/val.
 
     With both, val is the validation set; where only one exists, it is the test set. Classes are the sorted names
-    of the folders in train. Files are listed; where image_size or channels is None, the first ones of train are
-    decoded until one is whole.
+    of the folders in train; another split may lack some of them. Files are listed; where image_size or channels is
+    None, the first ones of train are decoded until one is whole.
 
     image_size (pixels) and channels (1 or 3): what images are converted to; None: all must be as the first one that
-    is whole. exif: whether images are turned upright. Raises DataError.
+    is whole. exif: whether images are turned upright. note: see listing.list_splits. Raises DataError.
     """
     if not root.is_dir():
         raise DataError(f"image folder {root} does not exist: set data.root to a folder with train/CLASS/*.jpg")
@@ -103,10 +105,8 @@ def open_folder(
     if not held_out:
         raise DataError(f"{root} has neither test/ nor val/ beside train/: one of them is needed as the test set")
 
-    listings = {name: _list_split(root / name) for name in ("train", *held_out)}
+    listings = list_splits(root, ("train", *held_out), SUFFIXES, note)
     classes = tuple(listings["train"])
-    for name in held_out:
-        _same_classes(root, name, set(classes), set(listings[name]))
     image_format = _format_of([p for paths in listings["train"].values() for p in paths], image_size, channels, exif)
 
     def source(name: str) -> FolderSource:
@@ -115,46 +115,6 @@ def open_folder(
         return FolderSource(paths, torch.arange(len(classes)).repeat_interleave(counts), classes, image_format)
 
     return source("train"), source("val") if len(held_out) == 2 else None, source(held_out[-1])
-
-
-def _list_split(folder: Path) -> dict[str, list[Path]]:
-    """Class name -> its image files, both sorted."""
-    listing: dict[str, list[Path]] = {}
-    for entry in _visible(folder):
-        if entry.is_dir():
-            listing[entry.name] = _list_class(entry)
-        elif entry.suffix.lower() in SUFFIXES:
-            raise DataError(f"image {entry} is next to the class folders: move it into one of them")
-        elif entry.is_symlink() and not entry.exists():
-            raise DataError(f"{entry} is a broken link: expected a class folder")
-    if not listing:
-        raise DataError(f"{folder} has no class folders: expected {folder}/CLASS/*.jpg|png")
-    return listing
-
-
-def _list_class(folder: Path) -> list[Path]:
-    """The images of one class. Any other file is an error: skipping it might lose data."""
-    files = _visible(folder)
-    if not files:
-        raise DataError(f"class folder {folder} has no images: add some or remove it")
-    for file in files:
-        if file.is_dir():
-            raise DataError(f"{file} is a folder within a class folder: images must be in {folder} itself")
-        if file.suffix.lower() not in SUFFIXES:
-            raise DataError(f"{file} is not an image file ({', '.join(SUFFIXES)}): convert it or move it elsewhere")
-    return files
-
-
-def _visible(folder: Path) -> list[Path]:
-    names = sorted(os.listdir(folder))  # noqa: PTH208 (millions of names sort faster than paths)
-    return [folder / name for name in names if not name.startswith(".") and name.lower() not in IGNORED]
-
-
-def _same_classes(root: Path, name: str, train: set[str], other: set[str]) -> None:
-    missing, extra = sorted(train - other), sorted(other - train)
-    if missing or extra:
-        parts = [f"lacks {', '.join(missing)}"] * bool(missing) + [f"has also {', '.join(extra)}"] * bool(extra)
-        raise DataError(f"the classes of {root / name} are not those of {root / 'train'}: it {' and '.join(parts)}")
 
 
 def _format_of(paths: Sequence[Path], image_size: int | None, channels: int | None, exif: Exif) -> ImageFormat:

@@ -7,7 +7,6 @@ which names the file.
 from __future__ import annotations
 
 import io
-import stat
 import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from ...errors import CorruptSample, DataError
 from . import jpeg
+from .listing import check_regular
 from .quiet import silence_pillow
 
 FORMATS = {
@@ -146,12 +146,6 @@ def named(what: str) -> Iterator[None]:
         raise
     except Exception as error:
         raise CorruptSample(f"{what} does not decode: {_reason(error)}") from error
-
-
-def check_regular(path: Path) -> None:
-    """Raise DataError for a FIFO, a socket or a device, which may block whoever opens it; OSError."""
-    if not stat.S_ISREG(path.stat().st_mode):
-        raise DataError(f"image {path} is not a regular file: move it elsewhere")
 
 
 def _reason(error: Exception) -> str:

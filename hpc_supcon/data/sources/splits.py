@@ -14,6 +14,7 @@ from .builtin import digits, synthetic
 from .convert import convert
 from .folder import open_folder, unreadable_is_data_error
 from .image_file import Exif
+from .listing import Note
 from .source import ArraySource, Source, fit_images
 from .stratify import stratified_sample, stratified_split
 from .vision import open_cifar, open_mnist
@@ -38,6 +39,15 @@ class Splits:
     def channels(self) -> int:
         return self.train.channels
 
+    def check_two_classes(self, what: str) -> None:
+        """Raise DataError where the training images are not of two classes at least; `what` needs them."""
+        labels = self.train.labels.unique().tolist()
+        if len(labels) < 2:
+            raise DataError(
+                f"{what} tells classes apart, but all training images are of one, "
+                f"{self.classes[labels[0]]}: add images of another class"
+            )
+
     @property
     def image_size(self) -> int:
         return self.train.image_size
@@ -53,6 +63,7 @@ class SourceOptions:
     channels: int | None = None
     exif: Exif = "transpose"
     synthetic: Mapping[str, int] | None = None
+    note: Note | None = None
 
     def __post_init__(self) -> None:
         if self.channels not in (None, 1, 3):
@@ -76,8 +87,8 @@ def _cifar(name: str, options: SourceOptions) -> Splits:
 def _image_folder(options: SourceOptions) -> Splits:
     if options.root is None:
         raise DataError("image_folder needs data.root: a folder with train/CLASS/*.jpg|png and test/ or val/")
-    image_size, channels, exif = options.image_size, options.channels, options.exif
-    return Splits(*open_folder(options.root, image_size=image_size, channels=channels, exif=exif))
+    given: dict[str, Any] = {"image_size": options.image_size, "channels": options.channels, "exif": options.exif}
+    return Splits(*open_folder(options.root, **given, note=options.note))
 
 
 def _synthetic(options: SourceOptions) -> Splits:
@@ -125,6 +136,7 @@ def load_splits(
     synthetic: Mapping[str, int] | None = None,
     beton: str | Path | None = None,
     check_hash: bool = True,
+    note: Note | None = None,
 ) -> Splits:
     """The data set called `name` (a key of SOURCES), or the .beton files it was converted to.
 
@@ -138,6 +150,7 @@ def load_splits(
     validation_fraction in [0, 1): share of train that becomes the validation split, stratified, drawn with `seed`;
     0 gives none. A data set with a validation split keeps it. train_images: train on this many of the images that
     are left, in the same proportions of classes. synthetic: arguments of `builtin.synthetic`, for that name only.
+    note: receives lines about files that were passed over and classes without images; see listing.list_splits.
 
     Image folders are listed here and decoded by `stack`, which finds images that are damaged.
     Raises ConfigError for unknown names and values outside their ranges, DataError for missing or damaged data.
@@ -147,7 +160,7 @@ def load_splits(
         raise ConfigError(f"options of synthetic data were given, but the data is {name}")
     if not 0 <= validation_fraction < 1:
         raise ConfigError(f"data.validation_fraction must be in [0, 1), not {validation_fraction}")
-    options = SourceOptions(_folder(root), download, image_size, channels, exif, synthetic)
+    options = SourceOptions(_folder(root), download, image_size, channels, exif, synthetic, note)
     with unreadable_is_data_error():
         splits = open_splits(options) if beton is None else _open_beton(beton, name, options, check_hash=check_hash)
     train, validation = splits.train, splits.validation
@@ -174,10 +187,11 @@ def open_source(
     channels: int | None = None,
     exif: Exif = "transpose",
     synthetic: Mapping[str, int] | None = None,
+    note: Note | None = None,
 ) -> Splits:
     """The data set called `name` with the splits that it has itself. Arguments and errors: see `load_splits`."""
     with unreadable_is_data_error():
-        return _source(name)(SourceOptions(_folder(root), download, image_size, channels, exif, synthetic))
+        return _source(name)(SourceOptions(_folder(root), download, image_size, channels, exif, synthetic, note))
 
 
 def _source(name: str) -> Callable[[SourceOptions], Splits]:

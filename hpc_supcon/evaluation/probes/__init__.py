@@ -31,6 +31,10 @@ PROBES: dict[str, ProbeSpec] = {
 
 
 def check_probes(config: Config, splits: Splits) -> None:
-    """Raise ConfigError where these data do not allow a probe of `probe.kind`. Cheap: meant for before training."""
+    """Raise ConfigError or DataError where these data do not allow a probe of `probe.kind`.
+
+    Cheap: meant for before training.
+    """
     for kind in config.probe.kinds:
+        splits.check_two_classes(f"probe.kind={kind}")
         PROBES[kind].check(f"probe.{kind}", getattr(config.probe, kind), splits)

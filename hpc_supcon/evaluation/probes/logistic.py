@@ -16,11 +16,10 @@ from .optimization import check_fit, steps_per_epoch
 
 def _check(section: str, settings: Any, splits: Splits) -> None:
     pair = class_pair(section, settings.classes, splits.classes)
-    if splits.validation is not None and not rows_of_classes(splits.validation.labels, pair).any():
-        raise ConfigError(f"{section}.classes: the validation split has no image of either class")
+    for split, source in (("training", splits.train), ("validation", splits.validation), ("test", splits.test)):
+        if source is not None and not rows_of_classes(source.labels, pair).any():
+            raise ConfigError(f"{section}.classes: the {split} split has no image of either class")
     n = int(rows_of_classes(splits.train.labels, pair).sum())
-    if n == 0:
-        raise ConfigError(f"{section}.classes: the training split has no image of either class")
     check_fit(section, settings, splits, steps_per_epoch(n, settings.batch_size))
 
 

@@ -9,11 +9,13 @@ Parameter groups take `lr`, `weight_decay` and `adapt` (False: no trust ratio, a
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+Closure = Callable[[], Any]
 Groups = list[dict[str, Any]]
 TensorList = tuple[Tensor, ...] | list[Tensor]
 
@@ -41,8 +43,12 @@ class Lars(torch.optim.Optimizer):
         self.momentum, self.nesterov, self.eta, self.eps = momentum, nesterov, eta, eps
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update all parameters that have a gradient."""
+    def step(self, closure: Closure | None = None) -> Any:
+        """Update all parameters that have a gradient.
+
+        closure: computes the loss and its gradients; it is called first, and its loss is returned. Without it: None.
+        """
+        loss = _evaluate(closure)
         for group in self.param_groups:
             params, grads = _with_gradient(group)
             if not params:
@@ -55,6 +61,7 @@ class Lars(torch.optim.Optimizer):
             w, g = _norms(params, grads)
             ratio = torch.where((w > 0) & (g > 0), self.eta * w / (g + decay * w + self.eps), 1.0)
             self._move(params, updates, ratio.unbind(), group["lr"])
+        return loss
 
     def _move(self, params: list[Tensor], updates: TensorList, ratio: TensorList | None, lr: float) -> None:
         """One step of SGD with momentum along ratio x updates."""
@@ -92,12 +99,14 @@ class Lamb(torch.optim.Optimizer):
         self.betas, self.eps, self.norm_range = betas, eps, norm_range
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Update all parameters that have a gradient."""
+    def step(self, closure: Closure | None = None) -> Any:
+        """Update all parameters that have a gradient; for `closure` see Lars.step."""
+        loss = _evaluate(closure)
         members = [(group, p) for group in self.param_groups for p in group["params"] if p.grad is not None]
         counts = self._count([p for _, p in members])
         for t in sorted(set(counts)):  # one, unless a parameter got its first gradient later than others
             self._update([member for member, count in zip(members, counts, strict=True) if count == t], t)
+        return loss
 
     def _update(self, members: list[tuple[dict[str, Any], Tensor]], t: int) -> None:
         """The t-th step of these (group, parameter), of all groups at once as far as they are treated alike."""
@@ -144,6 +153,14 @@ class Lamb(torch.optim.Optimizer):
         if self.norm_range is not None:
             w = w.clamp(*self.norm_range)
         return torch.where((w > 0) & (u > 0), w / u, 1.0).unbind()
+
+
+def _evaluate(closure: Closure | None) -> Any:
+    """The loss of a closure, called with gradients enabled, as PyTorch's own optimizers call it."""
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
 
 
 def _with_gradient(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:

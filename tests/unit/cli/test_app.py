@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
 
 import pytest
 import torch
 from PIL import Image
 
 from hpc_supcon import cli
+from hpc_supcon.evaluation.probes import PROBES
 from tests.processes import Ranks
 
 FAST = [
@@ -353,3 +356,66 @@ def test_a_batch_not_divisible_by_the_ranks_ends_with_code_2_and_one_line(tmp_pa
     assert "data.batch_size=16" in lines[0]
     assert "use 15 or 18" in lines[0]
     assert not (tmp_path / "r").exists()
+
+
+def test_verify_names_damaged_files_whose_names_are_not_utf8(capsys, images):
+    (images / "train" / "cat" / "0.png").write_text("no image")
+    (images / "train" / "cat" / "0.png").rename(images / "train" / "cat" / os.fsdecode(b"\xff.png"))
+    (images / "train" / ".cache").mkdir()
+    code, out, err = run(capsys, "verify", str(images))
+    assert code == 2
+    assert "ff.png does not decode" in out
+    lines = err.splitlines()
+    assert lines[0] == f"{images}: passed over 1 folder: train/.cache"
+    assert lines[1:] == [f"hpc-supcon: error: {images}: 1 images cannot be used"]
+
+
+def test_scores_of_a_split_that_lacks_a_class_say_so(capsys, images, tmp_path):
+    for path in (images / "test" / "dog").iterdir():
+        path.unlink()
+    data = ["data.source=image_folder", f"data.root={images}", "data.batch_size=8", "probe.kind=[knn, finetune]"]
+    small = ["probe.knn.k=1", "probe.finetune.epochs=1", "probe.finetune.batch_size=8"]
+    code, _, err = run(capsys, "run", "default", *FAST, *data, *small, f"run_dir={tmp_path}/r")
+    assert code == 0, err
+    assert err.count("no image of dog; its scores are averages over the other 1 of 2 classes") == 1
+    for result in json.loads((tmp_path / "r/results.json").read_text())["results"]:
+        assert result["test"]["absent"] == ["dog"]
+        assert "absent" not in result["validation"]
+
+
+@pytest.fixture
+def one_class(images):
+    """Settings of an image folder that has cats only."""
+    for split in ("train", "test"):
+        shutil.rmtree(images / split / "dog")
+    return ["data.source=image_folder", f"data.root={images}", "data.batch_size=4", "data.views=2"]
+
+
+LABELED = ["supcon_out", "supcon_in", "tcl", "triplet", "cross_entropy", "cross_entropy_mae"]
+ONE_OF_TWO = "loss.terms={simclr: 1.0, cross_entropy: 0.5}"
+
+
+@pytest.mark.parametrize(
+    ("command", "settings", "what"),
+    [
+        *(("pretrain", [f"loss.name={name}"], f"loss {name}") for name in LABELED),
+        ("pretrain", [ONE_OF_TWO], "loss cross_entropy"),
+        ("pretrain", [ONE_OF_TWO, "loss.supervised=false"], "loss cross_entropy"),
+        ("pretrain", ["loss.name=simclr", "validation.every_epochs=1", "validation.probe.kind=linear"], "validation"),
+        *(("run", ["loss.name=simclr", f"probe.kind={kind}"], f"probe.kind={kind} ") for kind in PROBES),
+    ],
+)
+def test_one_class_is_refused_by_what_tells_classes_apart(capsys, tmp_path, one_class, command, settings, what):
+    code, out, err = run(capsys, command, "default", *FAST[2:], *one_class, *settings, f"run_dir={tmp_path}/r")
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert f"error: {what}" in err
+    assert "tells classes apart, but all training images are of one, cat: add images" in err
+    assert not (tmp_path / "r").exists()
+
+
+@pytest.mark.parametrize("name", ["simclr", "reconstruction", "supcon_out"])
+def test_one_class_is_enough_for_what_compares_no_labels(capsys, tmp_path, one_class, name):
+    unlabeled = ["loss.supervised=false"] if name == "supcon_out" else []
+    settings = [*FAST[2:], *one_class, f"loss.name={name}", *unlabeled, "train.epochs=1"]
+    code, _, err = run(capsys, "pretrain", "default", *settings, f"run_dir={tmp_path}/r")
+    assert code == 0, err

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from pathlib import Path
 
 import numpy as np
@@ -104,14 +106,79 @@ def test_a_transparent_palette_converts_without_a_warning(root):
     assert stack(root, channels=3)[0, :, 0, 0].tolist() == [10, 20, 30]
 
 
-def test_files_that_desktops_create_are_ignored(root):
-    (root / ".DS_Store").touch()
+def notes_of(root: Path, **options: object) -> list[str]:
+    """The lines for the user."""
+    lines: list[str] = []
+    load_splits("image_folder", root=root, validation_fraction=0, note=lines.append, **options)
+    return lines
+
+
+def test_what_desktops_and_archives_create_is_passed_over_with_one_line(root):
+    assert notes_of(root) == []
+    (root / ".DS_Store").touch()  # beside the splits, where nothing is listed
     (root / "train" / ".DS_Store").touch()
-    (root / "train" / ".ipynb_checkpoints").mkdir()
-    (root / "train" / "cat" / "._00.png").touch()
-    (root / "train" / "cat" / "Thumbs.db").touch()
+    save(root / "train" / ".ipynb_checkpoints" / "0.png")
+    save(root / "train" / "__MACOSX" / "0.png")
     (root / "train" / "labels.csv").touch()
+    save(root / "test" / "dog" / ".thumbnails" / "0.png")
+    for name in ("._00.png", "Thumbs.db", "ehthumbs.db", "desktop.ini"):
+        (root / "train" / "cat" / name).touch()
     assert len(stack(root)) == 16
+    (line,) = notes_of(root)
+    assert line.startswith(f"{root}: passed over 3 folders and 5 files: train/.DS_Store, train/.ipynb_checkpoints, ")
+    assert line.endswith(" ...")
+
+
+@pytest.mark.parametrize("empty", [True, False], ids=["an empty folder", "no folder"])
+def test_a_class_may_be_absent_from_the_held_out_splits(root, empty):
+    for i in range(4):
+        save(root / "train" / "eel" / f"{i}.png")
+    save(root / "val" / "eel" / "0.png")
+    if empty:
+        for folder in (root / "test" / "eel", root / "val" / "cat", root / "val" / "dog"):
+            folder.mkdir(parents=True)
+    splits = load_splits("image_folder", root=root)
+    assert splits.train.classes == splits.validation.classes == splits.test.classes == ("cat", "dog", "eel")
+    assert splits.validation.labels.tolist() == [2]
+    assert splits.test.labels.tolist() == [0, 0, 1, 1]
+    assert notes_of(root) == [
+        f"{root / 'val'}: no image of cat, dog; its scores are averages over the other 1 of 3 classes",
+        f"{root / 'test'}: no image of eel; its scores are averages over the other 2 of 3 classes",
+    ]
+
+
+def test_an_empty_folder_of_a_class_that_train_does_not_have_is_no_class(root):
+    (root / "test" / "wolf").mkdir()
+    assert load_splits("image_folder", root=root).classes == ("cat", "dog")
+
+
+@pytest.mark.parametrize("where", ["train/cat", "test/dog"])
+@pytest.mark.parametrize("kind", ["a FIFO", "a socket", "a device"])
+def test_what_would_block_whoever_opens_it_is_refused_by_name(root, where, kind):
+    path = root / where / "x.jpg"
+    if kind == "a FIFO":
+        os.mkfifo(path)
+    elif kind == "a socket":
+        with socket.socket(socket.AF_UNIX) as it:
+            it.bind(os.path.relpath(path))  # the path of a socket must be short
+    else:
+        path.symlink_to("/dev/zero")
+    refused(root, f"{path} is {kind}, not an image file")
+
+
+def test_names_that_are_not_utf8_are_read_and_printed_with_escapes(root):
+    name = os.fsdecode(b"caf\xe9")
+    for split in ("train", "test"):
+        save(root / split / name / os.fsdecode(b"\xff.png"))
+    splits = load_splits("image_folder", root=root, validation_fraction=0)
+    assert splits.classes == (name, "cat", "dog")
+    assert len(splits.train.stack()) == 17
+    (root / "test" / name / os.fsdecode(b"\xff.png")).unlink()
+    assert notes_of(root) == [
+        f"{root}/test: no image of caf\\xe9; its scores are averages over the other 2 of 3 classes"
+    ]
+    (root / "train" / name / os.fsdecode(b"\xfe.txt")).touch()
+    refused(root, r"train/caf\xe9/\xfe.txt is not an image file")
 
 
 def test_upper_case_suffixes_and_linked_files_are_read(root):
@@ -159,15 +226,31 @@ def test_a_split_without_classes_is_refused(root):
     refused(root, str(root / "test"), "has no class folders")
 
 
-def test_an_empty_class_folder_is_refused(root):
+def test_an_empty_class_folder_of_train_is_refused(root):
     (root / "train" / "eel").mkdir()
     (root / "train" / "eel" / ".hidden").touch()
-    refused(root, str(root / "train" / "eel"), "has no images")
+    refused(root, str(root / "train" / "eel"), "has no images: add some, or remove this class from every split")
 
 
-def test_classes_that_differ_between_splits_are_refused(root):
+def test_a_split_without_any_image_is_refused(root):
+    for path in (root / "test").rglob("*.png"):
+        path.unlink()
+    refused(root, f"{root / 'test'} has no images")
+
+
+def test_a_class_that_train_does_not_have_is_refused(root):
     (root / "test" / "dog").rename(root / "test" / "wolf")
-    refused(root, str(root / "test"), "lacks dog", "has also wolf")
+    refused(root, f"{root / 'test'} has images of wolf but none of dog, and {root / 'train'} has no such class")
+    save(root / "test" / "dog" / "0.png")
+    refused(root, f"{root / 'test'} has images of wolf, and", "rename the folder", "or remove it from test")
+
+
+def test_following_the_advice_about_an_empty_test_class_is_enough(root):
+    for path in (root / "test" / "dog").iterdir():
+        path.unlink()
+    assert len(load_splits("image_folder", root=root).test) == 2
+    (root / "test" / "dog").rmdir()
+    assert len(load_splits("image_folder", root=root).test) == 2
 
 
 def test_an_image_next_to_the_class_folders_is_refused(root):

@@ -7,10 +7,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch.distributed as dist
 
-from hpc_supcon.distributed import agreement
+from hpc_supcon.distributed import launch
 from hpc_supcon.distributed.agreement import compare_ranks
 from hpc_supcon.distributed.launch import Launch
-from hpc_supcon.errors import ConfigError, RankLost, RanksDiffer
+from hpc_supcon.errors import ConfigError, RankLost, RanksApart, RanksDiffer
 
 WAIT_S = 60.0
 
@@ -83,19 +83,19 @@ def test_a_rank_that_does_not_come_is_named():
 
 def test_a_single_rank_is_refused_with_its_own_error():
     error = ConfigError("no")
-    assert agreement.refused(Launch(), error) is error
+    assert launch.refused(Launch(), error) is error
     assert not error.of_this_rank
 
 
 @pytest.mark.parametrize("store", [None, dist.HashStore()])
 def test_a_rank_that_is_refused_while_the_others_do_not_come_says_so_itself(monkeypatch, store):
-    def open_store(launch, timeout_s):
+    def meet(meeting, message, timeout_s):
         if store is None:
-            raise RuntimeError("connection refused")
-        return store
+            raise RanksApart("rank 0 does not answer")
+        return store, []
 
-    monkeypatch.setattr(agreement, "REFUSAL_TIMEOUT_S", 0.01)
-    monkeypatch.setattr(agreement, "open_store", open_store)
+    monkeypatch.setattr(launch, "REFUSAL_TIMEOUT_S", 0.01)
+    monkeypatch.setattr(launch, "meet", meet)
     error = ConfigError("no")
-    assert agreement.refused(Launch(rank=1, world_size=2, local_rank=1), error) is error
+    assert launch.refused(Launch(rank=1, world_size=2, local_rank=1), error) is error
     assert error.of_this_rank, "printed though it is not the first rank of its node"

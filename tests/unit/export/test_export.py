@@ -275,12 +275,3 @@ def test_the_file_is_named_after_the_run_and_replaced_only_with_force(trained, t
     assert after.keys() == before.keys()
     assert all(torch.equal(after[name], before[name]) for name in before)
     assert [p.name for p in tmp_path.iterdir()] == ["digits-run-encoder.safetensors"]
-
-
-def test_several_ranks_are_an_error(trained, monkeypatch, capsys):
-    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    for name, value in zip(names, ("1", "2", "1", "127.0.0.1", "29500"), strict=True):
-        monkeypatch.setenv(name, value)
-    for command in (["export", trained, "--format", "onnx"], ["embed", trained, ".", "-o", "x.npz"]):
-        assert quiet(*command, "--debug") == 2
-        assert "runs in one process; it was started as 2 ranks" in capsys.readouterr().err

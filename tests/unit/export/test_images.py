@@ -111,7 +111,11 @@ def test_files_and_folders_can_be_mixed_and_images_of_no_class_have_no_labels(tr
     Image.new("L", (8, 8), 99).save(one, lossless=True)
     opened = open_images([one, flat, *flat.glob("[0-9]*.png")], SHAPE, DIGITS)
     assert list(opened.paths) == sorted([*map(str, flat.glob("[0-9]*.png")), str(one)])
-    assert (opened.labels, opened.ignored) == (None, 1)
+    assert opened.labels is None
+    assert opened.notes == (
+        f"{flat}: passed over 1 file: .hidden.png",
+        f"{flat}: left out 1 files that do not have the ending of an image file",
+    )
     embed(load_part(trained, "encoder"), opened, tmp_path / "out.npz")
     with np.load(tmp_path / "out.npz", allow_pickle=False) as arrays:
         assert set(arrays) == {"embeddings", "paths"}

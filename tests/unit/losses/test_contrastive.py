@@ -125,6 +125,22 @@ def test_half_precision_features_are_computed_in_fp32(dtype, tau):
     )
 
 
+@pytest.mark.parametrize("gather", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_the_global_mean_and_its_gradient_have_the_dtype_of_the_anchors(dtype, gather):
+    per_anchor = torch.randn(6, dtype=dtype, requires_grad=True)
+    loss = losses.global_mean(per_anchor, torch.arange(6) < 4, gather=gather)
+    (grad,) = torch.autograd.grad(loss, per_anchor)
+    assert (loss.dtype, grad.dtype) == (dtype, dtype)
+    torch.testing.assert_close(loss, per_anchor[:4].sum() / 4)
+    torch.testing.assert_close(grad, torch.tensor([0.25] * 4 + [0.0] * 2, dtype=dtype))
+
+
+def test_a_loss_written_with_the_statistics_of_fp32_features_is_fp32():
+    stats = losses.pairwise_stats(torch.randn(12, 4), torch.arange(12) % 3, 0.1)
+    assert losses.global_mean(stats.log_neg - stats.mean_pos, stats.valid).dtype == torch.float32
+
+
 @pytest.mark.parametrize("backend", ["reference", "tiled"])
 def test_autocast_around_a_loss_changes_nothing(backend):
     x, labels = batch("two classes, three views", torch.float32)

@@ -206,6 +206,30 @@ def test_a_step_without_any_gradient_changes_nothing(name):
     assert all(torch.equal(a, b) for a, b in zip(params, parameters(), strict=True))
 
 
+@pytest.mark.parametrize("name", ["sgd", "adamw", "lars", "lamb"])
+def test_a_closure_is_run_with_gradients_and_its_loss_returned(name):
+    weights = [nn.Parameter(torch.ones(3, 2)), nn.Parameter(torch.ones(3, 2))]
+    stepped, plain = (build_optimizer([w], name=name, lr=0.1) for w in weights)
+    calls = []
+
+    def closure(weight=weights[0]):
+        calls.append(torch.is_grad_enabled())
+        stepped.zero_grad()
+        loss = weight.square().sum()
+        loss.backward()
+        return loss
+
+    for _ in range(2):
+        expected = weights[1].square().sum()
+        plain.zero_grad()
+        expected.backward()
+        assert plain.step() is None
+        assert torch.equal(stepped.step(closure), expected)
+    assert calls == [True, True]
+    assert torch.equal(*weights)
+    assert not torch.equal(weights[0], torch.ones(3, 2))
+
+
 # --- launches and synchronization
 
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 import gc
 import gzip
 import json
+import sys
 import weakref
 from contextlib import nullcontext
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from hpc_supcon.training.profile import TRACED, WARM_UP, Breakdown, StepProfile,
 from hpc_supcon.training.step import train_step
 from tests.dist.ranks import run_ranks
 from tests.dist.test_step import build
+from tests.processes import Ranks
 
 CPU = torch.device("cpu")
 
@@ -168,6 +171,22 @@ def test_a_run_that_ends_early_reports_what_it_measured(tmp_path):
     assert [r.steps for r in reports] == [2]
     assert not phases._clocks
     assert not (tmp_path / "none").exists()
+
+
+def trace_of_no_steps():
+    """Writes a trace to the folder that the command line names."""
+    state, *_ = build(0, 1, [])
+    with StepProfile(1, state.model, CPU, Path(sys.argv[1]), lambda found: None) as profile:
+        for _ in range(WARM_UP + 1 + TRACED):
+            state.model(torch.rand(2, 1, 3, 8, 8))
+            profile.step()
+
+
+def test_the_profilers_library_writes_nothing_to_the_terminal(tmp_path):
+    run = Ranks([str(tmp_path)], tmp_path / "stderr", main=trace_of_no_steps)
+    assert run.end() == [0], run.stderr
+    assert (tmp_path / "trace.json.gz").exists()
+    assert run.stderr == ""
 
 
 def test_a_trace_that_cannot_be_written_is_told_and_training_goes_on(tmp_path, capsys):
