@@ -85,7 +85,7 @@ def open_folder(
     """
     if not root.is_dir():
         raise DataError(
-            f"image folder {root} does not exist: name one with train/CLASS/*.jpg (data.root, or the command's argument)"
+            f"image folder {root} does not exist: name one with train/CLASS/*.jpg (data.root, or the argument)"
         )
     if not (root / "train").is_dir():
         raise DataError(f"{root / 'train'} does not exist: expected {root}/train/CLASS/*.jpg|png and test/ or val/")
