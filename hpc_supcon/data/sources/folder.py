@@ -98,7 +98,9 @@ def open_folder(
     is whole. exif: whether images are turned upright. note: see listing.list_splits. Raises DataError.
     """
     if not root.is_dir():
-        raise DataError(f"image folder {root} does not exist: set data.root to a folder with train/CLASS/*.jpg")
+        raise DataError(
+            f"image folder {root} does not exist: name one with train/CLASS/*.jpg (data.root, or the argument)"
+        )
     if not (root / "train").is_dir():
         raise DataError(f"{root / 'train'} does not exist: expected {root}/train/CLASS/*.jpg|png and test/ or val/")
     held_out = [name for name in ("val", "test") if (root / name).is_dir()]

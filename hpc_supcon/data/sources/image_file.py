@@ -55,6 +55,8 @@ _EXIF_ERRORS = (
     struct.error,
 )  # fmt: skip
 """What Pillow raises for EXIF data that are damaged."""
+_EXIF_KEYS = frozenset(("exif", "Raw profile type exif", "xmp", "XML:com.adobe.xmp"))
+"""Where Pillow keeps, in Image.info, what can name an orientation."""
 _PNG_ORIENTATION = (b"eXIf", b"Raw profile type exif", b"XML:com.adobe.xmp")
 """Beginnings of the parts of a PNG that can name an orientation; they may come after the pixels."""
 
@@ -202,7 +204,7 @@ def _upright(image: Image.Image, image_format: ImageFormat) -> Image.Image:
 
 def _turn(image: Image.Image, exif: Exif) -> Image.Transpose | None:
     """What turns a loaded image upright; Pillow has turned a TIFF by its own tag while it loaded it."""
-    if exif == "ignore":
+    if exif == "ignore" or image.format == "TIFF" or _EXIF_KEYS.isdisjoint(image.info):
         return None
     try:
         orientation = image.getexif().get(ExifTags.Base.Orientation)

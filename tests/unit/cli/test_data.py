@@ -11,11 +11,14 @@ import torch
 from PIL import Image
 
 from hpc_supcon import cli
+from hpc_supcon.config import load_config
 from hpc_supcon.data import load_splits
 from hpc_supcon.data.loaders import LoaderOptions, build_loader
 from hpc_supcon.data.order import EvalOrder
+from hpc_supcon.distributed.launch import Launch, Runtime
 from hpc_supcon.errors import HpcSupconError
 from hpc_supcon.export import open_images
+from hpc_supcon.training.data import load_data
 
 
 def run(capsys, *arguments):
@@ -165,6 +168,19 @@ def test_a_damaged_first_file_is_listed_with_the_others(capsys, root):
     assert code == 2
     assert out.count("does not decode") == 2
     assert "2 images cannot be used" in err
+
+
+@pytest.mark.parametrize("exif", ["transpose", "ignore"])
+def test_a_run_reads_images_as_data_exif_says(root, exif):
+    for path in root.rglob("*.png"):
+        tag = Image.Exif()
+        tag[0x0112] = 3
+        picture().save(path, exif=tag)
+    settings = ["data.source=image_folder", f"data.root={root}", f"data.exif={exif}", "data.validation_fraction=0"]
+    data = load_data(load_config("default", settings), Runtime(Launch(), torch.device("cpu")))
+    upright = picture().rotate(180 if exif == "transpose" else 0)
+    for source in (data.splits.train, data.splits.test):
+        assert torch.equal(source.read(0), torch.from_numpy(np.array(upright)).permute(2, 0, 1))
 
 
 def test_images_to_embed_follow_the_setting_of_a_beton_too(capsys, root, tmp_path):

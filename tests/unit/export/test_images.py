@@ -136,6 +136,23 @@ def test_images_are_converted_to_the_size_and_channels_of_training(tmp_path):
     assert np.array_equal(batch.images[1, 0].numpy(), np.asarray(small))
 
 
+@pytest.mark.parametrize("exif", ["transpose", "ignore"])
+def test_images_are_turned_by_the_setting_of_the_run(trained, tmp_path, capsys, exif):
+    run = tmp_path / "run"
+    shutil.copytree(trained, run)
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace("exif: transpose", f"exif: {exif}"))
+    turned, tag = digits()[1].pil_image(0), Image.Exif()
+    tag[0x0112] = 3
+    (tmp_path / "images").mkdir()
+    turned.save(tmp_path / "images" / "a.png", exif=tag)
+    turned.rotate(180 if exif == "transpose" else 0).save(tmp_path / "images" / "b.png")
+    code, _, err = command(capsys, "embed", run, tmp_path / "images", "-o", tmp_path / "out.npz", "--device", "cpu")
+    assert code == 0, err
+    with np.load(tmp_path / "out.npz", allow_pickle=False) as arrays:
+        np.testing.assert_array_equal(*arrays["embeddings"])
+
+
 @pytest.mark.parametrize("workers", [1, 3])
 @pytest.mark.parametrize("batch_size", [1, 4, 43, 100])
 def test_every_image_is_decoded_once_and_in_order(folder, test_digits, batch_size, workers):
