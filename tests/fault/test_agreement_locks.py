@@ -44,7 +44,7 @@ def test_a_run_folder_belongs_to_one_process_until_that_ends_even_by_a_kill(runn
     assert len(events(folder, "start")) == 1
 
     running.kill()
-    resumed = Run(2, folder, *ENDLESS, "--resume", fault="term@step=40")
+    resumed = Run(2, folder, *ENDLESS, "--resume", fault="term@call=2")
     assert resumed.end() == [75, 75], resumed.stderr
     assert resumed.stderr.count(f"taken over from process {pid} on {socket.gethostname()}") == 1
     assert (folder / LOCK).read_bytes() == b"", "a preempted run has given its lock up"
