@@ -13,6 +13,8 @@ from hpc_supcon.run_lock import LOCK
 from ..processes import RUN_TIMEOUT_S, Ranks
 from .runs import STEPS, Run, events, hashes, run, steps
 
+SAVED = ["log.tensorboard=true", "checkpoint.asynchronous=false"]
+"""A checkpoint is on the disk before the next step, and so before the kill."""
 ENDLESS = ["train.epochs=5000", "probe.kind=knn"]
 
 
@@ -44,7 +46,7 @@ def test_a_run_folder_belongs_to_one_process_until_that_ends_even_by_a_kill(runn
     assert len(events(folder, "start")) == 1
 
     running.kill()
-    resumed = Run(2, folder, *ENDLESS, "--resume", fault="term@step=40")
+    resumed = Run(2, folder, *ENDLESS, "--resume", fault="term@call=2")
     assert resumed.end() == [75, 75], resumed.stderr
     assert resumed.stderr.count(f"taken over from process {pid} on {socket.gethostname()}") == 1
     assert (folder / LOCK).read_bytes() == b"", "a preempted run has given its lock up"
@@ -52,10 +54,10 @@ def test_a_run_folder_belongs_to_one_process_until_that_ends_even_by_a_kill(runn
 
 def test_a_run_whose_last_line_was_torn_by_a_kill_is_finished_and_tells_no_step_twice(tmp_path, uninterrupted):
     folder, torn = tmp_path / "r", '{"event": "train", "step": 1'
-    run(1, folder, "log.tensorboard=true", fault="kill@step=12", code=-9)  # steps 8 to 11 are after the checkpoint
+    run(1, folder, *SAVED, fault="kill@step=12", code=-9)  # steps 8 to 11 are after the checkpoint
     with (folder / "metrics.jsonl").open("a") as file:
         file.write(torn)
-    told = run(1, folder, "log.tensorboard=true", "--resume", stage="run")
+    told = run(1, folder, *SAVED, "--resume", stage="run")
     assert told.count("1 torn line moved to metrics.jsonl.torn") == 1
     assert steps(folder) == list(range(1, STEPS + 1))
     assert [event["step"] for event in events(folder, "start")] == [0, 7]

@@ -13,6 +13,8 @@ from ..processes import Ranks
 from . import injector
 from .runs import hashes, run
 
+SAVED = ["log.tensorboard=true", "checkpoint.asynchronous=false"]
+"""A checkpoint is on the disk before the next step, and so before the kill."""
 PROBE = ["probe.kind=knn", "data.loader=resident"]
 
 
@@ -49,11 +51,11 @@ class Redirected:
 @pytest.mark.parametrize("small_disk", ["8m"], indirect=True)
 def test_training_goes_on_while_the_log_and_the_plots_find_the_disk_full(small_disk, tmp_path, uninterrupted):
     folder, elsewhere = small_disk / "r", tmp_path / "checkpoints"
-    run(1, folder, "log.tensorboard=true", fault="kill@step=10", code=-9)
+    run(1, folder, *SAVED, fault="kill@step=10", code=-9)
     shutil.move(folder / "checkpoints", elsewhere)
     (folder / "checkpoints").symlink_to(elsewhere)
     fill(small_disk)
-    told = run(1, folder, "log.tensorboard=true", "--resume", stderr=tmp_path / "stderr")
+    told = run(1, folder, *SAVED, "--resume", stderr=tmp_path / "stderr")
     for name in ("metrics.jsonl: not written", "tensorboard: not written", "plots/loss-pretrain.png: not written"):
         assert told.count(name) == 1, told
     assert "Traceback" not in told
