@@ -11,15 +11,17 @@ from typing import Any
 from .config import Config, Stage, differences, load_config, to_yaml
 from .errors import RunFolderError
 from .files import file_lock, write_atomically
-from .run_lock import LOCK
 
 CONFIG, RESULTS, CHECKPOINTS, PROFILE = "config.yaml", "results.json", "checkpoints", "profile"
+OWN = frozenset({CONFIG, RESULTS, CHECKPOINTS, "metrics.jsonl"})
+"""What a folder holds in which a run has been."""
 
 
 def is_used(folder: Path) -> bool:
-    """Whether anything but a lock is there, a file included. Raises RunFolderError where that cannot be read."""
+    """Whether a run has written there, or the path is a file. A folder without a run's own files is new: it may hold
+    the log of a scheduler. Raises RunFolderError where that cannot be read."""
     try:
-        return folder.exists() and (not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir()))
+        return folder.exists() and (not folder.is_dir() or not OWN.isdisjoint(p.name for p in folder.iterdir()))
     except OSError as error:
         raise RunFolderError(f"{folder}: cannot be read: {error.strerror}") from None
 

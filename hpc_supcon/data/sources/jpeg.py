@@ -40,20 +40,25 @@ def _segments(data: bytes) -> Iterator[tuple[int, int, int]]:
         yield marker, begin, position
 
 
+def end_of(data: bytes) -> int | None:
+    """The byte after the end of a JPEG that is segments without a gap, with a scan and an end; None for any other:
+    one that ends early, has bytes that belong to no segment, or a marker amid entropy-coded data."""
+    scans = 0
+    for marker, _, end in _segments(data) if data.startswith(START) else ():
+        scans += marker == _SCAN
+        if marker == _END:
+            return end if scans else None
+    return None
+
+
 def whole_jpeg(data: bytes) -> bytes | None:
     """The JPEG at the start of `data` without what follows its end, if a strict decoder takes it; else None.
 
-    It must be segments without a gap from its start to its end. Where libjpeg-turbo's library is installed, as FFCV
-    needs it, it is decoded too: a structure does not show wrong entropy-coded data.
+    Where libjpeg-turbo's library is installed, as FFCV needs it, it is decoded: the structure does not show wrong
+    entropy-coded data.
     """
-    scans = 0
-    if not data.startswith(START):
-        return None
-    for marker, _, end in _segments(data):
-        scans += marker == _SCAN
-        if marker == _END:
-            return data[:end] if scans and _decodes_strictly(data[:end]) else None
-    return None
+    end = end_of(data)
+    return data[:end] if end is not None and _decodes_strictly(data[:end]) else None
 
 
 def without_exif(data: bytes) -> bytes | None:

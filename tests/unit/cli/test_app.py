@@ -300,6 +300,16 @@ def test_a_used_folder_is_refused_and_resumed_only_with_the_same_settings(capsys
     assert "accuracy" in out
 
 
+@pytest.mark.parametrize("more", [[], ["--resume"]])
+def test_a_folder_that_holds_only_the_log_of_a_scheduler_is_new(capsys, tmp_path, more):
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r/slurm-17.out").write_text("prolog")
+    code, _, err = run(capsys, "pretrain", "default", *FAST, "train.epochs=1", f"run_dir={tmp_path}/r", *more)
+    assert code == 0, err
+    assert (tmp_path / "r/config.yaml").is_file()
+    assert (tmp_path / "r/slurm-17.out").read_text() == "prolog"
+
+
 def test_resume_of_a_folder_that_does_not_exist_yet_starts_and_says_so(capsys, tmp_path):
     code, _, err = run(capsys, "pretrain", "default", *FAST, f"run_dir={tmp_path}/new", "--resume")
     assert code == 0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from hpc_supcon.data.loaders.file_check import is_regular, is_regular_jpeg
+from hpc_supcon.data.loaders.file_check import is_regular
 from tests.data.odd_images import WHOLE, encoded, jpeg, marker_in_scan, picture, png, with_stray_bytes
 
 KINDS = {
@@ -19,21 +19,21 @@ KINDS = {
 @pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
 def test_a_jpeg_is_regular_as_a_whole_only(options):
     data = jpeg(20, 16, **options)
-    assert is_regular_jpeg(data)
-    assert is_regular_jpeg(data + b"what follows its end is of no account")
-    assert not [n for n in range(len(data)) if is_regular_jpeg(data[:n])]
+    assert is_regular(data)
+    assert is_regular(data + b"what follows its end is of no account")
+    assert not [n for n in range(len(data)) if is_regular(data[:n])]
 
 
 @pytest.mark.parametrize("options", KINDS.values(), ids=KINDS)
 def test_a_jpeg_with_bytes_that_belong_to_no_segment_is_not_regular(options):
     data = jpeg(20, 16, **options)
     for marker in (0xDB, 0xC4, 0xDA):
-        assert not is_regular_jpeg(with_stray_bytes(data, marker))
+        assert not is_regular(with_stray_bytes(data, marker))
 
 
 def test_a_jpeg_with_a_marker_amid_its_scan_is_not_regular():
-    assert not is_regular_jpeg(marker_in_scan(jpeg(96, 72)))
-    assert not is_regular_jpeg(marker_in_scan(jpeg(96, 72, "L")))
+    assert not is_regular(marker_in_scan(jpeg(96, 72)))
+    assert not is_regular(marker_in_scan(jpeg(96, 72, "L")))
 
 
 def test_files_are_known_by_their_content():

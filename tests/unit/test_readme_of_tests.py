@@ -1,0 +1,17 @@
+"""Every test that tests/README.md names exists."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+TESTS = Path(__file__).parents[1]
+
+
+def test_the_tests_that_the_readme_names_exist():
+    named = re.findall(r"`(tests/[\w/]+\.py)(?:::(test_\w+))?`", (TESTS / "README.md").read_text())
+    assert len(named) > 50
+    for file, test in named:
+        path = TESTS.parent / file
+        assert path.is_file(), file
+        assert not test or f"def {test}(" in path.read_text(), f"{file}::{test}"
