@@ -5,6 +5,8 @@ from __future__ import annotations
 import platform
 import subprocess
 import time
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,22 @@ def synchronize(z: Tensor) -> None:
     """Wait until the device of z has done all its work."""
     if z.is_cuda:
         torch.cuda.synchronize(z.device)
+
+
+def host_waits(call: Callable[[], object], device: torch.device) -> int | None:
+    """How often the host waits for the device during `call`, as PyTorch notices it; None where it never can (CPU)."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            call()
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
+    return sum("synchronizing CUDA operation" in str(warning.message) for warning in caught)
 
 
 def matmul_rate(device: str) -> float:

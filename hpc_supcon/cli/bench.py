@@ -17,7 +17,7 @@ def bench_loss(
     size: Annotated[list[int] | None, typer.Option(help="Rows N of the batch; repeat for several.")] = None,
     only: Annotated[
         list[str] | None,
-        typer.Option(help="dense | compiled | pml | reference | tiled | triton[-bf16|-tf32]; repeat for several."),
+        typer.Option(help="dense[-tf32] | compiled | pml | reference | tiled | triton[-bf16|-tf32]; repeat."),
     ] = None,
     dim: Annotated[int, typer.Option(help="Embedding size D.")] = 128,
     device: Annotated[str, typer.Option(help="auto | cpu | cuda")] = "auto",
