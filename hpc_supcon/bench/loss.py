@@ -2,12 +2,10 @@
 
     hpc-supcon bench loss --size 4096 --size 8192 --only dense --only tiled
 
-Contenders: `dense` (SupContrast's loss in plain PyTorch; `dense-tf32`: with TF32 products), `compiled` (the same under
-torch.compile), `pml` (pytorch-metric-learning), and the backends of hpc_supcon. Times are measured in rounds of all
-contenders in one process, so that drift of the machine affects all of them: on CUDA by events, and beside them the
-time until the call returns to the host. CPU memory is measured in a new process for each, as the peak resident set
-minus that before the call. Extra memory is everything except the features, including the gradient. Writes JSON and
-PNG.
+The contenders are those of loss_contenders.py. Times are measured in rounds of all of them in one process, so that
+drift of the machine affects all: on CUDA by events, and beside them the time until the call returns to the host. CPU
+memory is measured in a new process for each, as the peak resident set minus that before the call. Extra memory is
+everything except the features, including the gradient. Writes JSON and PNG.
 """
 
 from __future__ import annotations
@@ -26,49 +24,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..errors import MissingExtra
-from ..losses import SupConLoss
 from ..phases import REST, Clock
 from .common import host_waits, machine, memory_available, resident, synchronize
+from .loss_contenders import DENSE, Loss, contender
 
-TEMPERATURE = 0.1
 CLASSES = 100
 DENSE_COPIES = 10
 """About the number of fp32 N x N matrices that the dense contenders hold at their peak. On a CPU, sizes above the
 memory limit are skipped; on CUDA they are tried, and an end of memory is told."""
-DENSE = ("dense", "dense-tf32", "compiled", "pml", "reference")
-"""The contenders that hold N x N matrices."""
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""(features [N, D], labels [N]) -> loss."""
-
-
-def dense_supcon(z: Tensor, labels: Tensor) -> Tensor:
-    """SupCon "out" as SupContrast computes it: with full matrices, and the row maximum subtracted."""
-    z = torch.nn.functional.normalize(z, dim=1)
-    mask = torch.eq(labels[:, None], labels[None, :]).float()
-    logits = z @ z.T / TEMPERATURE
-    logits = logits - logits.max(dim=1, keepdim=True).values.detach()
-    others = torch.ones_like(mask).fill_diagonal_(0)
-    mask = mask * others
-    log_prob = logits - torch.log((torch.exp(logits) * others).sum(1, keepdim=True))
-    return -((mask * log_prob).sum(1) / mask.sum(1)).mean()
-
-
-def contender(name: str) -> Loss:
-    if name in ("dense", "dense-tf32"):
-        return dense_supcon
-    if name == "compiled":
-        torch.compiler.reset()  # after eight sizes PyTorch would stop compiling, without a word
-        return torch.compile(dense_supcon, dynamic=False)
-    if name == "pml":
-        try:
-            from pytorch_metric_learning.losses import SupConLoss as PmlLoss
-        except ModuleNotFoundError:
-            raise MissingExtra("pml is pytorch-metric-learning: pip install 'hpc-supcon[dev]'") from None
-        return PmlLoss(temperature=TEMPERATURE)
-    backend, _, precision = name.partition("-")
-    # as in training, where the step checks its numbers itself
-    return SupConLoss(TEMPERATURE, backend=backend, precision=precision or "auto", validate=False)
 
 
 @dataclass(frozen=True)
@@ -143,9 +106,8 @@ def _forward_backward(loss: Loss, z: Tensor, labels: Tensor) -> None:
 def _cpu_memory(name: str, n: int, d: int, threads: int, answer: Any) -> None:
     torch.set_num_threads(threads)
     loss = contender(name)
-    one_call(
-        name, loss, *make_batch(CLASSES * 2, d, "cpu")
-    )  # libraries allocate some memory once, which is not the loss's
+    # libraries allocate some memory once, which is not the loss's
+    one_call(name, loss, *make_batch(CLASSES * 2, d, "cpu"))
     if name == "compiled":
         one_call(name, loss, *make_batch(n, d, "cpu"))
     z, labels = make_batch(n, d, "cpu")
