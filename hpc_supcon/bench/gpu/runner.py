@@ -58,8 +58,7 @@ def run_stage(stage: Stage, out: Path, kind: str, data: Path | None, seconds: fl
         return
     print(f"== {stage.name}, at most {seconds:.0f} s", flush=True)
     began = time.monotonic()
-    command = [sys.executable, "-m", "hpc_supcon.bench.gpu", stage.name, "--out", str(out), "--device", kind]
-    command += ["--deadline", str(began + seconds - MARGIN_S), *(["--data", str(data)] if data else [])]
+    command = stage_command(stage, out, kind, data, began + seconds - MARGIN_S)
     with tempfile.TemporaryFile("w+", errors="replace") as stderr:
         code = _run(command, seconds, stderr.fileno())
         stderr.seek(0)
@@ -76,6 +75,12 @@ def run_stage(stage: Stage, out: Path, kind: str, data: Path | None, seconds: fl
         record.end(DONE, taken)
     for partial in out.glob(f".{stage.file}.partial-*"):  # of a process that was killed while it wrote
         partial.unlink(missing_ok=True)
+
+
+def stage_command(stage: Stage, out: Path, kind: str, data: Path | None, deadline: float) -> list[str]:
+    """The process of a stage; `deadline`: see Work."""
+    command = [sys.executable, "-m", "hpc_supcon.bench.gpu", stage.name, "--out", str(out), "--device", kind]
+    return [*command, "--deadline", str(deadline), *(["--data", str(data)] if data else [])]
 
 
 def _run(command: Sequence[str], seconds: float, stderr: int) -> int | None:

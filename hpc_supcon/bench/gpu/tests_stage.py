@@ -13,8 +13,8 @@ from .work import Work
 
 ROOT = Path(__file__).parents[3]
 TESTS = ROOT / "tests"
-MARK = re.compile(r"needs_cuda|DEVICES|mark\.cuda")
-OUTCOME = re.compile(r"(?:^|\s)(PASSED|FAILED|SKIPPED|ERROR)\b.*?(\S+::\S.*?|\S+\.py)?(?:\s+\[\s*\d+%\])?$")
+MARK = re.compile(r"^from (tests)?\.+devices import ", re.MULTILINE)
+"""In a file with such tests."""
 WORKERS = 8
 """Processes: Triton compiles a kernel on one core."""
 KEPT = 40

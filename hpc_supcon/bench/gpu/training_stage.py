@@ -182,7 +182,7 @@ def _train(work: Work, size: Size, folder: Path, step_s: float) -> None:
     began = time.monotonic()
     _end(_command(work, "run", folder / "real", settings))
     seconds = time.monotonic() - began
-    for result in json.loads((folder / "real" / RESULTS).read_text(encoding="utf-8")):
+    for result in json.loads((folder / "real" / RESULTS).read_text(encoding="utf-8"))["results"]:
         accuracy = result["test"]["accuracy"]
         print(f"{size.encoder}, {epochs} epochs, {result.get('probe')}: test accuracy {accuracy:.4f}", flush=True)
         work.record.row(
