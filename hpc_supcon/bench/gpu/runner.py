@@ -8,7 +8,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -60,7 +60,7 @@ def run_stage(stage: Stage, out: Path, kind: str, data: Path | None, seconds: fl
     began = time.monotonic()
     command = stage_command(stage, out, kind, data, began + seconds - MARGIN_S)
     with tempfile.TemporaryFile("w+", errors="replace") as stderr:
-        code = _run(command, seconds, stderr.fileno())
+        code = _run(command, seconds, stderr.fileno(), {"CUDA_VISIBLE_DEVICES": ""} if kind == "cpu" else {})
         stderr.seek(0)
         last = stderr.read().splitlines()[-LINES:]
     record = Record.load(out / stage.file)  # as the stage has left it
@@ -83,15 +83,12 @@ def stage_command(stage: Stage, out: Path, kind: str, data: Path | None, deadlin
     return [*command, "--deadline", str(deadline), *(["--data", str(data)] if data else [])]
 
 
-def _run(command: Sequence[str], seconds: float, stderr: int) -> int | None:
+def _run(command: Sequence[str], seconds: float, stderr: int, variables: Mapping[str, str]) -> int | None:
     """The exit code; None after `seconds`. Nothing that the command started is left."""
     path = os.pathsep.join(filter(None, [str(PACKAGE), os.environ.get("PYTHONPATH")]))
+    environment = {**os.environ, "PYTHONPATH": path, **variables}
     process = subprocess.Popen(
-        command,
-        stderr=stderr,
-        stdin=subprocess.DEVNULL,
-        start_new_session=True,
-        env={**os.environ, "PYTHONPATH": path},
+        command, stdin=subprocess.DEVNULL, stderr=stderr, start_new_session=True, env=environment
     )
     try:
         return process.wait(seconds)
