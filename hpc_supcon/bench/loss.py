@@ -202,14 +202,19 @@ def _measure_size(
             else:
                 times[name].append(taken)
     for name, loss in losses.items():
+        try:
+            waits = host_waits(partial(_forward_backward, loss, z, labels), torch.device(device))
+            z.grad = None
+            extra = peak_extra(name, loss, n, d, device) if memory else None
+        except torch.OutOfMemoryError:
+            waits = extra = None
+            tell(f"{name}, N {n}, D {d}, peak memory", "out of memory")
         # the best run: the others also measure what else runs on the machine
         ordered = sorted(times[name], key=lambda t: t.total)
         best, totals = ordered[0], [t.total for t in ordered]
-        waits = host_waits(partial(_forward_backward, loss, z, labels), torch.device(device))
-        z.grad = None
         yield LossRow(
             name, n, d, best.total, best.forward, best.backward, min(t.host for t in ordered), waits,
-            statistics.median(totals), totals[-1], runs, peak_extra(name, loss, n, d, device) if memory else None,
+            statistics.median(totals), totals[-1], runs, extra,
             6 * n * n * d / best.total / 1e12, values[name], errors[name],
         )  # fmt: skip
 

@@ -37,8 +37,7 @@ def test_the_oracle_of_a_batch_without_a_pair_is_zero():
     assert not gradient.any()
 
 
-# deterministic: kernels then take one fixed configuration, and time none. A test has all sizes: they share the compiled
-# kernels.
+# Deterministic kernels take one fixed configuration, and time none. Sizes share compiled kernels: they are one test.
 @needs_cuda
 @pytest.mark.usefixtures("_deterministic")
 @pytest.mark.parametrize("dimensions", [3, 128, 200, 256, 512, 2048])

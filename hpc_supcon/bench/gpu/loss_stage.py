@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict
 
-import torch
-
 from ...errors import MissingExtra
 from ..loss import LossRow
 from ..loss import run as measure_loss
@@ -47,8 +45,6 @@ def run(work: Work) -> None:
                 [n], d, installed, work.kind, 1 if work.is_small else 5,
                 memory=not work.is_small, measured=measured, skipped=work.record.skip,
             )  # fmt: skip
-        if work.kind == "cuda":
-            torch.cuda.empty_cache()
 
 
 def _is_installed(name: str, missing: set[str], work: Work) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -62,9 +63,9 @@ def limit(left: float, stages: Sequence[Stage]) -> float:
 def check_budget(budget: float, stages: Sequence[Stage]) -> None:
     """Raise ConfigError unless every stage gets what it needs."""
     least = sum(stage.least for stage in stages)
-    if budget < least:
+    if not (budget >= least and math.isfinite(budget)):
         names = ", ".join(stage.name for stage in stages)
         raise ConfigError(
-            f"--budget {budget:g} is too short: {names} need {least:g} s at least; give --budget {least:g} or more, "
-            "or fewer stages with --only"
+            f"--budget {budget:g} does not suffice: {names} need {least:g} s at least; give --budget {least:g} or "
+            "more, or fewer stages with --only"
         )

@@ -31,19 +31,21 @@ def bench_gpu(budget: float, out: Path, device: str, only: Sequence[str], data: 
     """
     began = time.monotonic()
     stages = chosen_stages(only)
-    check_budget(budget, stages)
+    pending = [stage for stage in stages if only or not _is_done(out / stage.file)]
+    check_budget(budget, pending)
     if data is not None and not all((data / split).is_dir() for split in ("train", "test")):
         raise DataError(
             f"--data {data}: has no folders train and test; give an image folder such as CIFAR-10 as JPEGs"
         )
     kind = check_device(device)
     _prepare(out, kind)
-    pending = [stage for stage in stages if only or not _is_done(out / stage.file)]
     with _ended_by_sigterm():
         for i, stage in enumerate(pending):
             left = budget - (time.monotonic() - began)
-            run_stage(stage, out, kind, data, limit(left, pending[i:]))
-            write_report(out)
+            try:
+                run_stage(stage, out, kind, data, limit(left, pending[i:]))
+            finally:
+                write_report(out)
     write_report(out)
     print(f"written: {out / 'report.md'}")
     return all(_is_done(out / stage.file) for stage in stages)

@@ -27,6 +27,8 @@ from .work import Work
 
 SAVES = 5
 POLL_S = 0.005
+SHORT = 50
+"""Epochs; fewer want milder augmentation, as in the recipe cifar10-folder."""
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Size:
 ON_CUDA = Size(
     ("model.encoder=resnet18", "data.batch_size=256", "train.epochs=6", "checkpoint.every_steps=8"),
     "resnet18", 32, 512,
-    ("model.encoder=resnet18", "data.batch_size=512", "probe.kind=[knn, linear]", "optim.warmup_epochs=1"), 30.0,
+    ("model.encoder=resnet18", "data.batch_size=512", "probe.kind=[knn, linear]"), 30.0,
 )  # fmt: skip
 ON_CPU = Size(
     (
@@ -66,6 +68,7 @@ def run(work: Work) -> None:
         folder = Path(scratch)
         with work.measuring("deterministic runs"):
             _compare_runs(work, size, folder)
+        step_s = None
         with work.measuring("stall of a save"):
             step_s = _stall(work, size, folder)
         with work.measuring("training on real images"):
@@ -80,9 +83,14 @@ def _command(work: Work, what: str, folder: Path, settings: Sequence[str], *more
     )
 
 
-def _end(process: subprocess.Popen[str]) -> None:
-    """Wait for its end. Raises RuntimeError with its last line where it fails."""
-    _, errors = process.communicate()
+def _end(work: Work, process: subprocess.Popen[str]) -> None:
+    """Wait for its end. Raises RuntimeError with its last line where it fails, or does not end in the time left."""
+    try:
+        _, errors = process.communicate(timeout=max(1.0, work.left()))
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        raise RuntimeError("hpc-supcon did not end in the time that was left") from None
     if process.returncode:
         sys.stderr.write(errors)
         last = (errors.strip().splitlines() or ["no message"])[-1]
@@ -102,14 +110,14 @@ def _compare_runs(work: Work, size: Size, folder: Path) -> None:
     running["killed"].communicate()
     at = max(checkpoint.list_steps(saves), default=0)
     for name in names[:2]:
-        _end(running[name])
+        _end(work, running[name])
     work.record.fact(start_s=time.monotonic() - began)
     digests = {name: _digest(folder / name) for name in names[:2]}
     _note(work, "two deterministic runs", digests["first"], digests["second"])
     if running["killed"].returncode == 0:
         work.skip("kill and resume", "the run ended before it could be killed")
         return
-    _end(_command(work, "pretrain", folder / "killed", settings, "--resume"))
+    _end(work, _command(work, "pretrain", folder / "killed", settings, "--resume"))
     _note(work, f"killed after the save of step {at}, and resumed", digests["first"], _digest(folder / "killed"))
 
 
@@ -164,10 +172,13 @@ def _seconds(work: Work, call: Callable[[], object]) -> float:
     return time.perf_counter() - began
 
 
-def _train(work: Work, size: Size, folder: Path, step_s: float) -> None:
+def _train(work: Work, size: Size, folder: Path, step_s: float | None) -> None:
     """SupCon and its probes for as many epochs as there is time for."""
     if work.data is None:
         work.skip("training on real images", "no --data: give CIFAR-10 as an image folder of JPEGs")
+        return
+    if step_s is None:
+        work.skip("training on real images", "the time of a step is not known")
         return
     settings = ["data.source=image_folder", f"data.root={work.data}", *size.long]
     epochs = 1
@@ -178,9 +189,11 @@ def _train(work: Work, size: Size, folder: Path, step_s: float) -> None:
         if epochs < 1:
             work.has_time(f"training on real images: an epoch of {epoch_s:.1f} s", size.reserve_s + epoch_s)
             return
-        settings.append(f"train.epochs={epochs}")
+        settings += [f"train.epochs={epochs}", f"optim.warmup_epochs={epochs / 20:g}"]
+        if epochs < SHORT:
+            settings += ["augment.crop_scale=[0.4, 1.0]", "augment.hue=0.05", "augment.grayscale=0.1"]
     began = time.monotonic()
-    _end(_command(work, "run", folder / "real", settings))
+    _end(work, _command(work, "run", folder / "real", settings))
     seconds = time.monotonic() - began
     for result in json.loads((folder / "real" / RESULTS).read_text(encoding="utf-8"))["results"]:
         accuracy = result["test"]["accuracy"]

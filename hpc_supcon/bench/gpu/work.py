@@ -74,15 +74,19 @@ class Work:
         except HpcSupconError as error:
             self.skip(what, str(error))
         except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
             self.skip(what, f"out of memory{self._others()}")
         except Exception as error:  # not the end of it: `failed` fails the stage
             traceback.print_exc()
             self.record.fail(what, traceback.format_exception_only(error)[-1].strip().splitlines()[0])
             self.failed.append(what)
+        finally:
+            if self.kind == "cuda":
+                torch.cuda.empty_cache()
 
     def _others(self) -> str:
         """How much of the GPU's memory other processes have, if much."""
+        if self.kind == "cpu":
+            return ""
         free, whole = torch.cuda.mem_get_info(self.device)
         others = whole - free - torch.cuda.memory_reserved(self.device)
         return f"; other processes hold {others / 2**30:.1f} GiB of the GPU" if others > 2 << 30 else ""

@@ -55,7 +55,7 @@ def test_the_smallest_budget_gives_every_stage_its_least():
     least = sum(stage.least for stage in STAGES)
     assert least <= 120
     check_budget(least, STAGES)
-    with pytest.raises(ConfigError, match="too short: machine, tests, loss, step, data, training need"):
+    with pytest.raises(ConfigError, match="does not suffice: machine, tests, loss, step, data, training need"):
         check_budget(least - 1, STAGES)
     assert [stage.name for stage in chosen_stages(["data", "machine"])] == ["machine", "data"]
 
@@ -153,6 +153,9 @@ def test_only_what_is_not_done_is_run_again_unless_it_is_named(tmp_path, stages)
     ran.clear()
     assert runner.bench_gpu(540, tmp_path, "cpu", [], None)
     assert ran == []
+    ends |= {"loss": FAILED}
+    assert not runner.bench_gpu(540, tmp_path, "cpu", ["loss"], None)
+    assert not runner.bench_gpu(BY_NAME["loss"].least, tmp_path, "cpu", [], None), "enough for what is left to do"
     assert len(list(tmp_path.iterdir())) == len(STAGES) + 1
 
 
@@ -174,6 +177,8 @@ def work(tmp_path):
 def test_what_cannot_be_measured_leaves_the_rest_and_every_number_is_on_disk_at_once(work, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (1 << 30, 80 << 30))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 2 << 30)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    work.device = torch.device("cuda")
     for what, error in [
         ("pml", MissingExtra("pip install it")),
         ("dense, N 65536", torch.OutOfMemoryError("CUDA out of memory")),
@@ -352,7 +357,8 @@ def test_other_bad_input_is_refused_in_one_line(capsys, monkeypatch, tmp_path):
     monkeypatch.setattr(runner, "run_stage", None)
     assert "did you mean 'loss'" in refused(capsys, "--only", "los")
     assert "--device is gpu; use auto, cpu or cuda" in refused(capsys, "--device", "gpu")
-    assert "--budget 30 is too short" in refused(capsys, "--budget", 30)
+    assert "--budget 30 does not suffice" in refused(capsys, "--budget", 30)
+    assert "--budget nan does not suffice" in refused(capsys, "--budget", "nan")
     assert "has no folders train and test" in refused(capsys, "--data", tmp_path)
     file = tmp_path / "file"
     file.touch()
