@@ -163,11 +163,9 @@ def run(
         limit = memory_available() // 2 if dense_limit_bytes is None else dense_limit_bytes
         chosen = list(names)
         if device == "cpu" and DENSE_COPIES * n * n * 4 > limit:
-            for name in set(DENSE) & set(names):
-                tell(
-                    f"{name}, N {n}, D {d}", f"its matrices would take more than the {limit / 2**30:.1f} GiB allowed"
-                )
             chosen = [name for name in names if name not in DENSE]
+            for name in (name for name in names if name in DENSE):
+                tell(f"{name}, N {n}, D {d}", f"its matrices would take more than {limit / 2**30:.1f} GiB")
         for row in _measure_size(n, d, chosen, device, runs, memory, tell):
             print(line(row), flush=True)
             measured(row)

@@ -28,7 +28,8 @@ def main() -> None:
     given = parser.parse_args()
     stage = next(stage for stage in STAGES if stage.name == given.stage)
     record = Record.load(given.out / stage.file)
-    work = Work(record, torch.device(given.device), given.deadline, given.out, given.data)
+    device = torch.device("cuda", 0) if given.device == "cuda" else torch.device(given.device)
+    work = Work(record, device, given.deadline, given.out, given.data)
     if work.threads:
         torch.set_num_threads(work.threads)
     # where it hangs, in what is kept of stderr; the kill comes soon after

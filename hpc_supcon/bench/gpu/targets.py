@@ -62,7 +62,8 @@ def why_not(stages: Stages, stage: str, fields: Mapping[str, Any]) -> str:
         return f"stage {stage} did not run"
     name, n = str(fields.get("name", fields.get("encoder", ""))), fields.get("n")
     for entry in content["skipped"]:
-        if (name and entry["what"].startswith(name)) or (n and entry["what"].startswith(f"N {n}")):
+        of_row = (name and entry["what"].startswith(name)) or (n and entry["what"].startswith(f"N {n}"))
+        if of_row or not fields:
             return str(entry["why"])
     return f"stage {stage}: {content['status']}"
 

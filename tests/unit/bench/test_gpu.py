@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 from itertools import pairwise
@@ -109,6 +110,33 @@ def test_a_stage_that_hangs_is_killed_with_its_children_and_what_it_measured_is_
     assert content["tables"]["loss"] == [{"name": "dense", "n": 16}]
     assert [path.name for path in out.iterdir()] == [stage.file]
     assert "**Killed** at its limit of 60 s; what it had measured is below" in page({"loss": content})
+
+
+def test_a_command_that_is_ended_ends_its_stage_and_leaves_a_page(tmp_path, monkeypatch):
+    class Ended(Patient):
+        def wait(self, timeout=None):
+            if timeout is None:
+                return super().wait()
+            Path(self.ready).read_text()
+            return os.kill(os.getpid(), signal.SIGTERM)
+
+    ready, alive, handler = tmp_path / "ready", os.pipe(), signal.getsignal(signal.SIGTERM)
+    os.mkfifo(ready)
+    out = tmp_path / "out"
+    monkeypatch.setattr(Patient, "ready", str(ready))
+    monkeypatch.setattr(runner.subprocess, "Popen", lambda *a, **k: Ended(*a, **k, pass_fds=[alive[1]]))
+    command = [sys.executable, "-c", HANGS, str(out / BY_NAME["loss"].file), str(ready)]
+    monkeypatch.setattr(runner, "stage_command", lambda *a: command)
+    with pytest.raises(SystemExit) as ended:
+        runner.bench_gpu(60.0, out, "cpu", ["loss"], None)
+    assert ended.value.code == 128 + signal.SIGTERM
+    os.close(alive[1])
+    with os.fdopen(alive[0]) as pipe:
+        assert pipe.read() == ""
+    text = (out / "report.md").read_text()
+    assert "Cut off together with the whole command." in text
+    assert "| dense | 16 |" in text
+    assert signal.getsignal(signal.SIGTERM) == handler
 
 
 def test_a_stage_that_fails_is_noted_with_exit_code_and_last_lines(tmp_path, monkeypatch):
@@ -286,6 +314,12 @@ def test_the_page_says_of_each_target_what_was_measured_and_whether_it_is_met():
     assert of("resnet50") == ("not measured: stage step: failed", "not measured")
     assert of("5 million") == ("not measured: stage data did not run", "not measured")
     assert of("95 %")[1] == "not measured", "no target is missed by a run that had no time"
+
+
+def test_the_page_says_why_no_accuracy_was_measured():
+    skipped = [{"what": "training on real images", "why": "no --data: give CIFAR-10"}]
+    text = page({"training": content("training", skipped=skipped)})
+    assert "95 % in under 8 minutes | not measured: no --data: give CIFAR-10 | not measured |" in text
 
 
 def test_the_page_tells_what_failed_and_what_was_not_measured_and_its_tables_are_even(tmp_path):
