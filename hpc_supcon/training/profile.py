@@ -131,7 +131,8 @@ class StepProfile:
         kinds = [torch.profiler.ProfilerActivity.CPU]
         if self._device.type == "cuda":
             kinds.append(torch.profiler.ProfilerActivity.CUDA)
-        self._trace = torch.profiler.profile(activities=kinds)
+        # acc_events changes nothing here, where one cycle is traced: without it PyTorch 2.11 warns of later ones
+        self._trace = torch.profiler.profile(activities=kinds, acc_events=True)
         self._open.enter_context(self._trace)
 
     def _write_trace(self) -> None:

@@ -108,7 +108,7 @@ def _around(work: Work, session: StepSession, *, trace: bool) -> dict[str, objec
     if trace:
         kinds = [torch.profiler.ProfilerActivity.CPU]
         kinds += [torch.profiler.ProfilerActivity.CUDA] if work.kind == "cuda" else []
-        with torch.profiler.profile(activities=kinds) as profile:
+        with torch.profiler.profile(activities=kinds, acc_events=True) as profile:
             one()
         profile.export_chrome_trace(str(work.out / TRACE))
         work.record.fact(trace=TRACE)
