@@ -11,10 +11,9 @@ from pathlib import Path
 
 import torch
 
-from ...data import ArraySource, Source, Views
+from ...data import ArraySource, Source, Views, convert_splits, open_beton, open_source
 from ..common import is_installed, seconds_of
-from ..jpegs import make_large_set
-from ..loader import MEAN, STD, our_batches, rate, sources_of
+from ..loader import MEAN, STD, make_large_set, our_batches, rate
 from .work import Work
 
 POLICIES = ("flip_crop", "simaugment")
@@ -89,12 +88,24 @@ def _files(work: Work, size: Size, scratch: Path) -> None:
                 if not folder.exists():
                     make_large_set(folder, max(batch, size.files // (8 if side else 1)), side or 32)
                 view = side * 7 // 8
-                source = sources_of(folder, scratch / f"{label}.beton", view, [name])[name]
+                source = _source(name, folder, scratch / f"{label}.beton", view)
                 used = min(batch, len(source))
                 _measure(
                     work, label, name, source, view or source.image_size, used, size.workers, "simaugment",
                     size.seconds, crop=bool(side),
                 )  # fmt: skip
+
+
+def _source(name: str, folder: Path, beton: Path, size: int) -> Source:
+    """What the loader `name` reads: image files, or for ffcv the same as a .beton file, which is written here.
+
+    size: side of the images in px; 0: that of the files.
+    """
+    splits = open_source("image_folder", folder, image_size=size or None)
+    if name != "ffcv":
+        return splits.train
+    convert_splits("image_folder", splits, beton)
+    return open_beton(beton.with_name(f"{beton.stem}.train.beton"), image_size=size or None)
 
 
 def _measure(
