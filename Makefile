@@ -2,16 +2,17 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-RANKS ?= 2
+# of quickstart: one for each GPU, at most two; two on a CPU
+RANKS ?= $(shell $(BIN)/python -c "import torch; print(min(2, torch.cuda.device_count()) or 2)")
 WORKERS ?= 2
 # a file's tests stay in one worker, so that what they share is made once
 PARALLEL = -n $(WORKERS) --dist loadfile
 # tests of signals, of many processes and of what a crash leaves: they have the machine to themselves, one at a time
 ALONE = tests/fault tests/slurm
 
-.PHONY: quickstart check test lint bench clean
+.PHONY: quickstart check test lint bench gpu wheels clean
 
-quickstart: $(VENV)/.installed  ## the main job on embedded data: two ranks, about a minute
+quickstart: $(VENV)/.installed  ## the main job on embedded data, about a minute
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node $(RANKS) -m hpc_supcon run run_dir=runs/quickstart-$$(date +%Y%m%d-%H%M%S)
 
 check: lint  ## before each commit: linters, types, and the unit tests as far as they need no training
@@ -27,6 +28,25 @@ lint: $(VENV)/.installed-dev
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/loss.py
 	$(BIN)/python benchmarks/loader.py
+
+# where there is no environment here: the Python that has PyTorch, and the wheels that were copied along
+GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,PYTHONPATH=$(CURDIR)/wheels/site $(PYTHON))
+
+gpu: $(if $(wildcard $(BIN)/python),,wheels/site)  ## all tests and measurements on a GPU: see benchmarks/gpu.md
+	$(GPU_PYTHON) -m hpc_supcon bench gpu $(if $(DATA),--data $(DATA)) --out benchmarks/results/gpu-$$(date +%Y-%m-%d)
+
+wheels/site: $(wildcard wheels/*.whl)
+	mkdir -p $@
+	$(if $^,$(PYTHON) -m pip install -q --no-index --no-deps --upgrade --target $@ $^)
+
+WHEELS_FOR ?= 3.12
+DOWNLOAD = $(PYTHON) -m pip download -q --disable-pip-version-check --dest wheels --only-binary :all: \
+	--python-version $(WHEELS_FOR) --implementation cp --platform manylinux2014_x86_64 --platform any
+
+wheels:  ## what a machine with PyTorch and no package index lacks, for its Python, WHEELS_FOR
+	rm -rf wheels
+	$(DOWNLOAD) pydantic
+	$(DOWNLOAD) --no-deps submitit pytorch-metric-learning
 
 $(VENV)/.installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)

@@ -132,8 +132,8 @@ def rate(batches: Batches, seconds: float, workers: int, device: str) -> tuple[f
     """
     for _ in range(workers):
         next(batches)
-    start, busy, images = time.perf_counter(), cpu_seconds(), 0
-    while time.perf_counter() - start < seconds:
+    busy, images, start = cpu_seconds(), 0, time.perf_counter()
+    while not images or time.perf_counter() - start < seconds:
         images += sum(len(next(batches)) for _ in range(workers))
         if device != "cpu":
             torch.cuda.synchronize()

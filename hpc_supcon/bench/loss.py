@@ -2,11 +2,10 @@
 
     hpc-supcon bench loss --size 4096 --size 8192 --only dense --only tiled
 
-Contenders: `dense` (SupContrast's loss in plain PyTorch), `compiled` (the same under torch.compile), `pml`
-(pytorch-metric-learning), and the backends of hpc_supcon. Times are measured in rounds of all contenders in one
-process, so that drift of the machine affects all of them; CPU memory is measured in a new process for each, as the
-peak resident set minus that before the call. Extra memory is everything except the features, including the gradient.
-Writes JSON and PNG.
+The contenders are those of loss_contenders.py. Times are measured in rounds of all of them in one process, so that
+drift of the machine affects all: on CUDA by events, and beside them the time until the call returns to the host. CPU
+memory is measured in a new process for each, as the peak resident set minus that before the call. Extra memory is
+everything except the features, including the gradient. Writes JSON and PNG.
 """
 
 from __future__ import annotations
@@ -15,53 +14,37 @@ import json
 import multiprocessing
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..errors import MissingExtra
-from ..losses import SupConLoss
-from .common import machine, resident, synchronize
+from ..phases import REST, Clock
+from .common import host_waits, machine, memory_available, resident, synchronize
+from .loss_contenders import DENSE, Loss, contender
 
-TEMPERATURE = 0.1
 CLASSES = 100
 DENSE_COPIES = 10
-"""About the number of fp32 N x N matrices that the dense contenders hold at their peak; sizes above the memory limit
-are skipped."""
-Loss = Callable[[Tensor, Tensor], Tensor]
-"""(features [N, D], labels [N]) -> loss."""
+"""About the number of fp32 N x N matrices that the dense contenders hold at their peak. On a CPU, sizes above the
+memory limit are skipped; on CUDA they are tried, and an end of memory is told."""
 
 
-def dense_supcon(z: Tensor, labels: Tensor) -> Tensor:
-    """SupCon "out" as SupContrast computes it: with full matrices, and the row maximum subtracted."""
-    z = torch.nn.functional.normalize(z, dim=1)
-    mask = torch.eq(labels[:, None], labels[None, :]).float()
-    logits = z @ z.T / TEMPERATURE
-    logits = logits - logits.max(dim=1, keepdim=True).values.detach()
-    others = torch.ones_like(mask).fill_diagonal_(0)
-    mask = mask * others
-    log_prob = logits - torch.log((torch.exp(logits) * others).sum(1, keepdim=True))
-    return -((mask * log_prob).sum(1) / mask.sum(1)).mean()
+@dataclass(frozen=True)
+class CallTime:
+    """Seconds of one call: on CUDA `forward` and `backward` are the device's, `host` is until the call returned."""
 
+    forward: float
+    backward: float
+    host: float
 
-def contender(name: str) -> Loss:
-    if name == "dense":
-        return dense_supcon
-    if name == "compiled":
-        return torch.compile(dense_supcon)
-    if name == "pml":
-        try:
-            from pytorch_metric_learning.losses import SupConLoss as PmlLoss
-        except ModuleNotFoundError:
-            raise MissingExtra("pml is pytorch-metric-learning: pip install 'hpc-supcon[dev]'") from None
-        return PmlLoss(temperature=TEMPERATURE)
-    backend, _, precision = name.partition("-")
-    return SupConLoss(TEMPERATURE, backend=backend, precision=precision or "auto")
+    @property
+    def total(self) -> float:
+        return self.forward + self.backward
 
 
 @dataclass(frozen=True)
@@ -72,12 +55,18 @@ class LossRow:
     n: int
     d: int
     seconds: float
-    """The best of `runs`."""
+    """The best of `runs`; forward_s and backward_s are its parts."""
+    forward_s: float
+    backward_s: float
+    host_s: float
+    """Until the call returned to the host, the best of `runs`."""
+    host_waits: int | None
+    """How often the host waited for the device in a call; None where there is no such device."""
     seconds_median: float
     seconds_worst: float
     runs: int
-    extra_bytes: int
-    """Peak memory without the features."""
+    extra_bytes: int | None
+    """Peak memory without the features; None: not measured."""
     tflops: float
     """6 N^2 D / seconds: as if every contender did the arithmetic of three dense matmuls."""
     loss: float
@@ -90,32 +79,46 @@ def make_batch(n: int, d: int, device: str) -> tuple[Tensor, Tensor]:
     return torch.randn(n, d, device=device, requires_grad=True), torch.arange(n, device=device) % CLASSES
 
 
-def one_call(loss: Loss, z: Tensor, labels: Tensor) -> tuple[float, float]:
-    """(seconds, value) of forward + backward; replaces z.grad."""
+def one_call(name: str, loss: Loss, z: Tensor, labels: Tensor) -> tuple[CallTime, float]:
+    """(times, value) of forward + backward; replaces z.grad. `name`: of the contender."""
     z.grad = None
-    synchronize(z)
-    start = time.perf_counter()
-    value = loss(z, labels)
-    value.backward()
-    synchronize(z)
-    return time.perf_counter() - start, float(value.detach())
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("high" if name == "dense-tf32" else "highest")
+    try:
+        synchronize(z)
+        clock, start = Clock(z.device), time.perf_counter()
+        clock.switch("forward")
+        value = loss(z, labels)
+        clock.switch("backward")
+        value.backward()
+        clock.switch(REST)
+        host = time.perf_counter() - start
+        seconds = clock.read()
+    finally:
+        torch.set_float32_matmul_precision(before)
+    return CallTime(seconds["forward"], seconds["backward"], host), float(value.detach())
+
+
+def _forward_backward(loss: Loss, z: Tensor, labels: Tensor) -> None:
+    loss(z, labels).backward()
 
 
 def _cpu_memory(name: str, n: int, d: int, threads: int, answer: Any) -> None:
     torch.set_num_threads(threads)
     loss = contender(name)
-    one_call(loss, *make_batch(CLASSES * 2, d, "cpu"))  # libraries allocate some memory once, which is not the loss's
+    # libraries allocate some memory once, which is not the loss's
+    one_call(name, loss, *make_batch(CLASSES * 2, d, "cpu"))
     if name == "compiled":
-        one_call(loss, *make_batch(n, d, "cpu"))
+        one_call(name, loss, *make_batch(n, d, "cpu"))
     z, labels = make_batch(n, d, "cpu")
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-    one_call(loss, z, labels)
+    one_call(name, loss, z, labels)
     answer.put(resident("VmHWM") - before)
 
 
-def peak_extra(name: str, n: int, d: int, device: str) -> int:
-    """Peak bytes of one forward + backward, without the batch itself."""
+def peak_extra(name: str, loss: Loss, n: int, d: int, device: str) -> int:
+    """Peak bytes of one forward + backward, without the batch itself; `loss`: of the contender `name`, warmed up."""
     if device == "cpu":
         context = multiprocessing.get_context("spawn")
         answer = context.Queue()
@@ -124,14 +127,11 @@ def peak_extra(name: str, n: int, d: int, device: str) -> int:
         extra = answer.get(timeout=1800)
         child.join()
         return int(extra)
-    loss = contender(name)
     z, labels = make_batch(n, d, device)
-    one_call(loss, z, labels)
-    z.grad = None
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
-    one_call(loss, z, labels)
+    one_call(name, loss, z, labels)
     return torch.cuda.max_memory_allocated() - before
 
 
@@ -141,39 +141,88 @@ def run(
     names: Sequence[str] = ("dense", "compiled", "pml", "tiled"),
     device: str = "cpu",
     runs: int = 3,
-    dense_limit_bytes: int = 4 << 30,
+    *,
+    dense_limit_bytes: int | None = None,
+    memory: bool = True,
+    measured: Callable[[LossRow], None] = lambda row: None,
+    skipped: Callable[[str, str], None] = lambda what, why: None,
 ) -> list[LossRow]:
-    """Measure every contender at every size, except the dense ones where their matrices exceed the limit."""
+    """Measure every contender at every size, the dense ones as far as memory goes.
+
+    dense_limit_bytes: bytes that their matrices may take on a CPU; None: half of what is free. memory: measure peak
+    memory as well, which takes a process for each row on a CPU. measured, skipped: called after each row, and for
+    each contender that does not fit, with the reason.
+    """
+
+    def tell(what: str, why: str) -> None:
+        print(f"{what}: {why}", flush=True)
+        skipped(what, why)
+
     results = []
     for n in sizes:
-        fits = DENSE_COPIES * n * n * 4 <= dense_limit_bytes
-        chosen = [name for name in names if fits or name not in ("dense", "compiled", "pml", "reference")]
-        z, labels = make_batch(n, d, device)
-        losses = {name: contender(name) for name in chosen}
-        times: dict[str, list[float]] = {name: [] for name in chosen}
-        values: dict[str, float] = {}
-        errors: dict[str, float | None] = {}
-        baseline: Tensor | None = None
-        for turn in range(runs + 1):  # the first round is the warm-up: compilation, tuning, new pages
-            for name, loss in losses.items():
-                seconds, values[name] = one_call(loss, z, labels)
-                assert z.grad is not None
-                if turn == 0:
-                    errors[name] = None if baseline is None else float((z.grad - baseline).norm() / baseline.norm())
-                    baseline = z.grad.clone() if baseline is None else baseline
-                else:
-                    times[name].append(seconds)
-        for name in chosen:
-            # the best run: the others also measure what else runs on the machine
-            seconds, median, worst = min(times[name]), statistics.median(times[name]), max(times[name])
-            extra = peak_extra(name, n, d, device)
-            rate = 6 * n * n * d / seconds / 1e12
-            results.append(LossRow(name, n, d, seconds, median, worst, runs, extra, rate, values[name], errors[name]))
-            print(
-                f"{name:>16} N {n:>7} D {d:>5}  {seconds:9.4f} s (median {median:.4f})  {extra / 2**20:9.1f} MiB  "
-                f"{rate:8.3f} TFLOP/s  {seconds / n / n * 1e9:7.3f} ns/pair  loss {values[name]:.6f}"
-            )
+        limit = memory_available() // 2 if dense_limit_bytes is None else dense_limit_bytes
+        chosen = list(names)
+        if device == "cpu" and DENSE_COPIES * n * n * 4 > limit:
+            chosen = [name for name in names if name not in DENSE]
+            for name in (name for name in names if name in DENSE):
+                tell(f"{name}, N {n}, D {d}", f"its matrices would take more than {limit / 2**30:.1f} GiB")
+        for row in _measure_size(n, d, chosen, device, runs, memory, tell):
+            print(line(row), flush=True)
+            measured(row)
+            results.append(row)
     return results
+
+
+def _measure_size(
+    n: int, d: int, names: Sequence[str], device: str, runs: int, memory: bool, tell: Callable[[str, str], None]
+) -> Iterator[LossRow]:
+    """The rows of one size, measured in rounds of all contenders."""
+    z, labels = make_batch(n, d, device)
+    losses = {name: contender(name) for name in names}
+    times: dict[str, list[CallTime]] = {name: [] for name in names}
+    values: dict[str, float] = {}
+    errors: dict[str, float | None] = {}
+    baseline: Tensor | None = None
+    for turn in range(runs + 1):  # the first round is the warm-up: compilation, tuning, new pages
+        for name, loss in list(losses.items()):
+            try:
+                taken, values[name] = one_call(name, loss, z, labels)
+            except torch.OutOfMemoryError:
+                del losses[name]
+                z.grad = None
+                torch.cuda.empty_cache()
+                tell(f"{name}, N {n}, D {d}", "out of memory")
+                continue
+            assert z.grad is not None
+            if turn == 0:
+                errors[name] = None if baseline is None else float((z.grad - baseline).norm() / baseline.norm())
+                baseline = z.grad.clone() if baseline is None else baseline
+            else:
+                times[name].append(taken)
+    for name, loss in losses.items():
+        try:
+            waits = host_waits(partial(_forward_backward, loss, z, labels), torch.device(device))
+            z.grad = None
+            extra = peak_extra(name, loss, n, d, device) if memory else None
+        except torch.OutOfMemoryError:
+            waits = extra = None
+            tell(f"{name}, N {n}, D {d}, peak memory", "out of memory")
+        # the best run: the others also measure what else runs on the machine
+        ordered = sorted(times[name], key=lambda t: t.total)
+        best, totals = ordered[0], [t.total for t in ordered]
+        yield LossRow(
+            name, n, d, best.total, best.forward, best.backward, min(t.host for t in ordered), waits,
+            statistics.median(totals), totals[-1], runs, extra,
+            6 * n * n * d / best.total / 1e12, values[name], errors[name],
+        )  # fmt: skip
+
+
+def line(row: LossRow) -> str:
+    extra = "" if row.extra_bytes is None else f"{row.extra_bytes / 2**20:9.1f} MiB  "
+    return (
+        f"{row.name:>16} N {row.n:>7} D {row.d:>5}  {row.seconds:9.4f} s (median {row.seconds_median:.4f})  {extra}"
+        f"{row.tflops:8.3f} TFLOP/s  {row.seconds / row.n / row.n * 1e9:7.3f} ns/pair  loss {row.loss:.6f}"
+    )
 
 
 def plot(results: Sequence[LossRow], path: Path) -> None:
@@ -186,7 +235,8 @@ def plot(results: Sequence[LossRow], path: Path) -> None:
     for name in dict.fromkeys(r.name for r in results):
         mine = [r for r in results if r.name == name]
         axes[0].plot([r.n for r in mine], [r.seconds for r in mine], marker="o", label=name)
-        axes[1].plot([r.n for r in mine], [r.extra_bytes / 2**20 for r in mine], marker="o", label=name)
+        extra = [(r.extra_bytes or 0) / 2**20 for r in mine]
+        axes[1].plot([r.n for r in mine], extra, marker="o", label=name)
     for axis, title in zip(axes, ("seconds, forward + backward", "peak extra memory, MiB"), strict=True):
         axis.set(xscale="log", yscale="log", xlabel="rows N", title=title)
         sizes = sorted({r.n for r in results})

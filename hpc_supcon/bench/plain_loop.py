@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, RandomSampler
 from torchvision import transforms
 
-from .loss import dense_supcon
+from .loss_contenders import dense_supcon
 
 WORKERS = 2
 POLICIES = ("flip_crop", "simaugment")

@@ -15,7 +15,7 @@ import math
 import multiprocessing
 import resource
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass
 from datetime import date
@@ -50,9 +50,17 @@ class Limits:
 
 
 def measure_row(
-    row: StepRow, overrides: Sequence[str], device: torch.device, seconds: float, empty: int = 0
+    row: StepRow,
+    overrides: Sequence[str],
+    device: torch.device,
+    seconds: float,
+    empty: int = 0,
+    then: Callable[[StepSession], None] = lambda session: None,
 ) -> StepRow:
-    """`row` with its numbers, or as out of memory. empty: bytes of this process before the first row, on a CPU."""
+    """`row` with its numbers, or as out of memory.
+
+    empty: bytes of this process before the first row, on a CPU. then: called with the session after it is measured.
+    """
     if device.type == "cpu":
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
     else:
@@ -64,11 +72,12 @@ def measure_row(
             once = session.measure(1).total
             steps = max(1, math.ceil(seconds / ROUNDS / once))
             rounds = [session.measure(steps) for _ in range(ROUNDS)]
+            peak = resident("VmHWM") - empty if device.type == "cpu" else torch.cuda.max_memory_allocated(device)
+            then(session)
     except (RuntimeError, MemoryError) as error:
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "memory" not in str(error):
             raise
         return _without_numbers(row, OUT_OF_MEMORY)
-    peak = resident("VmHWM") - empty if device.type == "cpu" else torch.cuda.max_memory_allocated(device)
     best, worst = min(rounds, key=lambda b: b.total), max(rounds, key=lambda b: b.total)
     views = row.batch_size * config.data.views
     return StepRow(

@@ -1,4 +1,4 @@
-"""The command line of the benchmarks: `hpc-supcon bench loss | loader | step`."""
+"""The command line of the benchmarks: `hpc-supcon bench loss | loader | step | gpu`."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def bench_loss(
     size: Annotated[list[int] | None, typer.Option(help="Rows N of the batch; repeat for several.")] = None,
     only: Annotated[
         list[str] | None,
-        typer.Option(help="dense | compiled | pml | reference | tiled | triton[-bf16|-tf32]; repeat for several."),
+        typer.Option(help="dense[-tf32] | compiled | pml | reference | tiled | triton[-bf16|-tf32]; repeat."),
     ] = None,
     dim: Annotated[int, typer.Option(help="Embedding size D.")] = 128,
     device: Annotated[str, typer.Option(help="auto | cpu | cuda")] = "auto",
@@ -115,3 +115,29 @@ def bench_step(
         tag=tag,
         out=out,
     )
+
+
+@bench.command("gpu")
+def bench_gpu_command(
+    budget: Annotated[float, typer.Option(help="Seconds that all of it may take.")] = 540.0,
+    device: Annotated[str, typer.Option(help="auto | cpu | cuda; on a CPU everything runs in miniature.")] = "auto",
+    only: Annotated[
+        list[str] | None,
+        typer.Option(
+            help="machine | tests | loss | step | data | training: again if it is done; repeat for several."
+        ),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="CIFAR-10 as an image folder of JPEGs: train/CLASS/*.jpg, test/CLASS/*.jpg.")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the results; one that was begun is completed.")] = Path("gpu"),
+    page: Annotated[bool, typer.Option("--page", help="Measure nothing: make report.md anew.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Test and measure everything on one GPU within a budget of seconds; tables in OUT/report.md."""
+    from ..bench.gpu import bench_gpu, write_report
+
+    if page:
+        write_report(out)
+    elif not bench_gpu(budget, out, device, only or [], data):
+        raise typer.Exit(1)

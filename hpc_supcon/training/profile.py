@@ -131,7 +131,8 @@ class StepProfile:
             kinds.append(torch.profiler.ProfilerActivity.CUDA)
         # the profiler's library logs to stderr, also that there is no GPU; above its highest level it is silent
         os.environ.setdefault("KINETO_LOG_LEVEL", "99")
-        self._trace = torch.profiler.profile(activities=kinds)
+        # acc_events changes nothing here, where one cycle is traced: without it PyTorch 2.11 warns of later ones
+        self._trace = torch.profiler.profile(activities=kinds, acc_events=True)
         self._open.enter_context(self._trace)
 
     def _write_trace(self) -> None:

@@ -40,3 +40,13 @@ def test_every_contender_is_measured_and_plotted(tmp_path, monkeypatch, capsys):
 def test_an_unknown_contender_is_refused(tmp_path, capsys):
     assert bench(tmp_path, "--only", "webdataset") == 2
     assert "unknown contenders webdataset; known: torchvision" in capsys.readouterr().err
+
+
+def test_a_round_has_a_batch_of_each_worker_however_short_it_is():
+    from hpc_supcon.bench.loader import rate
+
+    served = iter([[0] * 4] * 6)
+    images_per_s, cpu = rate(served, 0.0, workers=3, device="cpu")
+    assert images_per_s > 0
+    assert cpu >= 0
+    assert list(served) == [], "three to warm up, three that are measured"

@@ -15,6 +15,7 @@ from hpc_supcon.data import ArraySource, EvalOrder, TrainOrder, build_loader
 from hpc_supcon.data.loaders import LoaderOptions
 from hpc_supcon.errors import ConfigError, CorruptSample, DataError, LoaderDied
 
+from ..devices import needs_cuda
 from .contract import (
     BATCH,
     CROP,
@@ -183,7 +184,7 @@ def test_a_dali_that_decodes_nothing_is_reported(folder, monkeypatch):
         load_all(source)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_cuda
 def test_the_gpu_agrees_with_the_cpu(tmp_path: Path):
     root = write_folder(tmp_path, suffix="jpg", size=(80, 64))
     source = open_train(root)

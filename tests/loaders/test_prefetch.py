@@ -14,6 +14,7 @@ from hpc_supcon.data.loaders.base import EpochSteps
 from hpc_supcon.data.loaders.prefetch import DEPTH, ThreadedEpochs, to_device
 from hpc_supcon.errors import CorruptSample, LoaderDied
 
+from ..devices import needs_cuda
 from .contract import ProcessResources, assert_nothing_left
 
 
@@ -114,7 +115,7 @@ def test_a_new_epoch_ends_the_one_before_and_close_ends_both():
 # ---- batches copied to a GPU
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_cuda
 @pytest.mark.parametrize("n", [0, 1, 50])
 def test_on_a_gpu_batches_are_complete_while_it_computes(n):
     weights = torch.randn(2048, 2048, device="cuda")
@@ -127,7 +128,7 @@ def test_on_a_gpu_batches_are_complete_while_it_computes(n):
     ]
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_cuda
 def test_batches_of_worker_processes_reach_a_gpu():
     images = torch.randint(0, 256, (64, 3, 8, 8), dtype=torch.uint8)
     source = ArraySource(images, torch.arange(64) % 2, ["a", "b"])

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from pathlib import Path
 
+import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
@@ -33,3 +37,15 @@ def test_make_test_runs_every_folder_of_tests_once():
     assert shared.endswith("$(ALONE:%=--ignore=%)")
     assert alone.endswith(" $(ALONE)")
     assert all((ROOT / folder).is_dir() for folder in folders)
+
+
+@pytest.mark.parametrize(("gpus", "ranks"), [(0, 2), (1, 1), (2, 2), (8, 2)])
+def test_quickstart_has_a_rank_for_each_gpu_at_most_two_and_two_without(tmp_path, gpus, ranks):
+    (tmp_path / "torch.py").write_text(f"class cuda:\n    device_count = staticmethod(lambda: {gpus})\n")
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path} exec {sys.executable} "$@"\n')
+    python.chmod(0o755)
+    environment = {name: value for name, value in os.environ.items() if name != "RANKS"}
+    command = ["make", "--dry-run", "quickstart", f"BIN={tmp_path}"]
+    printed = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
+    assert f"--nproc_per_node {ranks} -m hpc_supcon run" in printed

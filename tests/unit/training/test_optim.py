@@ -14,6 +14,7 @@ from hpc_supcon.errors import ConfigError
 from hpc_supcon.models import build_encoder
 from hpc_supcon.training.engine.base import clip_gradients
 from hpc_supcon.training.optim import build_optimizer, set_learning_rate
+from tests.devices import needs_cuda
 
 SHAPES = [(4, 3), (2, 3, 3, 3), (5, 1, 1, 1), (3, 2), (7, 2), (4,), (1,), ()]
 ZERO_WEIGHT, ZERO_GRADIENT, SOMETIMES, SOMETIMES_TOO = 3, 4, 1, 5
@@ -307,7 +308,7 @@ def test_multi_tensor_calls_have_a_form_for_which_cuda_has_a_kernel():
             optimizer.step()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_cuda
 @pytest.mark.parametrize("name", ["sgd", "adamw", "lars", "lamb"])
 def test_on_cuda_no_step_waits_and_the_weights_are_those_of_the_cpu(name):
     settings = {"name": name, "lr": 0.1, "weight_decay": 1e-2, "lars_eta": 0.02}

@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from hpc_supcon.data import Views
+from tests.devices import needs_cuda
 
 RGB = {"mean": [0.4, 0.5, 0.6], "std": [0.2, 0.3, 0.25]}
 
@@ -70,10 +71,7 @@ def test_the_check_notices_operations_that_wait():
                 wait(torch.empty(2, device="meta"))
 
 
-cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
-
-
-@cuda
+@needs_cuda
 @pytest.mark.parametrize("policy", ["none", "flip_crop", "simaugment", "autoaugment"])
 @pytest.mark.parametrize("side", [32, 96])
 def test_on_cuda_views_repeat_bit_for_bit_after_reseeding(policy, side):
@@ -87,7 +85,7 @@ def test_on_cuda_views_repeat_bit_for_bit_after_reseeding(policy, side):
     assert torch.equal(resumed.cuda()(images), expected)
 
 
-@cuda
+@needs_cuda
 @pytest.mark.parametrize("policy", ["flip_crop", "simaugment", "autoaugment"])
 @pytest.mark.parametrize("side", [32, 96])
 def test_on_cuda_the_host_does_not_wait(policy, side):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from hpc_supcon.data import Views
+from tests.devices import needs_cuda
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[3]
@@ -120,7 +121,7 @@ def test_small_images_on_cuda_without_blur_or_operations_take_the_kernel(setting
     assert not views._takes_kernel(images)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@needs_cuda
 @pytest.mark.parametrize("channels_last", [False, True])
 @pytest.mark.parametrize(("height", "size"), [(32, 32), (48, 24), (28, 64)])
 def test_on_cuda_the_kernel_computes_the_pixels_of_the_cpu(height, size, channels_last):
