@@ -170,7 +170,7 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
 def loss_precision(device: torch.device, loss: str, training: str) -> str:
     """`loss.precision` for embeddings of a model that trains in `training` (train.precision): `auto` is bf16 where
     the forward pass is bf16 or fp16. The loss itself is computed outside of autocast, from fp32 embeddings."""
-    half = isinstance(autocast(device, training), torch.autocast)
+    half = not isinstance(autocast(device, training), nullcontext)
     return "bf16" if loss == "auto" and half else loss
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -180,3 +181,22 @@ def test_kernels_compile_for_the_tensor_cores_and_spend_few_instructions_on_a_pa
     done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "compiled" in done.stdout
+
+
+def test_column_splits_keep_a_gpu_busy_where_blocks_of_rows_leave_a_wave_half_empty():
+    from hpc_supcon.losses.triton_sizes import column_splits
+
+    processors, tile = 132, 128
+    for n in range(16384, 25601, 128):  # with one split, 50 % of the processors work at 17,000 rows
+        span = -(-n // column_splits(n // tile, n, processors) // 256) * 256
+        waves = -(-(n // tile) * -(-n // span) // processors)
+        assert n // tile * n >= 0.8 * processors * waves * span
+
+
+def test_every_gpu_and_size_has_a_configuration_that_fits():
+    from hpc_supcon.losses import triton_sizes
+
+    devices, dims = (99, 163, 227), (16, 128, 256, 512, 2048)
+    for kilobytes, dim, itemsize, accumulates in product(devices, dims, (2, 4), (True, False)):
+        if dim * itemsize <= 512 or not accumulates:  # wider gradients are multiplied strip by strip
+            assert triton_sizes.configurations(dim, itemsize, kilobytes << 10, accumulates=accumulates)
