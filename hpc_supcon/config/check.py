@@ -145,6 +145,16 @@ def _check_loss(config: Config) -> None:
             f"loss.backend=triton: loss.temperature={loss.temperature:g} and model.projection_dim={dim} must be at "
             f"least {MIN_TRITON_TEMPERATURE} and at most {MAX_TRITON_DIM}; use loss.backend=tiled"
         )
+    if loss.backend == "triton" and loss.precision == "fp32":
+        raise ConfigError(
+            "loss.precision=fp32: the kernels of loss.backend=triton multiply on tensor cores, which have no fp32; "
+            "use loss.precision=tf32, or loss.backend=tiled for exact products"
+        )
+    if loss.backend in ("reference", "tiled") and loss.precision in ("bf16", "tf32"):
+        raise ConfigError(
+            f"loss.precision={loss.precision} is a format of loss.backend=triton; use auto or fp32 with "
+            f"loss.backend={loss.backend}"
+        )
 
 
 def _check_queue(config: Config) -> None:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..distributed import collectives
 from .gathered import normalize_queue
+from .precision import float32_products
 from .validation import Anchors, Queue
 
 
@@ -23,10 +24,13 @@ def dense_statistics(
     scale: Tensor,
     temperature: Tensor | None,
     log_zero: float,
+    *,
+    exact: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     """n_pos, mean_pos, log_pos, log_neg, log_inv of PairwiseStats for the rows u.
 
-    `temperature`: None where log_inv is not needed. `log_zero` stands for log 0.
+    `temperature`: None where log_inv is not needed. `log_zero` stands for log 0. `exact`: fp32 products on CUDA are
+    not TF32, whatever the process has.
     """
     rows = anchors.rows_per_rank
     u_MD, labels_M = u_ND, labels_N
@@ -37,7 +41,7 @@ def dense_statistics(
         past, past_labels = normalize_queue(queue, scale, u_ND.dtype)
         u_MD = torch.cat([u_MD, past])
         labels_M = torch.cat([labels_M, past_labels])
-    sim_NM = _SimilarityMatrix.apply(u_ND, u_MD)
+    sim_NM = _SimilarityMatrix.apply(u_ND, u_MD, exact)
     index = torch.arange(u_ND.shape[0], device=u_ND.device)
     other_NM = torch.ones_like(sim_NM, dtype=torch.bool)
     other_NM[index, anchors.offset + index] = False
@@ -54,16 +58,18 @@ class _SimilarityMatrix(torch.autograd.Function):
     """a @ b.T whose backward pass stays in the dtype of a, also when it runs inside an autocast block."""
 
     @staticmethod
-    def forward(ctx: Any, a_ND: Tensor, b_MD: Tensor) -> Tensor:
+    def forward(ctx: Any, a_ND: Tensor, b_MD: Tensor, exact: bool) -> Tensor:
         ctx.save_for_backward(a_ND, b_MD)
-        return a_ND @ b_MD.T
+        ctx.precision = "fp32" if exact else None
+        with float32_products(ctx.precision):
+            return a_ND @ b_MD.T
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         a_ND, b_MD = ctx.saved_tensors
-        with torch.autocast(a_ND.device.type, enabled=False):
-            return grads[0] @ b_MD, grads[0].T @ a_ND
+        with torch.autocast(a_ND.device.type, enabled=False), float32_products(ctx.precision):
+            return grads[0] @ b_MD, grads[0].T @ a_ND, None
 
 
 def _log_sum_exp(sim_NM: Tensor, members_NM: Tensor, log_zero: float) -> Tensor:

@@ -21,10 +21,10 @@ from . import torch_tiled
 from .autograd import TiledBackend, tiled_statistics
 from .dense import dense_statistics
 from .gathered import normalize_rows
+from .precision import PRECISIONS, tile_precision
 from .validation import Anchors, Queue, prepare_anchors
 
 BACKENDS = ("auto", "reference", "tiled", "triton")
-PRECISIONS = ("auto", "bf16", "tf32", "ieee")
 # Sums of exp(1 / temperature) over millions of columns stay in the range of fp32 down to the first, in that of fp64
 # down to the second.
 FP32_TEMPERATURE = 0.025
@@ -89,8 +89,9 @@ def pairwise_stats(
         queue: (past embeddings [Q, D], their labels [Q]), compared with every anchor but without gradient. With
             labels None they are negatives of every anchor.
         validate: raise for NaN and Inf in the features, which waits for the device once.
-        precision: of the Triton backend's products: "bf16", "tf32", "ieee" (fp32), or "auto", which is bf16 for
-            half-precision features and else tf32.
+        precision: of the products of embeddings. "bf16" and "tf32" (fp32 with 10 bits of mantissa) are formats of
+            the Triton backend alone, "fp32" is exact and of the other backends (for Triton, on the CPU only).
+            "auto": bf16 for half-precision features and under bf16 or fp16 autocast, else tf32.
         tile_size: rows and columns of the PyTorch backend's tiles.
         rows_per_rank: the rows (images times views) of every rank, where all ranks know them. This saves a message
             and a wait for the device in every call (see `prepare_anchors`).
@@ -112,9 +113,9 @@ def pairwise_stats(
     anchors = prepare_anchors(
         features, labels, gather=gather, validate=validate, queue=queue, rows_per_rank=rows_per_rank
     )
-    backend = choose_backend(backend, anchors, features, tau)
+    backend = choose_backend(backend, anchors, features, tau, precision)
     if backend == "triton":
-        precision = _tile_precision(precision, features)
+        precision = tile_precision(precision, features)
     with torch.autocast(features.device.type, enabled=False):
         dtype = compute_dtype(features, tau)
         exact = torch.as_tensor(temperature, dtype=torch.float64)
@@ -136,13 +137,16 @@ def _statistics(
     for_inverse = temperature if inverse else None
     if backend == "reference":
         u_ND = normalize_rows(anchors.rows, scale, dtype)
-        found = dense_statistics(u_ND, anchors.labels, anchors, queue, scale, for_inverse, log_zero(dtype))
+        exact = precision == "fp32"
+        found = dense_statistics(
+            u_ND, anchors.labels, anchors, queue, scale, for_inverse, log_zero(dtype), exact=exact
+        )
         return PairwiseStats(*found, valid=found[0] > 0)
-    tiled: TiledBackend = torch_tiled.TorchTiledBackend(tile_size)
+    tiled: TiledBackend = torch_tiled.TorchTiledBackend(tile_size, exact=precision == "fp32")
     if backend == "triton":
-        from . import triton_kernels
+        from . import triton_backend
 
-        tiled = triton_kernels.TritonBackend(precision)
+        tiled = triton_backend.TritonBackend(precision)
     return PairwiseStats(*tiled_statistics(anchors, queue, scale, for_inverse, dtype, tiled, log_zero(dtype)))
 
 
@@ -184,7 +188,7 @@ def check_temperature(tau: float) -> None:
         raise ConfigError(f"temperature {tau} is below {MIN_TEMPERATURE}, where exp(1 / temperature) overflows")
 
 
-def choose_backend(backend: str, anchors: Anchors, features: Tensor, tau: float) -> str:
+def choose_backend(backend: str, anchors: Anchors, features: Tensor, tau: float, precision: str = "auto") -> str:
     """The backend to use, with "auto" replaced by a choice. Raises ConfigError, MissingExtra.
 
     The choice must be the same on every rank, because the backends use different collectives: it depends on the
@@ -197,13 +201,20 @@ def choose_backend(backend: str, anchors: Anchors, features: Tensor, tau: float)
             f"backend 'triton' needs fp32, bf16 or fp16 features of at most 2048 dimensions and a temperature of at "
             f"least {FP32_TEMPERATURE}; got {features.dtype}, {features.shape[-1]}, {tau}; use 'tiled'"
         )
+    exact_on_cuda = precision == "fp32" and features.is_cuda
+    if backend == "triton" and exact_on_cuda:
+        raise ConfigError(
+            "precision 'fp32' with backend 'triton': its kernels multiply on tensor cores, which have no fp32; "
+            "use precision 'tf32', or backend 'tiled' for exact products"
+        )
     if backend == "triton" and not _has_triton():
         raise MissingExtra("backend 'triton' needs the package triton: pip install triton")
     if backend != "auto":
         return backend
     if columns <= (_SMALL_ON_CUDA if features.is_cuda else _SMALL_ON_CPU):
         return "reference"
-    return "triton" if features.is_cuda and fits_triton and _has_triton() else "tiled"
+    fits_triton = fits_triton and features.is_cuda and not exact_on_cuda
+    return "triton" if fits_triton and _has_triton() else "tiled"
 
 
 def check_choices(backend: str, precision: str = "auto") -> None:
@@ -216,12 +227,6 @@ def check_choices(backend: str, precision: str = "auto") -> None:
 
 def _has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
-
-
-def _tile_precision(precision: str, features: Tensor) -> str:
-    if precision != "auto":
-        return precision
-    return "bf16" if features.dtype in (torch.bfloat16, torch.float16) else "tf32"
 
 
 def _number(value: float | Tensor) -> float:

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from .autograd import RowSums
 from .gathered import GatheredRows
+from .precision import float32_products
 
 # 512 x 512 fp32 is 1 MiB: the tile stays in the L2 cache between the matmul, the exp and the sums.
 TILE_SIZE = 512
@@ -98,12 +99,24 @@ class TileBuffers:
 
 
 class TorchTiledBackend:
-    """The TiledBackend of PyTorch operations, on any device, with tiles of `tile_size` x `tile_size`."""
+    """The TiledBackend of PyTorch operations, on any device, with tiles of `tile_size` x `tile_size`.
 
-    def __init__(self, tile_size: int = TILE_SIZE) -> None:
+    `exact`: fp32 products on CUDA are not TF32, whatever the process has.
+    """
+
+    def __init__(self, tile_size: int = TILE_SIZE, *, exact: bool = False) -> None:
         self.tile_size = tile_size
+        self._precision = "fp32" if exact else None
 
     def row_sums(self, gathered: GatheredRows, temperature: float | None) -> RowSums:
+        with float32_products(self._precision):
+            return self._row_sums(gathered, temperature)
+
+    def row_gradients(self, gathered: GatheredRows, weights_M4: Tensor, temperature: float | None) -> Tensor:
+        with float32_products(self._precision):
+            return self._row_gradients(gathered, weights_M4, temperature)
+
+    def _row_sums(self, gathered: GatheredRows, temperature: float | None) -> RowSums:
         buffers = TileBuffers(gathered, self.tile_size)
         n = buffers.own_u.shape[0]
         sums = torch.zeros(5, n, dtype=torch.float64, device=gathered.u.device)
@@ -140,7 +153,7 @@ class TorchTiledBackend:
             return RowSums(sim_pos, exp_pos, exp_neg, None, None)
         return RowSums(sim_pos, exp_pos, exp_neg, inv_pos, sim_inv_pos)
 
-    def row_gradients(self, gathered: GatheredRows, weights_M4: Tensor, temperature: float | None) -> Tensor:
+    def _row_gradients(self, gathered: GatheredRows, weights_M4: Tensor, temperature: float | None) -> Tensor:
         buffers = TileBuffers(gathered, self.tile_size)
         grad_ND = torch.zeros_like(buffers.own_u)
         sim_weight, pos_weight, neg_weight, inv_weight = weights_M4.T.contiguous().unbind()

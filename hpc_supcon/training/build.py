@@ -23,7 +23,7 @@ from ..seeding import seed_global_generators, stream
 from .agreement import STATE_KEY
 from .data import Data, build_training_loader
 from .ema import MomentumQueue, WeightAverage
-from .engine import ENGINES, EngineParts, LossScale, autocast, compiler, place
+from .engine import ENGINES, EngineParts, LossScale, autocast, compiler, loss_precision, place
 from .objective import Objective, heads_of
 from .optim import OPTIMIZER_SETTINGS, build_optimizer
 from .plan import build_plan, build_stopping, peak_lr
@@ -56,7 +56,9 @@ def build_training(
         torch.manual_seed(stream(config.seed, "model"))  # the same on all ranks, so that their weights are equal
         model = build_model(description) if start is None else start.model
         views = build_views(config, description)
-        objective = Objective(config.loss.weights, config.loss.model_dump(), denormalize=views.denormalize)
+        precision = loss_precision(runtime.device, config.loss.precision, config.train.precision)
+        settings = {**config.loss.model_dump(), "precision": precision}
+        objective = Objective(config.loss.weights, settings, denormalize=views.denormalize)
         weights = None
         if load_weights and config.model.weights is not None:
             weights = load_pretrained(model.encoder, config.model.weights)

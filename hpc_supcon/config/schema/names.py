@@ -27,6 +27,7 @@ ResponseLossName = Literal["supcon_out", "tcl"]
 """Losses that `log.gradient_response` is defined for."""
 MiningName = Literal["random", "semihard", "hard"]
 BackendName = Literal["auto", "reference", "tiled", "triton"]
+LossPrecisionName = Literal["auto", "bf16", "tf32", "fp32"]
 
 OptimizerName = Literal["sgd", "adamw", "lars", "lamb"]
 ScheduleName = Literal["cosine", "step", "constant", "one_cycle"]

@@ -12,6 +12,7 @@ from .names import (
     BackendName,
     EngineName,
     LossName,
+    LossPrecisionName,
     MiningName,
     OnlineProbeName,
     OptimizerName,
@@ -73,6 +74,10 @@ class LossConfig(Section):
     backend: BackendName = Field(
         description="how contrastive losses compute similarities; reference: the whole matrix; tiled: one tile at a "
         "time; triton: the same by kernels for CUDA; auto: the fastest one that fits"
+    )
+    precision: LossPrecisionName = Field(
+        description="products of embeddings in contrastive losses; bf16, tf32: formats of the triton backend; fp32: "
+        "exact, by the other backends; auto: bf16 where training computes in bf16 or fp16, else tf32; sums are fp32"
     )
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from .base import Engine, EngineParts, LossScale, autocast, compiler, place, unscaled
+from .base import Engine, EngineParts, LossScale, autocast, compiler, loss_precision, place, unscaled
 from .checks import check_engine
 from .ddp import DdpEngine, distribute
 from .deepspeed import DeepSpeedEngine
@@ -18,6 +18,7 @@ __all__ = [
     "check_engine",
     "compiler",
     "distribute",
+    "loss_precision",
     "place",
     "unscaled",
 ]

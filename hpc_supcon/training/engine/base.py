@@ -167,6 +167,13 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[obj
     return nullcontext()
 
 
+def loss_precision(device: torch.device, loss: str, training: str) -> str:
+    """`loss.precision` for embeddings of a model that trains in `training` (train.precision): `auto` is bf16 where
+    the forward pass is bf16 or fp16. The loss itself is computed outside of autocast, from fp32 embeddings."""
+    half = not isinstance(autocast(device, training), nullcontext)
+    return "bf16" if loss == "auto" and half else loss
+
+
 def unscaled(precision: str) -> str:
     """`precision` for training without loss scaling: `auto` in place of fp16."""
     return "auto" if precision == "fp16" else precision

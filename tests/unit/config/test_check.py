@@ -39,6 +39,11 @@ PRETRAIN = [
     (["loss.temperature=1e-3"], r"loss\.temperature=0\.001 is below 0\.002"),
     (["loss.backend=triton", "loss.temperature=0.02"], r"loss\.temperature=0\.02 .* use loss\.backend=tiled"),
     (["loss.backend=triton", "model.projection_dim=4096"], r"projection_dim=4096 .* use loss\.backend=tiled"),
+    (["loss.backend=triton", "loss.precision=fp32"], r"use loss\.precision=tf32, or loss\.backend=tiled"),
+    (
+        ["loss.backend=tiled", "loss.precision=bf16"],
+        r"loss\.precision=bf16 is a format of loss\.backend=triton; use auto",
+    ),
     (["loss.name=triplet", "loss.queue_size=10"], r"loss\.queue_size=10: triplet takes no queue; use 0"),
     (["model.momentum_encoder=0.9"], r"model\.momentum_encoder .* set loss\.queue_size as well"),
     # the data

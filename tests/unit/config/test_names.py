@@ -26,6 +26,7 @@ from hpc_supcon.grid.schema import STAGES
 from hpc_supcon.losses import LOSSES
 from hpc_supcon.losses.pairwise import BACKENDS, FP32_TEMPERATURE
 from hpc_supcon.losses.pairwise import MIN_TEMPERATURE as LEAST_OF_THE_LOSSES
+from hpc_supcon.losses.precision import PRECISIONS
 from hpc_supcon.losses.triplet import MINING
 from hpc_supcon.models.encoders import ENCODERS, build_encoder
 from hpc_supcon.models.heads import build_decoder
@@ -56,6 +57,7 @@ def losses_by(fact) -> set[str]:
         (names.LossName, LOSSES),
         (names.MiningName, MINING),
         (names.BackendName, BACKENDS),
+        (names.LossPrecisionName, PRECISIONS),
         (names.OptimizerName, OPTIMIZERS),
         (names.ScheduleName, SCHEDULES),
         (names.EngineName, ENGINES),

@@ -36,7 +36,7 @@ def value_and_gradient(form, x, labels, tau, backend, tile_size=16, queue=None):
         backend=backend,
         tile_size=tile_size,
         queue=queue,
-        precision="ieee",
+        precision="fp32",
     )
     loss = losses.global_mean(per_anchor(form, stats), stats.valid)
     loss.backward()
@@ -319,7 +319,7 @@ def test_auto_is_the_dense_backend_for_small_batches_and_the_tiled_one_for_large
         (lambda: losses.SupConLoss(form="inside"), "known: in, out"),
         (lambda: losses.SupConLoss(base_temperature=0.0), "base_temperature must be positive"),
         (lambda: losses.SupConLoss(backend="titled"), "did you mean 'tiled'"),
-        (lambda: losses.SupConLoss(precision="fp8"), "known: auto, bf16, ieee, tf32"),
+        (lambda: losses.SupConLoss(precision="fp8"), "known: auto, bf16, fp32, tf32"),
         (lambda: losses.TCLLoss(k1=-1.0), "k1 must be"),
         (lambda: losses.TCLLoss(k2=float("inf")), "k2 must be"),
     ],

@@ -13,7 +13,7 @@ from hpc_supcon.training.objective import GRADIENT_RESPONSE_LOSSES, Objective
 # Settings of the loss section that say which losses there are and what they are given, not how one is computed.
 NOT_OF_A_LOSS = {"name", "terms", "supervised", "queue_size"}
 # Parameters for those who use the losses without a configuration.
-NOT_SETTINGS = {"precision", "gather", "validate"}
+NOT_SETTINGS = {"gather", "validate"}
 
 
 def test_every_loss_can_be_built_by_its_name():
