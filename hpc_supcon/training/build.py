@@ -14,7 +14,7 @@ from ..config import Config
 from ..data import Splits, Views, normalization_of
 from ..distributed.collectives import propagate_errors
 from ..distributed.launch import Runtime
-from ..models import PretrainingModel, apply_activation_checkpointing, build_model
+from ..models import PretrainingModel, apply_activation_checkpointing, build_model, check_deterministic
 from ..models import load_weights as load_pretrained
 from ..pruning import WeightMasks
 from ..seeding import seed_global_generators, stream
@@ -52,6 +52,9 @@ def build_training(
         description = describe_model(config, data.splits)
         torch.manual_seed(stream(config.seed, "model"))  # the same on all ranks, so that their weights are equal
         model = build_model(description) if start is None else start.model
+        if runtime.device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
+            size = description["encoder"]["image_size"]
+            check_deterministic(model.encoder, config.model.encoder, description["encoder"]["in_channels"], size)
         views = build_views(config, description)
         objective = Objective(config.loss.weights, config.loss.model_dump(), denormalize=views.denormalize)
         weights = None
