@@ -109,7 +109,9 @@ def _build_state(
 ) -> TrainState:
     """The state of a run at its start. Collective. Raises ConfigError for what the engine refuses."""
     train, optim = config.train, config.optim
-    placed = place(model, runtime, channels_last=train.channels_last, sync_bn=config.model.sync_bn)
+    placed = place(
+        model, runtime, channels_last=train.channels_last, sync_bn=config.model.sync_bn, compiled=train.compile
+    )
     objective = objective.to(runtime.device)
     # copies of the model are made before it is wrapped, and before its blocks are changed to recompute activations
     queue = None

@@ -8,6 +8,7 @@ import pytest
 import torch
 from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
+from torch._dynamo.utils import counters
 
 from hpc_supcon.distributed.launch import Launch, Runtime
 from hpc_supcon.losses import SupConLoss
@@ -88,6 +89,52 @@ def test_batchnorm_over_uneven_ranks_equals_pytorchs_on_the_whole_batch(kind):
     for part in parts:  # running statistics: the same on all ranks
         torch.testing.assert_close(part[4], want[4], **close)
         torch.testing.assert_close(part[5], want[5], **close)
+
+
+class Layers(nn.Sequential):
+    """Three BatchNorms, one of which contains its activation."""
+
+    def __init__(self):
+        torch.manual_seed(1)
+        super().__init__(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 5, 3), BatchNormAct2d(5))
+        self.extend([nn.Flatten(), nn.Linear(5 * 4 * 4, 4), nn.BatchNorm1d(4)])
+
+
+def compiled_and_plain(rank, world_size):
+    """Of two ranks with 3 and 5 images: (graphs that layers were cut into, everything compiled, all of it plain)."""
+    torch.manual_seed(5 + rank)
+    x = torch.randn(3 + 2 * rank, 3, 8, 8, dtype=torch.float64)
+    found = []
+    for backend in ("aot_eager", None):
+        model = synchronize_batchnorm(Layers().double(), torch.device("cpu"), compiled=True)
+        assert [type(m).__name__ for m in model if "Norm" in type(m).__name__] == [
+            "GlobalBatchNorm",
+            "GlobalBatchNormAct",
+            "GlobalBatchNorm",
+        ]
+        counters.clear()
+        run = model if backend is None else torch.compile(model, dynamic=False, backend=backend)
+        y = run(x)
+        (y * torch.arange(y.numel()).view_as(y)).sum().backward()
+        graphs = (counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()))
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        found.append((graphs, [y.detach(), gradients, dict(model.named_buffers())]))
+    return found
+
+
+def test_torch_compile_makes_one_graph_of_layers_with_global_batchnorm_and_changes_nothing():
+    for (graphs, compiled), (_, plain) in run_ranks(compiled_and_plain, 2):
+        assert graphs == (1, 0)
+        torch.testing.assert_close(compiled, plain, rtol=1e-9, atol=1e-11)
+
+
+def test_on_cuda_a_model_that_will_be_compiled_gets_the_batchnorm_that_is_traced():
+    cuda = torch.device("cuda")
+    model = synchronize_batchnorm(Layers(), cuda, compiled=True)
+    kinds = [type(m) for m in model]
+    assert [type(m) for m in synchronize_batchnorm(model, cuda)] == kinds  # the wrapper of all ranks asks again
+    assert "SyncBatchNorm" not in [kind.__name__ for kind in kinds]
+    assert "SyncBatchNorm" in [type(m).__name__ for m in synchronize_batchnorm(Layers(), cuda)]
 
 
 def statistics_held_still(rank, world_size):
