@@ -48,7 +48,13 @@ class DaliLoader:
         self._pipeline: Any = None
         # one thread, the only one that uses the pipeline
         self._epochs = ThreadedEpochs(
-            "dali", steps, self._start, threads=1, timeout_s=options.timeout_s, join_s=_JOIN_S
+            "dali",
+            steps,
+            self._start,
+            threads=1,
+            timeout_s=options.timeout_s,
+            join_s=_JOIN_S,
+            device=self._device,
         )
 
     @property
@@ -96,7 +102,7 @@ class DaliLoader:
         # The tensor belongs to the pipeline, which writes the next batch into it, on a stream of its own.
         images = torch.utils.dlpack.from_dlpack(views).clone().view(len(index), *self._reader.shape)
         if self._gpu is not None:
-            torch.cuda.current_stream(self._gpu).synchronize()
+            torch.cuda.current_stream(self._gpu).synchronize()  # this thread's own, not that of the training step
         return images
 
     def _build(self) -> Any:
