@@ -2,7 +2,7 @@
 
 With small batches per rank, per-rank statistics reveal which images share a rank (google-research/simclr issue 114).
 PyTorch's SyncBatchNorm supports CUDA only, and torch.compile does not trace it: the graph of a model breaks in every
-layer. The one of this module is traced: its all-reduces become nodes of the graph.
+layer. The one of this module is traced: its sums over ranks become nodes of the graph.
 """
 
 from __future__ import annotations
@@ -13,6 +13,28 @@ import torch
 import torch.distributed as dist
 from timm.layers.norm_act import BatchNormAct2d, convert_sync_batchnorm
 from torch import Tensor, nn
+
+
+@torch.library.custom_op("hpc_supcon::sum_over_ranks", mutates_args=())
+def _traced_sum(values: Tensor) -> Tensor:
+    """One node of a compiled graph. PyTorch's own all-reduce becomes two, one of which changes a buffer in place:
+    inductor of PyTorch 2.14 uses such a buffer for other values as well, which gave wrong statistics."""
+    total = values.clone()
+    dist.all_reduce(total)
+    return total
+
+
+@_traced_sum.register_fake
+def _(values: Tensor) -> Tensor:
+    return torch.empty_like(values)
+
+
+def _sum_over_ranks(values: Tensor) -> Tensor:
+    """May change `values`."""
+    if torch.compiler.is_compiling():
+        return _traced_sum(values)
+    dist.all_reduce(values)
+    return values
 
 
 class _GlobalBatchNorm(torch.autograd.Function):
@@ -31,7 +53,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
         # in float64, so that the difference of squares below loses no precision of fp32
         mean, var = mean.double(), var.double()
         message = torch.cat([n, mean * n, (var + mean * mean) * n])
-        dist.all_reduce(message)
+        message = _sum_over_ranks(message)
         count, total, squares = message.split([1, mean.numel(), mean.numel()])
         mean = total / count
         var = (squares / count - mean * mean).clamp_(min=0).to(wide)
@@ -52,7 +74,7 @@ class _GlobalBatchNorm(torch.autograd.Function):
             dy, x, weight, mean, var, None, None, False, ctx.eps, [False, True, True]
         )
         sums = torch.cat([d_weight, d_bias])
-        dist.all_reduce(sums)
+        sums = _sum_over_ranks(sums)
         xhat_sum, dy_sum = (sums / count.to(sums.dtype)).chunk(2)
         # dx = (dy - mean dy - xhat mean(dy xhat)) invstd weight, as one affine map of dy and x per channel
         shape = [1, -1] + [1] * (x.dim() - 2)

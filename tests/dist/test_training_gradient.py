@@ -92,40 +92,42 @@ def test_batchnorm_over_uneven_ranks_equals_pytorchs_on_the_whole_batch(kind):
 
 
 class Layers(nn.Sequential):
-    """Three BatchNorms, one of which contains its activation."""
+    """Four BatchNorms, one of which contains its activation."""
 
     def __init__(self):
         torch.manual_seed(1)
-        super().__init__(nn.Conv2d(3, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Conv2d(6, 5, 3), BatchNormAct2d(5))
-        self.extend([nn.Flatten(), nn.Linear(5 * 4 * 4, 4), nn.BatchNorm1d(4)])
+        super().__init__()
+        for channels in (3, 16, 16):
+            norm = [nn.BatchNorm2d(16), nn.ReLU(inplace=True)]
+            self.extend([nn.Conv2d(channels, 16, 3, 1, 1, bias=False), *norm])
+        self.extend([nn.Conv2d(16, 16, 3, bias=False), BatchNormAct2d(16)])
 
 
 def compiled_and_plain(rank, world_size):
     """Of two ranks with 3 and 5 images: (graphs that layers were cut into, everything compiled, all of it plain)."""
     torch.manual_seed(5 + rank)
-    x = torch.randn(3 + 2 * rank, 3, 8, 8, dtype=torch.float64)
+    x = torch.randn(6 + 2 * rank, 3, 32, 32)
     found = []
-    for backend in ("aot_eager", None):
-        model = synchronize_batchnorm(Layers().double(), torch.device("cpu"), compiled=True)
-        assert [type(m).__name__ for m in model if "Norm" in type(m).__name__] == [
-            "GlobalBatchNorm",
-            "GlobalBatchNormAct",
-            "GlobalBatchNorm",
-        ]
+    for compiled in (True, False):
+        model = synchronize_batchnorm(Layers(), torch.device("cpu"), compiled=True)
+        assert sum(type(m).__name__.startswith("GlobalBatchNorm") for m in model) == 4
         counters.clear()
-        run = model if backend is None else torch.compile(model, dynamic=False, backend=backend)
+        run = torch.compile(model, dynamic=False) if compiled else model
         y = run(x)
-        (y * torch.arange(y.numel()).view_as(y)).sum().backward()
+        (y * torch.linspace(0, 1, y.numel()).view_as(y)).sum().backward()
         graphs = (counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()))
         gradients = {name: p.grad for name, p in model.named_parameters()}
-        found.append((graphs, [y.detach(), gradients, dict(model.named_buffers())]))
+        found.append((graphs, [{"output": y.detach()}, gradients, dict(model.named_buffers())]))
     return found
 
 
 def test_torch_compile_makes_one_graph_of_layers_with_global_batchnorm_and_changes_nothing():
     for (graphs, compiled), (_, plain) in run_ranks(compiled_and_plain, 2):
         assert graphs == (1, 0)
-        torch.testing.assert_close(compiled, plain, rtol=1e-9, atol=1e-11)
+        for got, want in zip(compiled, plain, strict=True):
+            assert got.keys() == want.keys()
+            for name, value in want.items():
+                assert (got[name] - value).float().norm() <= 1e-3 * value.float().norm().clamp(min=1), name
 
 
 def test_on_cuda_a_model_that_will_be_compiled_gets_the_batchnorm_that_is_traced():

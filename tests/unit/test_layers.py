@@ -104,7 +104,8 @@ def test_optional_packages_are_not_imported_at_the_top_of_a_module():
         for node in ast.parse(path.read_text()).body:
             names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
             names += [node.module or ""] if isinstance(node, ast.ImportFrom) and not node.level else []
-            used_only_by_itself = path.name == "triton_kernels.py" or path.parts[-2:] == ("views", "triton.py")
+            kernels = (("losses", "triton_kernels.py"), ("losses", "triton_rows.py"), ("views", "triton.py"))
+            used_only_by_itself = path.parts[-2:] in kernels
             if OPTIONAL & {n.split(".")[0] for n in names} and not used_only_by_itself:
                 wrong.append(str(path.relative_to(ROOT)))
     assert not wrong
