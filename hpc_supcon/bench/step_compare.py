@@ -1,4 +1,4 @@
-"""Comparison of this package's step with a plain loop: same model, images, augmentation and precision, in turns.
+"""Comparison of this package's step with a plain loop: same model, images, augmentation and numerics, in turns.
 
 The plain loop has a separate process, because this one has the package's own memory settings (see
 allocator.keep_freed_memory). While one works, the other waits.
@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection
 import torch
 
 from ..config import Config
-from ..distributed.launch import Launch, Runtime
+from ..distributed.launch import Launch, Runtime, set_numerics
 from ..errors import ConfigError
 from ..models import build_model
 from ..phases import ENCODER
@@ -118,6 +118,7 @@ def plain_loop(config: Config, steps: int, device: torch.device) -> Iterator[Con
 
 def _child(pipe: Connection, config: Config, steps: int, device: torch.device, threads: int) -> None:
     torch.set_num_threads(threads)
+    set_numerics(config.deterministic)
     loop = build_plain_loop(config, steps, device)
     loop.run()
     pipe.send(None)

@@ -11,7 +11,7 @@ import torch
 from ..allocator import keep_freed_memory
 from ..config import Config, load_config
 from ..data import Batch
-from ..distributed.launch import Launch, Runtime
+from ..distributed.launch import Launch, Runtime, set_numerics
 from ..models import build_model
 from ..phases import Clock, measured_by, phase
 from ..training import build
@@ -80,6 +80,7 @@ class StepSession:
 
     def __init__(self, config: Config, device: torch.device) -> None:
         runtime = Runtime(Launch(), device)
+        set_numerics(config.deterministic)  # as `launch.start` does for a run
         if device.type == "cpu" and config.runtime.reuse_memory:
             keep_freed_memory()
         self.data = load_data(config, runtime)

@@ -61,6 +61,7 @@ def check_ranks(config: Config, world_size: int, *, stages: tuple[Stage, ...]) -
     if _pretrains(config, stages) or ("prune" in stages and config.prune.finetunes):
         _check_shares("data.batch_size", config.data.batch_size, world_size)
         _check_pieces(config, world_size)
+        _check_graphs(config, world_size)
     if ("probe" in stages or "prune" in stages) and "finetune" in config.probe.kinds:
         _check_shares("probe.finetune.batch_size", config.probe.finetune.batch_size, world_size)
 
@@ -86,6 +87,14 @@ def _check_pieces(config: Config, world_size: int) -> None:
         raise ConfigError(
             f"train.cuda_graphs=true needs pieces of equal size, but {images} images per rank in pieces of "
             f"train.micro_batch_size={piece} leave a smaller last one; use a divisor of {images}"
+        )
+
+
+def _check_graphs(config: Config, world_size: int) -> None:
+    if config.train.cuda_graphs and world_size > 1:
+        raise ConfigError(
+            f"train.cuda_graphs=true: the pass of {world_size} ranks exchanges statistics and gradients, which a "
+            "replayed graph does not wait for; use train.cuda_graphs=false, or one rank"
         )
 
 

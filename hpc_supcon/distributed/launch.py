@@ -154,7 +154,7 @@ def start(
         keep_freed_memory()
     # not OMP_NUM_THREADS, which torchrun sets to 1: sharing the cores among the ranks of this node is faster
     torch.set_num_threads(threads or fair_threads(launch))
-    _set_determinism(deterministic)
+    set_numerics(deterministic)
     if store is not None:
         _start_group(launch, store, chosen, timeout_s)
     assert (collectives.rank(), collectives.world_size()) == (launch.rank, launch.world_size)
@@ -194,7 +194,9 @@ def set_collective_timeout(seconds: float) -> None:
     change(timedelta(seconds=seconds), dist.group.WORLD)
 
 
-def _set_determinism(deterministic: bool) -> None:
+def set_numerics(deterministic: bool) -> None:
+    """How this process computes: with deterministic algorithms alone, in full fp32; or with the fastest convolutions
+    and TF32 products. For training and for what measures it. Before the first use of CUDA."""
     if deterministic:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS is not deterministic
     torch.use_deterministic_algorithms(deterministic)

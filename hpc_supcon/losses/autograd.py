@@ -58,7 +58,11 @@ class RowSums:
 
 
 class TiledBackend(Protocol):
-    """Computes sums over the columns of the similarity matrix tile by tile."""
+    """Computes sums over the columns of the similarity matrix tile by tile.
+
+    A backend whose products are of a narrower dtype than u names it as `row_dtype`: rows are then cast once, before
+    they travel to the other ranks.
+    """
 
     def row_sums(self, gathered: GatheredRows, temperature: float | None) -> RowSums:
         """The sums of the own rows. `temperature`: None where inv_pos and sim_inv_pos are not needed."""
@@ -74,8 +78,12 @@ class TiledBackend(Protocol):
 
 
 class _TiledLogSums(torch.autograd.Function):
-    """(u, temperature) -> mean_pos, log_pos, log_neg, log_inv of the own rows, each [N]; no log_inv without
-    `temperature`."""
+    """(u, temperature) -> n_pos, mean_pos, log_pos, log_neg, log_inv of the own rows, each [N]; no log_inv without
+    `temperature`. Row i of u is anchor order[i], of the results anchor i: sorting costs one operation each way.
+
+    The statistics are rows of one matrix, so that an operation computes all of them: on CUDA, the host needs more
+    time to launch an operation on [N] numbers than the device to compute it.
+    """
 
     @staticmethod
     def forward(
@@ -83,62 +91,69 @@ class _TiledLogSums(torch.autograd.Function):
         u_ND: Tensor,
         temperature: Tensor | None,
         gathered: GatheredRows,
+        order_N: Tensor,
         backend: TiledBackend,
         log_zero: float,
     ) -> tuple[Tensor, ...]:
         ctx.temperature = None if temperature is None else float(temperature.detach())
         sums = backend.row_sums(gathered, ctx.temperature)
-        has_pos, has_neg = gathered.n_pos > 0, gathered.n_neg > 0
-
-        def log(values: Tensor, not_empty: Tensor) -> Tensor:
-            return torch.where(not_empty, values, 1.0).log().where(not_empty, log_zero)
-
-        logs = [log(sums.exp_pos, has_pos), log(sums.exp_neg, has_neg)]
+        counts = [gathered.n_pos, gathered.n_pos, gathered.n_neg]
+        sums_KN = [gathered.n_pos, sums.exp_pos, sums.exp_neg]
         if sums.inv_pos is not None:
-            logs.append(log(sums.inv_pos, has_pos))
-        mean_pos = sums.sim_pos / gathered.n_pos.clamp(min=1)
+            counts, sums_KN = [*counts, gathered.n_pos], [*sums_KN, sums.inv_pos]
+        empty_KN, divisors_KN = torch.stack(counts) == 0, torch.stack(sums_KN)
+        found = divisors_KN.log().masked_fill_(empty_KN, log_zero)
+        divisors_KN.masked_fill_(empty_KN, 1.0)
+        found[0] = sums.sim_pos / divisors_KN[0]
+        rows = torch.cat([gathered.n_pos[None], found]).to(u_ND.dtype)
         # The backward pass frees saved tensors; what else `ctx` refers to lives as long as the loss.
         ctx.gathered, ctx.backend, ctx.dtype = replace(gathered, u=u_ND.new_empty(0)), backend, u_ND.dtype
-        ctx.save_for_backward(gathered.u, temperature, sums.sim_inv_pos, *logs)
-        return tuple(value.to(u_ND.dtype) for value in (mean_pos, *logs))
+        ctx.save_for_backward(gathered.u, temperature, sums.sim_inv_pos, order_N, empty_KN, divisors_KN)
+        n_pos, *values = torch.empty_like(rows).index_copy_(1, order_N, rows).unbind()
+        ctx.mark_non_differentiable(n_pos)
+        return n_pos, *values
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
-        u_MD, temperature, sim_inv_pos, *logs = ctx.saved_tensors
+        u_MD, temperature, sim_inv_pos, order_N, empty_KN, divisors_KN = ctx.saved_tensors
         gathered = replace(ctx.gathered, u=u_MD)
         with torch.autocast(gathered.u.device.type, enabled=False):
-            weights_N4 = _row_weights(gathered, [grad.double() for grad in grads], logs)
-            weights_M4 = weights_N4.to(ctx.dtype)
-            if len(gathered.rows_per_rank) > 1:
-                weights_M4 = collectives.gather_rows(weights_M4, gathered.rows_per_rank)
-            queue_rows = gathered.u.shape[0] - weights_M4.shape[0]
-            if queue_rows:
-                weights_M4 = torch.cat([weights_M4, weights_M4.new_zeros(queue_rows, 4)])
-            grad_ND = ctx.backend.row_gradients(gathered, weights_M4, ctx.temperature)
+            grads_KN = torch.stack(grads[1:]).index_select(1, order_N).to(divisors_KN.dtype)
+            weights_KN = _row_weights(grads_KN, empty_KN, divisors_KN)
             grad_temperature = None
             if ctx.needs_input_grad[1]:
                 # With s fixed, dinv_pos / dtau = -sum_P s exp(-tau s); autograd adds the share that goes through u.
-                grad_temperature = -(weights_N4[:, 3] * sim_inv_pos).sum().to(temperature)
-        return grad_ND, grad_temperature, None, None, None
+                grad_temperature = -(weights_KN[3] * sim_inv_pos).sum().to(temperature)
+            weights_M4 = _of_all_rows(weights_KN.to(ctx.dtype), gathered)
+            grad_ND = ctx.backend.row_gradients(gathered, weights_M4, ctx.temperature)
+        return grad_ND, grad_temperature, None, None, None, None
 
 
-def _row_weights(gathered: GatheredRows, grads: list[Tensor], logs: list[Tensor]) -> Tensor:
-    """sim_weight, pos_weight, neg_weight, inv_weight of the own rows, [N, 4].
+def _row_weights(grads_KN: Tensor, empty_KN: Tensor, divisors_KN: Tensor) -> Tensor:
+    """sim_weight, pos_weight, neg_weight and, where it is needed, inv_weight of the own rows, [K, N].
 
-    `grads`: the loss's gradients by mean_pos and by `logs` (log_pos, log_neg and, where it was computed, log_inv).
+    `grads_KN`: the loss's gradients by mean_pos, log_pos, log_neg and log_inv; `empty_KN`: where these are over no
+    row; `divisors_KN`: the number of positives, then the sums of which they are logarithms.
     """
-    has_pos = gathered.n_pos > 0
     # An anchor without positives counts in no mean. Where a loss's formula gives NaN for it (0 x inf), that NaN must
     # not reach other rows.
-    grads = [torch.where(has_pos | torch.isfinite(grad), grad, 0.0) for grad in grads]
-    not_empty = [has_pos, gathered.n_neg > 0, has_pos]
-    weights = [torch.where(has_pos, grads[0] / gathered.n_pos.clamp(min=1), 0.0)]
-    for grad, log, members in zip(grads[1:], logs, not_empty, strict=False):
-        weights.append(torch.where(members, grad * torch.exp(-log), 0.0))
-    if len(weights) == 3:
-        weights.append(torch.zeros_like(weights[0]))
-    return torch.stack(weights, dim=1)
+    grads_KN = torch.where(empty_KN[0], grads_KN.nan_to_num(0.0, 0.0, 0.0), grads_KN)
+    return (grads_KN / divisors_KN).masked_fill_(empty_KN, 0.0)
+
+
+def _of_all_rows(weights_KN: Tensor, gathered: GatheredRows) -> Tensor:
+    """The four weights of the rows of all ranks and the queue, [M, 4], from `_row_weights`; missing ones are zero.
+
+    Without other ranks it is a transposed view: backends read one weight of many rows.
+    """
+    weights = (
+        torch.nn.functional.pad(weights_KN, (0, 0, 0, 4 - len(weights_KN))) if len(weights_KN) < 4 else weights_KN
+    )
+    if len(gathered.rows_per_rank) > 1:
+        weights = collectives.gather_rows(weights.T.contiguous(), gathered.rows_per_rank).T
+    queue_rows = gathered.u.shape[0] - weights.shape[1]
+    return (torch.nn.functional.pad(weights, (0, queue_rows)) if queue_rows else weights).T
 
 
 def tiled_statistics(
@@ -154,10 +169,7 @@ def tiled_statistics(
 
     `scale` is 1 / sqrt(tau); `temperature` is tau, or None where log_inv is not needed; `log_zero` stands for log 0.
     """
-    u_ND, gathered, order_N = sort_and_gather(anchors, queue, scale, dtype)
-    original = torch.empty_like(order_N).index_copy_(0, order_N, torch.arange(len(order_N), device=order_N.device))
-    values = _TiledLogSums.apply(u_ND, temperature, gathered, backend, log_zero)
-    values = [value.index_select(0, original) for value in values]
-    n_pos = gathered.n_pos.index_select(0, original).to(dtype)
+    u_ND, gathered, order_N = sort_and_gather(anchors, queue, scale, dtype, getattr(backend, "row_dtype", None))
+    n_pos, *values = _TiledLogSums.apply(u_ND, temperature, gathered, order_N, backend, log_zero)
     log_inv = values[3] if len(values) > 3 else None
     return n_pos, values[0], values[1], values[2], log_inv, n_pos > 0

@@ -3,15 +3,43 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..distributed import collectives
 from ..errors import ConfigError, unknown_name
-from .pairwise import PairwiseStats, check_choices, check_temperature, mean_and_sums, pairwise_stats
+from .pairwise import PairwiseStats, check_choices, check_temperature, pairwise_stats
 from .validation import Queue
 
 FORMS = ("out", "in")
+
+
+class _AnchorMean(torch.autograd.Function):
+    """pairwise.global_mean of per_anchor [n], and [4] float64 over all ranks: the sum of the valid per_anchor, and
+    the numbers of valid anchors, of positive pairs and of anchors."""
+
+    @staticmethod
+    def forward(ctx: Any, per_anchor: Tensor, valid: Tensor, n_pos: Tensor, gather: bool) -> tuple[Tensor, Tensor]:
+        rows = torch.stack([per_anchor.masked_fill(~valid, 0.0), valid, n_pos])
+        sums = torch.nn.functional.pad(rows.sum(1, dtype=torch.float64), (0, 1), value=len(valid))
+        ranks = collectives.world_size() if gather else 1
+        if ranks > 1:
+            sums = collectives.all_sum(sums)
+        count = sums[1].clamp(min=1)
+        ctx.save_for_backward(valid, count)
+        ctx.ranks, ctx.dtype = ranks, per_anchor.dtype
+        ctx.mark_non_differentiable(sums)
+        ctx.set_materialize_grads(False)
+        return (sums[0] / count).to(per_anchor.dtype), sums
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Any) -> Any:
+        valid, count = ctx.saved_tensors
+        share = (grads[0] * ctx.ranks / count).to(ctx.dtype)
+        return valid * share, None, None, None
 
 
 class _ContrastiveLoss(nn.Module):
@@ -40,12 +68,20 @@ class _ContrastiveLoss(nn.Module):
         check_temperature(temperature)
         self.backend, self.precision = backend, precision
         self.gather, self.validate = gather, validate
-        self.stats: dict[str, Tensor] = {}
+        self._sums: Tensor | None = None
         self._temperature = temperature
         self.log_temperature: nn.Parameter | None = None
         if learnable_temperature:
             # The logarithm is the parameter, so no optimizer step can make the temperature negative.
             self.log_temperature = nn.Parameter(torch.tensor(math.log(temperature)))
+
+    @property
+    def stats(self) -> dict[str, Tensor]:
+        """Empty before the first call."""
+        if self._sums is None:
+            return {}
+        _, valid, positives, anchors = self._sums.unbind()
+        return {"anchors_without_positives": anchors - valid, "mean_positives": positives / anchors.clamp(min=1)}
 
     @property
     def temperature(self) -> float | Tensor:
@@ -73,14 +109,7 @@ class _ContrastiveLoss(nn.Module):
         )
 
     def _mean(self, per_anchor: Tensor, stats: PairwiseStats, features: Tensor) -> Tensor:
-        anchors = stats.valid.new_full((), len(stats.valid), dtype=torch.float64)
-        mean, (valid, anchors, positives) = mean_and_sums(
-            per_anchor, stats.valid, [anchors, stats.n_pos.sum()], gather=self.gather
-        )
-        self.stats = {
-            "anchors_without_positives": anchors - valid,
-            "mean_positives": positives / anchors.clamp(min=1),
-        }
+        mean, self._sums = _AnchorMean.apply(per_anchor, stats.valid, stats.n_pos, self.gather)
         # Low temperatures are computed in fp64; the loss is fp32 unless the features are fp64.
         return mean if features.dtype == torch.float64 else mean.float()
 

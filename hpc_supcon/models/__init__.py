@@ -2,6 +2,7 @@
 
 from .activation_checkpointing import apply_activation_checkpointing, frozen_running_statistics
 from .build import PretrainingModel, build_head, build_model
+from .determinism import check_deterministic
 from .encoders import ENCODERS, build_encoder
 from .heads import ConvDecoder, Heads, LinearHeads, Logistic, Mlp, Projection, SingleHead, build_decoder
 from .sync_batchnorm import synchronize_batchnorm
@@ -23,6 +24,7 @@ __all__ = [
     "build_encoder",
     "build_head",
     "build_model",
+    "check_deterministic",
     "frozen_running_statistics",
     "load_weights",
     "synchronize_batchnorm",

@@ -10,6 +10,7 @@ import timm
 from torch import Tensor, nn
 
 from ..errors import ConfigError, unknown_name
+from .pooling import AveragePool2d, GlobalMaxPool2d
 from .timm_encoders import STEMS, build_timm_encoder, only_its_own_stem, resize_inputs, too_small
 
 
@@ -70,7 +71,7 @@ class ResNet9(nn.Module):
             *_conv_bn_relu(2 * w, 4 * w, pool=True),
             *_conv_bn_relu(4 * w, 8 * w, pool=True),
             _Residual(8 * w),
-            nn.AdaptiveMaxPool2d(1),
+            GlobalMaxPool2d(),
             nn.Flatten(),
         )
         self.latent = nn.Linear(8 * w, out_dim) if out_dim else nn.Identity()
@@ -107,7 +108,7 @@ class Vgg16BnEmbed(nn.Module):
             else:
                 layers.append(nn.MaxPool2d(2))
         self.features = nn.Sequential(*layers)
-        self.pool = nn.AdaptiveAvgPool2d(7)
+        self.pool = AveragePool2d(7)
         self.latent = nn.Linear(channels * 7 * 7, self.feature_dim)
 
     def forward(self, x: Tensor) -> Tensor:

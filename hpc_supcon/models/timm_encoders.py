@@ -9,10 +9,12 @@ import timm
 import torch
 import torch.nn.functional as F
 from timm.models import DenseNet, ResNet
+from timm.models.vgg import ConvMlp
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..errors import ConfigError, first_line
+from .pooling import average_pool2d
 
 STEMS = ("auto", "small", "standard")
 SMALL_STEM_UP_TO = 64  # px; the standard stem reduces smaller images to too few positions
@@ -47,6 +49,9 @@ def _create(name: str, in_channels: int, size: int, stem: str, out_dim: int | No
     fixed = cfg is not None and cfg.fixed_input_size and cfg.input_size[-1] != size
     sized: dict[str, Any] = {"img_size": size} if fixed else {}
     model: Any = timm.create_model(name, pretrained=False, num_classes=out_dim or 0, in_chans=in_channels, **sized)
+    for module in model.modules():
+        if isinstance(module, ConvMlp):
+            module.register_forward_pre_hook(_fill_kernel)
     if not has_both_stems(model):
         if stem != "auto":
             raise only_its_own_stem(name, stem)
@@ -77,6 +82,13 @@ def _make_stem_small(model: Any) -> None:
         pooling[0].stride = (1, 1)
     else:
         setattr(parent, pool, nn.Identity())
+
+
+def _fill_kernel(module: ConvMlp, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """VGG's first classifier layer averages smaller maps up to its kernel: here by a deterministic operation."""
+    x: Tensor = args[0]
+    side = module.input_kernel_size
+    return (average_pool2d(x, max(side, x.shape[-2]), max(side, x.shape[-1])), *args[1:])
 
 
 def _feature_dim(model: nn.Module, in_channels: int, size: int) -> int:

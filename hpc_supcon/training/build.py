@@ -16,7 +16,13 @@ from ..distributed.agreement import ranks_that_differ
 from ..distributed.collectives import propagate_errors
 from ..distributed.launch import Runtime
 from ..errors import RanksDiffer
-from ..models import LoadedWeights, PretrainingModel, apply_activation_checkpointing, build_model
+from ..models import (
+    LoadedWeights,
+    PretrainingModel,
+    apply_activation_checkpointing,
+    build_model,
+    check_deterministic,
+)
 from ..models import load_weights as load_pretrained
 from ..pruning import WeightMasks
 from ..seeding import seed_global_generators, stream
@@ -55,6 +61,9 @@ def build_training(
         description = describe_model(config, data.splits) | {STATE_KEY: data.fingerprint.as_json()}
         torch.manual_seed(stream(config.seed, "model"))  # the same on all ranks, so that their weights are equal
         model = build_model(description) if start is None else start.model
+        if runtime.device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
+            size = description["encoder"]["image_size"]
+            check_deterministic(model.encoder, config.model.encoder, description["encoder"]["in_channels"], size)
         views = build_views(config, description)
         precision = loss_precision(runtime.device, config.loss.precision, config.train.precision)
         settings = {**config.loss.model_dump(), "precision": precision}
@@ -121,7 +130,9 @@ def _build_state(
 ) -> TrainState:
     """The state of a run at its start. Collective. Raises ConfigError for what the engine refuses."""
     train, optim = config.train, config.optim
-    placed = place(model, runtime, channels_last=train.channels_last, sync_bn=config.model.sync_bn)
+    placed = place(
+        model, runtime, channels_last=train.channels_last, sync_bn=config.model.sync_bn, compiled=train.compile
+    )
     objective = objective.to(runtime.device)
     # copies of the model are made before it is wrapped, and before its blocks are changed to recompute activations
     queue = None

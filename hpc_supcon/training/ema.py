@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from ..distributed.collectives import gather_rows
+from ..distributed.collectives import gather_rows_of
 from ..models import PretrainingModel
 
 
@@ -97,7 +97,7 @@ class MomentumQueue(nn.Module):
 
         images_per_rank: B of every rank, where it is known (saves a message and a wait for the device).
         """
-        keys, labels = gather_rows(keys, images_per_rank), gather_rows(labels, images_per_rank)
+        keys, labels = gather_rows_of([keys, labels], images_per_rank)
         size = len(self.labels)
         start = int(self.pushed) + max(0, len(keys) - size)
         keys, labels = keys[-size:], labels[-size:]

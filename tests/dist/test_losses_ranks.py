@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.distributed as dist
 
 from hpc_supcon import losses
+from hpc_supcon.distributed import collectives
 from hpc_supcon.errors import LossInputError
+from hpc_supcon.losses.autograd import tiled_statistics
+from hpc_supcon.losses.torch_tiled import TorchTiledBackend
+from hpc_supcon.losses.validation import prepare_anchors
 from tests.dist.ranks import run_ranks
 
 D, V = 6, 2
@@ -93,9 +99,52 @@ def test_value_and_gradient_of_ranks_with_unequal_rows_equal_one_process(world_s
     _compare(world_size)
 
 
+class HalfRows(TorchTiledBackend):
+    """A backend whose tiles are of bf16 products, as Triton's may be: of fp32 products of rows rounded to bf16."""
+
+    row_dtype = torch.bfloat16
+
+    def row_sums(self, gathered, temperature):
+        assert gathered.u.dtype == torch.bfloat16
+        return super().row_sums(replace(gathered, u=gathered.u.float()), temperature)
+
+    def row_gradients(self, gathered, weights_M4, temperature):
+        return super().row_gradients(replace(gathered, u=gathered.u.float()), weights_M4, temperature)
+
+
+def _with_half_rows(x, labels, queue=None, rows_per_rank=None):
+    """Value and gradient of SupCon out."""
+    x = x.float().requires_grad_()
+    anchors = prepare_anchors(x, labels, queue=queue, rows_per_rank=rows_per_rank)
+    scale = torch.tensor(0.1, dtype=torch.float64).rsqrt()
+    found = tiled_statistics(anchors, queue, scale, None, torch.float32, HalfRows(4), -1e30)
+    _, mean_pos, log_pos, log_neg, _, valid = found
+    value = losses.global_mean(torch.logaddexp(log_pos, log_neg) - mean_pos, valid)
+    value.backward()
+    return float(value.detach()), x.grad
+
+
+def _half_rows_of_ranks(rank, world_size):
+    return [_with_half_rows(*_shards(world_size, CLASSES, V)[rank], queue) for queue in (None, _half_queue())]
+
+
+def _half_queue():
+    past, labels = _queue()
+    return past.float(), labels
+
+
+def _messages_of_half_rows(rank, world_size):
+    x, labels = torch.randn(10, V, D), torch.arange(10) % 3
+    return _bytes_sent(lambda: _with_half_rows(x, labels, rows_per_rank=[10 * V] * world_size))
+
+
 def _bytes_in_backward(rank, world_size):
     x = torch.randn(40, D * 8, requires_grad=True)
-    loss = losses.SupConLoss(0.1, backend="tiled")(x, torch.arange(40) % 5)
+    return _bytes_sent(losses.SupConLoss(0.1, backend="tiled")(x, torch.arange(40) % 5).backward)
+
+
+def _bytes_sent(call):
+    """The sizes of the messages that this rank sends in `call()`, in order."""
     sent = []
     name = "all_gather_single" if hasattr(dist, "all_gather_single") else "all_gather_into_tensor"
     gather, reduce = getattr(dist, name), dist.all_reduce
@@ -111,7 +160,7 @@ def _bytes_in_backward(rank, world_size):
     setattr(dist, name, counted_gather)
     dist.all_reduce = counted_reduce
     try:
-        loss.backward()
+        call()
     finally:
         setattr(dist, name, gather)
         dist.all_reduce = reduce
@@ -184,6 +233,9 @@ def _bad_inputs(rank, world_size):
 def _all_checks_in_one_process_group(rank, world_size):
     return {
         "bytes": _bytes_in_backward(rank, world_size),
+        "messages": _messages_of_half_rows(rank, world_size),
+        "half rows": _half_rows_of_ranks(rank, world_size),
+        "together": _gathered_together(rank, world_size),
         "zero": _no_positive_on_any_rank(rank, world_size),
         "local": _not_gathered(rank, world_size),
         "triplets": _hard_triplets(rank, world_size),
@@ -201,6 +253,40 @@ def two_ranks():
 def test_the_backward_pass_gathers_four_numbers_per_row(two_ranks):
     for result in two_ranks:
         assert result["bytes"] == [40 * 4 * 4]
+
+
+def _gathered_together(rank, world_size):
+    """Rows of several dtypes in one message, and each in its own."""
+    n, found = 3 * rank, []
+    dtypes = (torch.bfloat16, torch.int64, torch.float64, torch.uint8, torch.float32)
+    for first, second in [(a, b) for a in dtypes for b in dtypes]:
+        parts = [torch.randn(n, 3).mul(90).to(first), torch.randn(n).mul(90).to(second)]
+        together = collectives.gather_rows_of(parts)
+        found += [torch.equal(got, collectives.gather_rows(part)) for got, part in zip(together, parts, strict=True)]
+        assert [got.dtype for got in together] == [first, second]
+    return found
+
+
+def test_rows_and_labels_travel_in_one_message_of_the_tiles_dtype(two_ranks):
+    for result in two_ranks:
+        rows_and_labels, sums, weights = result["messages"]
+        assert rows_and_labels == 10 * V * (2 * D + 8)
+        assert sums == 2 * 8
+        assert weights == 10 * V * 4 * 4
+
+
+def test_rows_of_any_dtypes_arrive_together_as_they_do_alone(two_ranks):
+    for result in two_ranks:
+        assert all(result["together"])
+
+
+def test_values_and_gradients_of_rounded_rows_over_ranks_are_those_of_one_process(two_ranks):
+    x, labels = (torch.cat(part) for part in zip(*_shards(2, CLASSES, V), strict=True))
+    for index, queue in enumerate((None, _half_queue())):
+        value, grad = _with_half_rows(x, labels, queue)
+        assert [result["half rows"][index][0] for result in two_ranks] == pytest.approx([value, value], rel=1e-6)
+        got = torch.cat([result["half rows"][index][1] for result in two_ranks]) / 2
+        torch.testing.assert_close(got, grad, rtol=1e-4, atol=1e-6)
 
 
 def test_without_a_positive_on_any_rank_the_loss_is_a_differentiable_zero(two_ranks):

@@ -8,6 +8,7 @@ import pytest
 import torch
 from timm.layers.norm_act import BatchNormAct2d
 from torch import nn
+from torch._dynamo.utils import counters
 
 from hpc_supcon.distributed.launch import Launch, Runtime
 from hpc_supcon.losses import SupConLoss
@@ -88,6 +89,54 @@ def test_batchnorm_over_uneven_ranks_equals_pytorchs_on_the_whole_batch(kind):
     for part in parts:  # running statistics: the same on all ranks
         torch.testing.assert_close(part[4], want[4], **close)
         torch.testing.assert_close(part[5], want[5], **close)
+
+
+class Layers(nn.Sequential):
+    """Four BatchNorms, one of which contains its activation."""
+
+    def __init__(self):
+        torch.manual_seed(1)
+        super().__init__()
+        for channels in (3, 16, 16):
+            norm = [nn.BatchNorm2d(16), nn.ReLU(inplace=True)]
+            self.extend([nn.Conv2d(channels, 16, 3, 1, 1, bias=False), *norm])
+        self.extend([nn.Conv2d(16, 16, 3, bias=False), BatchNormAct2d(16)])
+
+
+def compiled_and_plain(rank, world_size):
+    """Of two ranks with 3 and 5 images: (graphs that layers were cut into, everything compiled, all of it plain)."""
+    torch.manual_seed(5 + rank)
+    x = torch.randn(6 + 2 * rank, 3, 32, 32)
+    found = []
+    for compiled in (True, False):
+        model = synchronize_batchnorm(Layers(), torch.device("cpu"), compiled=True)
+        assert sum(type(m).__name__.startswith("GlobalBatchNorm") for m in model) == 4
+        counters.clear()
+        run = torch.compile(model, dynamic=False) if compiled else model
+        y = run(x)
+        (y * torch.linspace(0, 1, y.numel()).view_as(y)).sum().backward()
+        graphs = (counters["stats"]["unique_graphs"], sum(counters["graph_break"].values()))
+        gradients = {name: p.grad for name, p in model.named_parameters()}
+        found.append((graphs, [{"output": y.detach()}, gradients, dict(model.named_buffers())]))
+    return found
+
+
+def test_torch_compile_makes_one_graph_of_layers_with_global_batchnorm_and_changes_nothing():
+    for (graphs, compiled), (_, plain) in run_ranks(compiled_and_plain, 2):
+        assert graphs == (1, 0)
+        for got, want in zip(compiled, plain, strict=True):
+            assert got.keys() == want.keys()
+            for name, value in want.items():
+                assert (got[name] - value).float().norm() <= 1e-3 * value.float().norm().clamp(min=1), name
+
+
+def test_on_cuda_a_model_that_will_be_compiled_gets_the_batchnorm_that_is_traced():
+    cuda = torch.device("cuda")
+    model = synchronize_batchnorm(Layers(), cuda, compiled=True)
+    kinds = [type(m) for m in model]
+    assert [type(m) for m in synchronize_batchnorm(model, cuda)] == kinds  # the wrapper of all ranks asks again
+    assert "SyncBatchNorm" not in [kind.__name__ for kind in kinds]
+    assert "SyncBatchNorm" in [type(m).__name__ for m in synchronize_batchnorm(Layers(), cuda)]
 
 
 def statistics_held_still(rank, world_size):

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import threading
 import time
-from contextlib import closing
+from contextlib import closing, contextmanager
 
 import pytest
 import torch
 
 from hpc_supcon.data import ArraySource, Batch, EvalOrder, TrainOrder, build_loader
+from hpc_supcon.data.loaders import LoaderOptions, torch_workers
 from hpc_supcon.data.loaders.base import EpochSteps
-from hpc_supcon.data.loaders.prefetch import DEPTH, ThreadedEpochs, to_device
+from hpc_supcon.data.loaders.prefetch import DEPTH, DaemonThreadPool, ThreadedEpochs, to_device
 from hpc_supcon.errors import CorruptSample, LoaderDied
 
 from ..devices import needs_cuda
@@ -136,3 +137,62 @@ def test_batches_of_worker_processes_reach_a_gpu():
     for batch in loader.epoch(0):
         assert torch.equal(batch.images.cpu(), images[batch.index.cpu()])
     loader.close()
+
+
+# ---- CUDA, without a device: what would be asked of it
+
+
+def test_every_thread_that_computes_on_cuda_has_a_stream_of_its_own(monkeypatch):
+    here = threading.local()
+
+    @contextmanager
+    def use(stream):
+        here.stream = stream
+        yield
+
+    monkeypatch.setattr(torch.cuda, "Stream", lambda device: (device, threading.get_ident()))
+    monkeypatch.setattr(torch.cuda, "stream", use)
+    both = threading.Barrier(2)
+
+    def stream():
+        both.wait(20)  # both threads have a job
+        return getattr(here, "stream", None)
+
+    for device in (torch.device("cuda", 1), torch.device("cpu"), None):
+        pool = DaemonThreadPool(2, device)
+        streams = [job.result(20) for job in [pool.submit(stream) for _ in range(2)]]
+        pool.close(20)
+        if device is not None and device.type == "cuda":
+            assert [found for found, _ in streams] == [device, device]
+            assert len({thread for _, thread in streams}) == 2
+        else:
+            assert streams == [None, None]
+
+
+def test_the_torch_loader_copies_a_batch_for_cuda_once_and_into_pinned_memory(monkeypatch):
+    copies = []
+
+    def pin_memory(tensor):
+        if tensor.data_ptr() not in copies:  # PyTorch's returns a tensor that is pinned already as it is
+            tensor = tensor.clone()
+            copies.append(tensor.data_ptr())
+        return tensor
+
+    monkeypatch.setattr(torch.Tensor, "pin_memory", pin_memory)
+    monkeypatch.setattr(torch_workers, "to_device", lambda batches, device: batches)
+    source = ArraySource(torch.randint(0, 256, (8, 3, 4, 4), dtype=torch.uint8), torch.zeros(8).long(), ("a",))
+    loader = build_loader(
+        "torch",
+        source,
+        EvalOrder(8, 4),
+        seed=0,
+        rank=0,
+        world_size=1,
+        device="cuda",
+        options=LoaderOptions(workers=1),
+    )
+    with closing(loader):
+        loaded = list(loader.epoch(0))
+        assert torch.equal(torch.cat([b.images for b in loaded]), source.stack())
+        assert [b.images.data_ptr() for b in loaded] == copies
+        assert [b.images.pin_memory().data_ptr() for b in loaded] == copies  # as the copy to the device does

@@ -77,7 +77,13 @@ class DaliLoader:
         self._refused: set[int] = set()  # images that DALI does not decode
         # one thread more than read: it waits for them, and then for DALI
         self._epochs = ThreadedEpochs(
-            "dali", steps, self._start, threads=options.workers + 1, timeout_s=options.timeout_s, join_s=_JOIN_S
+            "dali",
+            steps,
+            self._start,
+            threads=options.workers + 1,
+            timeout_s=options.timeout_s,
+            join_s=_JOIN_S,
+            device=self._device,
         )
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[Batch]:
@@ -201,7 +207,7 @@ class DaliLoader:
 
     def _synchronize(self) -> None:
         if self._gpu is not None:
-            torch.cuda.current_stream(self._gpu).synchronize()
+            torch.cuda.current_stream(self._gpu).synchronize()  # this thread's own, not that of the training step
 
     def _finish(self, request: _Request, decoded: Future[Tensor]) -> Batch:
         self.replaced += count_replaced(request.index, request.loaded)

@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import nullcontext
 from queue import Empty, SimpleQueue
 from typing import Any
 
@@ -23,10 +24,14 @@ DEPTH = 2
 
 
 class DaemonThreadPool:
-    """A pool of daemon threads: unlike concurrent.futures', a thread that hangs does not keep the process alive."""
+    """A pool of daemon threads: unlike concurrent.futures', a thread that hangs does not keep the process alive.
 
-    def __init__(self, threads: int) -> None:
-        self._closed = False
+    On a CUDA device, each thread has a stream of its own: on the default one, a job would wait for the training step
+    that is queued there. A job must itself wait for its stream before it returns.
+    """
+
+    def __init__(self, threads: int, device: torch.device | None = None) -> None:
+        self._closed, self._device = False, device
         self._jobs: SimpleQueue[tuple[Future[Any], Callable[[], Any]] | None] = SimpleQueue()
         self._threads = [threading.Thread(target=self._work, name="loader", daemon=True) for _ in range(threads)]
         for thread in self._threads:
@@ -38,6 +43,11 @@ class DaemonThreadPool:
         return future
 
     def _work(self) -> None:
+        on_cuda = self._device is not None and self._device.type == "cuda"
+        with torch.cuda.stream(torch.cuda.Stream(self._device)) if on_cuda else nullcontext():
+            self._do_jobs()
+
+    def _do_jobs(self) -> None:
         while (work := self._jobs.get()) is not None:
             future, job = work
             if not future.set_running_or_notify_cancel():
@@ -78,9 +88,19 @@ class ThreadedEpochs:
     """Batches prepared by threads, DEPTH ahead and in order; one epoch at a time, with threads of its own."""
 
     def __init__(
-        self, loader: str, steps: EpochSteps, start: StartBatch, *, threads: int, timeout_s: float, join_s: float
+        self,
+        loader: str,
+        steps: EpochSteps,
+        start: StartBatch,
+        *,
+        threads: int,
+        timeout_s: float,
+        join_s: float,
+        device: torch.device | None = None,
     ) -> None:
-        """loader: its name, for messages. timeout_s: longest wait for one batch; join_s: for the end of a thread."""
+        """loader: its name, for messages. timeout_s: longest wait for one batch; join_s: for the end of a thread.
+        device: where the jobs compute; None: on the CPU."""
+        self._device = device
         self._loader, self._steps, self._start, self._threads = loader, steps, start, threads
         self._timeout_s, self._join_s = timeout_s, join_s
         self._pool: DaemonThreadPool | None = None
@@ -96,7 +116,7 @@ class ThreadedEpochs:
         self._end_threads()
         if self._closed:
             return
-        number, pool = self._steps.start_epoch(), DaemonThreadPool(self._threads)
+        number, pool = self._steps.start_epoch(), DaemonThreadPool(self._threads, self._device)
         self._pool = pool
         try:
             for batch in self._in_order(self._start(pool, *request) for request in requests):

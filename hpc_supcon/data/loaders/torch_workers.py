@@ -61,7 +61,8 @@ class TorchLoader:
         if self._pool is None:
             workers, largest = self._options.workers, self._steps.largest_batch
             slots = torch.empty(PREFETCH_FACTOR * workers, largest, *self._reader.shape, dtype=torch.uint8)
-            self._pool = _WorkerPool(self._reader, slots, workers, self._options.timeout_s)
+            pinned = torch.device(self._device).type == "cuda"
+            self._pool = _WorkerPool(self._reader, slots, workers, self._options.timeout_s, pinned=pinned)
         self._pool.drain()
         queued = deque(requests)
         for _ in requests:
@@ -84,8 +85,12 @@ class TorchLoader:
 class _WorkerPool:
     """Worker processes with a pipe each, which take batches in turn; results come in the order of the batches."""
 
-    def __init__(self, reader: SampleReader, slots: Tensor, workers: int, timeout_s: float) -> None:
-        """slots: uint8 [PREFETCH_FACTOR * workers, B, ...], where the workers write."""
+    def __init__(
+        self, reader: SampleReader, slots: Tensor, workers: int, timeout_s: float, *, pinned: bool = False
+    ) -> None:
+        """slots: uint8 [PREFETCH_FACTOR * workers, B, ...], where the workers write. pinned: batches are copied into
+        pinned memory, from which they are sent to the device without another copy."""
+        self._pinned = pinned
         self._slots = _shared(slots)
         self._timeout_s = timeout_s
         self._submitted = 0
@@ -133,7 +138,8 @@ class _WorkerPool:
         reply = self._reply(number % len(self._workers))
         if isinstance(reply, HpcSupconError):
             raise reply
-        return self._slots[number % len(self._slots), : len(index)].clone(), index, torch.from_numpy(reply)
+        images = self._slots[number % len(self._slots), : len(index)]
+        return images.pin_memory() if self._pinned else images.clone(), index, torch.from_numpy(reply)
 
     def drain(self) -> None:
         """Wait for the pending requests of an earlier epoch, and drop their results."""

@@ -143,15 +143,18 @@ class Engine(Protocol):
         ...
 
 
-def place(model: M, runtime: Runtime, *, channels_last: bool = False, sync_bn: bool = False) -> M:
+def place(
+    model: M, runtime: Runtime, *, channels_last: bool = False, sync_bn: bool = False, compiled: bool = False
+) -> M:
     """Move `model` to this rank's device, and to the memory layout.
 
-    sync_bn: make BatchNorm span all ranks already here, for a model that is copied before `distribute`.
+    sync_bn: make BatchNorm span all ranks already here, for a model that is copied before `distribute`. compiled: in
+    a form that torch.compile traces.
     """
     layout = torch.channels_last if channels_last else torch.preserve_format
     placed = model.to(runtime.device).to(memory_format=layout)
     if sync_bn and runtime.world_size > 1:
-        synchronize_batchnorm(placed, runtime.device)
+        synchronize_batchnorm(placed, runtime.device, compiled=compiled)
     return placed
 
 

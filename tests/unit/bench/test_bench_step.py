@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 from contextlib import closing
+from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
-from hpc_supcon.bench import step
+from hpc_supcon.bench import step, step_compare
 from hpc_supcon.bench.plain_loop import PilImages, PlainLoop, TwoCrops, sample_transform
 from hpc_supcon.bench.step import Limits, StepRow, recommend, run_rows
 from hpc_supcon.bench.step_compare import build_plain_loop
 from hpc_supcon.cli import main
+from hpc_supcon.distributed import launch
 from hpc_supcon.losses import SupConLoss
 
 SMALL = ["data.synthetic={images: 64, image_size: 8}", "model.projection_hidden=16"]
@@ -80,6 +83,34 @@ def test_the_command_writes_rows_comparison_and_advice(tmp_path, capsys, monkeyp
     assert comparison["ratio"] == pytest.approx(comparison["ours"] / comparison["plain"])
     assert record["advice"][0] in capsys.readouterr().out
     assert next(tmp_path.glob("*-step-cpu.png")).stat().st_size > 10_000
+
+
+def numerics():
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return deterministic, torch.backends.cudnn.benchmark, torch.get_float32_matmul_precision()
+
+
+@pytest.mark.parametrize("deterministic", [False, True])
+def test_a_measured_step_computes_as_a_run_of_the_same_settings_does(deterministic, monkeypatch):
+    before = numerics()
+    try:
+        with launch.start(device="cpu", deterministic=deterministic):
+            want = numerics()
+        launch.set_numerics(not deterministic)
+        config = step.step_config("conv", "fp32", False, 16, [*SMALL, f"deterministic={str(deterministic).lower()}"])
+        with closing(step.StepSession(config, torch.device("cpu"))):
+            assert numerics() == want
+        launch.set_numerics(not deterministic)
+        monkeypatch.setattr(step_compare, "build_plain_loop", lambda *a: SimpleNamespace(run=lambda: None))
+        ours, theirs = multiprocessing.Pipe()
+        ours.close()
+        with pytest.raises(OSError):  # the child's code, in this process; nobody waits for its first answer
+            step_compare._child(theirs, config, 1, torch.device("cpu"), 1)
+        assert numerics() == want
+    finally:
+        launch.set_numerics(before[0])
+        torch.backends.cudnn.benchmark = before[1]
+        torch.set_float32_matmul_precision(before[2])
 
 
 @pytest.mark.parametrize(

@@ -211,10 +211,12 @@ def test_a_run_whose_probes_all_read_pixels_trains_no_encoder():
         ("prune", 3, ["probe.kind=[knn, finetune]"], r"probe\.finetune\.batch_size=256 .* by 3 ranks"),
         (
             "pretrain",
-            2,
+            1,
             [*GRAPHS, "train.micro_batch_size=50"],
-            r"128 images per rank in pieces of train\.micro_batch_size=50 .* divisor of 128",
+            r"256 images per rank in pieces of train\.micro_batch_size=50 .* divisor of 256",
         ),
+        ("pretrain", 2, GRAPHS, r"train\.cuda_graphs=true: the pass of 2 ranks .* use .*=false, or one rank"),
+        ("prune", 2, [*GRAPHS, "prune.finetune.epochs=1"], r"train\.cuda_graphs=true: the pass of 2 ranks"),
     ],
 )
 def test_a_batch_that_the_ranks_cannot_share_is_refused(stage, world_size, overrides, message):
@@ -229,7 +231,7 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(stage, world_size, overr
     ("stage", "world_size", "overrides"),
     [
         ("pretrain", 4, []),
-        ("pretrain", 2, [*GRAPHS, "train.micro_batch_size=32"]),
+        ("pretrain", 1, [*GRAPHS, "train.micro_batch_size=32"]),
         ("probe", 3, ["probe.kind=linear"]),
         ("prune", 3, ["probe.kind=knn"]),
     ],
