@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from torch.utils.tensorboard import SummaryWriter
+if TYPE_CHECKING:
+    from torch.utils.tensorboard import SummaryWriter
 
 RETRY_S = 60.0
 """Between two attempts to write again after the disk has failed."""
@@ -29,12 +32,17 @@ class TensorBoard:
     def add(self, numbers: Mapping[str, float], step: int) -> None:
         try:
             if self._writer is None and time.monotonic() >= self._retry_at:
+                from torch.utils.tensorboard import SummaryWriter
+
                 self._writer = SummaryWriter(str(self._folder), purge_step=self._purge_step)
             if self._writer is not None:
                 for name, value in numbers.items():
                     self._writer.add_scalar(name, value, step)
         except OSError as error:
             self._failed(error)
+        except ModuleNotFoundError:
+            self._retry_at = math.inf
+            self._warn(f"{self._folder}: no events, since the package tensorboard is not installed: pip install it")
 
     def close(self) -> None:
         try:

@@ -250,6 +250,6 @@ REFUSED = _odd(
         ("deep-rgb.png", lambda: png_of_16_bits(2, 3)),
         ("deep-rgba.png", lambda: png_of_16_bits(6, 4)),
     ],
-) + _odd("refused", "regular file", [("fifo.jpg", None)])
+) + _odd("refused", "not an image file", [("fifo.jpg", None)])
 
 ODD_IMAGES = [*WHOLE, *DAMAGED, *REFUSED]

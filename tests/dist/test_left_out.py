@@ -140,7 +140,8 @@ def validated(rank, world_size, overrides, holes, n):
     config = load_config("default", [*kept, *more, f"data.batch_size={n}", *overrides])
     runtime = Runtime(Launch(rank=rank, world_size=world_size), torch.device("cpu"))
     evaluation = LoaderOptions(on_corrupt="leave_out")
-    data = replace(in_memory(Splits(images(n), images(n, holes), images(n))), evaluation=evaluation)
+    damaged = Splits(images(n), images(n, holes), images(n))
+    data = replace(in_memory(Splits(images(n), images(n), images(n))), splits=damaged, evaluation=evaluation)
     training = build_training(config, data, runtime)
     return build_validate(config, data, training, runtime, None)()
 

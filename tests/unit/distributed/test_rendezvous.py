@@ -150,7 +150,7 @@ def test_devices_that_differ_between_ranks_are_refused_on_every_rank(tmp_path):
     started = [Started(folder, [by_hand(rank, 2, port)], arguments) for folder, arguments, rank in pairs]
     ended = [one.end()[0] for one in started]
     assert [code for code, _ in ended] == [2, 2]
-    assert "runtime.device is cpu on rank 0, but auto on rank 1" in ended[0][1]
+    assert "rank 1 has runtime.device=auto, rank 0 has runtime.device=cpu" in ended[0][1]
 
 
 def test_a_process_group_that_does_not_start_is_a_named_error_of_one_line(monkeypatch):
@@ -174,5 +174,5 @@ def test_what_torchrun_started_meets_at_the_store_of_its_agent():
     environment = by_hand(0, 1, agent.port, TORCHELASTIC_USE_AGENT_STORE="True", TORCHELASTIC_RUN_ID="x y")
     found = launch.resolve({k: str(v) for k, v in environment.items()})
     assert (found.agent_store, found.run.split()) == (True, [found.run])
-    _, device = launch.meet_ranks(found, "cpu", 5.0)
+    _, device = launch.meet_ranks(found, "cpu", 5.0, {})
     assert device == torch.device("cpu")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import sys
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -12,6 +13,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from hpc_supcon.training import metric_file, tensorboard
 from hpc_supcon.training.metric_file import AppendedLines, read_events, rewind
 from hpc_supcon.training.metrics import MetricLog
+from hpc_supcon.training.tensorboard import TensorBoard
 
 
 def line(event, step):
@@ -193,3 +195,13 @@ def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
                 log.log("train", step, loss=float(step))
     assert scalars(tmp_path / "tensorboard", "train/loss") == [1, 2, 3, 4, 5]
     assert told(tmp_path / "metrics.jsonl") == [("train", step) for step in (1, 2, 3, 4, 5)]
+
+
+def test_without_the_package_of_tensorboard_a_line_says_so_once_and_training_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    told = []
+    board = TensorBoard(tmp_path / "tensorboard", told.append)
+    board.add({"train/loss": 1.0}, 1)
+    board.close()
+    assert len(told) == 1
+    assert "tensorboard is not installed" in told[0]
