@@ -252,7 +252,7 @@ def refuse(monkeypatch, names):
 class FakeTiledBackend:
     """A backend without arithmetic, for a device without data; the real ones are CUDA kernels there."""
 
-    def __init__(self, tile_size):
+    def __init__(self, tile_size, *, exact):
         pass
 
     def row_sums(self, gathered, temperature):
