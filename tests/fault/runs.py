@@ -17,6 +17,7 @@ SETTINGS = [
     "data.batch_size=12", "model.encoder=conv", "model.projection_hidden=32", "model.projection_dim=16",
     "train.epochs=4", "checkpoint.every_epochs=null", "checkpoint.every_steps=7", "log.every_steps=1",
     "log.tensorboard=false", "log.progress=false", "deterministic=true", "runtime.threads=1",
+    "runtime.device=cpu",  # also on a machine with fewer GPUs than ranks
 ]  # fmt: skip
 STEPS_PER_EPOCH = 81 // 12
 STEPS = 4 * STEPS_PER_EPOCH

@@ -1,0 +1,74 @@
+"""Rules between the settings of what follows training: probes and pruning."""
+
+from __future__ import annotations
+
+from typing import Any, get_args
+
+from ..errors import ConfigError
+from .schema import Config
+from .schema.names import ProbeName
+
+
+def has_no_validation(config: Config) -> bool:
+    """Only an image folder, or the .beton files made of one, may have a validation split of its own."""
+    return config.data.validation_fraction == 0 and config.data.source != "image_folder"
+
+
+def check_target(section: str, monitor: str, target: float | None) -> None:
+    if monitor == "accuracy" and target is not None and not 0 <= target <= 1:
+        raise ConfigError(f"{section}.stopping.target={target:g}: an accuracy is a fraction, 0 to 1")
+
+
+def check_probes(config: Config) -> None:
+    """Whether there are enough images, and the classes of logistic regression, is known once the data is loaded."""
+    kinds = config.probe.kinds
+    if not kinds:
+        raise ConfigError(f"probe.kind is an empty list: name one or more of {', '.join(get_args(ProbeName))}")
+    if len(set(kinds)) < len(kinds):
+        raise ConfigError(f"probe.kind names a probe twice: {', '.join(kinds)}")
+    for kind in kinds:
+        if kind != "knn":
+            _check_fit(config, kind, getattr(config.probe, kind))
+
+
+def _check_fit(config: Config, kind: ProbeName, settings: Any) -> None:
+    stopping, every = settings.stopping, settings.evaluate_every
+    check_target(f"probe.{kind}", stopping.monitor, stopping.target)
+    if every is not None and settings.iterations is not None and every > settings.iterations:
+        raise ConfigError(
+            f"probe.{kind}.evaluate_every={every} but training has only {settings.iterations} iterations: the "
+            f"validation split would be evaluated only once; lower it, or raise probe.{kind}.iterations"
+        )
+    if kind == "mlp" and settings.batch_norm and settings.batch_size < 2:
+        raise ConfigError("probe.mlp.batch_norm needs at least two images per step; raise probe.mlp.batch_size")
+    if kind == "logistic" and settings.classes is not None and len(set(settings.classes)) < 2:
+        raise ConfigError(f"probe.logistic.classes: twice the same class, {settings.classes[0]!r}; name two")
+    if has_no_validation(config):
+        _check_choices(kind, settings)
+
+
+def _check_choices(kind: ProbeName, settings: Any) -> None:
+    """What a probe chooses on a validation split, of which there is none."""
+    if kind == "linear" and len(settings.lrs) > 1:
+        raise ConfigError(
+            f"probe.linear.lrs has {len(settings.lrs)} learning rates but there is no validation split to choose on: "
+            "give one rate, or set data.validation_fraction"
+        )
+    for name in ("patience", "target"):
+        value = getattr(settings.stopping, name)
+        if value is not None:
+            raise ConfigError(
+                f"probe.{kind}.stopping.{name}={value:g} but there is no validation split: make it null, or set "
+                "data.validation_fraction"
+            )
+
+
+def check_pruning(config: Config) -> None:
+    if not config.probe.needs_encoder:
+        raise ConfigError(
+            f"probe.kind={', '.join(config.probe.kinds)} reads pixels, which pruning does not change: choose "
+            "probes of features, such as probe.kind=linear"
+        )
+    rates = [f"{rate:g}" for rate in config.prune.rates]  # as they are written in the names of folders
+    if len(set(rates)) < len(rates):
+        raise ConfigError(f"prune.rate names a rate twice: {', '.join(rates)}")
