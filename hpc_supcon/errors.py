@@ -51,6 +51,8 @@ class LaunchError(HpcSupconError):
 class RanksDiffer(HpcSupconError):
     """The ranks of a launch do not have the same command, settings, versions or data."""
 
+    on_all_ranks = True
+
 
 class RanksApart(LaunchError):
     """The ranks of a launch do not find each other, or cannot communicate."""

@@ -26,6 +26,8 @@ RANKS_TIMEOUT_S = 10.0
 """How long a rank that ends the run waits for the others to write their stacks, or to exit."""
 STORE_TIMEOUT_S = 1.0
 """How long it waits for the store. If that does not answer, its process may be stopped, and is woken up."""
+COMMON_ERROR_S = 1.0
+"""How long a rank that has an error waits for the others to have the same one."""
 POLL_INTERVAL_S = 0.05
 STACKS = "stacks"
 
@@ -128,25 +130,33 @@ def _signal_local(watchdog: Watchdog, ranks: set[int], number: signal.Signals) -
 def report_failure(watchdog: Watchdog, error: Exception) -> None:
     """Tell this rank's own error: to the terminal, to folder/stacks, and to the other ranks.
 
-    Returns when they know it, so that this process can end: they only notice that the connection breaks.
+    Returns when they know it, so that this process can end: they only notice that the connection breaks. An error
+    that turns out to be that of every rank is left to the caller, who tells it once.
     """
-    message = " ".join(str(error).split())
-    failure = Failure(watchdog.rank, type(error).__name__, message)
+    failure = Failure(watchdog.rank, type(error).__name__, " ".join(str(error).split()))
     store = watchdog.store
     assert store is not None
+    others = [rank for rank in range(store.world_size) if rank != store.rank]
     with suppress(RuntimeError):  # the store is gone where rank 0 has ended already
-        store.broadcast(FAILED, json.dumps(asdict(failure)))
+        store.set("error", failure.same_for_all)
         store.set(FAILED, "known")
-        first = Failure(**json.loads(store.shared()[FAILED]))
-        is_repeated = first.rank != failure.rank and (first.kind, first.message) == (failure.kind, failure.message)
-        if isinstance(error, HpcSupconError):
-            error.is_printed = not is_repeated or _is_on_this_host(watchdog, first.rank)
-        if is_repeated:
-            return
-        print_line(f"error: {failure.to_error()}")
-        if watchdog.folder is not None and watchdog.folder.is_dir():
-            write_stacks(watchdog, str(failure.to_error()), error)
-        _wait_for_ranks(store, FAILED, [rank for rank in range(store.world_size) if rank != store.rank])
+        store.broadcast(FAILED, json.dumps(asdict(failure)))
+        _wait_for_ranks(store, "error", others, COMMON_ERROR_S)
+        if store.rank_values("error", others) == [failure.same_for_all] * len(others):
+            if isinstance(error, HpcSupconError):
+                error.on_all_ranks = True
+        else:
+            print_line(f"error: {failure.to_error()}")
+            if isinstance(error, HpcSupconError):
+                error.is_printed = True
+            if watchdog.folder is not None and watchdog.folder.is_dir():
+                write_stacks(watchdog, str(failure.to_error()), error)
+            _wait_for_ranks(store, FAILED, others)
+        store.set("told", "yes")
+        if store.rank == 0:  # which may host the store, in which the others read
+            failed = [rank for rank in others if store.rank_values("error", [rank]) is not None]
+            _wait_for_ranks(store, "told", failed)
+            time.sleep(POLL_INTERVAL_S)
 
 
 def failure_of_another_rank(watchdog: Watchdog) -> HpcSupconError | None:
@@ -163,9 +173,9 @@ def _is_on_this_host(watchdog: Watchdog, rank: int) -> bool:
     return bool(watchdog.processes) and watchdog.processes[rank].split()[0] == socket.gethostname()
 
 
-def _wait_for_ranks(store: RankStore, key: str, ranks: list[int]) -> None:
-    """Wait until all these ranks have set `key`, for at most RANKS_TIMEOUT_S."""
-    deadline = time.monotonic() + RANKS_TIMEOUT_S
+def _wait_for_ranks(store: RankStore, key: str, ranks: list[int], timeout_s: float | None = None) -> None:
+    """Wait until all these ranks have set `key`, for at most timeout_s; None: RANKS_TIMEOUT_S."""
+    deadline = time.monotonic() + (RANKS_TIMEOUT_S if timeout_s is None else timeout_s)
     while store.rank_values(key, ranks) is None and time.monotonic() < deadline:
         time.sleep(POLL_INTERVAL_S)
 

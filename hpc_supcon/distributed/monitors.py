@@ -195,7 +195,10 @@ class RankMonitor(_Monitor):
         while not self._stopped.is_set():
             self._clock.tick()
             try:
-                self._exchange()
+                if self._watchdog.failure is None:
+                    self._exchange()
+                else:  # the store may be gone
+                    self._after_failure()
             except RuntimeError as error:
                 self._store_lost(error)
                 return
@@ -212,7 +215,8 @@ class RankMonitor(_Monitor):
             store.set("exiting", "yes")
             os._exit(Preempted.exit_code)
         if FAILED in messages:
-            self._after_failure(messages[FAILED])
+            watchdog.failure = Failure(**json.loads(messages[FAILED]))
+            store.set(FAILED, "known")
             return
         if PREEMPTED in messages:
             preemption.request(messages[PREEMPTED])
@@ -225,15 +229,11 @@ class RankMonitor(_Monitor):
             watchdog.processes = store.rank_values("process") or []
         self._check_others()
 
-    def _after_failure(self, message: str) -> None:
+    def _after_failure(self) -> None:
         """Another rank has ended, or this one is about to. The main thread usually notices a broken connection; a
         collective on a GPU may wait for ever instead."""
-        watchdog = self._watchdog
-        if watchdog.failure is None:
-            watchdog.failure = Failure(**json.loads(message))
-            self._store.set(FAILED, "known")
         seconds = self._failed.seconds("failed")
-        error = failure_of_another_rank(watchdog)
+        error = failure_of_another_rank(self._watchdog)
         if error is not None and seconds > FAILED_S:
             with exit_lock:
                 if not error.is_printed:

@@ -58,12 +58,17 @@ class Failure:
     """Name of its class."""
     message: str
 
+    @property
+    def same_for_all(self) -> str:
+        """Equal for ranks that have the same error."""
+        return f"{self.kind}: {self.message}"
+
     def to_error(self) -> HpcSupconError:
         """The same error for another rank; RankLost where it is none of the named ones."""
         kind = getattr(errors, self.kind, None)
         if isinstance(kind, type) and issubclass(kind, HpcSupconError):
             return kind(f"rank {self.rank}: {self.message}")
-        return RankLost(f"rank {self.rank}: {self.kind}: {self.message}")
+        return RankLost(f"rank {self.rank}: {self.same_for_all}")
 
 
 class Watchdog:

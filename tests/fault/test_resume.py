@@ -17,7 +17,7 @@ SETTINGS = [
     "data.batch_size=16", "model.encoder=conv", "model.projection_hidden=32", "model.projection_dim=16",
     "train.epochs=12", "checkpoint.every_epochs=null", "checkpoint.every_steps=7", "log.every_steps=1",
     "log.tensorboard=false", "deterministic=true", "optim.warmup_epochs=1", "runtime.threads=1",
-    "optim.clip_norm=1", "train.ema=0.9",
+    "optim.clip_norm=1", "train.ema=0.9", "runtime.device=cpu",
 ]  # fmt: skip
 STEPS_PER_EPOCH = 81 // 16
 STEPS = 12 * STEPS_PER_EPOCH
