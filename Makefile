@@ -7,7 +7,7 @@ RANKS ?= $(shell $(BIN)/python -c "import torch; print(min(2, torch.cuda.device_
 WORKERS ?= 2
 # a file's tests stay in one worker, so that what they share is made once
 PARALLEL = -n $(WORKERS) --dist loadfile
-# tests of signals, of many processes and of what a crash leaves: they have the machine to themselves, one at a time
+# tests marked `alone` have the machine to themselves, one at a time; no others are in these folders but a few
 ALONE = tests/fault tests/slurm
 
 .PHONY: quickstart check test lint bench gpu wheels clean
@@ -19,8 +19,8 @@ check: lint  ## before each commit: linters, types, and the unit tests as far as
 	$(BIN)/python -m pytest $(PARALLEL) --no-training tests/unit --ignore=tests/unit/bench
 
 test: lint $(VENV)/.installed-extras  ## the whole suite, with all that can be installed: ffcv, dali, DeepSpeed, a local Slurm
-	$(BIN)/python -m pytest $(PARALLEL) $(ALONE:%=--ignore=%)
-	$(BIN)/python -m pytest $(ALONE)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not alone"
+	$(BIN)/python -m pytest -m alone $(ALONE)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -8,12 +8,23 @@ import pytest
 from ..processes import RUN_TIMEOUT_S
 from . import runs
 
+BESIDE_OTHERS = (
+    "test_agreement.py",
+    "test_agreement_locks.py",
+    "test_full_disk.py",
+    "test_own_error.py",
+    "test_system_limits.py",
+)
+"""Files whose tests wait for nothing that a busy machine delays; all others have the machine to themselves."""
+
 
 def pytest_collection_modifyitems(items):
     """Whole runs of several processes: on a busy machine one test may take many times as long."""
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.timeout(4 * RUN_TIMEOUT_S))
+            if item.path.name not in BESIDE_OTHERS:
+                item.add_marker(pytest.mark.alone)
 
 
 @pytest.fixture(scope="session")

@@ -71,3 +71,9 @@ def uninterrupted(tmp_path_factory):
     grid("submit", write_grid(folder, "g", set=LONG), "--cluster", "debug", "--dir", folder / "debug")
     assert set(states(folder / "debug").values()) == {"done"}
     return weights(folder / "debug" / "runs" / "cell")
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.alone)

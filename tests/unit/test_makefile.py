@@ -22,6 +22,9 @@ def recipe(target):
     return text.replace("$(BIN)", ".venv/bin").replace(" && ", "\n").splitlines()
 
 
+MARKER = "pytest.mark.alone"
+
+
 def test_the_commit_hooks_run_what_make_lints():
     config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
     hooks = [hook for repo in config["repos"] for hook in repo["hooks"]]
@@ -30,13 +33,16 @@ def test_the_commit_hooks_run_what_make_lints():
     assert not any(hook["pass_filenames"] for hook in hooks)
 
 
-def test_make_test_runs_every_folder_of_tests_once():
+def test_make_test_runs_every_test_once():
     shared, alone = recipe("test")
     variables = dict(line.split(" = ", 1) for line in (ROOT / "Makefile").read_text().splitlines() if " = " in line)
     folders = variables["ALONE"].split()
-    assert shared.endswith("$(ALONE:%=--ignore=%)")
-    assert alone.endswith(" $(ALONE)")
-    assert all((ROOT / folder).is_dir() for folder in folders)
+    assert shared.endswith('-m "not alone"')
+    assert alone.endswith("-m alone $(ALONE)")
+    marking = {
+        str(path.parent.relative_to(ROOT)) for path in ROOT.glob("tests/*/conftest.py") if MARKER in path.read_text()
+    }
+    assert marking == set(folders), "tests marked in another folder would never run"
 
 
 @pytest.mark.parametrize(("gpus", "ranks"), [(0, 2), (1, 1), (2, 2), (8, 2)])
