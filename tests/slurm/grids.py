@@ -30,7 +30,7 @@ SETTINGS = {
     "runtime.threads": 1,
     "runtime.timeout_s": 120.0,
 }
-LONG = {"train.epochs": 30}
+LONG = {"train.epochs": 50}
 """So many epochs that there is time to interrupt a cell."""
 
 

@@ -118,7 +118,7 @@ def test_local_jobs_end_with_the_process_that_runs_the_grid_and_resume_later(her
         # Ctrl-C reaches every process of the terminal, SIGKILL only the one it is sent to
         (os.killpg if how == signal.SIGINT else os.kill)(process.pid, how)
         told = process.stdout.read()
-    assert process.returncode == (130 if how == signal.SIGINT else -how)
+    assert process.returncode == (130 if how == signal.SIGINT else -how), (meanwhile, told)
     assert ("submit again" in told, "Traceback" in told) == (how == signal.SIGINT, False)
     assert meanwhile == {"cell.pretrain": "running", "cell.probe": "pending"}
     wait_for(lambda: not processes_of(folder))
