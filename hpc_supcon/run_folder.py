@@ -12,7 +12,8 @@ from .config import Config, Stage, differences, load_config, to_yaml
 from .errors import RunFolderError
 from .files import file_lock, write_atomically
 
-CONFIG, RESULTS, CHECKPOINTS, PROFILE = "config.yaml", "results.json", "checkpoints", "profile"
+CONFIG, RESULTS, SCORES = "config.yaml", "results.json", "scores.json"
+CHECKPOINTS, PROFILE = "checkpoints", "profile"
 OWN = frozenset({CONFIG, RESULTS, CHECKPOINTS, "metrics.jsonl"})
 """What a folder holds in which a run has been."""
 
@@ -111,6 +112,34 @@ def add_result(folder: Path, result: dict[str, Any]) -> None:
         results = _read_results(path) if path.exists() else []
         results = [r for r in results if any(r.get(k) != result.get(k) for k in key)] + [result]
         write_atomically(path, json.dumps({"results": results}, indent=2) + "\n")
+
+
+def add_scores(folder: Path, section: str, key: str, scores: dict[str, Any]) -> None:
+    """Set `section`.`key` of scores.json, a JSON object of objects, and keep the rest.
+
+    Several processes may do so at once. Raises OSError, RunFolderError; the file is then as it was.
+    """
+    path = folder / SCORES
+    with file_lock(folder / f".{SCORES}.lock"):
+        found = read_scores(folder)
+        found.setdefault(section, {})[key] = scores
+        write_atomically(path, json.dumps(found, indent=1) + "\n")
+
+
+def read_scores(folder: Path) -> dict[str, dict[str, Any]]:
+    """The sections of scores.json; none where there is no such file. Raises RunFolderError."""
+    path = folder / SCORES
+    try:
+        scores = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(scores, dict) and all(isinstance(section, dict) for section in scores.values()):
+            return scores
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise RunFolderError(f"{path}: cannot be read: {error.strerror}; move it away and evaluate again") from None
+    except (ValueError, RecursionError):
+        pass
+    raise RunFolderError(f"{path}: damaged, or not a file of scores; move it away and evaluate again")
 
 
 def _read_results(path: Path) -> list[dict[str, Any]]:

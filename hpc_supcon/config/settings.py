@@ -33,6 +33,7 @@ NEUTRAL = (
     "log",
     "probe",
     "prune",
+    "report",
     "runtime.reuse_memory",
     "runtime.timeout_s",
     "runtime.first_step_timeout_s",

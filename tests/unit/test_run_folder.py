@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from hpc_supcon.errors import RunFolderError
-from hpc_supcon.run_folder import add_result, check_results, check_still_there
+from hpc_supcon.run_folder import add_result, add_scores, check_results, check_still_there, read_scores
 from tests.processes import FORK_SERVER
 
 
@@ -71,3 +71,23 @@ def test_a_folder_on_a_disk_that_fails_does_not_count_as_deleted(tmp_path, monke
 
     monkeypatch.setattr(Path, "is_file", failing)
     check_still_there(tmp_path)
+
+
+def test_scores_of_other_sections_and_keys_are_kept(tmp_path):
+    add_scores(tmp_path, "probes", "linear", {"a": 1})
+    add_scores(tmp_path, "probes", "knn", {"a": 2})
+    add_scores(tmp_path, "embedding", "encoder", {"b": 3})
+    add_scores(tmp_path, "probes", "linear", {"a": 4})
+    assert read_scores(tmp_path) == {
+        "probes": {"linear": {"a": 4}, "knn": {"a": 2}},
+        "embedding": {"encoder": {"b": 3}},
+    }
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"probes": 3}', "\udcff"])
+def test_what_is_no_file_of_scores_is_named_and_kept(tmp_path, text):
+    path = tmp_path / "scores.json"
+    path.write_bytes(text.encode("utf-8", "surrogateescape"))
+    with pytest.raises(RunFolderError, match=r"scores\.json: damaged"):
+        add_scores(tmp_path, "probes", "linear", {})
+    assert path.read_bytes() == text.encode("utf-8", "surrogateescape")

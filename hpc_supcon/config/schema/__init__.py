@@ -14,6 +14,7 @@ from .base import Count, Positive, Section
 from .data import AugmentConfig, DataConfig
 from .evaluation import ProbeConfig
 from .pruning import PruneConfig
+from .report import ReportConfig
 from .training import CheckpointConfig, LogConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig, ValidationConfig
 
 
@@ -56,6 +57,7 @@ class Config(Section):
     log: LogConfig
     probe: ProbeConfig
     prune: PruneConfig
+    report: ReportConfig
     runtime: RuntimeConfig
 
     @property
