@@ -106,10 +106,17 @@ class OptimConfig(Section):
         description="added to denominators; null is the optimizer's own (adamw 1e-8, lamb 1e-6, lars 0)"
     )
     lars_eta: Positive = Field(description="lars: trust coefficient, a step's size as a share of the weight's norm")
+    lars_clip: bool = Field(
+        description="lars: a weight's own learning rate is the smaller of the schedule's and the adapted one (LARC)"
+    )
     lamb_norm_range: tuple[NonNegative, Positive] | None = Field(
         description="lamb: weight norms are clamped to this range in the trust ratio; null: taken as they are"
     )
-    weight_decay: NonNegative = Field(description="weight decay; norms, biases and a learned temperature have none")
+    weight_decay: NonNegative = Field(description="weight decay of the parameters that `decay` names")
+    decay: Literal["weights", "all"] = Field(
+        description="what weight decay is for; weights: not for norms, biases and a learned temperature; all: every "
+        "parameter, as torch.optim.SGD(model.parameters()) has it"
+    )
     clip_norm: Positive | None = Field(description="gradients are scaled down to this global norm; null: never")
     schedule: ScheduleName = Field(
         description="learning rate after the warm-up; one_cycle: its rising part is the warm-up"

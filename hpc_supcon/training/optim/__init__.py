@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -39,6 +39,7 @@ def _lars(groups: Groups, settings: dict[str, Any]) -> torch.optim.Optimizer:
         momentum=settings["momentum"],
         nesterov=settings["nesterov"],
         eta=settings["lars_eta"],
+        clip=settings["lars_clip"],
         eps=settings["eps"] or 0.0,
     )
 
@@ -59,7 +60,18 @@ OPTIMIZERS: dict[str, Callable[[Groups, dict[str, Any]], torch.optim.Optimizer]]
     "lamb": _lamb,
 }
 
-OPTIMIZER_SETTINGS = {"name", "momentum", "nesterov", "weight_decay", "beta2", "eps", "lars_eta", "lamb_norm_range"}
+OPTIMIZER_SETTINGS = {
+    "name",
+    "momentum",
+    "nesterov",
+    "weight_decay",
+    "decay",
+    "beta2",
+    "eps",
+    "lars_eta",
+    "lars_clip",
+    "lamb_norm_range",
+}
 """Settings of the configuration's optim section that are arguments of `build_optimizer`."""
 
 
@@ -71,16 +83,18 @@ def build_optimizer(
     momentum: float = 0.9,
     nesterov: bool = False,
     weight_decay: float = 0.0,
+    decay: Literal["weights", "all"] = "weights",
     beta2: float = 0.999,
     eps: float | None = None,
     lars_eta: float = 0.001,
+    lars_clip: bool = False,
     lamb_norm_range: tuple[float, float] | None = None,
 ) -> torch.optim.Optimizer:
     """The optimizer called `name` with two groups: weights, and norms and biases.
 
     Parameters with at most one dimension (biases, the scales of BatchNorm and LayerNorm, a learned temperature)
-    have no weight decay, and LARS and LAMB do not adapt their learning rate. `momentum` is beta 1 of AdamW and LAMB;
-    `eps` None is the optimizer's own default.
+    have no weight decay unless `decay` is "all", and LARS and LAMB do not adapt their learning rate. `momentum` is
+    beta 1 of AdamW and LAMB; `eps` None is the optimizer's own default.
 
     Raises ConfigError for an unknown name.
     """
@@ -92,12 +106,13 @@ def build_optimizer(
         "beta2": beta2,
         "eps": eps,
         "lars_eta": lars_eta,
+        "lars_clip": lars_clip,
         "lamb_norm_range": lamb_norm_range,
     }
     weights, others = [p for p in params if p.ndim > 1], [p for p in params if p.ndim <= 1]
     groups: Groups = [
         {"params": weights, "lr": lr, "weight_decay": weight_decay},
-        {"params": others, "lr": lr, "weight_decay": 0.0},
+        {"params": others, "lr": lr, "weight_decay": weight_decay if decay == "all" else 0.0},
     ]
     if name in ("lars", "lamb"):
         groups[1]["adapt"] = False

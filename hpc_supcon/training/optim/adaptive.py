@@ -27,6 +27,8 @@ class Lars(torch.optim.Optimizer):
         ratio = eta |w| / (|g| + weight_decay |w| + eps), 1 where |w| or |g| is 0
         v = momentum v + ratio u,   w = w - lr v   (Nesterov: w - lr (ratio u + momentum v))
     Unlike in the paper, the learning rate is outside the momentum, as in PyTorch's SGD: a schedule acts at once.
+    clip: ratio / lr, at most 1, in place of ratio: a weight's own learning rate is then the smaller of `lr` and
+    ratio (LARC, the variant of solo-learn and NVIDIA Apex).
     """
 
     def __init__(
@@ -38,9 +40,10 @@ class Lars(torch.optim.Optimizer):
         nesterov: bool = False,
         eta: float = 0.001,
         eps: float = 0.0,
+        clip: bool = False,
     ) -> None:
         super().__init__(groups, {"lr": lr, "weight_decay": 0.0, "adapt": True})
-        self.momentum, self.nesterov, self.eta, self.eps = momentum, nesterov, eta, eps
+        self.momentum, self.nesterov, self.eta, self.eps, self.clip = momentum, nesterov, eta, eps, clip
 
     @torch.no_grad()
     def step(self, closure: Closure | None = None) -> Any:
@@ -59,7 +62,10 @@ class Lars(torch.optim.Optimizer):
                 self._move(params, updates, None, group["lr"])
                 continue
             w, g = _norms(params, grads)
-            ratio = torch.where((w > 0) & (g > 0), self.eta * w / (g + decay * w + self.eps), 1.0)
+            ratio = self.eta * w / (g + decay * w + self.eps)
+            if self.clip and group["lr"] > 0:
+                ratio = (ratio / group["lr"]).clamp(max=1.0)
+            ratio = torch.where((w > 0) & (g > 0), ratio, 1.0)
             self._move(params, updates, ratio.unbind(), group["lr"])
         return loss
 

@@ -26,7 +26,7 @@ def learning_rate(
     """The learning rate of `step` (counted from 0) of `steps`. Raises ConfigError for an unknown schedule.
 
     After a linear warm-up (peak / warmup_steps, ..., peak):
-        cosine     from peak to final_fraction * peak
+        cosine     from peak, in the first step, to final_fraction * peak, in the last one
         step       times gamma at each milestone (fraction of `steps`)
         constant   peak
     one_cycle (Smith and Topin 2018): half a cosine up to the peak during the warm-up, then half a cosine down to
@@ -40,7 +40,7 @@ def learning_rate(
     if step < warmup_steps:
         return peak * (step + 1) / warmup_steps
     if schedule == "cosine":
-        return peak * _half_cosine(1.0, final_fraction, (step - warmup_steps) / max(1, steps - warmup_steps))
+        return peak * _half_cosine(1.0, final_fraction, (step - warmup_steps) / max(1, steps - 1 - warmup_steps))
     if schedule == "step":
         return peak * gamma ** sum(step >= round(m * steps) for m in milestones)
     if schedule == "constant":

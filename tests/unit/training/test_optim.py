@@ -57,7 +57,7 @@ def norm(x):
     return math.sqrt(sum(v * v for v in x.flatten().tolist()))
 
 
-def lars_reference(momentum, nesterov, decay, eta, eps):
+def lars_reference(momentum, nesterov, decay, eta, eps, clip=False):
     weights = [p.detach() for p in parameters()]
     velocity = [torch.zeros_like(w) for w in weights]
     for step in range(24):
@@ -69,6 +69,8 @@ def lars_reference(momentum, nesterov, decay, eta, eps):
                 b = decay
                 if norm(w) > 0 and norm(g) > 0:
                     ratio = eta * norm(w) / (norm(g) + b * norm(w) + eps)
+                    if clip and rate(step) > 0:
+                        ratio = min(rate(step), ratio) / rate(step)
             u = ratio * (g + b * w)
             velocity[k] = momentum * velocity[k] + u
             weights[k] = w - rate(step) * (u + momentum * velocity[k] if nesterov else velocity[k])
@@ -142,6 +144,15 @@ def test_lars_equals_the_formula_in_a_loop(momentum, nesterov, decay, eta, eps):
     assert_equal(run(params, optimizer), lars_reference(momentum, nesterov, decay, eta, eps))
 
 
+@pytest.mark.parametrize("nesterov", [False, True])
+def test_clipped_lars_takes_the_smaller_of_both_learning_rates(nesterov):
+    params = parameters()
+    optimizer = build_optimizer(
+        params, name="lars", lr=1.0, momentum=0.9, nesterov=nesterov, weight_decay=0.01, lars_eta=0.3, lars_clip=True
+    )
+    assert_equal(run(params, optimizer), lars_reference(0.9, nesterov, 0.01, 0.3, 0.0, clip=True))
+
+
 @pytest.mark.parametrize("clamp", [None, (0.0, 1.5), (0.5, 10.0)])
 @pytest.mark.parametrize("decay", [0.0, 0.1])
 @pytest.mark.parametrize(("beta1", "beta2", "eps"), [(0.9, 0.999, 1e-6), (0.0, 0.9, 1e-3)])
@@ -185,17 +196,19 @@ def test_lars_without_weights_to_adapt_is_torch_sgd(nesterov):
 
 
 @pytest.mark.parametrize("name", ["sgd", "adamw", "lars", "lamb"])
-def test_only_weights_decay(name):
+@pytest.mark.parametrize("decay", ["weights", "all"])
+def test_what_decays(name, decay):
     bn, ln, layer = nn.BatchNorm2d(3), nn.LayerNorm(3), nn.Linear(3, 2)
     temperature = nn.Parameter(torch.tensor(0.5))
     params = [*bn.parameters(), *ln.parameters(), *layer.parameters(), temperature]
     before = [p.detach().clone() for p in params]
-    optimizer = build_optimizer(params, name=name, lr=0.1, weight_decay=0.5, lars_eta=1.0)
+    optimizer = build_optimizer(params, name=name, lr=0.1, weight_decay=0.5, decay=decay, lars_eta=1.0)
     for p in params:
         p.grad = torch.zeros_like(p)
     optimizer.step()
     moved = [not torch.equal(a, b) for a, b in zip(params, before, strict=True)]
-    expected = [p is layer.weight for p in params]
+    # zeros, such as the biases of norms, stay zero
+    expected = [p is layer.weight or (decay == "all" and bool(b.any())) for p, b in zip(params, before, strict=True)]
     assert moved == expected
 
 

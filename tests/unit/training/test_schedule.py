@@ -53,11 +53,28 @@ def test_warm_up_is_linear_lr(settings, steps, warmup):
 
 
 @pytest.mark.parametrize("final", [0.0, 0.05, 1.0])
-@pytest.mark.parametrize(("steps", "warmup"), [(40, 0), (37, 5), (2, 1), (1, 0)])
+@pytest.mark.parametrize(("steps", "warmup"), [(40, 0), (37, 5), (2, 0), (3, 1)])
 def test_cosine_is_cosine_annealing_lr_after_the_warm_up(final, steps, warmup):
     rest = steps - warmup
-    want = torchs(rest, lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=rest, eta_min=final * PEAK))
+    # T_max: the steps between the first rate and the last one
+    want = torchs(rest, lambda o: lr_scheduler.CosineAnnealingLR(o, T_max=rest - 1, eta_min=final * PEAK))
     assert_close(ours(steps, warmup, schedule="cosine", final_fraction=final)[warmup:], want)
+
+
+@pytest.mark.parametrize("final", [0.0, 0.01, 1.0])
+@pytest.mark.parametrize("schedule", ["cosine", "one_cycle"])
+@pytest.mark.parametrize(("steps", "warmup"), [(1000, 100), (1000, 1), (13, 2), (3, 1)])
+def test_the_last_step_has_the_final_learning_rate(schedule, final, steps, warmup):
+    rates = ours(steps, warmup, schedule=schedule, final_fraction=final)
+    assert rates[-1] == pytest.approx(final * PEAK, abs=1e-15)
+    assert max(rates) == pytest.approx(PEAK)
+
+
+@pytest.mark.parametrize("steps", [1000, 13])
+def test_the_last_step_of_the_other_schedules(steps):
+    assert ours(steps, 2, schedule="constant")[-1] == PEAK
+    rates = ours(steps, 2, schedule="step", milestones=(0.5, 0.9), gamma=0.1)
+    assert rates[-1] == pytest.approx(0.01 * PEAK)
 
 
 @pytest.mark.parametrize("milestones", [(0.6, 0.8), (0.1,), (0.25, 0.5, 0.75)])
