@@ -112,6 +112,10 @@ def _check_loader(config: Config) -> None:
         raise ConfigError("data.crop_while_decoding needs data.image_size: the side of the crops")
     if data.crop_while_decoding and config.augment.policy == "none":
         raise ConfigError("data.crop_while_decoding crops at random, which augment.policy=none forbids")
+    if data.crop_while_decoding and config.augment.is_padded:
+        raise ConfigError(
+            "data.crop_while_decoding takes resized crops, not padded ones (augment.policy, augment.crop)"
+        )
     made = data.synthetic
     if data.source == "synthetic" and data.beton is None and made.images < made.classes:
         raise ConfigError(

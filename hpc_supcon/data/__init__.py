@@ -9,8 +9,9 @@ from .sources.beton import BetonSource, open_beton
 from .sources.source import ArraySource, Source, channel_statistics, normalization_of
 from .sources.splits import SOURCES, Splits, convert_splits, load_splits, open_source
 from .sources.stratify import stratified_split
+from .views.parameters import ViewParameters
 from .views.pixels import EvalTransform
-from .views.views import POLICIES, ViewParameters, Views
+from .views.views import POLICIES, Views
 
 __all__ = [
     "LOADERS",

@@ -64,6 +64,33 @@ def draw_boxes(
     return torch.cat((_corner(torch, u, room, found.unsqueeze(1)), size), dim=1).long()
 
 
+def draw_padded_boxes(
+    n: int,
+    height: int,
+    width: int,
+    size: int,
+    padding: int,
+    *,
+    generator: torch.Generator,
+    device: torch.device | str = "cpu",
+) -> Tensor:
+    """int64 [n, 4] on `device`: random squares of `size` pixels in images with `padding` more pixels on each side.
+
+    As torchvision's RandomCrop(size, padding) draws them; rows and columns count from the image's own corner, so a
+    square may begin at -padding. Raises ConfigError where the padded image is smaller than a square.
+    """
+    room = [side + 2 * padding - size for side in (height, width)]
+    if min(room) < 0:
+        raise ConfigError(
+            f"images of {height}x{width} pixels with augment.padding={padding} have no square of {size} pixels: "
+            "raise augment.padding, or set data.image_size"
+        )
+    corners = [
+        torch.randint(-padding, space - padding + 1, (n,), generator=generator, device=device) for space in room
+    ]
+    return torch.stack((*corners, *[torch.full_like(corners[0], size)] * 2), dim=1)
+
+
 def _draw_until_fit(n: int, draw_sizes: _DrawSizes, central: tuple[int, ...]) -> tuple[Tensor, Tensor]:
     """Sizes float64 [n, 2] and whether one fitted, bool [n] (else `central`): only misfits are drawn again."""
     size, missing = torch.tensor(central, dtype=torch.float64).repeat(n, 1), torch.arange(n)

@@ -88,8 +88,16 @@ class RandAugmentConfig(Section):
 
 class AugmentConfig(Section):
     policy: PolicyName = Field(
-        description="none: resize alone; simaugment: flip_crop, color jitter, gray, blur; autoaugment, randaugment: "
-        "their operations after flip_crop"
+        description="none: resize alone; flip_crop, pad_crop: crop and flip; simaugment: crop, flip, color jitter, "
+        "gray, blur; autoaugment, randaugment: crop, flip, their operations"
+    )
+    crop: Literal["auto", "resized", "padded"] = Field(
+        description="resized: a random part of the image, by crop_scale and crop_ratio, resized; padded: a square of "
+        "the image's own size out of the padded image; auto: padded for policy=pad_crop, else resized"
+    )
+    padding: Count = Field(description="padded: pixels added on each side", json_schema_extra={"unit": "px"})
+    padding_mode: Literal["zeros", "reflect"] = Field(
+        description="padded: what they are: black, or the image mirrored"
     )
     crop_scale: tuple[Positive, Positive] = Field(description="range of the crop's share of the image area")
     crop_ratio: tuple[Positive, Positive] = Field(description="range of the crop's width / height")
@@ -107,6 +115,13 @@ class AugmentConfig(Section):
     )
     autoaugment: AutoAugmentName = Field(description="autoaugment: the policy that was learned on this data set")
     randaugment: RandAugmentConfig = Field(description="randaugment: how many operations, how strong")
+
+    @property
+    def is_padded(self) -> bool:
+        """Whether crops are squares of the padded image."""
+        return self.policy != "none" and (
+            self.crop == "padded" or (self.crop == "auto" and self.policy == "pad_crop")
+        )
 
     @model_validator(mode="after")
     def _ordered(self) -> AugmentConfig:

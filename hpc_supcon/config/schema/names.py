@@ -7,7 +7,7 @@ from typing import Literal
 SourceName = Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "image_folder", "synthetic"]
 SamplerName = Literal["random", "class_balanced", "long_tail_aware"]
 LoaderName = Literal["auto", "resident", "torch", "ffcv", "dali"]
-PolicyName = Literal["none", "flip_crop", "simaugment", "autoaugment", "randaugment"]
+PolicyName = Literal["none", "flip_crop", "pad_crop", "simaugment", "autoaugment", "randaugment"]
 AutoAugmentName = Literal["cifar10", "imagenet", "svhn"]
 
 OwnEncoderName = Literal["conv", "resnet9", "resnet9_small", "vgg16_bn_embed"]

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 
 def copy_async(tensor: Tensor, device: torch.device) -> Tensor:
@@ -59,6 +60,29 @@ def resample(images: Tensor, boxes: Tensor, flip: Tensor, size: int) -> Tensor:
     for c in range(C):
         torch.bmm(rows[:, :, c], wx_t, out=out[c])
     return out.view(C, B, V, size, size)
+
+
+def cut_windows(images: Tensor, boxes: Tensor, size: int, padding: int, mode: str) -> Tensor:
+    """uint8 [n, C, H, W] -> [n, C, size, size]: one square of each image with `padding` more pixels on each side.
+
+    boxes: int64 [n, 4] (top, left, ...) from -padding on (see crop_boxes.draw_padded_boxes). mode: zeros, or reflect
+    (without repeating the edge; padding < H and W).
+    """
+    H, W = images.shape[2:]
+    if mode == "reflect":
+        rows, columns = (_reflected(side, padding, images.device) for side in (H, W))
+        padded = images.index_select(2, rows).index_select(3, columns)
+    else:
+        padded = F.pad(images, [padding] * 4)
+    windows = padded.unfold(2, size, 1).unfold(3, size, 1)  # a view: [n, C, places, places, size, size]
+    top, left = boxes[:, 0] + padding, boxes[:, 1] + padding
+    return windows[torch.arange(len(images), device=images.device), :, top, left]
+
+
+def _reflected(side: int, padding: int, device: torch.device) -> Tensor:
+    """int64 [side + 2 padding]: which row of an image each row of the padded one is."""
+    place = torch.arange(-padding, side + padding, device=device).abs()
+    return (side - 1) - ((side - 1) - place).abs()
 
 
 def flip_selected(images: Tensor, rows: Tensor, flip: Tensor) -> Tensor:

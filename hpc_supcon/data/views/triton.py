@@ -12,7 +12,7 @@ under TRITON_INTERPRET=1 it runs on the CPU.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import triton
@@ -23,7 +23,7 @@ from ..sources.source import LUMA
 from .pixels import copy_async
 
 if TYPE_CHECKING:
-    from .views import ViewParameters
+    from .parameters import ViewParameters
 
 _RED, _GREEN, _BLUE = (tl.constexpr(weight) for weight in LUMA)
 
@@ -72,8 +72,8 @@ def _weight(tap, center, length, sharpness):
 
 @triton.jit
 def _resample(
-    image, top, left, height, width, y, x, inside, H, W,
-    S: tl.constexpr, CHANNELS: tl.constexpr, TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, BLOCK: tl.constexpr,
+    image, top, left, height, width, y, x, inside, H, W, S: tl.constexpr, CHANNELS: tl.constexpr,
+    TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, PADDING: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """Target pixels (y, x) of the crop in 0..1, per channel; the triangle filter widens when shrinking."""
     step_y, step_x = height.to(tl.float32) / S, width.to(tl.float32) / S
@@ -91,8 +91,14 @@ def _resample(
         for j in range(TAPS_X):
             column = first_x + j
             weight = weight_y * _weight(column, center_x, width, sharp_x)
-            pixel = image + (top + row) * W + left + column
+            source_y, source_x = top + row, left + column
             used = inside & (weight > 0)
+            if PADDING == 1:
+                used = used & (source_y >= 0) & (source_y < H) & (source_x >= 0) & (source_x < W)
+            if PADDING == 2:
+                source_y = (H - 1) - tl.abs((H - 1) - tl.abs(source_y))
+                source_x = (W - 1) - tl.abs((W - 1) - tl.abs(source_x))
+            pixel = image + source_y * W + source_x
             r += weight * tl.load(pixel, mask=used, other=0).to(tl.float32)
             if CHANNELS == 3:
                 g += weight * tl.load(pixel + H * W, mask=used, other=0).to(tl.float32)
@@ -105,7 +111,8 @@ def _resample(
 @triton.jit
 def _views_kernel(
     images, boxes, factors, decisions, sequences, mean, std, out, H, W, V, stride_n, stride_c, stride_y, stride_x,
-    S: tl.constexpr, CHANNELS: tl.constexpr, TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, BLOCK: tl.constexpr,
+    S: tl.constexpr, CHANNELS: tl.constexpr, TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, PADDING: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
     """boxes int64 [n, 4]; factors fp32 [n, 4]; decisions uint8 [n]: 4 * row of sequences + 2 * gray + flip."""
     view = tl.program_id(0)
@@ -119,7 +126,7 @@ def _views_kernel(
     image = images + (view // V).to(tl.int64) * CHANNELS * H * W
     r, g, b = _resample(
         image, tl.load(box).to(tl.int32), tl.load(box + 1).to(tl.int32), tl.load(box + 2).to(tl.int32),
-        tl.load(box + 3).to(tl.int32), y, source_x, inside, H, W, S, CHANNELS, TAPS_Y, TAPS_X, BLOCK,
+        tl.load(box + 3).to(tl.int32), y, source_x, inside, H, W, S, CHANNELS, TAPS_Y, TAPS_X, PADDING, BLOCK,
     )  # fmt: skip
     for step in range(4):
         operation = tl.load(sequence + step).to(tl.int32)
@@ -149,13 +156,21 @@ def _views_kernel(
 
 
 def render(
-    images: Tensor, parameters: ViewParameters, sequences: Tensor, mean: Tensor, std: Tensor, views: Tensor
+    images: Tensor,
+    parameters: ViewParameters,
+    sequences: Tensor,
+    mean: Tensor,
+    std: Tensor,
+    views: Tensor,
+    *,
+    outside: Literal["zeros", "reflect"] | None = None,
 ) -> None:
     """Write the views of uint8 images [B, C, H, W] to `views`, float32 or bfloat16 [n, C, S, S], n = B * V.
 
     views: of any strides. parameters: boxes, flip, factors, permutation and grayscale are used. sequences: int64
     [k, 4], the operations of each permutation (Jitter.sequences), k <= 64. mean, std: float32 [C]. One program
     computes a block of S x S pixels: S <= 64. All but flip, permutation and grayscale are on the images' device.
+    outside: what is around the images, where boxes are larger than them.
     """
     n, C, S, _ = views.shape
     B, _, H, W = images.shape
@@ -179,6 +194,7 @@ def render(
         CHANNELS=C,
         TAPS_Y=_taps(H, S),
         TAPS_X=_taps(W, S),
+        PADDING=(None, "zeros", "reflect").index(outside),
         BLOCK=triton.next_power_of_2(S * S),
         num_warps=4 if S <= 32 else 8,
         enable_fp_fusion=True,  # Triton 3.9 warns when it is left to the default

@@ -3,23 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from importlib.util import find_spec
+from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError, unknown_name
-from ..crop_boxes import check_crops, draw_boxes
+from ..crop_boxes import check_crops, draw_boxes, draw_padded_boxes
 from .color import SIGMA, Jitter, check_probabilities, check_strengths, gaussian_blur, grayscale, kernel_size
 from .ops import operate_
-from .pixels import copy_async, flip_selected, normalize_, normalize_levels_, resample
+from .parameters import ViewParameters
+from .pixels import copy_async, cut_windows, flip_selected, normalize_, normalize_levels_, resample
 from .policies import AutoAugment, RandAugment
 
 POLICIES: dict[str, Callable[..., AutoAugment | RandAugment | None]] = {
     "none": lambda **_: None,
     "flip_crop": lambda **_: None,
+    "pad_crop": lambda **_: None,
     "simaugment": lambda **_: None,
     "autoaugment": lambda *, autoaugment, **_: AutoAugment(autoaugment),
     "randaugment": lambda *, randaugment, **_: RandAugment(**randaugment),
@@ -32,36 +34,6 @@ CPU_CACHE = 1 << 22
 """Bytes of float views processed at once on a CPU, so that they stay in its cache between operations."""
 
 
-@dataclass(frozen=True)
-class ViewParameters:
-    """Random parameters of n = B * V views (the V views of an image are adjacent).
-
-    Numbers are on the device of the views. Which operation applies to which view is on the CPU, which launches the
-    operations: reading it from a GPU would wait for everything that is queued there.
-    """
-
-    boxes: Tensor
-    """int64 [n, 4], on the device: top, left, height, width of the crop."""
-    factors: Tensor
-    """float32 [n, 4], on the device: brightness, contrast, saturation (factors >= 0) and hue (turns)."""
-    flip: Tensor
-    """bool [n]: mirrored left to right."""
-    permutation: Tensor
-    """int64 [n]: the order of the color operations, an index into Jitter.permutations; -1 for no color operation."""
-    grayscale: Tensor
-    """bool [n]: converted to gray, after the color operations."""
-    sigma: Tensor
-    """float32 [n]: standard deviation of the blur in pixels; 0 for none."""
-    operations: Tensor
-    """int64 [n, steps]: operations of AutoAugment or RandAugment (indices into ops.OPERATIONS), in sequence."""
-    magnitudes: Tensor
-    """float64 [n, steps]: their magnitudes (see ops.OPERATIONS)."""
-
-    def select(self, rows: slice) -> ViewParameters:
-        """The parameters of these views."""
-        return ViewParameters(**{name: value[rows] for name, value in vars(self).items()})
-
-
 class Views(nn.Module):
     """uint8 [B, C, H, W] -> float [B, V, C, S, S], normalized; from uint8 [B, V, C, S, S] where they are cropped.
 
@@ -69,8 +41,9 @@ class Views(nn.Module):
 
     - none: resized to S alone, so that all V views are equal
     - flip_crop: random resized crop, flip
-    - simaugment: flip_crop, color jitter, gray, gaussian blur (SimCLR's)
-    - autoaugment, randaugment: flip_crop, then their operations on whole gray levels
+    - pad_crop: random crop of the padded image, flip
+    - simaugment: crop, flip, color jitter, gray, gaussian blur (SimCLR's)
+    - autoaugment, randaugment: crop, flip, then their operations on whole gray levels
 
     Everything random is drawn from the module's own generators, which `reseed` starts anew: one on the CPU and,
     for boxes and factors on CUDA, a second one there. Small images on CUDA take one kernel (triton.py), all others
@@ -88,6 +61,9 @@ class Views(nn.Module):
         mean: Tensor | Sequence[float],
         std: Tensor | Sequence[float],
         policy: str = "simaugment",
+        crop: Literal["auto", "resized", "padded"] = "auto",
+        padding: int = 4,
+        padding_mode: Literal["zeros", "reflect"] = "zeros",
         crop_scale: tuple[float, float] = (0.2, 1.0),
         crop_ratio: tuple[float, float] = (3 / 4, 4 / 3),
         flip: float = 0.5,
@@ -106,8 +82,10 @@ class Views(nn.Module):
     ) -> None:
         """count: V, views per image. image_size: S in pixels. mean, std: [C] in units of 0..1.
 
-        crop_scale: range of the share of the area, within (0, 1]; crop_ratio: range of width / height; flip:
-        probability. These three apply to every policy but none; autoaugment (cifar10, imagenet or svhn) and
+        crop: a resized crop, or a square of S pixels out of the image with `padding` more pixels on each side, black
+        or reflected (padding_mode); auto: padded for pad_crop, else resized. crop_scale: range of the resized crop's
+        share of the area, within (0, 1]; crop_ratio: range of its width / height; flip: probability. All these
+        apply to every policy but none; autoaugment (cifar10, imagenet or svhn) and
         randaugment (`operations`, `magnitude`) to the policy of that name; all others to simaugment. brightness,
         contrast, saturation: factors are drawn from max(0, 1 - x)..1 + x; hue in turns, from -x..x, x <= 0.5;
         jitter_probability, grayscale, blur: probabilities. One-channel images get no saturation, hue or grayscale.
@@ -123,6 +101,9 @@ class Views(nn.Module):
         self.operations = POLICIES[policy](autoaugment=autoaugment, randaugment=randaugment or {})
         self.count, self.image_size, self.dtype, self.channels_last = count, image_size, dtype, channels_last
         self.crops, self.crop_scale, self.crop_ratio = policy != "none", crop_scale, crop_ratio
+        padded = self.crops and (crop == "padded" or (crop == "auto" and policy == "pad_crop"))
+        self.padding = padding if padded else None
+        self.outside = padding_mode if padded else None
         # Not persistent: they belong to the configuration of the run, not to the weights in a checkpoint.
         self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.float32), persistent=False)
         self.register_buffer("std", torch.as_tensor(std, dtype=torch.float32), persistent=False)
@@ -148,7 +129,14 @@ class Views(nn.Module):
         """Random parameters of `count` views of each of `batch` images of this size in pixels."""
         n, generator, device = batch * self.count, self.generator, self.mean.device
         numbers = self._numbers_generator()
-        if self.crops:
+        if self.padding is not None:
+            size, padding = self.image_size, self.padding
+            if self.outside == "reflect" and padding >= min(height, width):
+                raise ConfigError(
+                    f"augment.padding={padding} mirrors more than images of {height}x{width} pixels have"
+                )
+            boxes = draw_padded_boxes(n, height, width, size, padding, generator=numbers, device=device)
+        elif self.crops:
             boxes = draw_boxes(
                 n, height, width, scale=self.crop_scale, ratio=self.crop_ratio, generator=numbers, device=device
             )
@@ -199,7 +187,8 @@ class Views(nn.Module):
             if self._takes_kernel(images):
                 from .triton import render
 
-                render(images, parameters, self.jitter.sequences, self.mean, self.std, views)
+                sequences = self.jitter.sequences
+                render(images, parameters, sequences, self.mean, self.std, views, outside=self.outside)
             else:
                 write = self._write_flipped if images.ndim == 5 and not self.changes_colors else self._write
                 for rows in self._chunks(parameters, images.device):
@@ -244,11 +233,14 @@ class Views(nn.Module):
         """Cropped, resized and flipped: float32 [C, n, S, S] in 0..1."""
         flip = parameters.flip[rows]
         if images.ndim == 5:
-            cropped = flip_selected(images.flatten(0, 1), rows, flip).transpose(0, 1)
-            return cropped.to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
+            return _planes(flip_selected(images.flatten(0, 1), rows, flip))
         device_rows = copy_async(rows, images.device)
         per_view = images.index_select(0, device_rows // self.count)
-        boxes, flip = parameters.boxes.index_select(0, device_rows), copy_async(flip, images.device)
+        boxes = parameters.boxes.index_select(0, device_rows)
+        if self.padding is not None and self.outside is not None:
+            windows = cut_windows(per_view, boxes, self.image_size, self.padding, self.outside)
+            return _planes(flip_selected(windows, torch.arange(len(rows)), flip))
+        flip = copy_async(flip, images.device)
         return resample(per_view, boxes.unsqueeze(1), flip.unsqueeze(1), self.image_size).squeeze(2)
 
     def _write_flipped(self, images: Tensor, parameters: ViewParameters, rows: Tensor, views: Tensor) -> None:
@@ -294,6 +286,11 @@ class Views(nn.Module):
         self._device_seed = int(seeds[1])
         if self._device_generator is not self.generator:
             self._device_generator.manual_seed(self._device_seed)
+
+
+def _planes(levels: Tensor) -> Tensor:
+    """uint8 [n, C, S, S] -> float32 [C, n, S, S] in 0..1."""
+    return levels.transpose(0, 1).to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
 
 
 def _span(rows: Tensor) -> slice:

@@ -84,6 +84,10 @@ WRONG = {
         ["data.crop_while_decoding=true"],
         "data.crop_while_decoding needs data.image_size",
     ),
+    "padded crops while decoding": (
+        ["data.crop_while_decoding=true", "data.image_size=32", "augment.policy=pad_crop"],
+        "data.crop_while_decoding takes resized crops, not padded ones (augment.policy, augment.crop)",
+    ),
     "crops that are larger than the image": (
         ["augment.crop_scale=[0.5, 1.5]"],
         "augment.crop_scale: a crop cannot be larger than the image",

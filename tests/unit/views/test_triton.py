@@ -31,7 +31,7 @@ def pixels(views, images, dtype=torch.float32):
     expected = views.render(images, drawn)
     layout = torch.channels_last if views.channels_last else torch.contiguous_format
     got = torch.empty(expected.flatten(0, 1).shape, dtype=dtype, memory_format=layout)
-    render(images, drawn, views.jitter.sequences, views.mean, views.std, got)
+    render(images, drawn, views.jitter.sequences, views.mean, views.std, got, outside=views.outside)
     return got.view_as(expected), expected
 
 
@@ -48,6 +48,13 @@ for channels, height, width, size in SIZES:
         dict(hue=0.0, contrast=0.0, grayscale=0.6),
     ):
         got, expected = pixels(Views(2, size, **normalization, **changes), images)
+        torch.testing.assert_close(got, expected, atol=5e-5, rtol=0)
+for channels, mode, size in ((3, "zeros", 32), (1, "reflect", 28), (3, "reflect", 26)):
+    images = torch.randint(0, 256, (5, channels, 32, 28), dtype=torch.uint8)
+    normalization = dict(mean=[0.4, 0.5, 0.6][:channels], std=[0.2, 0.3, 0.25][:channels])
+    for policy in ("pad_crop", "simaugment"):
+        views = Views(4, size, **normalization, policy=policy, crop="padded", padding=5, padding_mode=mode)
+        got, expected = pixels(views, images)
         torch.testing.assert_close(got, expected, atol=5e-5, rtol=0)
 images = torch.randint(0, 256, (4, 3, 32, 32), dtype=torch.uint8)
 views = Views(3, 32, mean=[0.4] * 3, std=[0.3] * 3, channels_last=True)
@@ -70,7 +77,8 @@ POINTERS = {
 names = kernel.arg_names
 CASES = ((80, "fp32", 3, 2, 32), (90, "bf16", 1, 2, 28), (90, "bf16", 3, 5, 64))
 for capability, dtype, channels, taps, size in CASES:
-    fixed = dict(S=size, CHANNELS=channels, TAPS_Y=taps, TAPS_X=taps, BLOCK=4096 if size == 64 else 1024)
+    fixed = dict(S=size, CHANNELS=channels, TAPS_Y=taps, TAPS_X=taps, PADDING=size % 3)
+    fixed["BLOCK"] = 4096 if size == 64 else 1024
     types = {**POINTERS, "out": "*" + dtype, **dict.fromkeys(fixed, "constexpr")}
     source = ASTSource(
         fn=kernel,
@@ -105,6 +113,7 @@ def test_the_kernel_compiles_without_a_gpu(tmp_path):
     [
         ({}, 32, True),
         ({"policy": "flip_crop"}, 64, True),
+        ({"policy": "pad_crop"}, 32, True),
         ({}, 65, False),
         ({"blur": 0.5}, 32, False),
         ({"policy": "none"}, 32, False),

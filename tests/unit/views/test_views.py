@@ -12,6 +12,7 @@ from torchvision.transforms.v2 import functional as TF
 from hpc_supcon.data import EvalTransform, Views
 from hpc_supcon.data.crop_boxes import draw_boxes
 from hpc_supcon.data.views.color import BRIGHTNESS, CONTRAST, SATURATION, adjust_hue, blend, grayscale
+from hpc_supcon.data.views.ops import operate_
 from hpc_supcon.data.views.pixels import resample
 from hpc_supcon.errors import ConfigError
 from hpc_supcon.seeding import stream
@@ -57,6 +58,57 @@ def test_resampling_equals_torchvision_resized_crop(height, width, size, channel
             expected = TF.resized_crop(images[b].float() / 255, *boxes[b, v].tolist(), [size, size], antialias=True)
             expected = expected.flip(-1) if flip[b, v] else expected
             torch.testing.assert_close(views[:, b, v], expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(("mode", "torchvisions"), [("zeros", "constant"), ("reflect", "reflect")])
+@pytest.mark.parametrize(("height", "width", "size"), [(32, 32, 32), (28, 21, 19), (9, 9, 16)])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_padded_crops_equal_those_of_torchvisions_padded_image(mode, torchvisions, height, width, size, channels):
+    images = random_images(5, channels, height, width)
+    normalization = {"mean": [0.0] * channels, "std": [1.0] * channels}
+    views = Views(7, size, **normalization, policy="pad_crop", padding=6, padding_mode=mode)
+    drawn = views.draw(5, height, width)
+    got = views.render(images, drawn)
+    for i, (top, left, h, w) in enumerate(drawn.boxes.tolist()):
+        padded = TF.pad(images[i // 7], [6], padding_mode=torchvisions)
+        expected = TF.crop(padded, top + 6, left + 6, h, w)
+        expected = expected.flip(-1) if drawn.flip[i] else expected
+        assert torch.equal((got[i // 7, i % 7] * 255).round().to(torch.uint8), expected)
+
+
+def test_padded_crops_are_uniform_over_all_places_as_torchvisions_random_crop():
+    views = Views(2, 32, **RGB, policy="pad_crop", padding=4)
+    boxes = views.draw(20_000, 32, 32).boxes
+    assert boxes[:, 2:].unique().tolist() == [32]
+    for corner in (boxes[:, 0], boxes[:, 1]):
+        values, counts = corner.unique(return_counts=True)
+        assert values.tolist() == list(range(-4, 5))
+        assert counts / len(boxes) == pytest.approx([1 / 9] * 9, abs=0.008)
+    together = torch.stack((boxes[:, 0], boxes[:, 1])).double().corrcoef()
+    assert abs(float(together[0, 1])) < 0.03
+
+
+def test_operations_follow_a_padded_crop():
+    images, settings = random_images(16), {"policy": "autoaugment", "crop": "padded"}
+    views = Views(2, 32, **RGB, **settings)
+    drawn = views.draw(16, 32, 32)
+    assert set(drawn.boxes[:, 0].tolist()) > {-4, 4}
+    cropped = Views(2, 32, **RGB, policy="pad_crop").render(images, drawn).flatten(0, 1).mul(255).round()
+    for step in range(2):
+        cropped = operate_(cropped.to(torch.uint8), drawn.operations[:, step], drawn.magnitudes[:, step])
+    assert torch.equal(views.render(images, drawn).flatten(0, 1).mul(255).round(), cropped.float())
+
+
+@pytest.mark.parametrize(
+    ("settings", "size", "message"),
+    [
+        ({"padding": 2}, 40, "images of 32x32 pixels with augment.padding=2 have no square of 40 pixels"),
+        ({"padding": 32, "padding_mode": "reflect"}, 32, "augment.padding=32 mirrors more than images of 32x32"),
+    ],
+)
+def test_padding_that_does_not_fit_is_refused(settings, size, message):
+    with pytest.raises(ConfigError, match=message):
+        Views(2, size, **RGB, policy="pad_crop", **settings)(random_images(2))
 
 
 def test_the_rate_of_flips_is_the_probability():
