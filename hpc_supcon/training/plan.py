@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 from ..config import Config
 from .optim import learning_rate
@@ -83,10 +83,19 @@ class EarlyStopping:
     """
 
     def __init__(
-        self, monitor: str, *, patience: int | None = None, min_change: float = 0.0, target: float | None = None
+        self,
+        monitor: str,
+        *,
+        patience: int | None = None,
+        patience_unit: Literal["evaluations", "iterations"] = "evaluations",
+        min_change: float = 0.0,
+        target: float | None = None,
     ) -> None:
+        """patience: evaluations in a row, or iterations from the best evaluation on, without an improvement; 0 ends
+        at the first evaluation that is none. None: no limit."""
         assert monitor in ("loss", "accuracy")
         self.monitor, self.patience, self.min_change, self.target = monitor, patience, min_change, target
+        self.patience_unit = patience_unit
         self._sign = -1.0 if monitor == "loss" else 1.0
         self.best: float | None = None
         """The best value so far."""
@@ -94,20 +103,25 @@ class EarlyStopping:
         """The evaluation of the best value: its `at`."""
         self.without_improvement = 0
         """Number of evaluations since the best one."""
+        self.waited = 0
+        """How far the last evaluation is from the best one, or from the first where none is good: in units of `at`."""
+        self._since: int | None = None
         self.reached = False
         """Whether the target was reached."""
 
     def update(self, value: float, at: int) -> bool:
-        """Take in the value of the evaluation `at` (a step or epoch); True when it is the best so far.
+        """Take in the value of the evaluation `at` (an iteration); True when it is the best so far.
 
         NaN is no improvement.
         """
         gain = self._sign * (value - self.best) if self.best is not None else float("inf")
         improved = gain > self.min_change and value == value
         if improved:
-            self.best, self.best_at, self.without_improvement = value, at, 0
+            self.best, self.best_at, self.without_improvement, self._since = value, at, 0, at
         else:
             self.without_improvement += 1
+            self._since = at if self._since is None else self._since
+        self.waited = at - self._since
         if self.target is not None and self._sign * (value - self.target) >= 0:
             self.reached = True
         return improved
@@ -115,7 +129,10 @@ class EarlyStopping:
     @property
     def stop(self) -> bool:
         """Whether training should end: the target is reached, or the patience is used up."""
-        return self.reached or (self.patience is not None and self.without_improvement >= self.patience)
+        if self.patience is None or not self.without_improvement:
+            return self.reached
+        waited = self.waited if self.patience_unit == "iterations" else self.without_improvement
+        return self.reached or waited >= self.patience
 
     def state(self) -> dict[str, Any]:
         """Plain values for a checkpoint's state.json."""
@@ -123,6 +140,8 @@ class EarlyStopping:
             "best": self.best,
             "best_at": self.best_at,
             "without_improvement": self.without_improvement,
+            "waited": self.waited,
+            "since": self._since,
             "reached": self.reached,
         }
 
@@ -130,6 +149,8 @@ class EarlyStopping:
         """Continue from what `state` returned."""
         self.best, self.best_at = state["best"], state["best_at"]
         self.without_improvement, self.reached = state["without_improvement"], state["reached"]
+        # checkpoints of 0.1 have no `waited`
+        self.waited, self._since = state.get("waited", 0), state.get("since", self.best_at)
 
 
 def build_stopping(config: Config) -> EarlyStopping | None:

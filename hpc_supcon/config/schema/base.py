@@ -32,10 +32,12 @@ class StoppingConfig(Section):
     """Early stopping by what is measured on the validation split."""
 
     monitor: Literal["loss", "accuracy"] = Field(description="the quantity, measured on the validation split")
-    patience: Count | None = Field(
-        description="stop after this many evaluations in a row without an improvement; null: never",
-        json_schema_extra={"unit": "evaluations"},
+    patience: Annotated[int, Field(ge=0)] | None = Field(
+        description="stop after this many evaluations in a row, or iterations from the best evaluation on, without an "
+        "improvement; 0: at the first evaluation without one; null: never",
+        json_schema_extra={"unit": "patience_unit"},
     )
+    patience_unit: Literal["evaluations", "iterations"] = Field(description="what patience counts")
     min_change: NonNegative = Field(description="an improvement is a change for the better by more than this")
     target: float | None = Field(description="stop as soon as this value is reached; null: no target")
 
