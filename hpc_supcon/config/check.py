@@ -62,8 +62,9 @@ def check_ranks(config: Config, world_size: int, *, stages: tuple[Stage, ...]) -
         _check_shares("data.batch_size", config.data.batch_size, world_size)
         _check_pieces(config, world_size)
         _check_graphs(config, world_size)
-    if ("probe" in stages or "prune" in stages) and "finetune" in config.probe.kinds:
-        _check_shares("probe.finetune.batch_size", config.probe.finetune.batch_size, world_size)
+    if "probe" in stages or "prune" in stages:
+        for kind in filter(config.probe.trains_on_images, config.probe.kinds):
+            _check_shares(f"probe.{kind}.batch_size", getattr(config.probe, kind).batch_size, world_size)
 
 
 def _pretrains(config: Config, stages: tuple[Stage, ...]) -> bool:

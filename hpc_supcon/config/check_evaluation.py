@@ -39,6 +39,11 @@ def _check_fit(config: Config, kind: ProbeName, settings: Any) -> None:
             f"probe.{kind}.evaluate_every={every} but training has only {settings.iterations} iterations: the "
             f"validation split would be evaluated only once; lower it, or raise probe.{kind}.iterations"
         )
+    if kind != "finetune" and settings.input == "images" and settings.standardize:
+        raise ConfigError(
+            f"probe.{kind}.standardize takes mean and variance of features that are computed once, which "
+            f"probe.{kind}.input=images does not: set probe.{kind}.standardize=false"
+        )
     if kind == "mlp" and settings.batch_norm and settings.batch_size < 2:
         raise ConfigError("probe.mlp.batch_norm needs at least two images per step; raise probe.mlp.batch_size")
     if kind == "logistic" and settings.classes is not None and len(set(settings.classes)) < 2:

@@ -148,7 +148,8 @@ def _result(task: ProbeTask, outcome: ProbeOutcome, encoder: EncoderCheckpoint |
     """The entry of one probe in results.json. Collective; the only place that reads the test split."""
     config, fitted = task.config, outcome.probe
     pixels = fitted.input == "pixels"
-    left_out = {} if fitted.input == "images" else {"train": task.rows.left_out["train"]}  # else replaced in training
+    # where training reads images, those that do not decode are replaced
+    left_out = {"train": task.rows.left_out["train"]} if "train" in task.rows.left_out else {}
     return {
         "stage": "probe",
         "probe": fitted.kind,

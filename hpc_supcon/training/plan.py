@@ -104,7 +104,7 @@ class EarlyStopping:
         self.without_improvement = 0
         """Number of evaluations since the best one."""
         self.waited = 0
-        """How far the last evaluation is from the best one, or from the first where none is good: in units of `at`."""
+        """From the best evaluation, or the first where none is good, to the last one: in units of `at`."""
         self._since: int | None = None
         self.reached = False
         """Whether the target was reached."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import random
 import shutil
 
@@ -14,7 +15,7 @@ from sklearn.neighbors import KNeighborsClassifier
 
 from hpc_supcon import checkpoint
 from hpc_supcon.config import load_config
-from hpc_supcon.data import Batch, EvalTransform
+from hpc_supcon.data import Batch, EvalTransform, TrainOrder
 from hpc_supcon.distributed.launch import Launch, Runtime
 from hpc_supcon.errors import ConfigError
 from hpc_supcon.evaluation.encoder import load_model
@@ -292,3 +293,74 @@ def test_monitoring_by_knn_equals_scikit_learn(trained):
         monitor(model.encoder, splits.train, splits.validation, transform, on_cpu(0, 1), images=301, k=302)
     with pytest.raises(ConfigError, match="did you mean 'knn'"):
         monitor(model.encoder, splits.train, splits.validation, transform, on_cpu(0, 1), kind="knm")
+
+
+ON_IMAGES = (
+    "probe.kind=[linear, mlp]", "probe.linear.input=images", "probe.linear.standardize=false",
+    "probe.linear.lrs=[0.01, 0.1]", "probe.linear.optimizer=sgd", "probe.linear.epochs=3",
+    "probe.linear.batch_size=128", "probe.mlp.input=images", "probe.mlp.standardize=false", "probe.mlp.epochs=4",
+    "probe.mlp.batch_size=128", "probe.mlp.dropout=0",
+)  # fmt: skip
+
+
+def probe_on_images(rank, world_size, folder, *more):
+    config = settings(folder, *ON_IMAGES, *more)
+    runtime = on_cpu(rank, world_size)
+    results = probe(folder, config, runtime, load_data(config, runtime))
+    return results, load_probe(folder / "probes/linear").head.state_dict()
+
+
+def test_a_linear_probe_on_images_that_do_not_vary_is_a_plain_loop_on_their_features_on_1_and_2_ranks(trained):
+    (one,) = run_ranks(probe_on_images, 1, trained, "augment.policy=none")
+    two, _ = run_ranks(probe_on_images, 2, trained, "augment.policy=none")
+    chosen = one[0][0]["chosen"]["lr"]
+    assert one[0][0]["chosen"] == two[0][0]["chosen"]
+
+    config = settings(trained)
+    splits = load_data(config, on_cpu(0, 1)).splits
+    model, found = load_model(trained)
+    features, labels = extract(
+        model.encoder, splits.train, EvalTransform(**found.state["normalization"]), on_cpu(0, 1)
+    )
+    head = torch.nn.Linear(features.shape[1], 10)
+    torch.nn.init.zeros_(head.weight), torch.nn.init.zeros_(head.bias)
+    groups = [{"params": [head.weight], "weight_decay": 1e-4}, {"params": [head.bias], "weight_decay": 0.0}]
+    optimizer = torch.optim.SGD(groups, lr=chosen, momentum=0.9)
+    order, steps, step = TrainOrder(len(features), 128), len(features) // 128, 0
+    for epoch in range(3):
+        for rows in order.epoch(config.seed, epoch, 0, 1):
+            for group in optimizer.param_groups:
+                group["lr"] = chosen * (1 + math.cos(math.pi * step / (3 * steps - 1))) / 2
+            optimizer.zero_grad()
+            torch.nn.functional.cross_entropy(head(features[rows]), labels[rows]).backward()
+            optimizer.step()
+            step += 1
+            if step == one[0][0]["chosen"]["iteration"]:
+                kept = head.weight.detach().clone()
+    for _, got in (one, two):
+        torch.testing.assert_close(got["weight"], kept, rtol=1e-3, atol=1e-4)
+
+
+def test_a_linear_probe_on_images_sees_new_views_in_every_epoch_and_leaves_the_encoder_alone(trained):
+    before = {path.name: path.read_bytes() for path in trained.glob("checkpoints/*/model.safetensors")}
+    (results, varied), (_, again) = (probe_on_images(0, 1, trained) for _ in range(2))
+    _, fixed = probe_on_images(0, 1, trained, "augment.policy=none")
+    assert torch.equal(varied["weight"], again["weight"])
+    assert not torch.equal(varied["weight"], fixed["weight"])
+    assert [entry["input"] for entry in results] == ["features", "features"]
+    assert all(entry["test"]["accuracy"] > 0.3 for entry in results)
+    assert {path.name: path.read_bytes() for path in trained.glob("checkpoints/*/model.safetensors")} == before
+
+
+def test_finetuning_with_a_hidden_layer_has_the_parameters_of_the_published_classifier(trained):
+    config = settings(
+        trained, "probe.kind=finetune", "probe.finetune.augment=false", "probe.finetune.epochs=1",
+        "probe.finetune.batch_size=64", "probe.finetune.hidden=[512]",
+    )  # fmt: skip
+    (entry,) = probe(trained, config, on_cpu(0, 1), load_data(config, on_cpu(0, 1)))
+    width = load_model(trained)[0].encoder.feature_dim
+    assert entry["parameters"] == (width * 512 + 512) + 5130
+    fitted = load_probe(trained / "probes/finetune")
+    logits = fitted.logits(load_data(config, on_cpu(0, 1)).splits.test.stack())
+    labels = load_data(config, on_cpu(0, 1)).splits.test.labels
+    assert float((logits.argmax(1) == labels).double().mean()) == pytest.approx(entry["test"]["accuracy"])

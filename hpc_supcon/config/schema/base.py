@@ -33,8 +33,8 @@ class StoppingConfig(Section):
 
     monitor: Literal["loss", "accuracy"] = Field(description="the quantity, measured on the validation split")
     patience: Annotated[int, Field(ge=0)] | None = Field(
-        description="stop after this many evaluations in a row, or iterations from the best evaluation on, without an "
-        "improvement; 0: at the first evaluation without one; null: never",
+        description="stop after this many evaluations in a row, or iterations from the best evaluation on, without "
+        "an improvement; 0: at the first evaluation without one; null: never",
         json_schema_extra={"unit": "patience_unit"},
     )
     patience_unit: Literal["evaluations", "iterations"] = Field(description="what patience counts")

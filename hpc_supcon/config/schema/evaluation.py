@@ -16,6 +16,14 @@ Input = Annotated[
         "auto: pixels for softmax and logistic, features for the others"
     ),
 ]
+TrainingInput = Annotated[
+    Literal["auto", "features", "pixels", "images"],
+    Field(
+        description="what training reads: the frozen encoder's features, computed once; the normalized, flattened "
+        "pixels; or images: the features of new random views (section augment) of every image in every epoch; auto: "
+        "features"
+    ),
+]
 Rate = Annotated[Positive, Field(description="learning rate at its peak")]
 
 
@@ -39,7 +47,7 @@ class FitConfig(Section):
 
 
 class LinearConfig(FitConfig):
-    input: Input
+    input: TrainingInput
     standardize: bool = Field(description="give inputs zero mean and unit variance (over train) first")
     lrs: tuple[Positive, ...] = Field(
         min_length=1, description="learning rates trained at once; the validation split chooses"
@@ -61,7 +69,7 @@ class LogisticConfig(SoftmaxConfig):
 
 
 class MlpConfig(FitConfig):
-    input: Input
+    input: TrainingInput
     standardize: bool = Field(description="give inputs zero mean and unit variance (over train) first")
     lr: Rate
     hidden: tuple[Count, ...] = Field(min_length=1, description="widths of the hidden layers")
@@ -79,6 +87,7 @@ class FinetuneConfig(FitConfig):
     lr: Rate
     encoder_lr: NonNegative = Field(description="learning rate of the encoder at its peak; 0 keeps its weights")
     augment: bool = Field(description="train on one random view of each image (section augment), else on the image")
+    hidden: tuple[Count, ...] = Field(description="widths of hidden layers (with ReLU) before the last one; []: none")
 
 
 class ProbeConfig(Section):
@@ -95,13 +104,19 @@ class ProbeConfig(Section):
         return (self.kind,) if isinstance(self.kind, str) else self.kind
 
     def input_of(self, kind: ProbeName) -> Literal["features", "pixels", "images"]:
-        """What the probe `kind` reads; `images` for finetune, which trains the encoder."""
+        """What the fitted probe `kind` reads; `images` for finetune, which trains the encoder."""
         if kind == "finetune":
             return "images"
-        setting: Literal["auto", "features", "pixels"] = getattr(self, kind).input
+        setting: Literal["auto", "features", "pixels", "images"] = getattr(self, kind).input
+        if setting == "images":  # of which the frozen encoder computes the features
+            return "features"
         if setting == "auto":
             return "pixels" if kind in get_args(PixelProbeName) else "features"
         return setting
+
+    def trains_on_images(self, kind: ProbeName) -> bool:
+        """Whether fitting the probe `kind` takes batches of images, shared by the ranks."""
+        return kind == "finetune" or getattr(self, kind).input == "images"
 
     @property
     def needs_encoder(self) -> bool:

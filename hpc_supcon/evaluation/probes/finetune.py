@@ -3,48 +3,48 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
-from dataclasses import replace
 from functools import partial
-from itertools import count, islice
+from itertools import islice
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ...data import Batch, EvalTransform, Loader, LoaderOptions, Source, Splits, TrainOrder, build_loader
+from ...data import Batch, EvalTransform, Loader, Source
 from ...distributed.collectives import all_sum, propagate_errors
-from ...errors import ConfigError, NonFinite
+from ...errors import NonFinite
+from ...models import Mlp
 from ...pruning import WeightMasks
 from ...seeding import stream
-from ...training.build import build_views
 from ...training.engine import autocast, distribute, unscaled
 from ..features import extract, in_chunks
 from ..left_out import count_left_out
 from .base import FittedProbe, ProbeOutcome, ProbeSpec, ProbeTask
-from .optimization import FitPlan, FitProgress, build_optimizer, check_fit, fit_plan, scale_lr
+from .optimization import FitPlan, FitProgress, build_optimizer, fit_plan, scale_lr
 from .training import Trained, seeded
+from .training_images import check_batches, endless, open_loader, preprocessing
+
+LINEAR_HEAD: dict[str, Any] = {"name": "linear", "options": {}}
 
 
 class Classifier(nn.Module):
-    """An encoder and a linear head: images [N, C, H, W] -> logits [N, classes]."""
+    """An encoder and a head (see `build_head`): images [N, C, H, W] -> logits [N, classes]."""
 
-    def __init__(self, encoder: nn.Module, classes: int) -> None:
+    def __init__(self, encoder: nn.Module, classes: int, hidden: Sequence[int] = ()) -> None:
         super().__init__()
         width: Any = encoder.feature_dim
-        self.encoder, self.head = encoder, nn.Linear(width, classes)
+        self.encoder, self.head = encoder, build_head(width, classes, hidden=hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.head(self.encoder(x))
 
 
-def _check(section: str, settings: Any, splits: Splits) -> None:
-    n, batch_size = len(splits.train), settings.batch_size
-    if batch_size > n:
-        raise ConfigError(f"{section}.batch_size={batch_size} but the training split has {n} images: lower it")
-    check_fit(section, settings, splits, n // batch_size)
+def build_head(in_dim: int, classes: int, *, hidden: Sequence[int] = ()) -> nn.Module:
+    """A linear layer, behind hidden layers with ReLU of these widths: [N, in_dim] -> logits [N, classes]."""
+    return Mlp(in_dim, hidden, classes, batch_norm=False, dropout=0.0) if hidden else nn.Linear(in_dim, classes)
 
 
 def _fit(task: ProbeTask) -> ProbeOutcome:
@@ -52,10 +52,10 @@ def _fit(task: ProbeTask) -> ProbeOutcome:
     config, runtime, settings = task.config, task.runtime, task.settings
     assert task.encoder is not None
     with propagate_errors():
-        loader = _training_loader(task)
-        preprocess = _preprocess(task)
+        loader = open_loader(task, augment=settings.augment)
+        preprocess = preprocessing(task, augment=settings.augment)
     with closing(loader), seeded(stream(config.seed, "probe"), runtime.device):
-        model = Classifier(copy.deepcopy(task.encoder), len(task.classes)).to(runtime.device)
+        model = Classifier(copy.deepcopy(task.encoder), len(task.classes), settings.hidden).to(runtime.device)
         masks = None if task.masks is None else WeightMasks.from_packed(model.encoder, task.masks)
         parallel = distribute(model, runtime, sync_bn=config.model.sync_bn)
         torch.manual_seed(stream(config.seed, "finetune", runtime.rank))
@@ -72,9 +72,11 @@ def _fit(task: ProbeTask) -> ProbeOutcome:
             precision=partial(autocast, runtime.device, unscaled(config.train.precision)),
             masks=masks,
         )
+    width: Any = task.encoder.feature_dim
+    head = {"name": "mlp", "options": {"hidden": list(settings.hidden)}} if settings.hidden else LINEAR_HEAD
     description = task.describe(
-        model.head.in_features,
-        {"name": "linear", "options": {}},
+        width,
+        head,
         classes=task.classes,
         encoder=task.description["encoder"],
     )
@@ -111,9 +113,9 @@ def train_classifier(
     groups = [(model.encoder.parameters(), encoder_lr), (model.head.parameters(), plan.lrs[0])]
     optimizer = build_optimizer(groups, name=plan.optimizer, weight_decay=plan.weight_decay)
     best_at, best = 0, _copy_state(model)
-    sums = torch.zeros(3, dtype=torch.float64, device=model.head.weight.device)
+    sums = torch.zeros(3, dtype=torch.float64, device=next(model.head.parameters()).device)
     parallel.train()
-    for i, batch in enumerate(islice(_endless(loader), progress.total), 1):
+    for i, batch in enumerate(islice(endless(loader), progress.total), 1):
         factor = plan.lr_factor(i - 1, progress.total)
         scale_lr(optimizer, factor)
         sums += _step(parallel, optimizer, preprocess, batch, precision, i, masks)
@@ -180,43 +182,8 @@ def _evaluate(model: Classifier, source: Source, transform: EvalTransform, task:
     return total_loss / n, total_correct / n
 
 
-def _training_loader(task: ProbeTask) -> Loader:
-    data, settings, runtime = task.data, task.settings, task.runtime
-    return build_loader(
-        data.loader,
-        data.splits.train,
-        TrainOrder(len(data.splits.train), settings.batch_size),
-        seed=task.config.seed,
-        rank=runtime.rank,
-        world_size=runtime.world_size,
-        device=runtime.device,
-        # not data.evaluation, which leaves images out: batches of training have one size
-        options=_one_view(data.training) if settings.augment else replace(data.training, crop=None),
-    )
-
-
-def _one_view(options: LoaderOptions) -> LoaderOptions:
-    return options if options.crop is None else replace(options, crop=replace(options.crop, views=1))
-
-
-def _preprocess(task: ProbeTask) -> Callable[[Tensor], Tensor]:
-    """uint8 images of a batch -> one normalized view of each: augmented, or the image itself."""
-    config = task.config
-    if not task.settings.augment:
-        return EvalTransform(**task.description["normalization"]).to(task.runtime.device)
-    one = config.model_copy(update={"data": config.data.model_copy(update={"views": 1})})
-    seed = stream(one.seed, "finetune views", task.runtime.rank)
-    views = build_views(one, dict(task.description), seed=seed).to(task.runtime.device)
-    return lambda images: views(images).flatten(0, 1)
-
-
-def _endless(loader: Loader) -> Iterator[Batch]:
-    for epoch in count():
-        yield from loader.epoch(epoch)
-
-
 def _copy_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in model.state_dict().items()}
 
 
-FINETUNE = ProbeSpec(_check, _fit, nn.Linear)
+FINETUNE = ProbeSpec(check_batches, _fit, build_head)

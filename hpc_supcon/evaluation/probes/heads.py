@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from typing import Any
 
 from torch import nn
 
 from ...data import Splits
+from ...distributed.collectives import propagate_errors
 from ...errors import ConfigError, CorruptSample
 from ...models import Heads, LinearHeads, Mlp, SingleHead
 from ...seeding import stream
 from ..features import fit_standardization, select_classes
 from .base import FittedProbe, ProbeOutcome, ProbeSpec, ProbeTask
 from .optimization import check_fit, fit_plan, steps_per_epoch
-from .training import seeded, train_heads
+from .training import Trained, seeded, train_heads, train_on_batches
+from .training_images import check_batches, features_of_views, open_loader
 
 
 def fit_head(
@@ -29,6 +32,8 @@ def fit_head(
     head: see ProbeTask.describe. build_heads(in_dim, classes): one head for each learning rate. labels: of the
     classes to tell apart, which become 0, 1, ... in this order; None: all classes.
     """
+    if task.settings.input == "images":
+        return _fit_on_views(task, head, build_heads)
     settings, device, seed = task.settings, task.runtime.device, stream(task.config.seed, "probe")
     train, validation = task.rows.gathered("train", task.input), task.rows.gathered("validation", task.input)
     assert train is not None
@@ -47,6 +52,26 @@ def fit_head(
             fit_standardization(fitted.prepare, train[0])
         heads: Any = build_heads(in_dim, len(classes))
         trained = train_heads(heads.to(device), fitted.prepare, train, validation, fit_plan(settings), seed=seed)
+    return _outcome(fitted, trained)
+
+
+def _fit_on_views(task: ProbeTask, head: dict[str, Any], build_heads: Callable[[int, int], Heads]) -> ProbeOutcome:
+    """As `fit_head`, on the features of new random views of the images in every epoch (see features_of_views)."""
+    settings, device = task.settings, task.runtime.device
+    assert task.encoder is not None
+    width: Any = task.encoder.feature_dim
+    with propagate_errors():
+        loader = open_loader(task, augment=True)
+    validation = task.rows.gathered("validation", task.input)
+    with closing(loader), seeded(stream(task.config.seed, "probe"), device):
+        fitted = FittedProbe(task.describe(width, head, classes=task.classes), head=nn.Identity()).to(device)
+        heads: Any = build_heads(width, len(task.classes))
+        rows = features_of_views(task, loader)
+        trained = train_on_batches(heads.to(device), rows, loader.steps_per_epoch, validation, fit_plan(settings))
+    return _outcome(fitted, trained)
+
+
+def _outcome(fitted: FittedProbe, trained: Trained) -> ProbeOutcome:
     fitted.head = trained.head
     chosen = {"lr": trained.lr, "iteration": trained.iteration, "epoch": round(trained.epoch, 3)}
     return ProbeOutcome(fitted.eval(), chosen, trained.history, {"iterations": trained.iterations})
@@ -59,7 +84,14 @@ def _check_linear(section: str, settings: Any, splits: Splits) -> None:
             f"{section}.lrs has {len(lrs)} learning rates but there is no validation split to choose on: "
             "give one rate, or set data.validation_fraction"
         )
-    check_fit(section, settings, splits, steps_per_epoch(len(splits.train), settings.batch_size))
+    _check_rows(section, settings, splits)
+
+
+def _check_rows(section: str, settings: Any, splits: Splits) -> None:
+    if settings.input == "images":
+        check_batches(section, settings, splits)
+    else:
+        check_fit(section, settings, splits, steps_per_epoch(len(splits.train), settings.batch_size))
 
 
 def _fit_linear(task: ProbeTask) -> ProbeOutcome:
@@ -70,9 +102,8 @@ def _fit_linear(task: ProbeTask) -> ProbeOutcome:
 
 
 def _check_mlp(section: str, settings: Any, splits: Splits) -> None:
-    n = len(splits.train)
-    check_fit(section, settings, splits, steps_per_epoch(n, settings.batch_size))
-    if settings.batch_norm and min(settings.batch_size, n) < 2:
+    _check_rows(section, settings, splits)
+    if settings.batch_norm and min(settings.batch_size, len(splits.train)) < 2:
         raise ConfigError(f"{section}.batch_norm needs at least two images per step; raise {section}.batch_size")
 
 

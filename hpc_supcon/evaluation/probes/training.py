@@ -47,29 +47,40 @@ class Trained:
 def train_heads(
     heads: Heads, prepare: nn.Module, train: LabeledRows, validation: LabeledRows | None, plan: FitPlan, *, seed: int
 ) -> Trained:
-    """Train one head for each of `plan.lrs` side by side; keep the best state of the best head.
+    """`train_on_batches` of the rows of `train`, in a new random order in every epoch.
 
-    prepare: rows -> what the heads read. train, validation: ALL rows on every rank: every rank trains the same
-    heads, which costs less than exchanging gradients at every step and gives the same result on any number of
-    ranks. The validation split chooses; ties go to the earlier evaluation and the first rate. Without validation
-    there must be one learning rate, and the last state is kept. Losses in the history are mean cross-entropies
-    without the L2 term; those on train are averaged over the batches since the previous evaluation, each before its
-    update. Raises NonFinite. Collective.
+    prepare: rows -> what the heads read. train, validation: ALL rows on every rank.
     """
     x, labels = train
     if validation is not None:
         validation = (in_chunks(prepare, validation[0]), validation[1])
-    progress = FitProgress(plan, steps_per_epoch(len(x), plan.batch_size))
+    order = batches(len(x), plan.batch_size, torch.Generator().manual_seed(seed))
+    drawn = ((prepare(x[rows]), labels[rows]) for rows in (rows.to(x.device) for rows in order))
+    return train_on_batches(heads, drawn, steps_per_epoch(len(x), plan.batch_size), validation, plan)
+
+
+def train_on_batches(
+    heads: Heads, train: Iterator[LabeledRows], per_epoch: int, validation: LabeledRows | None, plan: FitPlan
+) -> Trained:
+    """Train one head for each of `plan.lrs` side by side; keep the best state of the best head.
+
+    train: batches of what the heads read, without end, `per_epoch` of them in an epoch. Every rank has the same
+    batches and the same validation rows, and trains the same heads, which costs less than exchanging gradients at
+    every step and gives the same result on any number of ranks. The validation split chooses; ties go to the earlier
+    evaluation and the first rate. Without validation there must be one learning rate, and the last state is kept.
+    Losses in the history are mean cross-entropies without the L2 term; those on train are averaged over the batches
+    since the previous evaluation, each before its update. Raises NonFinite. Collective.
+    """
+    progress = FitProgress(plan, per_epoch)
     groups = [(heads.head_parameters(k), lr) for k, lr in enumerate(plan.lrs)]
     optimizer = build_optimizer(groups, name=plan.optimizer, weight_decay=plan.weight_decay)
-    order = batches(len(x), plan.batch_size, torch.Generator().manual_seed(seed))
     best, best_k, best_at, rows_seen = heads.one(0), 0, 0, 0
-    sums = torch.zeros(2, len(plan.lrs), dtype=torch.float64, device=x.device)
-    for i, rows in enumerate(islice(order, progress.total), 1):
-        rows, factor = rows.to(x.device), plan.lr_factor(i - 1, progress.total)
+    sums = torch.zeros(2, len(plan.lrs), dtype=torch.float64, device=heads.head_parameters(0)[0].device)
+    for i, (x, labels) in enumerate(islice(train, progress.total), 1):
+        factor = plan.lr_factor(i - 1, progress.total)
         scale_lr(optimizer, factor)
-        sums += _step(heads, optimizer, prepare(x[rows]), labels[rows], plan)
-        rows_seen += len(rows)
+        sums += _step(heads, optimizer, x, labels, plan)
+        rows_seen += len(x)
         if progress.due(i):
             numbers, value, k = _evaluate(heads, validation, sums / rows_seen, plan.monitor)
             if progress.record(i, value, lr=[factor * lr for lr in plan.lrs], **numbers):
@@ -85,7 +96,7 @@ def train_heads(
     best_k, best_at, i, history = results[0]
     best.load_state_dict({name: _from_rank_0(tensor) for name, tensor in best.state_dict().items()})
     lines = [{name: v[best_k] if isinstance(v, list) else v for name, v in point.items()} for point in history]
-    return Trained(best, plan.lrs[best_k], best_at, best_at / steps_per_epoch(len(x), plan.batch_size), i, lines)
+    return Trained(best, plan.lrs[best_k], best_at, best_at / per_epoch, i, lines)
 
 
 @contextmanager

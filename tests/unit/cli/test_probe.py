@@ -203,6 +203,11 @@ def test_probes_of_pixels_train_no_encoder(capsys, tmp_path):
             ["probe.softmax.evaluate_every=21", "only 20 iterations"],
         ),
         (["probe.kind=finetune", "probe.finetune.batch_size=73"], ["probe.finetune.batch_size=73", "72 images"]),
+        (
+            ["probe.linear.input=images", "probe.linear.standardize=false", "probe.linear.batch_size=73"],
+            ["probe.linear.batch_size=73", "72 images"],
+        ),
+        (["probe.linear.input=images"], ["probe.linear.standardize=false"]),
         (["probe.linear.stopping.monitor=f1"], ["probe.linear.stopping.monitor", "'f1'"]),
         (["probe.epochs=3"], ["probe.epochs", "did you mean"]),
     ],

@@ -207,6 +207,12 @@ def test_a_run_whose_probes_all_read_pixels_trains_no_encoder():
         ("pretrain", 3, [], r"data\.batch_size=256 is the global batch .* by 3 ranks: use 255 or 258"),
         ("pretrain", 7, ["data.batch_size=4"], "use 7$"),
         ("prune", 3, ["prune.finetune.epochs=1"], r"data\.batch_size=256 .* by 3 ranks"),
+        (
+            "probe",
+            3,
+            ["probe.linear.input=images", "probe.linear.standardize=false"],
+            r"probe\.linear\.batch_size=1024 .* by 3 ranks: use 1023 or 1026",
+        ),
         ("probe", 3, ["probe.kind=finetune"], r"probe\.finetune\.batch_size=256 .* by 3 ranks: use 255 or 258"),
         ("prune", 3, ["probe.kind=[knn, finetune]"], r"probe\.finetune\.batch_size=256 .* by 3 ranks"),
         (
