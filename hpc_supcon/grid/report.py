@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -171,9 +173,18 @@ def chart(table: TableData) -> Figure:
     return figure
 
 
+CLOSEST = 1 / 30
+"""Distance of two ticks, as a share of the axis, at which their labels would touch."""
+
+
 def _lines(axes: Axes, table: TableData) -> None:
+    places = _places(table.rows)
     for number, column in enumerate(table.columns):
-        points = [(float(row), found) for row in table.rows if (found := table.interval(row, column, "accuracy"))]
+        points = [
+            (x, found)
+            for x, row in zip(places, table.rows, strict=True)
+            if (found := table.interval(row, column, "accuracy"))
+        ]
         if points:
             axes.errorbar(
                 [x for x, _ in points],
@@ -184,23 +195,30 @@ def _lines(axes: Axes, table: TableData) -> None:
                 color=COLORS[number % len(COLORS)],
                 label=column,
             )
-    _scale(axes, table)
+    _ticks(axes, table, places)
 
 
-def _scale(axes: Axes, table: TableData) -> None:
-    """One tick for each row, with its size in MB if there is one; logarithmic if the rows span a wide range."""
-    values = [float(row) for row in table.rows]
+def _places(rows: list[str]) -> list[float]:
+    """Where the rows are on the axis: by their value, or its logarithm if they span a wide range. Rows that are too
+    close for their labels are all put at equal distances."""
+    values = [float(row) for row in rows]
     positive = [value for value in values if value > 0]
     if positive and max(positive) / min(positive) >= 5:
-        if len(positive) == len(values):
-            axes.set_xscale("log")
-        else:  # zero is outside the logarithmic range
-            axes.set_xscale("symlog", linthresh=min(positive))
+        # zero is one decade below the smallest value
+        values = [math.log10(value) if value > 0 else math.log10(min(positive)) - 1 for value in values]
+    span = max(values) - min(values)
+    if any(b - a < CLOSEST * span for a, b in itertools.pairwise(values)):
+        return [float(k) for k in range(len(values))]
+    return values
+
+
+def _ticks(axes: Axes, table: TableData, places: list[float]) -> None:
+    """One tick for each row, with its size in MB if there is one."""
     labels = []
     for row in table.rows:
         size = table.interval(row, table.columns[0], "sparse_mb")
         labels.append(f"{row}\n{size[0]:.3g} MB" if size else row)
-    axes.set_xticks(values, labels, rotation=90 if len(labels) > 6 else 0)
+    axes.set_xticks(places, labels, rotation=90 if len(labels) > 6 else 0)
     axes.minorticks_off()
 
 

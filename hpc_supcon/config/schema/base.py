@@ -12,6 +12,13 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Positive = Annotated[float, Field(gt=0)]
 NonNegative = Annotated[float, Field(ge=0)]
 Count = Annotated[int, Field(ge=1)]
+Decay = Annotated[
+    Literal["weights", "all"],
+    Field(
+        description="what weight decay is for; weights: not for norms, biases and a learned temperature; all: every "
+        "parameter, as torch.optim.SGD(model.parameters()) has it"
+    ),
+]
 
 
 class Section(BaseModel):

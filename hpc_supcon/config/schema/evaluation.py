@@ -6,7 +6,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field
 
-from .base import Count, NonNegative, Positive, Section, StoppingConfig
+from .base import Count, Decay, NonNegative, Positive, Section, StoppingConfig
 from .names import PixelProbeName, ProbeName, ProbeOptimizerName
 
 Input = Annotated[
@@ -41,7 +41,8 @@ class FitConfig(Section):
     )
     batch_size: Count = Field(description="images per step, over all ranks", json_schema_extra={"unit": "images"})
     optimizer: ProbeOptimizerName = Field(description="optimizer (sgd: momentum 0.9)")
-    weight_decay: NonNegative = Field(description="weight decay of the optimizer; not on biases and norms")
+    weight_decay: NonNegative = Field(description="weight decay of the parameters that `decay` names")
+    decay: Decay
     schedule: Literal["cosine", "constant"] = Field(description="cosine: learning rate falls to 0 at the last step")
     stopping: StoppingConfig
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from .base import Count, NonNegative, Positive, Probability, Section, StoppingConfig
+from .base import Count, Decay, NonNegative, Positive, Probability, Section, StoppingConfig
 from .names import (
     BackendName,
     EngineName,
@@ -113,10 +113,7 @@ class OptimConfig(Section):
         description="lamb: weight norms are clamped to this range in the trust ratio; null: taken as they are"
     )
     weight_decay: NonNegative = Field(description="weight decay of the parameters that `decay` names")
-    decay: Literal["weights", "all"] = Field(
-        description="what weight decay is for; weights: not for norms, biases and a learned temperature; all: every "
-        "parameter, as torch.optim.SGD(model.parameters()) has it"
-    )
+    decay: Decay
     clip_norm: Positive | None = Field(description="gradients are scaled down to this global norm; null: never")
     schedule: ScheduleName = Field(
         description="learning rate after the warm-up; one_cycle: its rising part is the warm-up"

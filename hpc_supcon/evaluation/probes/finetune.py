@@ -111,7 +111,7 @@ def train_classifier(
     """
     progress = FitProgress(plan, loader.steps_per_epoch)
     groups = [(model.encoder.parameters(), encoder_lr), (model.head.parameters(), plan.lrs[0])]
-    optimizer = build_optimizer(groups, name=plan.optimizer, weight_decay=plan.weight_decay)
+    optimizer = build_optimizer(groups, name=plan.optimizer, weight_decay=plan.weight_decay, decay=plan.decay)
     best_at, best = 0, _copy_state(model)
     sums = torch.zeros(3, dtype=torch.float64, device=next(model.head.parameters()).device)
     parallel.train()

@@ -16,7 +16,16 @@ from ...errors import ConfigError
 from ...training.optim import learning_rate
 from ...training.plan import EarlyStopping
 
-_SAME_NAMES = ("epochs", "iterations", "evaluate_every", "batch_size", "optimizer", "weight_decay", "schedule")
+_SAME_NAMES = (
+    "epochs",
+    "iterations",
+    "evaluate_every",
+    "batch_size",
+    "optimizer",
+    "weight_decay",
+    "decay",
+    "schedule",
+)
 _ONLY_SOME = ("l2_lambda", "clip_norm")
 
 
@@ -29,6 +38,7 @@ class FitPlan:
     batch_size: int
     optimizer: str = "adam"
     weight_decay: float = 0.0
+    decay: str = "weights"
     schedule: str = "cosine"
     iterations: int | None = None
     """Optimizer steps in place of epochs."""
@@ -154,14 +164,17 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 
 
 def build_optimizer(
-    groups: Iterable[tuple[Iterable[nn.Parameter], float]], *, name: str, weight_decay: float
+    groups: Iterable[tuple[Iterable[nn.Parameter], float]], *, name: str, weight_decay: float, decay: str = "weights"
 ) -> torch.optim.Optimizer:
-    """The optimizer `name` of (parameters, peak learning rate) pairs; only weights decay. See `scale_lr`."""
+    """The optimizer `name` of (parameters, peak learning rate) pairs. See `scale_lr`.
+
+    decay: `weights`, or `all` parameters.
+    """
     made = []
     for parameters, lr in groups:
         weights, others = split_decayed(parameters)
         made.append({"params": weights, "lr": lr, "peak": lr, "weight_decay": weight_decay})
-        made.append({"params": others, "lr": lr, "peak": lr, "weight_decay": 0.0})
+        made.append({"params": others, "lr": lr, "peak": lr, "weight_decay": weight_decay if decay == "all" else 0.0})
     return OPTIMIZERS[name]([group for group in made if group["params"]])
 
 

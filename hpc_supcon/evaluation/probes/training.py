@@ -73,7 +73,7 @@ def train_on_batches(
     """
     progress = FitProgress(plan, per_epoch)
     groups = [(heads.head_parameters(k), lr) for k, lr in enumerate(plan.lrs)]
-    optimizer = build_optimizer(groups, name=plan.optimizer, weight_decay=plan.weight_decay)
+    optimizer = build_optimizer(groups, name=plan.optimizer, weight_decay=plan.weight_decay, decay=plan.decay)
     best, best_k, best_at, rows_seen = heads.one(0), 0, 0, 0
     sums = torch.zeros(2, len(plan.lrs), dtype=torch.float64, device=heads.head_parameters(0)[0].device)
     for i, (x, labels) in enumerate(islice(train, progress.total), 1):

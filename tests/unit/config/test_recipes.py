@@ -8,18 +8,36 @@ from importlib import resources
 import pytest
 
 from hpc_supcon import config as cfg
+from hpc_supcon.evaluation.probes.finetune import build_head
 from hpc_supcon.models import build_encoder
 
 FOLDER = resources.files("hpc_supcon.config") / "recipes"
 OWN = {"default", "quickstart", "mnist", "cifar10-folder"}
 PUBLISHED = [name for name in cfg.recipe_names() if name not in OWN]
 FULL = [name for name in PUBLISHED if not name.endswith("-small")]
+VIEWS = 2
 DATA_SETS = {
-    # data set: (source, batch, learning rate of TCL and of SupCon, k1, policy, encoder, hidden width)
-    "cifar10": ("cifar10", 128, (0.1, 0.1), 5000, "autoaugment", "resnet50", 2048),
-    "cifar100": ("cifar100", 256, (0.2, 0.2), 4000, "autoaugment", "resnet50", 2048),
-    "fmnist": ("fashion_mnist", 128, (0.09, 0.09), 5000, "flip_crop", "resnet50", 2048),
-    "imagenet100": ("image_folder", 256, (0.3, 0.2), 4000, "autoaugment", "resnet18", 512),
+    # data set: (source, rows of a batch = images x views, learning rate of TCL and of SupCon, k1, policy and crop,
+    # encoder, hidden width)
+    "cifar10": ("cifar10", 128, (0.1, 0.1), 5000, ("autoaugment", "padded"), "resnet50", 2048),
+    "cifar100": ("cifar100", 256, (0.2, 0.2), 4000, ("autoaugment", "padded"), "resnet50", 2048),
+    "fmnist": ("fashion_mnist", 128, (0.09, 0.09), 5000, ("pad_crop", "padded"), "resnet50", 2048),
+    "imagenet100": ("image_folder", 256, (0.3, 0.2), 4000, ("autoaugment", "resized"), "resnet18", 512),
+}
+STABILITY = {
+    32: (8e-3, 5000),
+    64: (9e-3, 7500),
+    128: (0.1, 5000),
+    256: (0.2, 4000),
+    512: (0.5, 4000),
+    1024: (1, 4000),
+}
+"""Rows -> (learning rate, k1): CIFAR-100, ResNet-50."""
+SELFSUP = {
+    # data set: (source, epochs, hidden width of the projection)
+    "cifar10": ("cifar10", 1000, 2048),
+    "cifar100": ("cifar100", 1000, 2048),
+    "imagenet100": ("image_folder", 400, 4096),
 }
 
 
@@ -34,8 +52,9 @@ def variants_of(name):
 
 
 def test_the_list_is_complete():
-    want = {"deck-supcon", "deck-ce", "assignment-triplet", "tcl-selfsup-cifar10", "tcl-selfsup-cifar100"}
-    want |= {f"{loss}-{data}" for loss in ("tcl", "supcon") for data in DATA_SETS}
+    want = {"deck-supcon", "deck-ce", "assignment-triplet", "assignment-logistic"}
+    want |= {f"tcl-selfsup-{data}" for data in SELFSUP}
+    want |= {f"{loss}-{data}" for loss in ("tcl", "supcon", "ce") for data in DATA_SETS}
     want |= {f"latent-{m}-{d}" for m in ("autoencoder", "guided", "supcon") for d in ("mnist", "cifar10")}
     assert set(FULL) == want
     assert {f"{name}-small" for name in want} == set(PUBLISHED) - want
@@ -43,7 +62,7 @@ def test_the_list_is_complete():
 
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_a_recipe_is_short_and_resolves(name):
-    assert 6 <= len(lines_of(name)) <= 25
+    assert 6 <= len(lines_of(name)) <= 32
     config = cfg.load_config(name)
     assert config.name == name
     assert cfg.load_config(name, variants_of(name)[0] if variants_of(name) else []).name == name
@@ -57,18 +76,29 @@ def test_a_small_twin_keeps_loss_and_optimizer(name):
     assert small.probe.kind == full.probe.kind
 
 
+def is_padded(config):
+    return "padded" if config.augment.is_padded else "resized"
+
+
 @pytest.mark.parametrize("data", DATA_SETS)
-@pytest.mark.parametrize("loss", ["tcl", "supcon"])
-def test_tuned_contrastive_learning_and_its_supcon_twin(loss, data):
+@pytest.mark.parametrize("loss", ["tcl", "supcon", "ce"])
+def test_tuned_contrastive_learning_and_what_it_is_compared_with(loss, data):
     config = cfg.load_config(f"{loss}-{data}")
-    source, batch, (tcl_lr, supcon_lr), k1, policy, encoder, hidden = DATA_SETS[data]
-    assert (config.data.source, config.data.batch_size, config.data.views) == (source, batch, 2)
+    source, rows, (tcl_lr, supcon_lr), k1, (policy, crop), encoder, hidden = DATA_SETS[data]
+    assert (config.data.source, config.data.batch_size * config.data.views, config.data.views) == (
+        source,
+        rows,
+        VIEWS,
+    )
+    assert config.data.validation_fraction == 0
     assert config.optim.lr == (tcl_lr if loss == "tcl" else supcon_lr)
     assert config.optim.lr_per_256 is None
     assert (config.optim.name, config.optim.momentum, config.optim.weight_decay) == ("sgd", 0.9, 1e-4)
     assert (config.optim.schedule, config.optim.nesterov, config.optim.warmup_epochs) == ("cosine", False, 0)
-    assert config.augment.policy == policy
-    assert config.augment.autoaugment == ("imagenet" if data == "imagenet100" else "cifar10")
+    assert config.optim.decay == "all"
+    assert (config.augment.policy, is_padded(config)) == (policy, crop)
+    assert (config.augment.padding, config.augment.padding_mode, config.augment.flip) == (4, "zeros", 0.5)
+    assert config.augment.autoaugment == "cifar10"  # in the code, for every data set
     assert (config.model.encoder, config.model.projection_hidden, config.model.projection_dim) == (
         encoder,
         hidden,
@@ -76,37 +106,50 @@ def test_tuned_contrastive_learning_and_its_supcon_twin(loss, data):
     )
     assert config.loss.temperature == 0.1
     assert config.loss.base_temperature is None
-    assert config.loss.name == ("tcl" if loss == "tcl" else "supcon_out")
+    assert config.loss.name == {"tcl": "tcl", "supcon": "supcon_out", "ce": "cross_entropy"}[loss]
     if loss == "tcl":
         assert (config.loss.k1, config.loss.k2) == (k1, 1)
+    assert (config.train.epochs, config.probe.kind) == (100, "linear")
     linear = config.probe.linear
-    assert (config.train.epochs, config.probe.kind, linear.epochs, linear.lrs) == (100, "linear", 50, (0.5,))
+    assert (linear.input, linear.batch_size, linear.epochs, linear.lrs) == ("images", 64, 50, (0.5,))
+    assert (linear.optimizer, linear.weight_decay, linear.decay, linear.schedule) == ("sgd", 1e-4, "all", "cosine")
+    if data == "fmnist":
+        assert config.data.image_size in (None, 28)
 
 
 def test_variants_of_tuned_contrastive_learning():
-    variants = [cfg.load_config("tcl-cifar10", overrides) for overrides in variants_of("tcl-cifar10")]
-    longer, deeper, sim, *sizes = variants
+    (longer,) = [cfg.load_config("tcl-cifar10", overrides) for overrides in variants_of("tcl-cifar10")]
     assert longer.train.epochs + longer.probe.linear.epochs == 250
+    (larger,) = [cfg.load_config("tcl-imagenet100", overrides) for overrides in variants_of("tcl-imagenet100")]
+    assert (larger.model.encoder, larger.data.batch_size * larger.data.views) == ("resnet34", 128)
+    variants = [cfg.load_config("tcl-cifar100", overrides) for overrides in variants_of("tcl-cifar100")]
+    *sizes, deeper, sim = variants
+    table = {c.data.batch_size * c.data.views: (c.optim.lr, c.loss.k1) for c in sizes}
+    assert table == STABILITY
+    for config in (deeper, sim):
+        assert (config.data.batch_size * config.data.views, config.loss.k1) == (128, 5000)
     assert (deeper.model.encoder, deeper.optim.lr) == ("resnet101", 0.09)
-    assert (sim.augment.policy, sim.augment.blur, sim.loss.k1, sim.loss.k2) == ("simaugment", 0, 5000, 1.2)
-    assert sim.train.epochs + sim.probe.linear.epochs == 250
-    table = [(config.data.batch_size, config.optim.lr, config.loss.k1) for config in sizes]
-    assert table == [
-        (32, 8e-3, 5000), (64, 9e-3, 7500), (128, 0.1, 5000), (256, 0.2, 4000), (512, 0.5, 4000), (1024, 1, 4000),
-    ]  # fmt: skip
+    assert (sim.augment.policy, is_padded(sim), sim.augment.blur) == ("simaugment", "resized", 0)
+    assert (sim.optim.lr, sim.loss.k2, sim.train.epochs + sim.probe.linear.epochs) == (0.1, 1.2, 250)
 
 
-@pytest.mark.parametrize("data", ["cifar10", "cifar100"])
+@pytest.mark.parametrize("data", SELFSUP)
 def test_self_supervised_tuned_contrastive_learning(data):
     config = cfg.load_config(f"tcl-selfsup-{data}")
+    source, epochs, hidden = SELFSUP[data]
     assert (config.loss.name, config.loss.supervised, config.loss.k1, config.loss.k2) == ("tcl", False, 1, 1.5)
-    assert (config.data.source, config.data.views, config.data.batch_size) == (data, 3, 256)
-    assert (config.optim.name, config.optim.lr, config.train.epochs) == ("lars", 0.5, 1000)
+    assert (config.data.source, config.data.views, config.data.batch_size) == (source, 3, 256)
+    optim, augment = config.optim, config.augment
+    assert (optim.name, optim.lr, optim.weight_decay, config.train.epochs) == ("lars", 0.5, 1e-4, epochs)
     assert (config.model.encoder, config.model.projection_hidden, config.model.projection_dim) == (
-        "resnet18", 2048, 256,
+        "resnet18", hidden, 256,
     )  # fmt: skip
-    assert config.augment.blur > 0
-    assert config.probe.linear.epochs == 100
+    # as in solo-learn
+    assert (optim.lars_eta, optim.lars_clip, optim.decay, config.loss.temperature) == (0.02, True, "weights", 0.2)
+    assert (augment.crop_scale, is_padded(config)) == ((0.08, 1), "resized")
+    assert (augment.brightness, augment.contrast, augment.saturation, augment.hue) == (0.8, 0.8, 0.8, 0.2)
+    assert augment.blur > 0
+    assert (config.probe.linear.epochs, config.probe.linear.lrs) == (100, (0.5,))
 
 
 def test_the_deck_compares_losses_on_one_trunk():
@@ -129,10 +172,40 @@ def test_the_triplet_assignment():
     assert config.probe.kinds == ("linear", "finetune", "softmax")
     probe = config.probe
     assert (probe.linear.batch_size, probe.linear.lrs, probe.linear.iterations) == (2048, (1e-4,), 4000)
-    assert (probe.linear.stopping.patience, probe.finetune.stopping.patience) == (300, 10)
+    # by the loss, and in iterations
+    patience = {"linear": 300, "finetune": 10, "softmax": 50}
+    for kind, iterations in patience.items():
+        stopping = getattr(probe, kind).stopping
+        assert (stopping.monitor, stopping.patience, stopping.patience_unit) == ("loss", iterations, "iterations")
+        assert getattr(probe, kind).evaluate_every == 10
     softmax = probe.softmax
-    assert (softmax.lr, softmax.l2_lambda, softmax.clip_norm, softmax.stopping.patience) == (1e-4, 0.2, 5.0, 50)
+    assert (softmax.lr, softmax.l2_lambda, softmax.clip_norm) == (1e-4, 0.2, 5.0)
     assert (softmax.batch_size, softmax.iterations) == (256, 3000)
+
+
+def test_variants_of_the_triplet_assignment():
+    small, joint, figure6, table3, wide, other = (
+        cfg.load_config("assignment-triplet", overrides) for overrides in variants_of("assignment-triplet")
+    )
+    assert small.model.out_dim == 32
+    encoder = build_encoder("vgg16_bn_embed", image_size=32, out_dim=joint.model.out_dim)
+    head = build_head(encoder.feature_dim, 10, hidden=joint.probe.finetune.hidden)
+    assert [sum(p.numel() for p in layer.parameters()) for layer in (head[0], head[2])] == [262_656, 5_130]
+    for config, patience in ((figure6, 50), (table3, 300)):
+        stopping = config.train.stopping
+        assert (stopping.monitor, stopping.patience, stopping.patience_unit) == ("loss", patience, "iterations")
+        assert config.validation.every_steps == 10
+    assert wide.probe.softmax.batch_size == 4096
+    softmax = other.probe.softmax
+    assert (softmax.lr, softmax.l2_lambda, softmax.stopping.patience, softmax.stopping.target) == (1e-3, 0.1, 0, 0.3)
+    assert softmax.stopping.monitor == "accuracy"
+
+
+def test_the_two_class_assignment():
+    config = cfg.load_config("assignment-logistic")
+    assert config.probe.kinds == ("logistic",)
+    stopping = config.probe.logistic.stopping
+    assert (stopping.monitor, stopping.target, stopping.patience) == ("accuracy", 0.8, None)
 
 
 @pytest.mark.parametrize("data", ["mnist", "cifar10"])
@@ -143,6 +216,7 @@ def test_latent_spaces(data):
     assert (autoencoder.loss.name, autoencoder.loss.alpha, autoencoder.probe.kind) == ("reconstruction", 0.5, "mlp")
     assert len(autoencoder.probe.mlp.hidden) == 2  # and the output layer: three
     assert autoencoder.probe.mlp.batch_norm
+    assert autoencoder.probe.mlp.epochs == 25
     assert autoencoder.probe.mlp.dropout > 0
     assert (guided.loss.name, guided.train.epochs) == ("cross_entropy_mae", 10)
     for config in (autoencoder, guided):
