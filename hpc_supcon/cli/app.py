@@ -195,7 +195,7 @@ def _print_results(folder: Path, results: list[dict[str, Any]]) -> None:
 def _corruption_table(summaries: dict[str, dict[str, Any]]) -> Table:
     """A row for each probe: test errors on clean and on corrupted images."""
     images = max(summary["images"] for summary in summaries.values())
-    table = Table(title=f"errors on corrupted test images ({images:,} images, mean over severities 1 to 5)")
+    table = Table(title=f"errors on {images:,} corrupted test images")
     for heading in ("probe", "clean", "mean", "worst corruption"):
         table.add_column(heading, justify="right" if heading in ("clean", "mean") else "left")
     for kind, found in summaries.items():

@@ -50,7 +50,7 @@ def disk(radius: float, sigma: float) -> FloatArray:
     weights = np.exp(-0.5 * (np.arange(-half, half + 1) / sigma) ** 2)
     for axis in (0, 1):
         kernel = convolve1d(kernel, weights / weights.sum(), axis=axis, mode="mirror")
-    used = offset[kernel.any(axis=0)]
+    used = offset[(kernel > 1e-12).any(axis=0)]
     inner = slice(reach + used[0], reach + used[-1] + 1)
     return kernel[inner, inner]
 
