@@ -4,7 +4,8 @@ Corruptions and Perturbations", ICLR 2019), at five severities, with the constan
 Images of up to SMALL pixels a side take the constants of CIFAR-10-C, larger ones those of ImageNet-C. Constants that
 are lengths in proportion to the image (elastic_transform, pixelate) follow its size. Frost, which needs photographs,
 and the extra corruption spatter are left out. Gray images have one channel of the same; saturate leaves them as they
-are. Everything is computed in float64 on the CPU, and cut off to whole gray levels as the authors do.
+are. Everything is computed in float64 on the CPU, and cut off to whole gray levels as the authors do; they then saved
+ImageNet-C, but not CIFAR-10-C, as JPEG files, which is not done here.
 """
 
 from __future__ import annotations

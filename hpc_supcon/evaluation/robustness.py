@@ -14,7 +14,7 @@ from torch import Tensor
 from ..data import SEVERITIES, EvalOrder, EvalTransform, Source, build_loader, corrupt, stratified_sample
 from ..data.corruptions import BENCHMARK
 from ..distributed.collectives import all_sum
-from ..terminal import progress_bar, warn
+from ..terminal import note, progress_bar, warn
 from .features import in_chunks, select_classes
 from .left_out import count_left_out
 from .probes import FittedProbe, ProbeTask
@@ -62,6 +62,8 @@ def corruption_errors(tasks: Sequence[ProbeTask], probes: Sequence[FittedProbe])
     names = task.config.probe.corruption_names
     cases: list[Case] = [None, *product(names, SEVERITIES)]
     source, chosen = _chosen_images(task)
+    if task.runtime.is_main:
+        note(f"corruptions: {len(names)} at {len(SEVERITIES)} severities of {len(source):,} test images")
     counts = torch.zeros(len(cases) + 1, len(probes), dtype=torch.int64, device=task.runtime.device)
     labels = _count(task, probes, cases, source, chosen, counts)
     count_left_out(source, labels)

@@ -36,10 +36,11 @@ def check_probes(config: Config, splits: Splits) -> None:
 
     Cheap: meant for before training.
     """
-    images, available = config.probe.corruption_images, len(splits.test)
-    if config.probe.corruption_names and images is not None and images > available:
+    images = config.probe.corruption_images if config.probe.corruption_names else None
+    if images is not None and images > len(splits.test):
         raise ConfigError(
-            f"probe.corruption_images={images} but the test split has {available} images: lower it, or null for all"
+            f"probe.corruption_images={images} but the test split has {len(splits.test)} images: lower it, or null "
+            "for all"
         )
     for kind in config.probe.kinds:
         splits.check_two_classes(f"probe.kind={kind}")
