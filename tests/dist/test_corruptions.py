@@ -50,7 +50,7 @@ def probed(rank, world_size, folder, overrides=()):
     results = probe(folder, config, runtime, load_data(config, runtime))
     if world_size > 1:
         torch.distributed.barrier()
-    return {r["probe"]: r["corruptions"] for r in results}, run_folders.read_scores(folder)["corruptions"]
+    return {r["probe"]: r.get("corruptions") for r in results}, run_folders.read_scores(folder)["corruptions"]
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +120,17 @@ def test_a_chosen_image_is_corrupted_as_it_is_among_all(trained, alone, tmp_path
             predictions = fitted.logits(encoder(transform(x))).argmax(dim=1)
         error = (predictions != splits.test.labels[chosen]).double().mean().item()
         assert scores["knn"]["errors"][name][4] == pytest.approx(error)
+
+
+def test_a_probe_without_images_of_its_classes_has_no_errors(trained, tmp_path, capsys):
+    splits = load_data(load_config("default", SETTINGS), Runtime(Launch(), torch.device("cpu"))).splits
+    only = int(splits.test.labels[stratified_sample(splits.test.labels, count=1, seed=0)])
+    others = [label for label in range(4) if label != only]
+    settings = ["probe.kind=[logistic, knn]", "probe.corruption_images=1", f"probe.logistic.classes={others[:2]}"]
+    summaries, scores = probed(0, 1, shutil.copytree(trained, tmp_path / "r"), settings)
+    assert list(scores) == ["knn"]
+    assert summaries["logistic"] is None
+    assert "probe.logistic: none of the 1 images that are corrupted is of its classes" in capsys.readouterr().err
 
 
 def test_alexnets_errors_are_of_the_same_corruptions():
