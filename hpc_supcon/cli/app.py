@@ -187,7 +187,21 @@ def _print_results(folder: Path, results: list[dict[str, Any]]) -> None:
                 table.add_row(result["probe"], split, *numbers, end_section=split == "test")
     console = output()
     console.print(table)
+    if corrupted := {result["probe"]: result["corruptions"] for result in results if "corruptions" in result}:
+        console.print(_corruption_table(corrupted))
     console.print(f"results: {folder / 'results.json'}", soft_wrap=True)
+
+
+def _corruption_table(summaries: dict[str, dict[str, Any]]) -> Table:
+    """A row for each probe: test errors on clean and on corrupted images."""
+    images = max(summary["images"] for summary in summaries.values())
+    table = Table(title=f"errors on {images:,} corrupted test images")
+    for heading in ("probe", "clean", "mean", "worst corruption"):
+        table.add_column(heading, justify="right" if heading in ("clean", "mean") else "left")
+    for kind, found in summaries.items():
+        numbers = (f"{found[name]:.4f}" for name in ("clean", "mce"))
+        table.add_row(kind, *numbers, f"{found['worst']}: {found['worst_error']:.4f}")
+    return table
 
 
 def _title(results: list[dict[str, Any]]) -> str:

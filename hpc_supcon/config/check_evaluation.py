@@ -26,6 +26,9 @@ def check_probes(config: Config) -> None:
         raise ConfigError(f"probe.kind is an empty list: name one or more of {', '.join(get_args(ProbeName))}")
     if len(set(kinds)) < len(kinds):
         raise ConfigError(f"probe.kind names a probe twice: {', '.join(kinds)}")
+    names = config.probe.corruption_names
+    if len(set(names)) < len(names):
+        raise ConfigError(f"probe.corruptions names a corruption twice: {', '.join(names)}")
     for kind in kinds:
         if kind != "knn":
             _check_fit(config, kind, getattr(config.probe, kind))

@@ -1,5 +1,6 @@
 """Data: sources (name -> images and labels), order (pure permutation), loaders and views (augmentation)."""
 
+from .corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from .fingerprint import DataFingerprint, class_differences, fingerprint
 from .loaders import LOADERS, CropOptions, LoaderOptions, build_loader, choose_loader, replaced_on_all_ranks
 from .loaders.base import Batch, Loader
@@ -8,15 +9,17 @@ from .samplers import SAMPLERS, ClassBalanced, LongTailAware, build_order
 from .sources.beton import BetonSource, open_beton
 from .sources.source import ArraySource, Source, channel_statistics, normalization_of
 from .sources.splits import SOURCES, Splits, convert_splits, load_splits, open_source
-from .sources.stratify import stratified_split
+from .sources.stratify import stratified_sample, stratified_split
 from .views.parameters import ViewParameters
 from .views.pixels import EvalTransform
 from .views.views import POLICIES, Views
 
 __all__ = [
+    "CORRUPTIONS",
     "LOADERS",
     "POLICIES",
     "SAMPLERS",
+    "SEVERITIES",
     "SOURCES",
     "ArraySource",
     "Batch",
@@ -41,11 +44,13 @@ __all__ = [
     "choose_loader",
     "class_differences",
     "convert_splits",
+    "corrupt",
     "fingerprint",
     "load_splits",
     "normalization_of",
     "open_beton",
     "open_source",
     "replaced_on_all_ranks",
+    "stratified_sample",
     "stratified_split",
 ]

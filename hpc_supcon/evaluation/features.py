@@ -147,12 +147,12 @@ def fit_standardization(prepare: nn.Sequential, x: Tensor) -> None:
 
 
 @torch.no_grad()
-def in_chunks(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    """`function` of the rows of x [n, ...], CHUNK at a time. The last chunk is padded, so that a row's result does
+def in_chunks(function: Callable[[Tensor], Tensor], x: Tensor, size: int = CHUNK) -> Tensor:
+    """`function` of the rows of x [n, ...], `size` at a time. The last chunk is padded, so that a row's result does
     not depend on the number of ranks."""
     parts = []
-    for rows in x.split(CHUNK) if len(x) else [x]:
-        missing = 0 if not len(rows) else CHUNK - len(rows)
+    for rows in x.split(size) if len(x) else [x]:
+        missing = 0 if not len(rows) else size - len(rows)
         padded = torch.cat([rows, rows[-1:].expand(missing, *rows.shape[1:])]) if missing else rows
         parts.append(function(padded)[: len(rows)])
     return torch.cat(parts)

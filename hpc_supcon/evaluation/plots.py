@@ -77,6 +77,34 @@ def draw_image_rows(folder: Path, name: str, rows: Mapping[str, Tensor]) -> Path
     return _save(figure, folder / PLOTS / f"{name}.png")
 
 
+def draw_corruptions(folder: Path, found: Mapping[str, Mapping[str, Any]]) -> Path:
+    """plots/corruptions.png: a panel for each corruption, error against severity, a line for each probe.
+
+    found: by kind of probe, as robustness.corruption_errors. Severity 0 is the clean images. Raises RunFolderError.
+    """
+    names = list(next(iter(found.values()))["errors"])
+    columns = min(5, len(names))
+    rows = -(-len(names) // columns)
+    figure = _figure((1.2 + 2.1 * columns, 1.1 + 1.75 * rows))
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
+    for axis in axes.flat[len(names) :]:
+        axis.set_axis_off()
+    for axis, name in zip(axes.flat, names, strict=False):
+        for kind, scores in found.items():
+            errors = [scores["clean"], *scores["errors"][name]]
+            axis.plot(range(len(errors)), errors, marker="o", markersize=2.5, linewidth=1.2, label=kind)
+        axis.set_title(name.replace("_", " "), fontsize=9)
+        axis.set_xticks(range(6))
+        axis.grid(alpha=0.3)
+        axis.tick_params(labelsize=7, labelbottom=True)
+    axes[0, 0].set_ylim(bottom=0)
+    figure.supxlabel("severity (0: clean)", fontsize=9)
+    figure.supylabel("test error (fraction)", fontsize=9)
+    handles, kinds = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, kinds, loc="outside upper center", ncols=min(6, len(kinds)), fontsize=8, frameon=False)
+    return _save(figure, folder / PLOTS / "corruptions.png")
+
+
 def _curve(lines: Sequence[Mapping[str, Any]], step: str, name: str) -> Curve:
     found = [line for line in lines if line.get(name) is not None]
     return [line[step] for line in found], [line[name] for line in found]

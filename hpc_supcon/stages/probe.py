@@ -41,6 +41,7 @@ from ..terminal import note, only_told, warn
 from ..training.data import Data
 from ..training.engine import place
 from ..training.metrics import MetricLog
+from .corruptions import add_corruptions
 from .results import ResultWriter
 
 
@@ -87,8 +88,9 @@ def _probe(folder: Path, config: Config, runtime: Runtime, data: Data, writer: R
     with propagate_errors():
         check_probes(config, data.splits)
         run_folder.check_results(folder)
+        run_folder.read_scores(folder)
     tasks, encoder = _tasks(folder, config, runtime, data)
-    results = []
+    results, fitted = [], []
     with MetricLog(folder if runtime.is_main else None, tensorboard=config.log.tensorboard) as log:
         for task in tasks:
             began = time.perf_counter()
@@ -102,6 +104,8 @@ def _probe(folder: Path, config: Config, runtime: Runtime, data: Data, writer: R
             names = ("probe", "chosen", "validation", "test")
             log.log("probe", encoder.step if encoder else 0, **{name: result[name] for name in names})
             results.append(result)
+            fitted.append(outcome.probe)
+    add_corruptions(folder, tasks, fitted, results, writer)
     tell_left_out(results, data.splits, runtime)
     return results
 

@@ -32,6 +32,7 @@ SETTINGS = [
     "model.projection_hidden=16", "model.projection_dim=8", "train.iterations=2", "log.tensorboard=false",
     "log.progress=false", "checkpoint.every_epochs=null", "runtime.threads=1", "data.on_corrupt=replace",
     "loss.terms={supcon_out: 1.0, reconstruction: 1.0}", "probe.kind=[linear, knn, finetune]", "probe.knn.k=3",
+    "probe.corruptions=contrast",
     "probe.linear={epochs: 2, lrs: [0.01], batch_size: 4}", "probe.finetune={epochs: 2, batch_size: 4}",
 ]  # fmt: skip
 DAMAGED = ("val/a/2.jpg", "test/b/3.jpg", "test/b/4.jpg")  # uneven: both of test are in the last rank's share

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, get_args
 from pydantic import Field
 
 from .base import Count, Decay, NonNegative, Positive, Section, StoppingConfig
-from .names import PixelProbeName, ProbeName, ProbeOptimizerName
+from .names import BenchmarkCorruptionName, CorruptionName, PixelProbeName, ProbeName, ProbeOptimizerName
 
 Input = Annotated[
     Literal["auto", "features", "pixels"],
@@ -93,6 +93,14 @@ class FinetuneConfig(FitConfig):
 
 class ProbeConfig(Section):
     kind: ProbeName | tuple[ProbeName, ...] = Field(description="the probe, or a list, evaluated in that order")
+    corruptions: Literal["all"] | CorruptionName | tuple[CorruptionName, ...] = Field(
+        description="corruptions of the test images, at five severities, under which every probe is evaluated too; "
+        "all: those of ImageNet-C and CIFAR-10-C but for frost, without the extra ones; []: none"
+    )
+    corruption_images: Count | None = Field(
+        description="test images that are corrupted, of every class in proportion to its size; null: all of them",
+        json_schema_extra={"unit": "images"},
+    )
     linear: LinearConfig
     softmax: SoftmaxConfig
     logistic: LogisticConfig
@@ -103,6 +111,12 @@ class ProbeConfig(Section):
     @property
     def kinds(self) -> tuple[ProbeName, ...]:
         return (self.kind,) if isinstance(self.kind, str) else self.kind
+
+    @property
+    def corruption_names(self) -> tuple[CorruptionName, ...]:
+        if self.corruptions == "all":
+            return get_args(BenchmarkCorruptionName)
+        return (self.corruptions,) if isinstance(self.corruptions, str) else self.corruptions
 
     def input_of(self, kind: ProbeName) -> Literal["features", "pixels", "images"]:
         """What the fitted probe `kind` reads; `images` for finetune, which trains the encoder."""

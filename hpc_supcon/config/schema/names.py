@@ -39,5 +39,25 @@ PixelProbeName = Literal["softmax", "logistic"]
 """Probes that read pixels where their setting `input` is `auto`."""
 ProbeOptimizerName = Literal["adam", "adamw", "sgd"]
 
+BenchmarkCorruptionName = Literal[
+    "gaussian_noise",
+    "shot_noise",
+    "impulse_noise",
+    "defocus_blur",
+    "glass_blur",
+    "motion_blur",
+    "zoom_blur",
+    "snow",
+    "fog",
+    "brightness",
+    "contrast",
+    "elastic_transform",
+    "pixelate",
+    "jpeg_compression",
+]
+"""Corruptions of the mean corruption error, which `all` stands for."""
+ExtraCorruptionName = Literal["speckle_noise", "gaussian_blur", "saturate"]
+CorruptionName = Literal[BenchmarkCorruptionName, ExtraCorruptionName]
+
 PruningMethodName = Literal["l1"]
 PruningScopeName = Literal["global", "layer"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ...config import Config
 from ...data import Splits
+from ...errors import ConfigError
 from .base import FittedProbe, ProbeOutcome, ProbeSpec, ProbeTask
 from .finetune import FINETUNE
 from .heads import LINEAR, MLP, SOFTMAX
@@ -35,6 +36,12 @@ def check_probes(config: Config, splits: Splits) -> None:
 
     Cheap: meant for before training.
     """
+    images = config.probe.corruption_images if config.probe.corruption_names else None
+    if images is not None and images > len(splits.test):
+        raise ConfigError(
+            f"probe.corruption_images={images} but the test split has {len(splits.test)} images: lower it, or null "
+            "for all"
+        )
     for kind in config.probe.kinds:
         splits.check_two_classes(f"probe.kind={kind}")
         PROBES[kind].check(f"probe.{kind}", getattr(config.probe, kind), splits)

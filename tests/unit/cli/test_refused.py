@@ -105,6 +105,12 @@ WRONG = {
     ),
     "no probe": (["probe.kind=[]"], "probe.kind is an empty list"),
     "a probe twice": (["probe.kind=[knn, knn]"], "probe.kind names a probe twice: knn, knn"),
+    "unknown corruption": (
+        ["probe.corruptions=[fog, gausian_noise]"],
+        "unknown probe.corruptions 'gausian_noise'; did you mean 'gaussian_noise'?",
+    ),
+    "one unknown corruption": (["probe.corruptions=frog"], "unknown probe.corruptions 'frog'; did you mean 'fog'?"),
+    "a corruption twice": (["probe.corruptions=[fog, fog]"], "probe.corruptions names a corruption twice: fog, fog"),
     "a probe's target beyond 1": (
         ["probe.linear.stopping.target=90"],
         "probe.linear.stopping.target=90: an accuracy is a fraction",

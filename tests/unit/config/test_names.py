@@ -13,6 +13,7 @@ from torch import nn
 from hpc_supcon.config import encoders, schema_rows
 from hpc_supcon.config.check import MAX_TRITON_DIM, MIN_TEMPERATURE, MIN_TRITON_TEMPERATURE, Stage
 from hpc_supcon.config.schema import ProbeConfig, names
+from hpc_supcon.data.corruptions import BENCHMARK, CORRUPTIONS
 from hpc_supcon.data.loaders import LOADERS
 from hpc_supcon.data.samplers import SAMPLERS
 from hpc_supcon.data.sources.splits import SOURCES, open_source
@@ -64,6 +65,8 @@ def losses_by(fact) -> set[str]:
         (names.OnlineProbeName, ["none", *monitor.KINDS]),
         (names.ProbeName, PROBES),
         (names.ProbeOptimizerName, PROBE_OPTIMIZERS),
+        (names.CorruptionName, CORRUPTIONS),
+        (names.BenchmarkCorruptionName, BENCHMARK),
         (names.PruningMethodName, PRUNERS),
         (names.PruningScopeName, SCOPES),
         (Stage, STAGES),
@@ -80,7 +83,8 @@ def test_the_names_are_the_keys_of_the_registry(literal: Any, registry: Iterable
 
 
 def test_every_probe_has_a_section_of_its_name():
-    assert set(ProbeConfig.model_fields) == {"kind", *get_args(names.ProbeName)}
+    others = {"kind", "corruptions", "corruption_images"}
+    assert set(ProbeConfig.model_fields) == {*others, *get_args(names.ProbeName)}
 
 
 def test_the_limits_of_the_contrastive_losses_are_those_of_the_losses():
