@@ -176,9 +176,9 @@ def _settings(config: str, overrides: list[str] | None, stages: tuple[Stage, ...
 
 def _print_results(folder: Path, results: list[dict[str, Any]]) -> None:
     """A row for each probe and split."""
-    caption = "[ ]: 95 % interval over resampled images"
+    caption = "[ ]: 95 % interval over images"
     if any(result["probe"] == "knn" for result in results):
-        caption += "; knn, train: each image without itself as a neighbor"
+        caption += "; train of knn: leave-one-out"
     table = Table(title=_title(results), caption=caption, caption_justify="left")
     names = ("f1", "precision", "recall")
     for heading in ("probe", "split", "accuracy", *names):

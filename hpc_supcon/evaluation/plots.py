@@ -118,7 +118,7 @@ def _draw(
 
 def _short(name: str) -> str:
     text = printable(name)
-    return text if len(text) <= 24 else f"{text[:23]}…"
+    return text if len(text) <= 24 else f"{text[:12]}…{text[-11:]}"
 
 
 def _matrix(title: str, confusion: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
