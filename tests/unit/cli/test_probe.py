@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import re
 import shutil
 import sys
@@ -23,6 +25,7 @@ from hpc_supcon.errors import CheckpointCorrupt, RunFolderError
 from hpc_supcon.evaluation.encoder import load_model
 from hpc_supcon.evaluation.fitted_probe import load_probe
 from hpc_supcon.evaluation.plots import draw_training_curves
+from hpc_supcon.files import write_atomically
 from hpc_supcon.run_folder import read_scores
 from hpc_supcon.training.data import load_data
 
@@ -208,6 +211,27 @@ def test_files_to_which_nothing_can_be_added_are_named_before_the_work(whole, tm
     assert (code, out, err.count("\n")) == (2, "", 1), err
     assert f"{folder / name}: damaged, or not a file of" in err
     assert (folder / "results.json").read_bytes() == before
+
+
+def test_scores_that_cannot_be_written_are_told_and_the_exit_code_is_1(whole, tmp_path, capsys, monkeypatch):
+    folder = shutil.copytree(whole, tmp_path / "r")
+    before = {name: (folder / name).read_bytes() for name in ("scores.json", "predictions.parquet")}
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def write(path, text):
+        return full() if path.name == "scores.json" else write_atomically(path, text)
+
+    monkeypatch.setattr("hpc_supcon.run_folder.write_atomically", write)
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
+    code, out, err = run(capsys, "probe", str(folder), "probe.kind=[linear]", "probe.linear.iterations=1")
+    assert code == 1
+    for name in before:
+        assert err.count(f"{folder / name}: not written: No space left on device\n") == 1, err
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    assert results_of(folder)["linear"]["iterations"] == 1
+    assert f"{results_of(folder)['linear']['test']['accuracy']:.4f}" in out
 
 
 def test_features_that_are_not_finite_are_named_in_place_of_scores(whole, tmp_path, capsys, monkeypatch):
