@@ -117,6 +117,12 @@ def rows_of_classes(labels: Tensor, classes: Sequence[int]) -> Tensor:
     return torch.isin(labels, labels.new_tensor(classes))
 
 
+def evenly_spread(rows: Tensor, n: int, count: int) -> Tensor:
+    """bool [k]: which of `rows` int64 [k], of n rows numbered from 0, are among `count` evenly spread ones; all are
+    where count >= n."""
+    return rows * count % n < count
+
+
 def select_classes(rows: LabeledRows, classes: Sequence[int]) -> LabeledRows:
     """The rows whose label is one of `classes`, labeled by their position in `classes`."""
     x, labels = rows

@@ -22,6 +22,7 @@ from ..evaluation.encoder import check_classes, load_model, report_changed_data
 from ..evaluation.features import (
     IndexedRows,
     SplitRows,
+    evenly_spread,
     extract_indexed,
     in_chunks,
     read_indexed,
@@ -52,6 +53,10 @@ from ..training.data import Data
 from ..training.engine import place
 from ..training.metrics import MetricLog
 from .results import ResultWriter
+
+TRAINING_ROWS = 10_000
+"""Of more training images than this, evenly spread ones stand for all in the training scores of kNN, whose cost would
+grow with their square."""
 
 
 @dataclass(frozen=True)
@@ -241,9 +246,11 @@ def _logits(task: ProbeTask, fitted: FittedProbe, split: str) -> tuple[Tensor, T
     x, labels, index = rows
     of_training_rows = PROBES[fitted.kind].training_logits
     if split == "train" and of_training_rows is not None:
-        before = sum(gather_sizes(labels)[: task.runtime.rank])
-        logits = of_training_rows(fitted, x, before + torch.arange(len(x), device=x.device))
-        return logits, labels, index, task.rows.left_out[split]
+        sizes = gather_sizes(labels)
+        numbers = sum(sizes[: task.runtime.rank]) + torch.arange(len(x), device=x.device)
+        kept = evenly_spread(numbers, sum(sizes), TRAINING_ROWS)
+        logits = of_training_rows(fitted, x[kept], numbers[kept])
+        return logits, labels[kept], index[kept], task.rows.left_out[split]
     if fitted.classes != task.classes:
         chosen = [task.classes.index(name) for name in fitted.classes]
         index = index[rows_of_classes(labels, chosen)]
