@@ -23,9 +23,6 @@ Curve = tuple[Sequence[float], Sequence[float]]
 _COLORS = {"train": "#4477aa", "validation": "#cc3311"}
 _MAX_MARKERS = 40
 """A curve of at most this many points has a marker on each."""
-_MAX_MATRIX = 30
-"""Of more classes than this, only the pairs that are confused most are drawn."""
-_MAX_PAIRS = 20
 
 
 def draw_probe_curves(
@@ -64,6 +61,11 @@ def draw_training_curves(folder: Path) -> list[Path]:
         }
         paths += _draw(folder, number, "pretrain", "pre-training", curves, None)
     return paths
+
+
+_MAX_MATRIX = 30
+"""Of more classes than this, only the pairs that are confused most are drawn."""
+_MAX_PAIRS = 20
 
 
 def draw_confusion(folder: Path, kind: str, confusion: Sequence[Sequence[int]], classes: Sequence[str]) -> Path:

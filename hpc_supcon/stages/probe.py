@@ -1,4 +1,4 @@
-"""Stage `probe`: fits the probes of a run, on its encoder's features or on pixels, and writes results.json."""
+"""Stage `probe`: fits the probes of a run, on its encoder's features or on pixels, and writes their scores."""
 
 from __future__ import annotations
 
@@ -8,55 +8,33 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
-
 from .. import run_folder
 from ..config import Config, digest
 from ..data import EvalTransform, Source, normalization_of
-from ..distributed.collectives import gather_sizes, propagate_errors
+from ..distributed.collectives import propagate_errors
 from ..distributed.folder_lock import locked
 from ..distributed.launch import Runtime
 from ..errors import MissingExtra
 from ..evaluation.encoder import check_classes, load_model, report_changed_data
-from ..evaluation.features import (
-    IndexedRows,
-    SplitRows,
-    evenly_spread,
-    extract_indexed,
-    in_chunks,
-    read_indexed,
-    rows_of_classes,
-    select_classes,
-)
+from ..evaluation.features import IndexedRows, SplitRows, extract_indexed, read_indexed
 from ..evaluation.fitted_probe import FOLDER, save_probe
-from ..evaluation.left_out import count_left_out, left_out_entry, tell_left_out
+from ..evaluation.left_out import left_out_entry, tell_left_out
 from ..evaluation.plots import draw_confusion, draw_probe_curves
-from ..evaluation.predictions import (
-    SPLITS,
-    SplitPredictions,
-    check_predictions,
-    gather_predictions,
-    write_predictions,
-)
+from ..evaluation.predictions import check_predictions, write_predictions
 from ..evaluation.probes import (
     PROBES,
-    FittedProbe,
     ProbeOutcome,
     ProbeTask,
     check_probes,
 )
-from ..evaluation.scores import gather_outcomes, headline_entry, split_scores
+from ..evaluation.scored_probe import ScoredProbe, score_probe
+from ..evaluation.scores import headline_entry
 from ..seeding import changed_since
 from ..terminal import note, only_told, warn
 from ..training.data import Data
 from ..training.engine import place
 from ..training.metrics import MetricLog
 from .results import ResultWriter
-
-TRAINING_ROWS = 10_000
-"""Of more training images than this, evenly spread ones stand for all in the training scores of kNN, whose cost would
-grow with their square."""
 
 
 @dataclass(frozen=True)
@@ -65,17 +43,6 @@ class EncoderCheckpoint:
 
     name: str
     step: int
-
-
-@dataclass(frozen=True)
-class ScoredProbe:
-    """What a fitted probe makes of each split that the run has."""
-
-    scores: dict[str, dict[str, Any]]
-    """See scores.split_scores."""
-    predictions: dict[str, SplitPredictions]
-    left_out: dict[str, int]
-    """Images that do not decode."""
 
 
 def start_without_encoder(config: Config, runtime: Runtime) -> Path:
@@ -124,7 +91,7 @@ def _probe(folder: Path, config: Config, runtime: Runtime, data: Data, writer: R
             for line in outcome.history:
                 numbers = {name: value for name, value in line.items() if name != "iteration"}
                 log.log(f"probe/{task.kind}", line["iteration"], **numbers)
-            scored = _score(task, outcome.probe)
+            scored = score_probe(task, outcome.probe)
             result = _result(task, outcome, encoder, scored) | {"seconds": round(time.perf_counter() - began, 2)}
             if runtime.is_main:
                 _write(folder, task, outcome, result, scored, encoder, writer)
@@ -209,55 +176,6 @@ def _result(
     }
 
 
-def _score(task: ProbeTask, fitted: FittedProbe) -> ScoredProbe:
-    """The scores of a probe on every split. Collective; the only place that reads the test split.
-
-    Raises NonFinite.
-    """
-    scored = ScoredProbe({}, {}, {})
-    for split in ("train", "validation", "test"):
-        if getattr(task.data.splits, split) is None:
-            continue
-        logits, labels, index, scored.left_out[split] = _logits(task, fitted, split)
-        outcomes = gather_outcomes(logits, labels, f"{fitted.kind} probe, {split} split")
-        scored.scores[split] = split_scores(outcomes, fitted.classes, seed=task.config.seed)
-        if split in SPLITS:
-            scored.predictions[split] = gather_predictions(outcomes, logits, index)
-    return scored
-
-
-def _logits(task: ProbeTask, fitted: FittedProbe, split: str) -> tuple[Tensor, Tensor, Tensor, int]:
-    """(logits, labels, index in the split) of this rank's share, and the number of images that all ranks left out.
-    Collective."""
-    if fitted.input == "images":  # in batches: a split of large images may not fit into memory
-        source: Source = getattr(task.data.splits, split)
-        features, labels, index = extract_indexed(
-            fitted.encoder,
-            source,
-            fitted.prepare,
-            task.runtime,
-            loader=task.data.loader,
-            options=task.data.evaluation,
-        )
-        with torch.no_grad():
-            return in_chunks(fitted.head, features), labels, index, count_left_out(source, labels)
-    rows = task.rows.indexed(split, fitted.input)
-    assert rows is not None
-    x, labels, index = rows
-    of_training_rows = PROBES[fitted.kind].training_logits
-    if split == "train" and of_training_rows is not None:
-        sizes = gather_sizes(labels)
-        numbers = sum(sizes[: task.runtime.rank]) + torch.arange(len(x), device=x.device)
-        kept = evenly_spread(numbers, sum(sizes), TRAINING_ROWS)
-        logits = of_training_rows(fitted, x[kept], numbers[kept])
-        return logits, labels[kept], index[kept], task.rows.left_out[split]
-    if fitted.classes != task.classes:
-        chosen = [task.classes.index(name) for name in fitted.classes]
-        index = index[rows_of_classes(labels, chosen)]
-        x, labels = select_classes((x, labels), chosen)
-    return fitted.logits(x), labels, index, task.rows.left_out[split]
-
-
 def _write(
     folder: Path,
     task: ProbeTask,
@@ -272,7 +190,8 @@ def _write(
     step = encoder.step if encoder and fitted.input != "pixels" else 0
     writer.add(folder, result)
     scores = {"checkpoint": result["checkpoint"], "classes": list(fitted.classes), "splits": scored.scores}
-    writer.add_scores(folder, "probes", fitted.kind, scores)
+    with writer.may_fail():
+        run_folder.add_scores(folder, "probes", fitted.kind, scores)
     with writer.may_fail(), suppress(MissingExtra):  # which was told before
         write_predictions(
             folder,

@@ -185,7 +185,7 @@ def test_training_scores_of_knn_leave_each_image_out_and_are_of_a_bounded_number
     nearest = train.labels[(rows @ rows.T).fill_diagonal_(-2).argmax(dim=1)]
     n = len(train)
     for most, scored in {10_000: range(n), 20: [i for i in range(n) if i * 20 % n < 20]}.items():
-        monkeypatch.setattr("hpc_supcon.stages.probe.TRAINING_ROWS", most)
+        monkeypatch.setattr("hpc_supcon.evaluation.scored_probe.TRAINING_ROWS", most)
         pixels = ["probe.kind=knn", "probe.knn.input=pixels", "probe.knn.k=1"]
         assert run(capsys, "probe", str(folder), *pixels)[0] == 0
         scores = read_scores(folder)["probes"]["knn"]["splits"]["train"]
