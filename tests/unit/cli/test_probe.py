@@ -240,7 +240,9 @@ def test_scores_that_cannot_be_written_are_told_and_the_exit_code_is_1(whole, tm
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     def write(path, text):
-        return full() if path.name == "scores.json" else write_atomically(path, text)
+        if path.name == "scores.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return write_atomically(path, text)
 
     monkeypatch.setattr("hpc_supcon.run_folder.write_atomically", write)
     monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
