@@ -130,11 +130,11 @@ def _matrix(title: str, confusion: Sequence[Sequence[int]], names: Sequence[str]
     axis = figure.add_subplot()
     shares = [[count / max(1, sum(row)) for count in row] for row in confusion]
     image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
+    size = 9 if max(map(max, confusion)) < 1000 and n <= 20 else 6.5
     for i, row in enumerate(confusion):
         for j, count in enumerate(row):
             if count:
                 color = "white" if shares[i][j] > 0.5 else "black"
-                size = 9 if max(map(max, confusion)) < 1000 and n <= 20 else 6.5
                 axis.text(j, i, f"{count}", ha="center", va="center", color=color, fontsize=size)
     turned = max(map(len, names)) > 3
     axis.set_xticks(range(n), names, rotation=90 if turned else 0, fontsize=9)
