@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -123,7 +124,16 @@ def add_scores(folder: Path, section: str, key: str, scores: dict[str, Any]) -> 
     with file_lock(folder / f".{SCORES}.lock"):
         found = read_scores(folder)
         found.setdefault(section, {})[key] = scores
-        write_atomically(path, json.dumps(found, indent=1) + "\n")
+        # lists on one line each: a confusion matrix of 100 classes has 10,000 numbers
+        write_atomically(path, _LIST.sub(_on_one_line, json.dumps(found, indent=1)) + "\n")
+
+
+_LIST = re.compile(r"\[\n[^][{}]*?\n\s*\]")
+"""A list of indented JSON that holds no list or object; a line break is never inside of a text."""
+
+
+def _on_one_line(found: re.Match[str]) -> str:
+    return re.sub(r"\n\s*", " ", found[0]).replace("[ ", "[", 1)[:-2] + "]"
 
 
 def read_scores(folder: Path) -> dict[str, dict[str, Any]]:

@@ -35,6 +35,7 @@ STREAMS = (
     "finetune",  # dropout while an encoder and its classifier are trained: rank
     "finetune views",  # random views for the same: rank
     "corruptions",  # corrupted test images: corruption, severity, image
+    "bootstrap",  # resampled images of confidence intervals
 )
 """Every name, with the meaning of its indices. Append new names: the position is part of the derivation."""
 

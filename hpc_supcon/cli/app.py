@@ -16,7 +16,7 @@ from .. import __version__
 from ..config import Config, Stage, load_config, schema_rows, to_yaml
 from ..distributed.resolve import check_one_process
 from ..errors import HpcSupconError, Preempted
-from ..run_folder import read_config
+from ..run_folder import read_config, read_scores
 from ..terminal import only_told, output
 from .bench import bench
 from .checkpoints import checkpoints
@@ -176,15 +176,20 @@ def _settings(config: str, overrides: list[str] | None, stages: tuple[Stage, ...
 
 def _print_results(folder: Path, results: list[dict[str, Any]]) -> None:
     """A row for each probe and split."""
-    table = Table(title=_title(results))
-    names = ("accuracy", "f1", "precision", "recall")
-    for heading in ("probe", "split", *names):
-        table.add_column(heading, justify="right" if heading in names else "left")
+    caption = "[ ]: 95 % interval over images"
+    if any(result["probe"] == "knn" for result in results):
+        caption += "; train of knn: leave-one-out"
+    table = Table(title=_title(results), caption=caption, caption_justify="left")
+    names = ("f1", "precision", "recall")
+    for heading in ("probe", "split", "accuracy", *names):
+        table.add_column(heading, justify="right" if heading in names else "left", no_wrap=True)
+    scores = read_scores(folder).get("probes", {})
     for result in results:
-        for split in ("validation", "test"):
+        for split in ("train", "validation", "test"):
             if result[split] is not None:
+                accuracy = _accuracy(result[split], scores.get(result["probe"], {}).get("splits", {}).get(split, {}))
                 numbers = (f"{result[split][name]:.4f}" for name in names)
-                table.add_row(result["probe"], split, *numbers, end_section=split == "test")
+                table.add_row(result["probe"], split, accuracy, *numbers, end_section=split == "test")
     console = output()
     console.print(table)
     if corrupted := {result["probe"]: result["corruptions"] for result in results if "corruptions" in result}:
@@ -202,6 +207,16 @@ def _corruption_table(summaries: dict[str, dict[str, Any]]) -> Table:
         numbers = (f"{found[name]:.4f}" for name in ("clean", "mce"))
         table.add_row(kind, *numbers, f"{found['worst']}: {found['worst_error']:.4f}")
     return table
+
+
+def _accuracy(result: dict[str, Any], scores: dict[str, Any]) -> str:
+    """`0.9889 [0.974, 0.997]`; without the interval where `scores` are those of an earlier evaluation, because these
+    could not be written."""
+    text = f"{result['accuracy']:.4f}"
+    if scores.get("accuracy") != result["accuracy"]:
+        return text
+    low, high = scores["accuracy_interval"]
+    return f"{text} [{low:.3f}, {high:.3f}]"
 
 
 def _title(results: list[dict[str, Any]]) -> str:

@@ -16,12 +16,21 @@ from .left_out import count_left_out
 
 LabeledRows = tuple[Tensor, Tensor]
 """(features float32 [n, D] or images uint8 [n, C, H, W], labels int64 [n])."""
+IndexedRows = tuple[Tensor, Tensor, Tensor]
+"""The same and, int64 [n], which images of the source they are: some may be left out."""
 CHUNK = 1024
 """Rows that go through a module at once outside training."""
 
 
-@torch.no_grad()
 def extract(
+    encoder: nn.Module, source: Source, transform: nn.Module, runtime: Runtime, **serving: Any
+) -> LabeledRows:
+    """`extract_indexed` without the index."""
+    return extract_indexed(encoder, source, transform, runtime, **serving)[:2]
+
+
+@torch.no_grad()
+def extract_indexed(
     encoder: nn.Module,
     source: Source,
     transform: nn.Module,
@@ -30,8 +39,8 @@ def extract(
     batch_size: int = 256,
     loader: str = "resident",
     options: LoaderOptions | None = None,
-) -> LabeledRows:
-    """This rank's share of the source: (features float32 [n_r, feature_dim], labels int64 [n_r]).
+) -> IndexedRows:
+    """This rank's share of the source: (features float32 [n_r, feature_dim], labels int64 [n_r], index int64 [n_r]).
 
     transform: uint8 [B, C, H, W] -> what the encoder reads (EvalTransform).
 
@@ -42,6 +51,7 @@ def extract(
     encoder.eval()
     features: list[Tensor] = []
     labels: list[Tensor] = []
+    index: list[Tensor] = []
     with closing(_build_loader(source, runtime, batch_size, loader, options)) as opened:
         for batch in opened.epoch(0):
             images, n = batch.images, len(batch.images)
@@ -51,27 +61,40 @@ def extract(
                 images = torch.cat([images, images[-1:].expand(batch_size - n, -1, -1, -1)])
             features.append(encoder(transform(images)).float()[:n])
             labels.append(batch.labels)
+            index.append(batch.index)
     if not features:
         width = cast(int, encoder.feature_dim)
-        return torch.empty(0, width, device=runtime.device), torch.empty(0, dtype=torch.int64, device=runtime.device)
-    return torch.cat(features), torch.cat(labels)
+        none = torch.empty(0, dtype=torch.int64, device=runtime.device)
+        return torch.empty(0, width, device=runtime.device), none, none
+    return torch.cat(features), torch.cat(labels), torch.cat(index)
 
 
-def read_images(
+def read_images(source: Source, runtime: Runtime, **serving: Any) -> LabeledRows:
+    """`read_indexed` without the index."""
+    return read_indexed(source, runtime, **serving)[:2]
+
+
+def read_indexed(
     source: Source,
     runtime: Runtime,
     *,
     batch_size: int = 256,
     loader: str = "resident",
     options: LoaderOptions | None = None,
-) -> LabeledRows:
-    """This rank's share of the source as its loader serves it: (images uint8 [n_r, C, H, W], labels int64 [n_r])."""
+) -> IndexedRows:
+    """This rank's share of the source as its loader serves it: (images uint8 [n_r, C, H, W], labels int64 [n_r],
+    index int64 [n_r])."""
     with closing(_build_loader(source, runtime, batch_size, loader, options)) as opened:
-        pairs = [(batch.images, batch.labels) for batch in opened.epoch(0)]
-    if not pairs:
+        batches = list(opened.epoch(0))
+    if not batches:
         images = torch.empty(0, source.channels, source.image_size, source.image_size, dtype=torch.uint8)
-        return images.to(runtime.device), torch.empty(0, dtype=torch.int64, device=runtime.device)
-    return torch.cat([images for images, _ in pairs]), torch.cat([labels for _, labels in pairs])
+        none = torch.empty(0, dtype=torch.int64, device=runtime.device)
+        return images.to(runtime.device), none, none
+    return (
+        torch.cat([batch.images for batch in batches]),
+        torch.cat([batch.labels for batch in batches]),
+        torch.cat([batch.index for batch in batches]),
+    )
 
 
 def _build_loader(
@@ -92,6 +115,12 @@ def _build_loader(
 def rows_of_classes(labels: Tensor, classes: Sequence[int]) -> Tensor:
     """bool [n]: which of `labels` int64 [n] are one of `classes`."""
     return torch.isin(labels, labels.new_tensor(classes))
+
+
+def evenly_spread(rows: Tensor, n: int, count: int) -> Tensor:
+    """bool [k]: which of `rows` int64 [k], of n rows numbered from 0, are among `count` evenly spread ones; all are
+    where count >= n."""
+    return rows * count % n < count
 
 
 def select_classes(rows: LabeledRows, classes: Sequence[int]) -> LabeledRows:
@@ -164,11 +193,11 @@ class SplitRows:
     `left_out`: for each split that was read, how many of its images do not decode and have no row.
     """
 
-    def __init__(self, splits: Splits, read: Callable[[Source, str], LabeledRows]) -> None:
+    def __init__(self, splits: Splits, read: Callable[[Source, str], IndexedRows]) -> None:
         """read(source, input) -> this rank's rows. Ranks must read the same splits: each first use is collective."""
         self._splits, self._read = splits, read
         self.left_out: dict[str, int] = {}
-        self._local: dict[tuple[str, str], LabeledRows] = {}
+        self._local: dict[tuple[str, str], IndexedRows] = {}
         self._gathered: dict[tuple[str, str], LabeledRows] = {}
 
     def local(self, split: str, input: str) -> LabeledRows | None:
@@ -176,6 +205,11 @@ class SplitRows:
 
         Raises CorruptSample where no image of the split decodes.
         """
+        rows = self.indexed(split, input)
+        return None if rows is None else rows[:2]
+
+    def indexed(self, split: str, input: str) -> IndexedRows | None:
+        """As `local`, with the index of each row in the split's source. Collective."""
         source: Source | None = getattr(self._splits, split)
         if source is None:
             return None

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 from .. import run_folder
-from ..errors import RunFolderError
 from ..evaluation.plots import draw_corruptions
 from ..evaluation.probes import FittedProbe, ProbeTask
 from ..evaluation.robustness import corruption_errors, worst
@@ -50,8 +49,4 @@ def add_corruptions(
 def _write(folder: Path, result: dict[str, Any], scores: dict[str, Any], writer: ResultWriter) -> None:
     writer.add(folder, result)
     with writer.may_fail():
-        try:
-            run_folder.add_scores(folder, SECTION, result["probe"], {"checkpoint": result["checkpoint"], **scores})
-        except OSError as error:
-            path = folder / run_folder.SCORES
-            raise RunFolderError(f"{path}: not written: {error.strerror or error}") from None
+        run_folder.add_scores(folder, SECTION, result["probe"], {"checkpoint": result["checkpoint"], **scores})

@@ -1,14 +1,12 @@
-"""Stage `probe`: fits the probes of a run, on its encoder's features or on pixels, and writes results.json."""
+"""Stage `probe`: fits the probes of a run, on its encoder's features or on pixels, and writes their scores."""
 
 from __future__ import annotations
 
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import torch
-from torch import Tensor
 
 from .. import run_folder
 from ..config import Config, digest
@@ -16,26 +14,21 @@ from ..data import EvalTransform, Source, normalization_of
 from ..distributed.collectives import propagate_errors
 from ..distributed.folder_lock import locked
 from ..distributed.launch import Runtime
+from ..errors import MissingExtra
 from ..evaluation.encoder import check_classes, load_model, report_changed_data
-from ..evaluation.features import (
-    LabeledRows,
-    SplitRows,
-    extract,
-    in_chunks,
-    read_images,
-    select_classes,
-)
+from ..evaluation.features import IndexedRows, SplitRows, extract_indexed, read_indexed
 from ..evaluation.fitted_probe import FOLDER, save_probe
-from ..evaluation.left_out import count_left_out, left_out_entry, tell_left_out
-from ..evaluation.plots import draw_probe_curves
+from ..evaluation.left_out import left_out_entry, tell_left_out
+from ..evaluation.plots import draw_confusion, draw_probe_curves
+from ..evaluation.predictions import check_predictions, write_predictions
 from ..evaluation.probes import (
     PROBES,
-    FittedProbe,
     ProbeOutcome,
     ProbeTask,
     check_probes,
 )
-from ..evaluation.scores import classification_scores
+from ..evaluation.scored_probe import ScoredProbe, score_probe
+from ..evaluation.scores import headline_entry
 from ..seeding import changed_since
 from ..terminal import note, only_told, warn
 from ..training.data import Data
@@ -89,6 +82,7 @@ def _probe(folder: Path, config: Config, runtime: Runtime, data: Data, writer: R
         check_probes(config, data.splits)
         run_folder.check_results(folder)
         run_folder.read_scores(folder)
+        _check_predictions(folder, runtime)
     tasks, encoder = _tasks(folder, config, runtime, data)
     results, fitted = [], []
     with MetricLog(folder if runtime.is_main else None, tensorboard=config.log.tensorboard) as log:
@@ -98,9 +92,10 @@ def _probe(folder: Path, config: Config, runtime: Runtime, data: Data, writer: R
             for line in outcome.history:
                 numbers = {name: value for name, value in line.items() if name != "iteration"}
                 log.log(f"probe/{task.kind}", line["iteration"], **numbers)
-            result = _result(task, outcome, encoder) | {"seconds": round(time.perf_counter() - began, 2)}
+            scored = score_probe(task, outcome.probe)
+            result = _result(task, outcome, encoder, scored) | {"seconds": round(time.perf_counter() - began, 2)}
             if runtime.is_main:
-                _write(folder, config, outcome, result, encoder, runtime.world_size, writer)
+                _write(folder, task, outcome, result, scored, encoder, writer)
             names = ("probe", "chosen", "validation", "test")
             log.log("probe", encoder.step if encoder else 0, **{name: result[name] for name in names})
             results.append(result)
@@ -134,11 +129,11 @@ def _tasks(
     transform = EvalTransform(**description["normalization"]).to(runtime.device)
     serving: dict[str, Any] = {"loader": data.loader, "options": data.evaluation}
 
-    def read(source: Source, input: str) -> LabeledRows:
+    def read(source: Source, input: str) -> IndexedRows:
         if input == "pixels":
-            return read_images(source, runtime, **serving)
+            return read_indexed(source, runtime, **serving)
         assert encoder is not None
-        return extract(encoder, source, transform, runtime, **serving)
+        return extract_indexed(encoder, source, transform, runtime, **serving)
 
     rows = SplitRows(data.splits, read)
     tasks = [
@@ -148,12 +143,21 @@ def _tasks(
     return tasks, loaded
 
 
-def _result(task: ProbeTask, outcome: ProbeOutcome, encoder: EncoderCheckpoint | None) -> dict[str, Any]:
-    """The entry of one probe in results.json. Collective; the only place that reads the test split."""
+def _check_predictions(folder: Path, runtime: Runtime) -> None:
+    """As check_predictions; without pyarrow all but that file is written."""
+    try:
+        check_predictions(folder)
+    except MissingExtra as error:
+        if runtime.is_main:
+            warn(str(error))
+
+
+def _result(
+    task: ProbeTask, outcome: ProbeOutcome, encoder: EncoderCheckpoint | None, scored: ScoredProbe
+) -> dict[str, Any]:
+    """The entry of one probe in results.json."""
     config, fitted = task.config, outcome.probe
     pixels = fitted.input == "pixels"
-    # where training reads images, those that do not decode are replaced
-    left_out = {"train": task.rows.left_out["train"]} if "train" in task.rows.left_out else {}
     return {
         "stage": "probe",
         "probe": fitted.kind,
@@ -167,55 +171,41 @@ def _result(task: ProbeTask, outcome: ProbeOutcome, encoder: EncoderCheckpoint |
         "parameters": fitted.head_parameters,
         **outcome.facts,
         "chosen": outcome.chosen,
-        "validation": _scores(task, fitted, "validation", left_out),
-        "test": _scores(task, fitted, "test", left_out),
-        **left_out_entry(left_out),
+        **{
+            split: headline_entry(scored.scores[split], fitted.classes) if split in scored.scores else None
+            for split in ("train", "validation", "test")
+        },
+        **left_out_entry(scored.left_out),
     }
-
-
-def _scores(task: ProbeTask, fitted: FittedProbe, split: str, left_out: dict[str, int]) -> dict[str, Any] | None:
-    """The scores on a split; `left_out` gets the number of its images that do not decode. Collective."""
-    if getattr(task.data.splits, split) is None:
-        return None
-    logits, labels, left_out[split] = _logits(task, fitted, split)
-    return classification_scores(logits.argmax(dim=1), labels, fitted.classes)
-
-
-def _logits(task: ProbeTask, fitted: FittedProbe, split: str) -> tuple[Tensor, Tensor, int]:
-    """(logits, labels) of this rank's share, and the number of images that all ranks left out. Collective."""
-    if fitted.input == "images":  # in batches: a split of large images may not fit into memory
-        source: Source = getattr(task.data.splits, split)
-        features, labels = extract(
-            fitted.encoder,
-            source,
-            fitted.prepare,
-            task.runtime,
-            loader=task.data.loader,
-            options=task.data.evaluation,
-        )
-        with torch.no_grad():
-            return in_chunks(fitted.head, features), labels, count_left_out(source, labels)
-    rows = task.rows.local(split, fitted.input)
-    assert rows is not None
-    if fitted.classes != task.classes:
-        rows = select_classes(rows, [task.classes.index(name) for name in fitted.classes])
-    return fitted.logits(rows[0]), rows[1], task.rows.left_out[split]
 
 
 def _write(
     folder: Path,
-    config: Config,
+    task: ProbeTask,
     outcome: ProbeOutcome,
     result: dict[str, Any],
+    scored: ScoredProbe,
     encoder: EncoderCheckpoint | None,
-    world_size: int,
     writer: ResultWriter,
 ) -> None:
-    """The entry of one probe in results.json, the fitted probe, and its curves."""
-    fitted = outcome.probe
+    """The entry of one probe in results.json, its scores, its predictions, the fitted probe, and its pictures."""
+    fitted, config, runtime = outcome.probe, task.config, task.runtime
     step = encoder.step if encoder and fitted.input != "pixels" else 0
     writer.add(folder, result)
+    scores = {"checkpoint": result["checkpoint"], "classes": list(fitted.classes), "splits": scored.scores}
     with writer.may_fail():
-        save_probe(fitted, folder / FOLDER / fitted.kind, step, world_size=world_size, config_digest=digest(config))
+        run_folder.add_scores(folder, "probes", fitted.kind, scores)
+    with writer.may_fail(), suppress(MissingExtra):  # which was told before
+        write_predictions(
+            folder,
+            fitted.kind,
+            scored.predictions,
+            paths={split: getattr(task.data.splits, split).paths for split in scored.predictions},
+            root=None if config.data.root is None else Path(config.data.root).expanduser(),
+        )
+    with writer.may_fail():
+        path = folder / FOLDER / fitted.kind
+        save_probe(fitted, path, step, world_size=runtime.world_size, config_digest=digest(config))
     with only_told():
         draw_probe_curves(folder, fitted.kind, outcome.history, kept=outcome.chosen.get("iteration"))
+        draw_confusion(folder, fitted.kind, scored.scores["test"]["confusion"], fitted.classes)

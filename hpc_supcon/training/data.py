@@ -144,4 +144,6 @@ def _check_batches(config: Config, order: Order, splits: Splits) -> None:
 
 
 def _decoded(source: Source) -> ArraySource:
-    return source if isinstance(source, ArraySource) else ArraySource(source.stack(), source.labels, source.classes)
+    if isinstance(source, ArraySource):
+        return source
+    return ArraySource(source.stack(), source.labels, source.classes, source.paths)

@@ -10,7 +10,6 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
 from sklearn.neighbors import KNeighborsClassifier
 
 from hpc_supcon import checkpoint
@@ -25,7 +24,6 @@ from hpc_supcon.evaluation.monitor import monitor
 from hpc_supcon.evaluation.probes.finetune import Classifier, train_classifier
 from hpc_supcon.evaluation.probes.knn import knn_accuracy
 from hpc_supcon.evaluation.probes.optimization import FitPlan
-from hpc_supcon.evaluation.scores import classification_scores
 from hpc_supcon.models import build_encoder
 from hpc_supcon.stages.pretrain import pretrain
 from hpc_supcon.stages.probe import probe
@@ -70,7 +68,7 @@ def trained(tmp_path_factory):
 
 def test_metrics_are_identical_on_1_2_and_3_ranks(trained):
     results = [run_ranks(evaluate_odd, world, trained) for world in (1, 2, 3)]
-    names = ("probe", "chosen", "iterations", "validation", "test")
+    names = ("probe", "chosen", "iterations", "train", "validation", "test")
     want = [{k: entry[k] for k in names} for entry in results[0][0]]
     assert [entry["probe"] for entry in want] == KINDS
     for entry in want:
@@ -97,35 +95,6 @@ def test_every_sample_is_encoded_exactly_once_with_the_same_bits(trained, n):
     parts = run_ranks(shared_features, 3, trained, n)
     assert torch.equal(torch.cat([p[1] for p in parts]), want_labels)
     assert torch.equal(torch.cat([p[0] for p in parts]), whole)
-
-
-def score(rank, world_size, predictions, labels, bounds, classes):
-    own = slice(bounds[rank], bounds[rank + 1])
-    return classification_scores(predictions[own], labels[own], classes)
-
-
-@pytest.mark.parametrize("bounds", [[0, 3, 40], [0, 0, 40], [0, 40, 40]])
-def test_scores_equal_scikit_learn_for_any_distribution_of_the_samples(bounds):
-    # class 4 never occurs, but is predicted; class 5 is neither there nor predicted
-    predictions, labels = torch.randint(5, (40,)), torch.randint(4, (40,))
-    averaged = {"average": "macro", "zero_division": 0, "labels": labels.unique()}
-    want = {
-        "accuracy": accuracy_score(labels, predictions),
-        "f1": f1_score(labels, predictions, **averaged),
-        "precision": precision_score(labels, predictions, **averaged),
-        "recall": recall_score(labels, predictions, **averaged),
-    }
-    split = (predictions, labels, bounds, list("abcdef"))
-    for got in [score(0, 1, predictions, labels, [0, 40], list("abcdef")), *run_ranks(score, 2, *split)]:
-        assert got.pop("absent") == ["e", "f"]
-        assert got == pytest.approx(want, rel=1e-15, abs=0)
-
-
-@pytest.mark.parametrize("classes", [2, 3, 7, 10, 49])
-def test_no_score_of_perfect_predictions_differs_from_one(classes):
-    labels = torch.arange(3000) % classes
-    scores = classification_scores(labels, labels, [str(k) for k in range(classes)])
-    assert scores == dict.fromkeys(("accuracy", "f1", "precision", "recall"), 1.0)
 
 
 class FixedBatches:

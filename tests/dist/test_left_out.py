@@ -7,6 +7,7 @@ import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -75,6 +76,7 @@ def copied(run_folder, target):
 def test_damaged_images_are_left_out_of_every_score_and_counted(run_folder, tmp_path, world_size):
     images, run = run_folder
     got = run_ranks(evaluated, world_size, images, copied(run, tmp_path / "run"))
+    check_that_predictions_are_of_the_others(tmp_path / "run", images)
     assert all(results == got[0] for results in got)
     without = shutil.copytree(images, tmp_path / "without")
     for path in DAMAGED:
@@ -85,8 +87,38 @@ def test_damaged_images_are_left_out_of_every_score_and_counted(run_folder, tmp_
         assert "left_out" not in expected
         if result["probe"] == "finetune" and world_size > 1:
             continue  # on two ranks its training rounds otherwise
-        for split in ("validation", "test"):
+        for split in result.keys() & {"train", "validation", "test"}:
             assert result[split] == pytest.approx(expected[split], rel=1e-5), (result["probe"], split)
+
+
+def check_that_predictions_are_of_the_others(folder, images):
+    for kind in ("linear", "knn", "finetune"):
+        for split, name, left_out in (("validation", "val", [2]), ("test", "test", [8, 9])):
+            files = sorted(path.relative_to(images).as_posix() for path in (images / name).glob("?/*.jpg"))
+            want = [(i, path) for i, path in enumerate(files) if i not in left_out]
+            assert [path for i, path in enumerate(files) if i in left_out] == [p for p in DAMAGED if name in p]
+            rows = predictions_of(folder, kind, split)
+            assert [(row["index"], row["path"]) for row in rows] == want
+            assert [row["label"] for row in rows] == ["ab".index(path.split("/")[1]) for _, path in want]
+
+
+def predictions_of(folder, kind, split):
+    rows = pq.read_table(folder / "predictions.parquet").to_pylist()
+    return [row for row in rows if (row["probe"], row["split"]) == (kind, split)]
+
+
+def test_images_that_were_decoded_in_advance_keep_their_paths(run_folder, tmp_path):
+    images, _ = run_folder
+    whole = shutil.copytree(images, tmp_path / "whole")
+    for path in DAMAGED:
+        (whole / path).unlink()
+    settings = [*SETTINGS, f"data.root={whole}", "data.loader=resident", "data.on_corrupt=fail"]
+    splits = load_data(load_config("default", settings), Runtime(Launch(), torch.device("cpu"))).splits
+    assert isinstance(splits.test, ArraySource)
+    want = sorted((whole / "test").glob("?/*.jpg"))
+    assert list(splits.test.paths) == want
+    assert list(splits.test.subset([3, 0]).paths) == [want[3], want[0]]
+    assert load_data(load_config("quickstart"), Runtime(Launch(), torch.device("cpu"))).splits.test.paths is None
 
 
 def test_rank_0_tells_once_how_many_were_left_out_of_each_split(capsys):

@@ -84,6 +84,16 @@ def test_scores_of_other_sections_and_keys_are_kept(tmp_path):
     }
 
 
+def test_lists_of_numbers_are_on_one_line_each_and_texts_stay_as_they_are(tmp_path):
+    odd = ["[\n 1,\n 2\n]", "[1, 2]", "a\\", "\udcff", "]", "["]
+    scores = {"confusion": [[1, 2], [3, 4]], "classes": odd, "of": {odd[0]: [0.5, None, 1e-9]}, "none": [], "a": [{}]}
+    add_scores(tmp_path, "probes", "linear", scores)
+    assert read_scores(tmp_path)["probes"]["linear"] == scores
+    lines = [line.strip() for line in (tmp_path / "scores.json").read_text().splitlines()]
+    assert {"[1, 2],", "[3, 4]", '"none": [],'} <= set(lines)
+    assert any(line.endswith(": [0.5, null, 1e-09]") for line in lines)
+
+
 @pytest.mark.parametrize("text", ["[]", "{", '{"probes": 3}', "\udcff"])
 def test_what_is_no_file_of_scores_is_named_and_kept(tmp_path, text):
     path = tmp_path / "scores.json"

@@ -63,6 +63,7 @@ class BetonSource:
         self.path, self.columns, self.rows = path, columns, rows
         self.labels, self.classes = labels, tuple(classes)
         self.channels, self.image_size = channels, image_size
+        self.paths: tuple[Path, ...] | None = None  # a .beton file does not name the files that it was made of
         self._bytes: npt.NDArray[np.uint8] | None = None
 
     def __len__(self) -> int:

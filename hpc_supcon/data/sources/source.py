@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -48,6 +49,11 @@ class Source(Protocol):
         """Height and width in pixels, after any resizing."""
         ...
 
+    @property
+    def paths(self) -> tuple[Path, ...] | None:
+        """The file of each image; None where images have no files of their own."""
+        ...
+
     def __len__(self) -> int: ...
 
     def read(self, i: int) -> Tensor:
@@ -70,18 +76,22 @@ class Source(Protocol):
 class ArraySource:
     """A source that is already in memory."""
 
-    def __init__(self, images: Tensor, labels: Tensor, classes: Sequence[str]) -> None:
-        """images uint8 [N, C, S, S] with C 1 or 3; labels int64 [N] in 0..len(classes)-1."""
+    def __init__(
+        self, images: Tensor, labels: Tensor, classes: Sequence[str], paths: Sequence[Path] | None = None
+    ) -> None:
+        """images uint8 [N, C, S, S] with C 1 or 3; labels int64 [N] in 0..len(classes)-1; paths: see Source."""
         assert images.dtype == torch.uint8, images.dtype
         assert images.ndim == 4, images.shape
         assert images.shape[2] == images.shape[3], images.shape
         assert labels.dtype == torch.int64, labels.dtype
         assert labels.shape == images.shape[:1], labels.shape
+        assert paths is None or len(paths) == len(labels)
         self._images = images
         self.labels = labels
         self.classes = tuple(classes)
         self.channels = int(images.shape[1])
         self.image_size = int(images.shape[2])
+        self.paths = None if paths is None else tuple(paths)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -98,7 +108,8 @@ class ArraySource:
 
     def subset(self, indices: Tensor | Sequence[int]) -> ArraySource:
         rows = torch.as_tensor(indices, dtype=torch.int64)
-        return ArraySource(self._images[rows], self.labels[rows], self.classes)
+        paths = None if self.paths is None else [self.paths[i] for i in rows.tolist()]
+        return ArraySource(self._images[rows], self.labels[rows], self.classes, paths)
 
 
 def stack_images(read: Callable[[int], Pixels], n: int, shape: tuple[int, int, int]) -> Tensor:

@@ -29,6 +29,9 @@ class ProbeSpec:
     head: Callable[..., nn.Module]
     """head(in_dim, classes, **options) -> a classifier [n, in_dim] -> logits [n, classes], not fitted yet; options:
     `description["head"]["options"]` of a fitted probe."""
+    training_logits: Callable[[FittedProbe, Tensor, Tensor], Tensor] | None = None
+    """training_logits(probe, x, rows) -> logits of `x`, which are rows number `rows` int64 [n] of training;
+    None: as of other rows."""
 
 
 @dataclass(frozen=True)

@@ -42,10 +42,22 @@ class NearestNeighbors(nn.Module):
         return self
 
     def forward(self, features: Tensor) -> Tensor:
-        similarities, rows = nearest(F.normalize(features, dim=1), self.bank, self.k)
+        return self._votes(*nearest(F.normalize(features, dim=1), self.bank, self.k))
+
+    def leave_one_out(self, features: Tensor, own: Tensor) -> Tensor:
+        """As `forward`, of features that are rows `own` int64 [n] of the bank, each without itself among its
+        neighbors."""
+        similarities, rows = nearest(F.normalize(features, dim=1), self.bank, self.k + 1)
+        # own rows go last; where one is not found, because as many equal rows come before it, the last one goes
+        order = (rows == own[:, None]).to(torch.uint8).sort(dim=1, stable=True).indices
+        order = order[:, : min(self.k, rows.shape[1] - 1)]
+        return self._votes(similarities.gather(1, order), rows.gather(1, order))
+
+    def _votes(self, similarities: Tensor, rows: Tensor) -> Tensor:
+        """Log of each class's votes [n, classes] by neighbors [n, k], of which the first is the most similar."""
         # relative to the largest one: exp(1 / temperature) overflows at small temperatures, and shares stay the same
         weights = ((similarities - similarities[:, :1]) / self.temperature).exp()
-        votes = weights.new_zeros(len(features), self.classes).scatter_add_(1, self.labels[rows], weights)
+        votes = weights.new_zeros(len(rows), self.classes).scatter_add_(1, self.labels[rows], weights)
         return votes.clamp(min=torch.finfo(votes.dtype).tiny).log()
 
 
@@ -132,4 +144,11 @@ def _fit(task: ProbeTask) -> ProbeOutcome:
     return ProbeOutcome(fitted.eval(), chosen, facts={"iterations": None})
 
 
-KNN = ProbeSpec(_check, _fit, NearestNeighbors)
+def _training_logits(fitted: FittedProbe, x: Tensor, rows: Tensor) -> Tensor:
+    """Each training row is left out of its own neighbors: else it would be the nearest one of all."""
+    bank: Any = fitted.head
+    numbers = torch.arange(len(x), device=x.device)
+    return in_chunks(lambda i: bank.leave_one_out(fitted.prepare(x[i]), rows[i]), numbers)
+
+
+KNN = ProbeSpec(_check, _fit, NearestNeighbors, _training_logits)

@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
+import re
+import shutil
+import sys
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
-from sklearn.metrics import accuracy_score, f1_score, precision_score, recall_score
+from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_score, recall_score
 
 from hpc_supcon import cli
+from hpc_supcon.cli.app import _print_results
 from hpc_supcon.config import load_config
 from hpc_supcon.data import EvalTransform
 from hpc_supcon.distributed.launch import Launch, Runtime
@@ -17,6 +25,8 @@ from hpc_supcon.errors import CheckpointCorrupt, RunFolderError
 from hpc_supcon.evaluation.encoder import load_model
 from hpc_supcon.evaluation.fitted_probe import load_probe
 from hpc_supcon.evaluation.plots import draw_training_curves
+from hpc_supcon.files import write_atomically
+from hpc_supcon.run_folder import read_scores
 from hpc_supcon.training.data import load_data
 
 FAST = [
@@ -126,6 +136,140 @@ def test_a_saved_probe_reproduces_the_scores(whole, kind):
     )
 
 
+def test_predictions_give_the_scores_of_both_files(whole):
+    """scikit-learn's scores of the file's rows are those of scores.json and results.json."""
+    results, scores = results_of(whole), read_scores(whole)["probes"]
+    table = pq.read_table(whole / "predictions.parquet").to_pylist()
+    assert list(scores) == list(results) == KINDS
+    assert {row["probe"] for row in table} == set(KINDS)
+    for kind in KINDS:
+        classes = scores[kind]["classes"]
+        assert len(classes) == results[kind]["classes"]
+        assert scores[kind]["checkpoint"] == results[kind]["checkpoint"]
+        for split in ("validation", "test"):
+            rows = [row for row in table if (row["probe"], row["split"]) == (kind, split)]
+            index, labels, predicted = ([row[name] for row in rows] for name in ("index", "label", "prediction"))
+            assert index == sorted(set(index))
+            assert {row["path"] for row in rows} == {None}
+            probabilities = np.array([row["probabilities"] for row in rows])
+            split_scores = scores[kind]["splits"][split]
+            assert probabilities.shape == (split_scores["samples"], len(classes))
+            assert split_scores["accuracy"] == results[kind][split]["accuracy"] == accuracy_score(labels, predicted)
+            matrix = confusion_matrix(labels, predicted, labels=range(len(classes)))
+            assert split_scores["confusion"] == matrix.tolist()
+            of_label = probabilities[np.arange(len(labels)), labels].clip(np.finfo(float).eps)
+            assert split_scores["nll"] == pytest.approx(-np.log(of_label).mean(), rel=1e-4)
+            low, high = split_scores["accuracy_interval"]
+            assert low <= split_scores["accuracy"] <= high
+            assert "top5" not in split_scores
+
+
+def test_training_scores_are_those_of_the_training_images(whole):
+    config = load_config(whole / "config.yaml")
+    splits = load_data(config, Runtime(Launch(), torch.device("cpu"))).splits
+    for kind in ("softmax", "finetune"):
+        predicted = load_probe(whole / "probes" / kind).logits(splits.train.stack()).argmax(dim=1)
+        got = results_of(whole)[kind]["train"]
+        assert got["accuracy"] == pytest.approx(accuracy_score(splits.train.labels, predicted), abs=1e-6)
+        assert read_scores(whole)["probes"][kind]["splits"]["train"]["samples"] == len(splits.train)
+
+
+def test_training_scores_of_knn_leave_each_image_out_and_are_of_a_bounded_number(
+    whole, tmp_path, capsys, monkeypatch
+):
+    folder = shutil.copytree(whole, tmp_path / "r")
+    config = load_config(folder / "config.yaml")
+    train = load_data(config, Runtime(Launch(), torch.device("cpu"))).splits.train
+    normalize = EvalTransform(**load_model(folder)[1].state["normalization"])
+    rows = torch.nn.functional.normalize(normalize(train.stack()).flatten(1).double(), dim=1)
+    nearest = train.labels[(rows @ rows.T).fill_diagonal_(-2).argmax(dim=1)]
+    n = len(train)
+    for most, scored in {10_000: range(n), 20: [i for i in range(n) if i * 20 % n < 20]}.items():
+        monkeypatch.setattr("hpc_supcon.evaluation.scored_probe.TRAINING_ROWS", most)
+        pixels = ["probe.kind=knn", "probe.knn.input=pixels", "probe.knn.k=1"]
+        assert run(capsys, "probe", str(folder), *pixels)[0] == 0
+        scores = read_scores(folder)["probes"]["knn"]["splits"]["train"]
+        assert scores["samples"] == len(scored)
+        assert scores["accuracy"] == accuracy_score(train.labels[list(scored)], nearest[list(scored)])
+
+
+def test_the_table_has_every_split_with_an_interval_in_80_columns(whole, capsys, monkeypatch):
+    entries = list(results_of(whole).values())
+    _print_results(whole, entries)
+    lines = capsys.readouterr().out.splitlines()
+    rows = [line for line in lines if line.startswith("│")]
+    assert len(rows) == 3 * len(KINDS)
+    assert all(re.search(r"│ [01]\.\d{4} \[[01]\.\d{3}, [01]\.\d{3}\] │", row) for row in rows)
+    assert max(map(len, lines[:-1])) <= 80
+    # an interval of other numbers, as where scores.json could not be written, is not shown
+    entries[0]["test"]["accuracy"] = 0.123
+    _print_results(whole, entries)
+    assert "│ 0.1230                │" in capsys.readouterr().out
+
+
+def test_without_pyarrow_everything_else_is_written_and_one_line_says_it(whole, tmp_path, capsys, monkeypatch):
+    folder = shutil.copytree(whole, tmp_path / "r")
+    before = (folder / "predictions.parquet").read_bytes()
+    (folder / "scores.json").unlink()
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    code, _, err = run(capsys, "probe", str(folder), "probe.kind=[knn, linear]", "probe.linear.lrs=[1e-2]")
+    assert code == 0, err
+    assert err.count("\n") == 1
+    assert "predictions.parquet is not written: it needs pyarrow" in err
+    assert "pip install" in err
+    assert list(read_scores(folder)["probes"]) == ["knn", "linear"]
+    assert (folder / "predictions.parquet").read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["scores.json", "predictions.parquet"])
+def test_files_to_which_nothing_can_be_added_are_named_before_the_work(whole, tmp_path, capsys, name):
+    folder = shutil.copytree(whole, tmp_path / "r")
+    (folder / name).write_text("[")
+    before = (folder / "results.json").read_bytes()
+    code, out, err = run(capsys, "probe", str(folder), "probe.kind=knn")
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert f"{folder / name}: damaged, or not a file of" in err
+    assert (folder / "results.json").read_bytes() == before
+
+
+def test_scores_that_cannot_be_written_are_told_and_the_exit_code_is_1(whole, tmp_path, capsys, monkeypatch):
+    folder = shutil.copytree(whole, tmp_path / "r")
+    before = {name: (folder / name).read_bytes() for name in ("scores.json", "predictions.parquet")}
+
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    def write(path, text):
+        if path.name == "scores.json":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(path))
+        return write_atomically(path, text)
+
+    monkeypatch.setattr("hpc_supcon.run_folder.write_atomically", write)
+    monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
+    code, out, err = run(capsys, "probe", str(folder), "probe.kind=[linear]", "probe.linear.iterations=1")
+    assert code == 1
+    for name in before:
+        assert err.splitlines().count(f"{folder / name}: not written: No space left on device") == 1, err
+    assert {name: (folder / name).read_bytes() for name in before} == before
+    assert results_of(folder)["linear"]["iterations"] == 1
+    assert f"{results_of(folder)['linear']['test']['accuracy']:.4f}" in out
+
+
+def test_features_that_are_not_finite_are_named_in_place_of_scores(whole, tmp_path, capsys, monkeypatch):
+    folder = shutil.copytree(whole, tmp_path / "r")
+    before = (folder / "results.json").read_bytes()
+
+    def infinite(self, x):
+        return torch.full((len(x), 4), float("inf"))
+
+    monkeypatch.setattr("hpc_supcon.evaluation.probes.base.FittedProbe.logits", infinite)
+    code, _, err = run(capsys, "probe", str(folder), "probe.kind=knn")
+    assert code == 3
+    assert "knn probe, validation split: the logits of 18 images are NaN or Inf" in err
+    assert err.count("\n") == 1
+    assert (folder / "results.json").read_bytes() == before
+
+
 def test_a_saved_probe_is_verified(capsys, whole, tmp_path):
     (file,) = (whole / "probes/mlp").rglob("probe.safetensors")
     payload = file.read_bytes()
@@ -166,7 +310,8 @@ def test_probes_of_pixels_train_no_encoder(capsys, tmp_path):
     assert "no encoder is pre-trained" in err
     assert "synthetic, pixels" in out
     assert sorted(p.name for p in folder.iterdir()) == [
-        ".lock", ".results.json.lock", "config.yaml", "metrics.jsonl", "plots", "probes", "results.json",
+        ".lock", ".predictions.parquet.lock", ".results.json.lock", ".scores.json.lock", "config.yaml",
+        "metrics.jsonl", "plots", "predictions.parquet", "probes", "results.json", "scores.json",
     ]  # fmt: skip
     code, out, err = run(capsys, "probe", str(folder), "probe.kind=linear")
     assert (code, out, err.count("\n")) == (2, "", 1)

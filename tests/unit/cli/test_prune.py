@@ -14,7 +14,7 @@ from hpc_supcon.errors import RunFolderError
 from hpc_supcon.evaluation.encoder import load_model
 from hpc_supcon.evaluation.fitted_probe import load_probe
 from hpc_supcon.pruning import load_sparse, prunable
-from hpc_supcon.run_folder import read_config
+from hpc_supcon.run_folder import read_config, read_scores
 from hpc_supcon.stages.prune import SPARSE, _check_same_masks, pruned_config
 from tests.dist.ranks import run_ranks
 from tests.unit.pruning.test_pruning import assert_pruned, torch_masks
@@ -82,6 +82,9 @@ def test_every_rate_is_a_run_folder_pruned_from_the_dense_encoder(capsys, dense)
             "knn", "prune", {"accuracy", "f1", "precision", "recall"},
         )  # fmt: skip
         assert results_of(folder) == [entry]
+        scores = read_scores(folder)["probes"]["knn"]
+        assert (scores["checkpoint"], scores["splits"]["test"]["accuracy"]) == ("step-0", entry["test"]["accuracy"])
+        assert (folder / "predictions.parquet").stat().st_size > 0
         row = next(line for line in out.splitlines() if f" {rate:g} " in line and "knn" in line)
         for text in (f"{zeros:,}", f"{entry['size']['sparse_bytes']:,}", f"{entry['test']['accuracy']:.4f}"):
             assert text in row

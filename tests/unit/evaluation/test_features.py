@@ -9,6 +9,7 @@ from hpc_supcon.data import ArraySource, EvalTransform, Splits
 from hpc_supcon.evaluation.features import (
     SplitRows,
     build_prepare,
+    evenly_spread,
     fit_standardization,
     in_chunks,
     rows_of_classes,
@@ -39,6 +40,15 @@ def test_chunks_are_padded_and_no_row_is_lost(n):
 
     assert torch.equal(in_chunks(double, x), 2 * x)
     assert set(sizes) == ({1024} if n else {0})
+
+
+@pytest.mark.parametrize(("n", "count"), [(10, 3), (101, 100), (7, 7), (5, 9), (1, 1), (100_000, 10_000)])
+def test_spread_rows_are_as_many_as_asked_and_evenly_apart(n, count):
+    rows = torch.arange(n)
+    kept = evenly_spread(rows, n, count).nonzero().flatten()
+    assert len(kept) == min(n, count)
+    assert set(kept.diff().tolist()) <= {n // count, n // count + 1}
+    assert torch.equal(evenly_spread(rows[n // 3 :], n, count), evenly_spread(rows, n, count)[n // 3 :])
 
 
 @pytest.mark.parametrize("classes", [(8, 3), (0,), (2, 5, 1), tuple(range(10))])

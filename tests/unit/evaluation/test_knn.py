@@ -7,6 +7,8 @@ import math
 import numpy as np
 import pytest
 import torch
+from sklearn.model_selection import LeaveOneOut, cross_val_predict
+from sklearn.neighbors import KNeighborsClassifier
 
 from hpc_supcon.evaluation.probes.knn import NearestNeighbors, knn_accuracy, nearest
 
@@ -52,3 +54,40 @@ def test_votes_are_finite_at_a_small_temperature():
     out = head(bank)
     assert out.isfinite().all()
     assert torch.equal(out.argmax(1), labels)
+
+
+@pytest.mark.parametrize(("m", "k"), [(30, 1), (30, 7), (30, 29), (30, 30), (2, 1), (1, 1)])
+def test_each_row_left_out_votes_as_a_bank_without_it(m, k):
+    generator = torch.Generator().manual_seed(m + k)
+    bank, labels = torch.randn(m, 4, generator=generator), torch.randint(3, (m,), generator=generator)
+    bank[m // 2 :] = bank[: m - m // 2].clone()  # duplicates, of which many have another class
+    head = NearestNeighbors(4, 3, rows=m, k=k, temperature=0.2).fill(bank, labels)
+    got = head.leave_one_out(bank, torch.arange(m))
+    assert got.isfinite().all()
+    for row in range(m):
+        others = [i for i in range(m) if i != row]
+        if others:
+            without = NearestNeighbors(4, 3, rows=len(others), k=min(k, len(others)), temperature=0.2)
+            want = without.fill(bank[others], labels[others])(bank[row : row + 1])
+            torch.testing.assert_close(got[row].softmax(0), want[0].softmax(0), atol=1e-6, rtol=0)
+        else:
+            torch.testing.assert_close(got[row].softmax(0), torch.full((3,), 1 / 3))
+
+
+def test_of_many_equal_rows_each_leaves_out_itself_and_no_other():
+    """Row 9 is not among its own five nearest: ties go to the earlier rows."""
+    bank, labels = torch.ones(10, 2), torch.tensor([0, 1, 0, 1, 1, 0, 0, 0, 0, 0])
+    head = NearestNeighbors(2, 2, rows=10, k=4, temperature=0.1).fill(bank, labels)
+    shares = head.leave_one_out(bank, torch.arange(10)).softmax(1)[:, 1]
+    assert shares.tolist() == pytest.approx([0.75, 0.5, 0.75, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5, 0.5], abs=1e-6)
+
+
+def test_leaving_out_equals_scikit_learn():
+    generator = np.random.default_rng(2)
+    x, y = generator.normal(size=(120, 5)), generator.integers(4, size=120)
+    bank, labels = torch.from_numpy(x).float(), torch.from_numpy(y)
+    head = NearestNeighbors(5, 4, rows=120, k=6, temperature=1e4).fill(bank, labels)  # all votes weigh the same
+    classifier = KNeighborsClassifier(6, metric="cosine", algorithm="brute")
+    want = cross_val_predict(classifier, x, y, cv=LeaveOneOut(), method="predict_proba")
+    got = head.leave_one_out(bank, torch.arange(120)).softmax(1)
+    np.testing.assert_allclose(got.numpy(), want, atol=1e-3)
