@@ -11,6 +11,7 @@ from ..distributed.collectives import all_sum, gather_rows, gather_sizes, rank
 from . import torch_tiled
 from .gathered import GatheredRows, sort_and_gather
 from .pairwise import check_temperature, compute_dtype, mean_and_sums
+from .precision import float32_products
 from .validation import Queue, prepare_anchors
 
 
@@ -40,7 +41,7 @@ def alignment_and_uniformity(features: Tensor, groups: Tensor, *, tile_size: int
     columns, column_groups = gather_rows(z, sizes), gather_rows(groups.flatten(), sizes)
     first, squares = sum(sizes[: rank()]), columns.square().sum(1)
     totals = torch.zeros(3, dtype=torch.float64, device=z.device)
-    with torch.autocast(z.device.type, enabled=False):
+    with torch.autocast(z.device.type, enabled=False), float32_products("fp32"):
         for start in range(first, first + len(z), tile_size):
             rows = slice(start, min(start + tile_size, first + len(z)))
             distances = squared_distances(columns[rows] @ columns.T, squares[rows], squares)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .. import run_folder
 from ..config import Config, digest
@@ -41,6 +41,7 @@ from ..terminal import note, only_told, warn
 from ..training.data import Data
 from ..training.engine import place
 from ..training.metrics import MetricLog
+from .feature_scores import score_features
 from .results import ResultWriter
 
 
@@ -50,6 +51,8 @@ class EncoderCheckpoint:
 
     name: str
     step: int
+    projection: nn.Module | None
+    """Its projection head, where it has one."""
 
 
 def start_without_encoder(config: Config, runtime: Runtime) -> Path:
@@ -88,7 +91,7 @@ def _probe(folder: Path, config: Config, runtime: Runtime, data: Data, writer: R
         check_probes(config, data.splits)
         run_folder.check_results(folder)
     tasks, encoder = _tasks(folder, config, runtime, data)
-    results = []
+    results, fitted = [], []
     with MetricLog(folder if runtime.is_main else None, tensorboard=config.log.tensorboard) as log:
         for task in tasks:
             began = time.perf_counter()
@@ -102,6 +105,9 @@ def _probe(folder: Path, config: Config, runtime: Runtime, data: Data, writer: R
             names = ("probe", "chosen", "validation", "test")
             log.log("probe", encoder.step if encoder else 0, **{name: result[name] for name in names})
             results.append(result)
+            fitted.append(outcome.probe)
+        if encoder is not None:
+            score_features(folder, tasks[0], fitted, encoder.projection, encoder.step, log=log, writer=writer)
     tell_left_out(results, data.splits, runtime)
     return results
 
@@ -118,7 +124,8 @@ def _tasks(
             if runtime.is_main:
                 report_changed_data(folder, found, config, data.fingerprint)
         encoder = place(model.encoder, runtime, channels_last=config.train.channels_last)
-        loaded, description = EncoderCheckpoint(found.name, found.state["step"]), found.state
+        description = found.state
+        loaded = EncoderCheckpoint(found.name, found.state["step"], dict(model.heads.items()).get("projection"))
         masks = found.tensors.get("masks")
         warning = changed_since(found.state)
         if warning is not None and runtime.is_main:

@@ -36,12 +36,13 @@ class ResultWriter:
 
     @contextmanager
     def may_fail(self) -> Iterator[None]:
-        """A RunFolderError in the block, which writes another file of results, is told, and raised by `check`."""
+        """An error of the block, which writes another file of results, is told, and raised by `check`."""
         try:
             yield
-        except RunFolderError as error:
-            warn(str(error))
-            self._problem = self._problem or str(error)
+        except (OSError, RunFolderError) as error:
+            problem = f"{error.filename}: not written: {error.strerror}" if isinstance(error, OSError) else str(error)
+            warn(problem)
+            self._problem = self._problem or problem
 
     def check(self) -> None:
         """Raise ResultsNotWritten, on all ranks, if anything could not be written. Collective."""

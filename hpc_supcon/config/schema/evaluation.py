@@ -83,6 +83,14 @@ class FinetuneConfig(FitConfig):
 
 class ProbeConfig(Section):
     kind: ProbeName | tuple[ProbeName, ...] = Field(description="the probe, or a list, evaluated in that order")
+    embedding: bool = Field(
+        description="also score the test split's features without a classifier: alignment, uniformity, silhouette, "
+        "k-means, effective rank, retrieval (scores.json, section embedding)"
+    )
+    ood: tuple[str, ...] = Field(
+        description="data sets that the encoder should tell from the run's own, each SOURCE or SOURCE:PATH (as "
+        "data.source and data.root; without PATH: data.root): AUROC and FPR95 of three detectors on the test splits"
+    )
     linear: LinearConfig
     softmax: SoftmaxConfig
     logistic: LogisticConfig
@@ -102,6 +110,12 @@ class ProbeConfig(Section):
         if setting == "auto":
             return "pixels" if kind in get_args(PixelProbeName) else "features"
         return setting
+
+    @property
+    def ood_sets(self) -> list[tuple[str, str, str | None]]:
+        """(its text, source, folder or None) of each data set of `ood`."""
+        parts = [(text, *text.partition(":")) for text in self.ood]
+        return [(text, source, path if colon else None) for text, source, colon, path in parts]
 
     @property
     def needs_encoder(self) -> bool:
