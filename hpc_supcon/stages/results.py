@@ -40,7 +40,8 @@ class ResultWriter:
         try:
             yield
         except (OSError, RunFolderError) as error:
-            problem = f"{error.filename}: not written: {error.strerror}" if isinstance(error, OSError) else str(error)
+            is_of_file = isinstance(error, OSError) and error.filename is not None
+            problem = f"{error.filename}: not written: {error.strerror}" if is_of_file else str(error)
             warn(problem)
             self._problem = self._problem or problem
 

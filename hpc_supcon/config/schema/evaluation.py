@@ -87,9 +87,9 @@ class ProbeConfig(Section):
         description="also score the test split's features without a classifier: alignment, uniformity, silhouette, "
         "k-means, effective rank, retrieval (scores.json, section embedding)"
     )
-    ood: tuple[str, ...] = Field(
-        description="data sets that the encoder should tell from the run's own, each SOURCE or SOURCE:PATH (as "
-        "data.source and data.root; without PATH: data.root): AUROC and FPR95 of three detectors on the test splits"
+    ood: str | tuple[str, ...] = Field(
+        description="the data set, or a list, that the encoder should tell from the run's own: SOURCE or SOURCE:PATH "
+        "(as data.source and data.root; without PATH: data.root). AUROC and FPR95 of three detectors, on test splits"
     )
     linear: LinearConfig
     softmax: SoftmaxConfig
@@ -114,7 +114,8 @@ class ProbeConfig(Section):
     @property
     def ood_sets(self) -> list[tuple[str, str, str | None]]:
         """(its text, source, folder or None) of each data set of `ood`."""
-        parts = [(text, *text.partition(":")) for text in self.ood]
+        texts = (self.ood,) if isinstance(self.ood, str) else self.ood
+        parts = [(text, *text.partition(":")) for text in texts]
         return [(text, source, path if colon else None) for text, source, colon, path in parts]
 
     @property

@@ -33,7 +33,7 @@ WRONG = {
     "unknown engine": (["train.engine=dpp"], "unknown train.engine 'dpp'; did you mean 'ddp'?"),
     "unknown stem": (["model.stem=tiny"], "unknown model.stem 'tiny'; known: auto, small, standard"),
     "unknown probe": (["probe.kind=[knn, liner]"], "unknown probe.kind 'liner'; did you mean 'linear'?"),
-    "unknown other data": (["probe.ood=[minst]"], "unknown probe.ood 'minst'; did you mean 'mnist'"),
+    "unknown other data": (["probe.ood=minst"], "unknown probe.ood 'minst'; did you mean 'mnist'"),
     "other data that is the run's own": (
         ["probe.ood=[mnist, digits]"],
         "probe.ood=digits: that is the run's own data",
