@@ -40,8 +40,9 @@ class ResultWriter:
         try:
             yield
         except (OSError, RunFolderError) as error:
-            is_of_file = isinstance(error, OSError) and error.filename is not None
-            problem = f"{error.filename}: not written: {error.strerror}" if is_of_file else str(error)
+            problem = str(error)
+            if isinstance(error, OSError) and error.filename is not None:
+                problem = f"{error.filename}: not written: {error.strerror}"
             warn(problem)
             self._problem = self._problem or problem
 

@@ -15,6 +15,8 @@ from ..losses import alignment_and_uniformity, effective_rank, gradient_response
 
 # Losses that weigh positives and negatives as losses.gradient_response does.
 GRADIENT_RESPONSE_LOSSES = ("supcon_out", "tcl")
+MAX_RANK_WIDTH = 1024
+"""Widest embeddings whose effective rank is logged: it takes width^3, 1 ms for 128 and half a second for 2048."""
 
 
 class Objective(nn.Module):
@@ -128,8 +130,8 @@ class Objective(nn.Module):
         return numbers
 
     def embedding_numbers(self, outputs: Mapping[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
-        """Mean cosine similarity, alignment of positives, uniformity and effective rank of the batch's embeddings;
-        empty without a contrastive loss.
+        """Mean cosine similarity, alignment of positives, uniformity and effective rank (see MAX_RANK_WIDTH) of the
+        batch's embeddings; empty without a contrastive loss.
 
         labels [B]. Every rank must call this.
         """
@@ -140,12 +142,10 @@ class Objective(nn.Module):
         groups = labels if self.supervised else torch.arange(len(labels), device=labels.device) + _before(labels)
         groups = groups[:, None].expand(-1, embeddings.shape[1])
         alignment, uniformity = alignment_and_uniformity(embeddings, groups)
-        return {
-            "mean_similarity": mean_similarity(embeddings),
-            "alignment": alignment,
-            "uniformity": uniformity,
-            "effective_rank": effective_rank(embeddings),
-        }
+        numbers = {"mean_similarity": mean_similarity(embeddings), "alignment": alignment, "uniformity": uniformity}
+        if embeddings.shape[-1] <= MAX_RANK_WIDTH:
+            numbers["effective_rank"] = effective_rank(embeddings)
+        return numbers
 
     def gradient_response(self, outputs: Mapping[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
         """How strongly the loss attracts positives and repels negatives: see `losses.gradient_response`.
