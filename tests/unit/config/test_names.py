@@ -80,7 +80,7 @@ def test_the_names_are_the_keys_of_the_registry(literal: Any, registry: Iterable
 
 
 def test_every_probe_has_a_section_of_its_name():
-    assert set(ProbeConfig.model_fields) == {"kind", *get_args(names.ProbeName)}
+    assert set(ProbeConfig.model_fields) == {"kind", "embedding", "ood", *get_args(names.ProbeName)}
 
 
 def test_the_limits_of_the_contrastive_losses_are_those_of_the_losses():
