@@ -1,6 +1,6 @@
 """Time of the scores of an embedding (hpc_supcon.evaluation.embedding_scores), beside libraries that compute some.
 
-    python benchmarks/embedding_scores.py [--rows 20000] [--dim 128] [--classes 10 1000] [--ranks 2] [--json OUT.json]
+    python benchmarks/embedding_scores.py [--rows 20000] [--dim 128] [--classes 10 100] [--ranks 2] [--json OUT.json]
 
 Rows are random around a center of their class. Each figure is the best of the rounds, in seconds: of the clock, and
 of processors (the sum over the process's threads), which other work on the machine disturbs less.
@@ -29,7 +29,7 @@ from torch import Tensor
 from hpc_supcon.bench.common import machine
 from hpc_supcon.evaluation.embedding_scores import _Embedding, embedding_scores
 
-ROUNDS = 3
+ROUNDS = 2
 LIBRARY_ROWS = 5000
 """The libraries store all pairs, or sort them in full."""
 
@@ -113,7 +113,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rows", type=int, default=20_000)
     parser.add_argument("--dim", type=int, default=128)
-    parser.add_argument("--classes", type=int, nargs="+", default=[10, 1000])
+    parser.add_argument("--classes", type=int, nargs="+", default=[10, 100])
     parser.add_argument("--ranks", type=int, nargs="+", default=[2])
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()

@@ -27,7 +27,7 @@ from ..losses.precision import float32_products
 from ..seeding import stream
 
 RECALLS = (1, 5, 10)
-RESTARTS, ITERATIONS = 5, 300
+RESTARTS, ITERATIONS = 5, 100
 """Of k-means: initializations, and the most iterations of each."""
 ROUNDING = 1e-12
 """Cosine distances in float64 below this are rounding, and are taken as 0."""
