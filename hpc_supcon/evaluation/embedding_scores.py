@@ -15,9 +15,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from sklearn.cluster import KMeans
-from sklearn.exceptions import ConvergenceWarning
-from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
 from torch import Tensor
 
 from ..distributed.collectives import all_sum, gather_objects, gather_rows, gather_sizes, rank, world_size
@@ -35,6 +32,7 @@ ROUNDING = 1e-12
 _CHUNK, _CPU_PIECE = 512, 16
 """Rows compared with all others at once, and those of them that are ranked at once on a CPU, in its cache."""
 _MOST_SIMILARITIES = 1 << 26
+_COLUMNS = 64
 _INDEX_BITS, _SIMILARITY_BITS = 24, 28
 
 Scores = dict[str, float | int | None]
@@ -85,6 +83,8 @@ class _Embedding:
         self.rows = rows
         self.unit = F.normalize(rows.double(), dim=1)
         self.single = self.unit.float()
+        # filled up, so that no column takes another kernel: products with equal rows would differ in the last bit
+        self.columns = F.pad(self.single, (0, 0, 0, -len(rows) % _COLUMNS))
         self.squares = self.unit.square().sum(dim=1)  # 1, or 0 of a row of zeros
         _, self.classes, sizes = labels.unique(return_inverse=True, return_counts=True)
         self.sizes = sizes.double()
@@ -136,7 +136,7 @@ class _Embedding:
         for start in list(range(0, n, size))[rank() :: world_size()]:
             chunk = slice(start, min(start + size, n))
             values[chunk, 0] = self._silhouettes(chunk)
-            similarities = self.single[chunk] @ self.single.T
+            similarities = (self.single[chunk] @ self.columns.T)[:, :n]
             for first in range(chunk.start, chunk.stop, piece):
                 part = slice(first, min(first + piece, chunk.stop))
                 own = similarities[part.start - start : part.stop - start]
@@ -185,6 +185,10 @@ class _Embedding:
 
     def _clustering(self, seed: int) -> tuple[float, float]:
         """(NMI, ARI) of the classes and the clusters of k-means; each rank does some of the restarts. Collective."""
+        from sklearn.cluster import KMeans  # half a second to import
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.metrics import adjusted_rand_score, normalized_mutual_info_score
+
         points, truth = self.unit.cpu().numpy(), self.classes.cpu().numpy()
         best: tuple[float, int, Any] = (math.inf, RESTARTS, np.zeros(len(points)))
         for restart in range(rank(), RESTARTS, world_size()):

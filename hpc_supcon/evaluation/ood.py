@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from sklearn.metrics import roc_auc_score
 from torch import Tensor
 
 from ..distributed.collectives import all_sum, gather_rows
@@ -37,6 +36,8 @@ def ood_scores(own: Tensor, other: Tensor) -> dict[str, float]:
     set that is accepted at the lowest threshold that accepts at least 95 % of the run's images (number <= threshold);
     0 is best. Collective. Raises NonFinite.
     """
+    from sklearn.metrics import roc_auc_score  # half a second to import
+
     own, other = (gather_rows(x).double().cpu() for x in (own, other))
     if not (own.isfinite().all() and other.isfinite().all()):
         raise NonFinite("NaN or Inf in what a detector of probe.ood computed: train again with a lower optim.lr")

@@ -146,6 +146,15 @@ def test_clusters_are_those_of_the_best_restart_of_k_means():
     assert (apart["nmi"], apart["ari"], apart["map_at_r"]) == (pytest.approx(1), pytest.approx(1), 1.0)
 
 
+@pytest.mark.parametrize(("n", "d"), [(9, 4), (70, 3), (130, 19)])
+def test_equal_rows_are_retrieved_in_order_however_many_there_are(n, d):
+    labels = torch.randint(3, (n,))
+    want = by_definition(torch.ones(n, 1), labels)
+    for _ in range(10):
+        scores = embedding_scores(torch.randn(1, d).expand(n, d), labels, seed=0)
+        assert [scores[name] for name in RETRIEVAL] == pytest.approx([want[name] for name in RETRIEVAL], rel=1e-9)
+
+
 def test_equal_similarities_go_to_earlier_rows():
     directions = torch.nn.functional.normalize(torch.randn(4, 19), dim=1)
     x, labels = directions[torch.randint(4, (301,))], torch.randint(3, (301,))
@@ -154,15 +163,19 @@ def test_equal_similarities_go_to_earlier_rows():
     assert [scores[name] for name in RETRIEVAL] == pytest.approx([want[name] for name in RETRIEVAL], rel=1e-9)
 
 
+def _randn(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
 DEGENERATE = {
-    "one row": (torch.randn(1, 4), [0]),
-    "one class": (torch.randn(6, 4), [2] * 6),
-    "two rows of one class": (torch.randn(2, 4), [1, 1]),
-    "two rows of two classes": (torch.randn(2, 4), [1, 0]),
-    "a class for every row": (torch.randn(7, 4), [*range(7)]),
-    "classes with one row": (torch.randn(7, 4), [0, 1, 1, 2, 3, 3, 3]),
-    "identical rows": (torch.randn(1, 4).expand(9, 4), [0, 0, 0, 0, 1, 1, 1, 2, 3]),
-    "rows of zeros": (torch.cat([torch.zeros(3, 4), torch.randn(4, 4)]), [0, 1, 0, 1, 1, 0, 0]),
+    "one row": (_randn(1, 4), [0]),
+    "one class": (_randn(6, 4), [2] * 6),
+    "two rows of one class": (_randn(2, 4), [1, 1]),
+    "two rows of two classes": (_randn(2, 4), [1, 0]),
+    "a class for every row": (_randn(7, 4), [*range(7)]),
+    "classes with one row": (_randn(7, 4), [0, 1, 1, 2, 3, 3, 3]),
+    "identical rows": (_randn(1, 4).expand(9, 4), [0, 0, 0, 0, 1, 1, 1, 2, 3]),
+    "rows of zeros": (torch.cat([torch.zeros(3, 4), _randn(4, 4)]), [0, 1, 0, 1, 1, 0, 0]),
     "nothing but zeros": (torch.zeros(5, 4), [0, 0, 1, 1, 1]),
     "opposite rows": (torch.tensor([[1.0, 0], [-1, 0], [1, 0], [-1, 0]]), [0, 1, 0, 1]),
 }
