@@ -97,9 +97,10 @@ def read_config(
 
 
 def check_results(folder: Path) -> None:
-    """Raise RunFolderError for a results.json to which nothing can be added; call it before the work."""
+    """Raise RunFolderError for a results.json or scores.json to which nothing can be added; call it before work."""
     if (folder / RESULTS).exists():
         _read_results(folder / RESULTS)
+    read_scores(folder)
 
 
 def add_result(folder: Path, result: dict[str, Any]) -> None:

@@ -36,6 +36,7 @@ STREAMS = (
     "finetune views",  # random views for the same: rank
     "corruptions",  # corrupted test images: corruption, severity, image
     "bootstrap",  # resampled images of confidence intervals
+    "clusters",  # initial centers of k-means: restart
 )
 """Every name, with the meaning of its indices. Append new names: the position is part of the derivation."""
 

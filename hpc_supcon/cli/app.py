@@ -75,11 +75,13 @@ def run(
         settings = _settings(config, overrides, RUN)
     command = {"command": "run", "--resume": "yes" if resume else "no"}
     with started(settings, RUN, command, resume=resume) as (runtime, data):
+        from ..distributed.collectives import propagate_errors
         from ..evaluation.probes import check_probes
         from ..stages.probe import probe, start_without_encoder
         from ..stages.results import ResultWriter
 
-        check_probes(settings, data.splits)
+        with propagate_errors():
+            check_probes(settings, data.splits)
         writer = ResultWriter()
         if settings.probe.needs_encoder:
             folder = _pretrained(settings, runtime, data, resume, writer)

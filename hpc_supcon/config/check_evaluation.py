@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
-from ..errors import ConfigError
+from ..errors import ConfigError, unknown_name
 from .schema import Config
-from .schema.names import ProbeName
+from .schema.names import ProbeName, SourceName
+
+WITHOUT_FILES = ("digits", "synthetic")
+"""Sources that need no folder."""
 
 
 def has_no_validation(config: Config) -> bool:
@@ -32,6 +35,27 @@ def check_probes(config: Config) -> None:
     for kind in kinds:
         if kind != "knn":
             _check_fit(config, kind, getattr(config.probe, kind))
+    _check_ood(config)
+
+
+def _check_ood(config: Config) -> None:
+    """Whether the files are there, and can be converted, is known once they are opened."""
+    probe, data, sets = config.probe, config.data, config.probe.ood_sets
+    if sets and not probe.needs_encoder:
+        raise ConfigError(
+            f"probe.ood compares features of an encoder, but probe.kind={', '.join(probe.kinds)} reads pixels: use "
+            "probe.ood=[], or add a probe of features such as linear"
+        )
+    for text, source, path in sets:
+        if source not in get_args(SourceName):
+            raise ConfigError(unknown_name("probe.ood", source, get_args(SourceName)))
+        if path == "" or (source == "image_folder" and path is None):
+            raise ConfigError(f"probe.ood={text}: name its folder as {source}:PATH")
+        if source == data.source and (path in (None, data.root) or source in WITHOUT_FILES):
+            raise ConfigError(f"probe.ood={text}: that is the run's own data; name another data set")
+    names = [text for text, _, _ in sets]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"probe.ood names a data set twice: {', '.join(names)}")
 
 
 def _check_fit(config: Config, kind: ProbeName, settings: Any) -> None:

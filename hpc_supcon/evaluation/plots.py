@@ -20,9 +20,27 @@ PLOTS = "plots"
 Curve = tuple[Sequence[float], Sequence[float]]
 """(steps, values)."""
 
-_COLORS = {"train": "#4477aa", "validation": "#cc3311"}
+_COLORS = {"train": "#4477aa", "validation": "#cc3311", "positives": "#228833", "negatives": "#aa3377"}
 _MAX_MARKERS = 40
 """A curve of at most this many points has a marker on each."""
+_PANELS: dict[str, dict[str, tuple[str, str]]] = {
+    "loss": {"train": ("train", "loss"), "validation": ("validation", "loss")},
+    "accuracy (fraction)": {"validation": ("validation", "accuracy")},
+    "alignment of positives": {"train": ("train", "alignment")},
+    "uniformity": {"train": ("train", "uniformity")},
+    "effective rank": {"train": ("train", "effective_rank")},
+    "mean cosine similarity": {"train": ("train", "mean_similarity")},
+    "gradient response": {
+        "positives": ("train", "response_positives"),
+        "negatives": ("train", "response_negatives"),
+    },
+    "gradient norm": {"train": ("train", "grad_norm")},
+    "learning rate": {"train": ("train", "lr")},
+    "throughput (images/s)": {"train": ("train", "images_per_s")},
+    "waiting for data (fraction)": {"train": ("train", "data_wait")},
+}
+"""Of plots/training.png: title -> curve -> (event of metrics.jsonl, number)."""
+_FROM_ZERO = {"gradient norm", "learning rate", "throughput (images/s)", "waiting for data (fraction)"}
 
 
 def draw_probe_curves(
@@ -41,7 +59,8 @@ def draw_probe_curves(
 
 
 def draw_training_curves(folder: Path) -> list[Path]:
-    """plots/loss-pretrain.png, and accuracy-pretrain.png where there is any accuracy, from metrics.jsonl.
+    """plots/loss-pretrain.png, accuracy-pretrain.png where there is any accuracy, and training.png, a small panel for
+    each number of the log, from metrics.jsonl; nothing where there are no steps.
 
     Reads the events "train" and "validation"; lines that are not whole are passed over. Of a step that was trained
     twice (after falling back to an older checkpoint) the last event counts. Returns the files drawn. Raises
@@ -54,13 +73,12 @@ def draw_training_curves(folder: Path) -> list[Path]:
                 events[event["event"]][event["step"]] = event
     except OSError as error:
         raise RunFolderError(f"{folder / METRICS}: cannot be read: {error.strerror}") from None
+    lines = {event: [found[step] for step in sorted(found)] for event, found in events.items()}
     paths = []
     for number in ("loss", "accuracy"):
-        curves = {
-            split: _curve([found[step] for step in sorted(found)], "step", number) for split, found in events.items()
-        }
+        curves = {split: _curve(lines[split], "step", number) for split in lines}
         paths += _draw(folder, number, "pretrain", "pre-training", curves, None)
-    return paths
+    return paths + _draw_panels(folder, lines)
 
 
 _MAX_MATRIX = 30
@@ -139,9 +157,7 @@ def _draw(
         return []
     figure = _figure((7, 4.2))
     axis = figure.add_subplot()
-    for split, (steps, values) in curves.items():
-        marker = "o" if len(steps) <= _MAX_MARKERS else None
-        axis.plot(steps, values, label=split, color=_COLORS[split], marker=marker, markersize=3, linewidth=1.3)
+    _plot(axis, curves)
     _label(axis, number, title, kept)
     return [_save(figure, folder / PLOTS / f"{number}-{name}.png")]
 
@@ -196,6 +212,35 @@ def _pairs(title: str, confusion: Sequence[Sequence[int]], names: Sequence[str])
     return figure
 
 
+def _draw_panels(folder: Path, lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Path]:
+    """plots/training.png; only panels that have a curve."""
+    panels = {}
+    for title, parts in _PANELS.items():
+        curves = {name: _curve(lines[event], "step", number) for name, (event, number) in parts.items()}
+        if curves := {name: curve for name, curve in curves.items() if curve[0]}:
+            panels[title] = curves
+    if not panels:
+        return []
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = _figure((3.3 * columns, 0.4 + 2.3 * rows))
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()
+    for axis, (title, curves) in zip(axes, panels.items(), strict=False):
+        _plot(axis, curves)
+        axis.set_title(title, fontsize=10)
+        axis.tick_params(labelsize=8)
+        if title in _FROM_ZERO:
+            axis.set_ylim(0, max(1e-3, 1.05 * max(max(values) for _, values in curves.values())))
+        if len(curves) > 1:
+            axis.legend(fontsize=8)
+    for i, axis in enumerate(axes):
+        axis.set_visible(i < len(panels))
+        if i < len(panels) <= i + columns:  # the lowest of its column
+            axis.tick_params(labelbottom=True)
+            axis.set_xlabel("iteration (optimizer steps)", fontsize=8)
+    return [_save(figure, folder / PLOTS / "training.png")]
+
+
 def _figure(size: tuple[float, float]) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure  # no pyplot: it keeps every figure in a global list
@@ -215,9 +260,18 @@ def _save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def _label(axis: Axes, number: str, title: str, kept: int | None) -> None:
+def _plot(axis: Axes, curves: Mapping[str, Curve]) -> None:
     from matplotlib.ticker import MaxNLocator
 
+    for name, (steps, values) in curves.items():
+        marker = "o" if len(steps) <= _MAX_MARKERS else None
+        style = "--" if name == "negatives" else "-"  # often on top of the positives' curve
+        axis.plot(steps, values, style, label=name, color=_COLORS[name], marker=marker, markersize=3, linewidth=1.3)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.grid(alpha=0.3)
+
+
+def _label(axis: Axes, number: str, title: str, kept: int | None) -> None:
     units = {"loss": "loss (mean over images)", "accuracy": "accuracy (fraction)"}
     axis.set(xlabel="iteration (optimizer steps)", ylabel=units[number], title=f"{title}: {number}")
     if number == "accuracy":
@@ -225,6 +279,4 @@ def _label(axis: Axes, number: str, title: str, kept: int | None) -> None:
         axis.set_ylim(min(low, 1.0), 1.0 + 0.02)
     if kept is not None:
         axis.axvline(kept, color="0.4", linestyle=":", linewidth=1, label=f"kept: iteration {kept:,}")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.grid(alpha=0.3)
     axis.legend()

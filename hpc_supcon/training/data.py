@@ -18,6 +18,7 @@ from ..data import (
     build_order,
     choose_loader,
     load_splits,
+    open_source,
 )
 from ..distributed.collectives import gather_objects, propagate_errors
 from ..distributed.launch import Runtime
@@ -78,6 +79,29 @@ def load_data(config: Config, runtime: Runtime) -> Data:
             validation = None if splits.validation is None else _decoded(splits.validation)
             splits = Splits(_decoded(splits.train), validation, _decoded(splits.test))
     return Data(splits, name, reason, training, training.for_evaluation(), fingerprint)
+
+
+def open_ood(config: Config, splits: Splits) -> dict[str, Source]:
+    """The test split of each data set of `probe.ood`, converted to the size and channels of the run's images.
+
+    Raises DataError where one is missing or damaged.
+    """
+    data, made = config.data, config.data.synthetic
+    found: dict[str, Source] = {}
+    for text, name, root in config.probe.ood_sets:
+        try:
+            found[text] = open_source(
+                name,
+                data.root if root is None else root,
+                download=data.download,
+                image_size=splits.image_size,
+                channels=splits.channels,
+                exif=data.exif,
+                synthetic={"images": made.images, "classes": made.classes} if name == "synthetic" else None,
+            ).test
+        except DataError as error:
+            raise DataError(f"probe.ood={text}: {error} (in probe.ood, the folder follows a colon)") from None
+    return found
 
 
 def loader_options(config: Config) -> LoaderOptions:

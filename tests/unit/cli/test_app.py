@@ -52,7 +52,8 @@ def test_run_trains_evaluates_and_says_where(capsys, tmp_path):
     assert {"stage", "encoder", "loss", "test", "validation"} <= set(result)
     assert set(result["test"]) == {"accuracy", "f1", "precision", "recall"}
     events = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
-    assert [e["event"] for e in events if e["event"] != "train"] == ["start", "end", *["probe/linear"] * 2, "probe"]
+    told = ["start", "end", *["probe/linear"] * 2, "probe", *["embedding"] * 2]
+    assert [e["event"] for e in events if e["event"] != "train"] == told
     assert not list((tmp_path / "r").rglob("*.pkl")) + list((tmp_path / "r").rglob("*.pt"))
 
 

@@ -33,6 +33,20 @@ WRONG = {
     "unknown engine": (["train.engine=dpp"], "unknown train.engine 'dpp'; did you mean 'ddp'?"),
     "unknown stem": (["model.stem=tiny"], "unknown model.stem 'tiny'; known: auto, small, standard"),
     "unknown probe": (["probe.kind=[knn, liner]"], "unknown probe.kind 'liner'; did you mean 'linear'?"),
+    "unknown other data": (["probe.ood=minst"], "unknown probe.ood 'minst'; did you mean 'mnist'"),
+    "other data that is the run's own": (
+        ["probe.ood=[mnist, digits]"],
+        "probe.ood=digits: that is the run's own data",
+    ),
+    "other data twice": (["probe.ood=[mnist, mnist]"], "probe.ood names a data set twice: mnist, mnist"),
+    "a folder without its path": (
+        ["probe.ood=[image_folder]"],
+        "probe.ood=image_folder: name its folder as image_folder:PATH",
+    ),
+    "other data and no features": (
+        ["probe.ood=[mnist]", "probe.kind=softmax"],
+        "probe.ood compares features of an encoder, but probe.kind=softmax reads pixels",
+    ),
     "unknown online probe": ([VALIDATE, "validation.probe.kind=kmn"], "unknown validation.probe.kind 'kmn'"),
     "unknown pruning": (["prune.method=l2"], "unknown prune.method 'l2'; did you mean 'l1'?"),
     "unknown input of a probe": (
