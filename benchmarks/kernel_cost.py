@@ -47,7 +47,7 @@ def compile_kernel(kernel: Any, form: str, dtype: str, dim: int, config: Any, ca
     }
     names = kernel.arg_names
     constants = {name: value for name, value in constants.items() if name in names}
-    types = {"own_u": f"*{number}", "u": f"*{number}", "bounds": "*i32", "weights": "*fp32", "temperature": "fp32"}
+    types = {"own_u": f"*{number}", "u": f"*{number}", "bounds": "*i32", "weights": "*fp32", "temperature": "*fp64"}
     types["out"] = f"*{number}" if kernel is kernels.pair_gradient_kernel else "*fp32"
     types |= dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "i32") for name in names}
