@@ -180,7 +180,7 @@ class SupConLoss(_ContrastiveLoss):
             return loss
         temperature = self.temperature
         if isinstance(temperature, Tensor):
-            temperature = temperature.detach().to(loss.dtype)
+            temperature = temperature.detach()
         return loss * (temperature / self.base_temperature)
 
 

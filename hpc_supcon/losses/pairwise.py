@@ -8,7 +8,6 @@ result is differentiable and exact over ranks: a loss needs no gradient code of 
 
 from __future__ import annotations
 
-import importlib.util
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +18,7 @@ from ..errors import ConfigError, MissingExtra, unknown_name
 from . import torch_tiled
 from .autograd import tiled_statistics
 from .dense import dense_statistics
-from .gathered import normalize_rows
+from .gathered import has_triton, normalize_rows
 from .precision import PRECISIONS, tile_precision
 from .temperature import FP32_TEMPERATURE, at_least, check_temperature
 from .validation import Anchors, Queue, prepare_anchors
@@ -119,7 +118,7 @@ class Call:
     anchors: Anchors
     queue: Queue | None
     temperature: float | Tensor
-    """A tensor is 0-dim fp64 on the features' device."""
+    """A tensor is 0-dim, on the features' device."""
     backend: str
     precision: str
     dtype: torch.dtype
@@ -224,14 +223,14 @@ def choose_backend(backend: str, anchors: Anchors, features: Tensor, tau: float,
             "precision 'fp32' with backend 'triton': its kernels multiply on tensor cores, which have no fp32; "
             "use precision 'tf32', or backend 'tiled' for exact products"
         )
-    if backend == "triton" and not _has_triton():
+    if backend == "triton" and not has_triton():
         raise MissingExtra("backend 'triton' needs the package triton: pip install triton")
     if backend != "auto":
         return backend
     if columns <= (_SMALL_ON_CUDA if features.is_cuda else _SMALL_ON_CPU):
         return "reference"
     fits_triton = fits_triton and features.is_cuda and not exact_on_cuda
-    return "triton" if fits_triton and _has_triton() else "tiled"
+    return "triton" if fits_triton and has_triton() else "tiled"
 
 
 def check_choices(backend: str, precision: str = "auto") -> None:
@@ -240,7 +239,3 @@ def check_choices(backend: str, precision: str = "auto") -> None:
         raise ConfigError(unknown_name("backend", backend, BACKENDS))
     if precision not in PRECISIONS:
         raise ConfigError(unknown_name("precision", precision, PRECISIONS))
-
-
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None

@@ -34,7 +34,7 @@ def least_temperature(tau: float) -> float:
 
 
 def at_least(temperature: Tensor, least: float) -> Tensor:
-    """max(temperature, least), 0-dim fp64; NaN stays NaN.
+    """max(temperature, least), 0-dim; NaN stays NaN.
 
     A temperature at or below `least` receives a gradient only where a step against it raises the temperature:
     clamp's gradient of zero would hold it there for good.
@@ -48,11 +48,10 @@ class _AtLeast(torch.autograd.Function):
     def forward(ctx: Any, temperature: Tensor, least: float) -> Tensor:
         ctx.save_for_backward(temperature)
         ctx.least = least
-        return temperature.double().clamp(min=least)
+        return temperature.clamp(min=least)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         (temperature,) = ctx.saved_tensors
-        outward = (temperature <= ctx.least) & (grads[0] > 0)
-        return grads[0].to(temperature.dtype).masked_fill(outward, 0.0), None
+        return torch.where(temperature > ctx.least, grads[0], grads[0].clamp(max=0.0)), None

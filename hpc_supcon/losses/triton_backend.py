@@ -12,13 +12,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import triton
 from torch import Tensor
 
 from .precision import float32_products
 from .triton_kernels import INTERPRETED, LOG2_E, arrange_kernel, gradient_kernel, pair_gradient_kernel, sums_kernel
 from .triton_rows import class_bounds, normalize
-from .triton_sizes import column_span, launch_kernel, operand_chunk, operand_depth, strip_rows
+from .triton_sizes import ceil_div, column_span, launch_kernel, operand_chunk, operand_depth, power_of_2, strip_rows
 
 FACTOR = math.sqrt(LOG2_E)
 """Operands are u times this: their products are s / ln 2."""
@@ -53,7 +52,7 @@ class TritonBackend:
         self, x_ND: Tensor, order_N: Tensor | None, scale: Tensor, zero_row: float, *, padded: bool = True
     ) -> tuple[Tensor, Tensor]:
         """(rows x[order] of length `scale` FACTOR, rounded as the products need them, [N, DEPTH], or [N, D] unless
-        padded; 1 / |x| [N, 1]). `scale`: 0-dim fp64 on the device of x."""
+        padded; 1 / |x| [N, 1]). `scale`: 0-dim, on the device of x."""
         d = x_ND.shape[1]
         width, tf32 = operand_depth(d) if padded else d, self._precision == "tf32"
         options: dict[str, Any] = {"factor": FACTOR, "dtype": self._dtype, "width": width, "tf32": tf32}
@@ -78,7 +77,7 @@ class TritonBackend:
         out = u_MD.new_empty(rows, depth)
         if rows:
             width, block = min(depth, 128), 256 if INTERPRETED else 32
-            grid = (triton.cdiv(rows, block), depth // width)
+            grid = (ceil_div(rows, block), depth // width)
             arrange_kernel[grid](u_MD.contiguous(), order, out, rows, d, DEPTH=depth, ROWS=block, WIDTH=width)
         return out
 
@@ -87,7 +86,7 @@ class TritonBackend:
         sim_inv_pos of RowSums. `temperature`: 0-dim, on the device; None where the last two are not needed."""
         n, m = len(operands.own_u), len(operands.u)
         span = column_span(n, m, operands.u.device)
-        out = torch.empty(max(1, triton.cdiv(m, span)), 5, n, dtype=torch.float32, device=operands.u.device)
+        out = torch.empty(max(1, ceil_div(m, span)), 5, n, dtype=torch.float32, device=operands.u.device)
         if n:
             arguments = (operands.own_u, operands.u, operands.bounds, out)
             self._launch(sums_kernel, arguments, span, temperature)
@@ -103,7 +102,7 @@ class TritonBackend:
         if operand_chunk(depth, self._itemsize) != depth:
             return self._gradients_by_strips(operands, weights_4M, temperature)[None]
         span = column_span(n, m, operands.u.device, output_bytes=4 * n * depth)
-        out = torch.empty(max(1, triton.cdiv(m, span)), n, depth, dtype=torch.float32, device=operands.u.device)
+        out = torch.empty(max(1, ceil_div(m, span)), n, depth, dtype=torch.float32, device=operands.u.device)
         if n:
             arguments = (operands.own_u, operands.u, operands.bounds, weights_4M, out)
             self._launch(gradient_kernel, arguments, span, temperature)
@@ -119,7 +118,7 @@ class TritonBackend:
         grad_ND = torch.empty(n, depth, dtype=torch.float32, device=operands.u.device)
         rows = strip_rows(m, self._itemsize)
         # Rows of the strip are aligned, which wide loads and stores need.
-        strip = torch.empty(min(rows, n), triton.cdiv(m, 16) * 16, dtype=self._dtype, device=operands.u.device)
+        strip = torch.empty(min(rows, n), ceil_div(m, 16) * 16, dtype=self._dtype, device=operands.u.device)
         for start in range(0, n, rows):
             part = slice(start, min(start + rows, n))
             own_u, bounds = operands.own_u[part], operands.bounds[:, part].contiguous()
@@ -141,7 +140,7 @@ class TritonBackend:
         self, kernel: Any, tensors: tuple[Tensor, ...], span: int, temperature: Tensor | None, *rest: int
     ) -> None:
         n, (m, depth) = len(tensors[0]), tensors[1].shape
-        sizes = (n, m, temperature, span, triton.next_power_of_2(m), *rest)
+        sizes = (n, m, temperature, span, power_of_2(max(m, 1)), *rest)
         constants = {
             "CHUNK": operand_chunk(depth, self._itemsize),
             "DEPTH": depth,

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .formula import Formula
+from .triton_sizes import ceil_div
 
 _ANCHORS = 256
 
@@ -102,7 +103,7 @@ class AnchorTerms:
 def anchor_terms(sums: Tensor, bounds: Tensor, formula: Formula) -> AnchorTerms:
     """Of the sums [splits, 5, n] and the bounds [3, n] of the own rows."""
     splits, _, n = sums.shape
-    programs = triton.cdiv(n, _ANCHORS)
+    programs = ceil_div(n, _ANCHORS)
     weights = torch.empty(4, n, dtype=torch.float32, device=sums.device)
     partial = torch.empty(programs, 4, dtype=torch.float64, device=sums.device)
     inverse_terms = torch.empty(programs, dtype=torch.float64, device=sums.device) if formula.inverse else None

@@ -27,7 +27,7 @@ from .triton_rows import normalize_backward
 class _Rows:
     """The anchors as the kernels need them, and what the backward pass needs to know of their normalization.
 
-    temperature: tau, scale: 1 / sqrt(tau) in fp64, both 0-dim on the device. Own row i is x[order[i]], whose length
+    temperature: tau, scale: 1 / sqrt(tau), both 0-dim on the device. Own row i is x[order[i]], whose length
     is 1 / inverse_length[i].
     """
 
@@ -87,10 +87,12 @@ def _gradients(
     weights_4N: Tensor,
     inverse_term: Tensor | None,
     learns_temperature: bool,
+    factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(dL / dx [N, D], dL / dtau where it is asked for). Collective.
 
     `weights_4N`: of the own rows. `inverse_term`: sum of inv_weight sim_inv_pos; None where inv_weight is zero.
+    `factor`: multiplies the weights, in effect.
     """
     operands = rows.operands
     weights_M4 = weights_of_columns(weights_4N, rows_per_rank, len(operands.u))
@@ -99,7 +101,7 @@ def _gradients(
     tau = None if inverse_term is None else rows.temperature
     parts = backend.gradients(operands, weights_M4.T.contiguous(), tau)
     grad_ND, radial_N = normalize_backward(
-        parts, rows.x, rows.order, rows.scale, rows.inverse_length, radial=learns_temperature
+        parts, rows.x, rows.order, rows.scale, rows.inverse_length, radial=learns_temperature, factor=factor
     )
     if radial_N is None:
         return grad_ND, None
@@ -173,13 +175,18 @@ class _MeanLoss(torch.autograd.Function):
         factor, learns = grads[0] * share, ctx.needs_input_grad[1]
         if inverse_term is not None and learns:
             inverse_term = inverse_term.sum() * factor
-        rows = _Rows.of(tensors)
-        found = _gradients(ctx.backend, ctx.rows_per_rank, rows, weights_4N * factor, inverse_term, learns)
+        if len(ctx.rows_per_rank) > 1:
+            # Every rank may give its own gradient. The share is left for the end: it is not a power of two, and the
+            # products of weights are rounded, which would then depend on the number of ranks.
+            weights_4N, factor = weights_4N * grads[0], share
+        found = _gradients(
+            ctx.backend, ctx.rows_per_rank, _Rows.of(tensors), weights_4N, inverse_term, learns, factor
+        )
         return *found, None, None
 
 
 def _temperature(call: Call) -> Tensor:
-    """tau, 0-dim fp64 on the device."""
+    """tau, 0-dim on the device."""
     if isinstance(call.temperature, Tensor):
         return call.temperature
     return constant(call.temperature, call.anchors.rows.device)

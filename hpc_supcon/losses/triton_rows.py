@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .triton_sizes import ceil_div, power_of_2
+
 MAX_DIM = 2048
 """Widest rows: a program holds whole rows in registers."""
 _ELEMENTS = 4096
@@ -34,7 +36,7 @@ def _forward_kernel(
     x, order, scale, factor, u, inverse_length, n, D, row_stride, width, zero_row,
     HAS_ORDER: tl.constexpr, TF32: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """u [n, width]: rows x[order] of length `scale` (a pointer to fp64) * factor in u's dtype, zero beyond D.
+    """u [n, width]: rows x[order] of length `scale` (a pointer) * factor in u's dtype, zero beyond D.
 
     inverse_length [n]: 1 / |x[order]|. TF32: see round_to_tf32.
     """
@@ -62,11 +64,12 @@ def _forward_kernel(
 
 @triton.jit
 def _backward_kernel(
-    grad_u, x, order, scale, inverse_length, grad_x, radial_out, n, D, row_stride, width, splits,
-    HAS_ORDER: tl.constexpr, HAS_RADIAL: tl.constexpr, ROWS: tl.constexpr, DEPTH: tl.constexpr,
+    grad_u, factor, x, order, scale, inverse_length, grad_x, radial_out, n, D, row_stride, width, splits,
+    HAS_FACTOR: tl.constexpr, HAS_ORDER: tl.constexpr, HAS_RADIAL: tl.constexpr,
+    ROWS: tl.constexpr, DEPTH: tl.constexpr,
 ):  # fmt: skip
-    """grad_x[order] = (g - z (g . z)) scale / |x|, with g the sum of grad_u [splits, n, width] over splits and
-    z = x[order] / |x|; radial_out [n]: g . z scale."""
+    """grad_x[order] = (g - z (g . z)) scale / |x|, with g the sum of grad_u [splits, n, width] over splits times
+    `factor` (a pointer), and z = x[order] / |x|; radial_out [n]: g . z scale."""
     i = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     row_in = i < n
     d = tl.arange(0, DEPTH)
@@ -84,6 +87,8 @@ def _backward_kernel(
     z *= inverse[:, None]
     radial = tl.sum(grad * z, 1)
     size = tl.load(scale).to(tl.float32)
+    if HAS_FACTOR:
+        size *= tl.load(factor)
     out = (grad - z * radial[:, None]) * (inverse * size)[:, None]
     tl.store(grad_x + row[:, None] * D + d[None, :], out.to(grad_x.dtype.element_ty), mask=inside)
     if HAS_RADIAL:
@@ -135,7 +140,7 @@ def normalize(
 ) -> tuple[Tensor, Tensor]:
     """(x[order] at length `scale` * factor as `dtype`, [N, width], zero beyond D; 1 / |x| [N, 1]).
 
-    `scale`: 0-dim fp64, on the device of x. `tf32`: rounded to that format. `width`: None: D.
+    `scale`: 0-dim, on the device of x. `tf32`: rounded to that format. `width`: None: D.
     """
     x_ND = unit_stride(x_ND)
     n, d = x_ND.shape
@@ -152,12 +157,19 @@ def normalize(
 
 
 def normalize_backward(
-    grad_u: Tensor, x_ND: Tensor, order_N: Tensor | None, scale: Tensor, inverse_N1: Tensor, *, radial: bool
+    grad_u: Tensor,
+    x_ND: Tensor,
+    order_N: Tensor | None,
+    scale: Tensor,
+    inverse_N1: Tensor,
+    *,
+    radial: bool,
+    factor: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """(the gradient by x [N, D], in its dtype and order; with `radial`, grad_u . u of every row [N]).
 
     `grad_u`: the gradient by the rows that `normalize` gives for factor 1, [N, width], or parts of it to be added,
-    [splits, N, width].
+    [splits, N, width]. `factor`: multiplies it, 0-dim fp32 on the device.
     """
     x_ND, grad_u = unit_stride(x_ND), grad_u.contiguous()
     (n, d), width = x_ND.shape, grad_u.shape[-1]
@@ -166,8 +178,8 @@ def normalize_backward(
     if n:
         grid, shape = _launch(n, d)
         sizes = (n, d, x_ND.stride(0), width, grad_u.shape[0] if grad_u.ndim == 3 else 1)
-        tensors = (grad_u, x_ND, order_N, scale, inverse_N1, grad_ND, radial_N)
-        _backward_kernel[grid](*tensors, *sizes, order_N is not None, radial, *shape)
+        tensors = (grad_u, factor, x_ND, order_N, scale, inverse_N1, grad_ND, radial_N)
+        _backward_kernel[grid](*tensors, *sizes, factor is not None, order_N is not None, radial, *shape)
     return grad_ND, radial_N
 
 
@@ -180,7 +192,7 @@ def class_bounds(labels_M: Tensor, order_M: Tensor | None, own_start: int, n: in
     bounds = torch.empty(3, n, dtype=torch.int32, device=labels_M.device)
     if n:
         sizes = (m, n, own_start, m.bit_length())
-        _bounds_kernel[(triton.cdiv(m, _COLUMNS),)](labels_M, order_M, bounds, *sizes, order_M is not None, _COLUMNS)
+        _bounds_kernel[(ceil_div(m, _COLUMNS),)](labels_M, order_M, bounds, *sizes, order_M is not None, _COLUMNS)
     return bounds
 
 
@@ -191,6 +203,6 @@ def unit_stride(x_ND: Tensor) -> Tensor:
 
 def _launch(n: int, width: int) -> tuple[tuple[int], tuple[int, int]]:
     """(the grid, (ROWS, DEPTH))."""
-    depth = triton.next_power_of_2(width)
+    depth = power_of_2(width)
     rows = max(1, _ELEMENTS // depth)
-    return (triton.cdiv(n, rows),), (rows, depth)
+    return (ceil_div(n, rows),), (rows, depth)

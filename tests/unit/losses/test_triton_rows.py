@@ -83,7 +83,7 @@ ROWS = {"HAS_ORDER": True, "ROWS": 32, "DEPTH": 128}
 KERNELS = [
     (triton_rows._forward_kernel, {**ROWS, "TF32": False}, {}),
     (triton_rows._forward_kernel, {**ROWS, "TF32": True}, {"u": "*fp32"}),
-    (triton_rows._backward_kernel, {**ROWS, "HAS_RADIAL": True}, {}),
+    (triton_rows._backward_kernel, {**ROWS, "HAS_FACTOR": True, "HAS_RADIAL": True}, {"factor": "*fp32"}),
     (triton_rows._bounds_kernel, {"HAS_ORDER": True, "COLUMNS": 256}, {}),
     (triton_kernels.arrange_kernel, {"DEPTH": 128, "ROWS": 32, "WIDTH": 128}, {}),
     (triton_formula._formula_kernel, {"INSIDE": False, "INVERSE": True, "ANCHORS": 256}, {}),
