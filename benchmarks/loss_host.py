@@ -97,7 +97,7 @@ class PreparedLaunches:
 def on_an_h100() -> Iterator[PreparedLaunches]:
     driver = PreparedLaunches()
     triton.runtime.driver.set_active(driver)
-    with mock.patch.object(torch.cuda, "get_device_properties", lambda _: H100):
+    with mock.patch.object(torch.cuda, "get_device_properties", return_value=H100):
         yield driver
 
 

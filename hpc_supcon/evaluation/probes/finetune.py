@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from ...data import Batch, EvalTransform, Loader, LoaderOptions, Source, Splits, TrainOrder, build_loader
 from ...distributed.collectives import all_sum, propagate_errors
 from ...errors import ConfigError, NonFinite
+from ...models import check_deterministic
 from ...pruning import WeightMasks
 from ...seeding import stream
 from ...training.build import build_views
@@ -48,10 +49,16 @@ def _check(section: str, settings: Any, splits: Splits) -> None:
 
 
 def _fit(task: ProbeTask) -> ProbeOutcome:
-    """Train a copy of the run's encoder with a new head. Raises NonFinite, and what the loader raises."""
+    """Train a copy of the run's encoder with a new head.
+
+    Raises ConfigError for an encoder that has no deterministic training where that is asked for, NonFinite, and what
+    the loader raises.
+    """
     config, runtime, settings = task.config, task.runtime, task.settings
     assert task.encoder is not None
     with propagate_errors():
+        encoder = task.description["encoder"]
+        check_deterministic(task.encoder, config.model.encoder, encoder, runtime.device)
         loader = _training_loader(task)
         preprocess = _preprocess(task)
     with closing(loader), seeded(stream(config.seed, "probe"), runtime.device):
@@ -76,7 +83,7 @@ def _fit(task: ProbeTask) -> ProbeOutcome:
         model.head.in_features,
         {"name": "linear", "options": {}},
         classes=task.classes,
-        encoder=task.description["encoder"],
+        encoder=encoder,
     )
     fitted = FittedProbe(description, head=model.head, encoder=model.encoder).to(runtime.device)
     chosen = {
