@@ -8,8 +8,7 @@ runs on the CPU. The equations are in autograd.py.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,8 +22,7 @@ FACTOR = math.sqrt(LOG2_E)
 """Operands are u times this: their products are s / ln 2."""
 
 
-@dataclass(frozen=True)
-class Operands:
+class Operands(NamedTuple):
     """Rows and columns of the kernels, sorted by class.
 
     own_u [n, DEPTH], u [m, DEPTH]: rows of length sqrt(1 / (tau ln 2)), zero beyond D. bounds [3, n] int32: see

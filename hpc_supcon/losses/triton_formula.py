@@ -9,8 +9,6 @@ of a few numbers each. Per anchor in fp64: the formula is a few operations per r
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 import torch
 import triton
 import triton.language as tl
@@ -91,17 +89,8 @@ def _mean_kernel(partial, sums, mean, share, programs, ranks, PROGRAMS: tl.const
     tl.store(share, (ranks / count).to(tl.float32))
 
 
-@dataclass(frozen=True)
-class AnchorTerms:
-    """What `_formula_kernel` gives."""
-
-    weights: Tensor
-    partial: Tensor
-    inverse_terms: Tensor | None
-
-
-def anchor_terms(sums: Tensor, bounds: Tensor, formula: Formula) -> AnchorTerms:
-    """Of the sums [splits, 5, n] and the bounds [3, n] of the own rows."""
+def anchor_terms(sums: Tensor, bounds: Tensor, formula: Formula) -> tuple[Tensor, Tensor, Tensor | None]:
+    """weights, partial and, with the formula's k1, inverse_terms of `_formula_kernel`, of the own rows."""
     splits, _, n = sums.shape
     programs = ceil_div(n, _ANCHORS)
     weights = torch.empty(4, n, dtype=torch.float32, device=sums.device)
@@ -112,7 +101,7 @@ def anchor_terms(sums: Tensor, bounds: Tensor, formula: Formula) -> AnchorTerms:
             sums, bounds, weights, partial, inverse_terms, n, splits, formula.k1, formula.k2, formula.inside,
             formula.inverse, _ANCHORS,
         )  # fmt: skip
-    return AnchorTerms(weights, partial, inverse_terms)
+    return weights, partial, inverse_terms
 
 
 def anchor_mean(partial: Tensor, ranks: int) -> tuple[Tensor, Tensor, Tensor]:

@@ -7,8 +7,7 @@ and the normalization belongs to the function. Imported only when it is used. Th
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -23,12 +22,11 @@ from .triton_backend import Operands, TritonBackend
 from .triton_rows import normalize_backward
 
 
-@dataclass(frozen=True)
-class _Rows:
+class _Rows(NamedTuple):
     """The anchors as the kernels need them, and what the backward pass needs to know of their normalization.
 
-    temperature: tau, scale: 1 / sqrt(tau), both 0-dim on the device. Own row i is x[order[i]], whose length
-    is 1 / inverse_length[i].
+    temperature: tau, scale: 1 / sqrt(tau), both 0-dim on the device. Own row i is x[order[i]], whose length is
+    1 / inverse_length[i]. The last four: see Operands.
     """
 
     x: Tensor
@@ -36,17 +34,14 @@ class _Rows:
     scale: Tensor
     order: Tensor
     inverse_length: Tensor
-    operands: Operands
+    own_u: Tensor
+    u: Tensor
+    bounds: Tensor
+    column_order: Tensor | None
 
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        found = self.operands
-        normalization = (self.x, self.temperature, self.scale, self.order, self.inverse_length)
-        return (*normalization, found.own_u, found.u, found.bounds, found.order)
-
-    @classmethod
-    def of(cls, tensors: list[Any]) -> _Rows:
-        x, temperature, scale, order, inverse_length, *operands = tensors
-        return cls(x, temperature, scale, order, inverse_length, Operands(*operands))
+    @property
+    def operands(self) -> Operands:
+        return Operands(self.own_u, self.u, self.bounds, self.column_order)
 
 
 def _prepare(call: Call, backend: TritonBackend, x_ND: Tensor, temperature: Tensor) -> _Rows:
@@ -59,7 +54,7 @@ def _prepare(call: Call, backend: TritonBackend, x_ND: Tensor, temperature: Tens
     own_u, inverse_N1 = backend.operand(x_ND, order_N, scale, ZERO_ROW)
     u_MD, labels_M = _gather(call, backend, own_u[:, : x_ND.shape[1]], labels_N, scale)
     operands = backend.operands(own_u, u_MD, labels_M, call.anchors.offset)
-    return _Rows(x_ND, temperature, scale, order_N, inverse_N1, operands)
+    return _Rows(x_ND, temperature, scale, order_N, inverse_N1, *operands)
 
 
 def _gather(
@@ -122,12 +117,12 @@ class _Statistics(torch.autograd.Function):
         parts = backend.sums(rows.operands, temperature if inverse else None)
         sim_pos, exp_pos, exp_neg, inv_pos, sim_inv_pos = parts.sum(0)
         sums = RowSums(sim_pos, exp_pos, exp_neg, *((inv_pos, sim_inv_pos) if inverse else (None, None)))
-        first, stop, _ = rows.operands.bounds.double()
-        n_pos, n_neg = stop - first - 1, len(rows.operands.u) - (stop - first)
+        first, stop, _ = rows.bounds.double()
+        n_pos, n_neg = stop - first - 1, len(rows.u) - (stop - first)
         found, empty_KN, divisors_KN = log_sums(n_pos, n_neg, sums, log_zero, torch.float32)
         # The backward pass frees saved tensors; what else `ctx` refers to lives as long as the loss.
         ctx.backend, ctx.rows_per_rank, ctx.inverse = backend, call.anchors.rows_per_rank, inverse
-        ctx.save_for_backward(*rows.tensors(), sums.sim_inv_pos, empty_KN, divisors_KN)
+        ctx.save_for_backward(*rows, sums.sim_inv_pos, empty_KN, divisors_KN)
         n_pos, *values = torch.empty_like(found).index_copy_(1, rows.order, found).unbind()
         ctx.mark_non_differentiable(n_pos)
         return n_pos, *values
@@ -136,7 +131,7 @@ class _Statistics(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grads: Any) -> Any:
         *tensors, sim_inv_pos, empty_KN, divisors_KN = ctx.saved_tensors
-        rows = _Rows.of(tensors)
+        rows = _Rows(*tensors)
         grads_KN = torch.stack(grads[1:]).index_select(1, rows.order).to(divisors_KN.dtype)
         weights_KN = row_weights(grads_KN, empty_KN, divisors_KN)
         inverse_term = (weights_KN[3] * sim_inv_pos).sum() if ctx.inverse else None
@@ -157,13 +152,13 @@ class _MeanLoss(torch.autograd.Function):
         backend = TritonBackend(call.precision)
         rows = _prepare(call, backend, x_ND, temperature)
         sums = backend.sums(rows.operands, temperature if formula.inverse else None)
-        terms = triton_formula.anchor_terms(sums, rows.operands.bounds, formula)
-        partial, ranks = terms.partial, len(call.anchors.rows_per_rank)
+        weights_4N, partial, inverse_terms = triton_formula.anchor_terms(sums, rows.bounds, formula)
+        ranks = len(call.anchors.rows_per_rank)
         if ranks > 1:
             partial = collectives.all_sum(partial.sum(0))
         mean, share, totals = triton_formula.anchor_mean(partial, ranks)
         ctx.backend, ctx.rows_per_rank = backend, call.anchors.rows_per_rank
-        ctx.save_for_backward(*rows.tensors(), terms.weights, terms.inverse_terms, share)
+        ctx.save_for_backward(*rows, weights_4N, inverse_terms, share)
         ctx.mark_non_differentiable(totals)
         ctx.set_materialize_grads(False)
         return mean, totals
@@ -179,9 +174,7 @@ class _MeanLoss(torch.autograd.Function):
             # Every rank may give its own gradient. The share is left for the end: it is not a power of two, and the
             # products of weights are rounded, which would then depend on the number of ranks.
             weights_4N, factor = weights_4N * grads[0], share
-        found = _gradients(
-            ctx.backend, ctx.rows_per_rank, _Rows.of(tensors), weights_4N, inverse_term, learns, factor
-        )
+        found = _gradients(ctx.backend, ctx.rows_per_rank, _Rows(*tensors), weights_4N, inverse_term, learns, factor)
         return *found, None, None
 
 

@@ -94,8 +94,8 @@ def launch_kernel(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, 
 
     `arguments` are those of sums_kernel or a kernel like it; `itemsize`: bytes of the products' operands.
     """
-    names = kernel.arg_names
-    n, m, span = (arguments[names.index(name)] for name in ("n", "m", "span"))
+    named = dict(zip(kernel.arg_names, arguments, strict=False))
+    n, m, span = named["n"], named["m"], named["span"]
 
     def grid(tile: dict[str, Any]) -> tuple[int, int]:
         return ceil_div(n, tile["ROWS"]), ceil_div(m, span)
@@ -105,9 +105,9 @@ def launch_kernel(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, 
         rows, cols = (16, 32) if m <= 256 else (128, 128)
         kernel[grid](*arguments, **constants, ROWS=rows, COLS=cols, STEP=min(cols, _STEP))
         return
-    shared_bytes = _shared_bytes(arguments[names.index("u")].device.index)
+    shared_bytes = _shared_bytes(named["u"].device.index)
     found, tuned, fastest = _choices(kernel, constants["DEPTH"], itemsize, shared_bytes)
-    key = (arguments[names.index("M_BUCKET")], constants["INVERSE"], constants["PRECISION"])
+    key = (named["M_BUCKET"], constants["INVERSE"], constants["PRECISION"])
     config = found[0] if torch.are_deterministic_algorithms_enabled() else fastest.get(key)
     if config is None:
         tuned[grid](*arguments, **constants)
