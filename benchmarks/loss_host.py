@@ -110,6 +110,7 @@ def calls(name: str, rows: int, dim: int) -> Callable[[], None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--loss", action="append", choices=list(LOSSES))
     parser.add_argument("--rows", type=int, default=64, help="few, as operations on the CPU cost time too")
     parser.add_argument("--dim", type=int, default=128)
     parser.add_argument("--runs", type=int, default=500)
@@ -119,7 +120,7 @@ def main() -> None:
     print("| loss | operations | of these, launches | Triton launches | host, us: best | median |")
     print("|---|---|---|---|---|---|")
     with on_an_h100() as driver:
-        for name in LOSSES:
+        for name in given.loss or LOSSES:
             call = calls(name, given.rows, given.dim)
             call()  # compiles
             driver.launches.clear()

@@ -221,6 +221,18 @@ def test_kernels_compile_for_the_tensor_cores_and_spend_few_instructions_on_a_pa
     assert "compiled" in done.stdout
 
 
+def test_every_launch_of_a_call_is_prepared_as_for_a_gpu(tmp_path):
+    """Triton's own way to a launch, up to the call of the CUDA driver: no test without a GPU goes that way else."""
+    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "benchmarks/loss_host.py", "--loss", "tcl", "--runs", "2", "--details"]
+    done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    *_, counts, _, kernels = done.stdout.splitlines()
+    assert counts.split("|")[4].strip() == "7", counts
+    for name in ("_forward", "_bounds", "sums", "_formula", "_mean", "gradient", "_backward"):
+        assert f"'{name}_kernel': 1" in kernels, kernels
+
+
 def test_column_splits_keep_a_gpu_busy_where_blocks_of_rows_leave_a_wave_half_empty():
     from hpc_supcon.losses.triton_sizes import column_splits
 
