@@ -23,7 +23,7 @@ CLASSIFYING = frozenset(get_args(names.ClassifierLossName))
 DECODING = frozenset(get_args(names.DecoderLossName))
 WITH_RESPONSE = frozenset(get_args(names.ResponseLossName))
 MIN_TEMPERATURE, MIN_TRITON_TEMPERATURE, MAX_TRITON_DIM = 0.002, 0.025, 2048
-"""What the contrastive losses take: see losses.pairwise."""
+"""What the contrastive losses take: see losses.temperature."""
 
 
 def check_config(

@@ -10,8 +10,9 @@ from torch import Tensor
 from ..distributed.collectives import all_sum, gather_rows, gather_sizes, rank
 from . import torch_tiled
 from .gathered import GatheredRows, sort_and_gather
-from .pairwise import check_temperature, compute_dtype, mean_and_sums
+from .pairwise import compute_dtype, mean_and_sums
 from .precision import float32_products
+from .temperature import check_temperature
 from .validation import Queue, prepare_anchors
 
 
@@ -115,9 +116,9 @@ def gradient_response(
     check_temperature(temperature)
     anchors = prepare_anchors(features, labels, gather=gather, queue=queue)
     with torch.autocast(features.device.type, enabled=False):
-        scale = torch.tensor(temperature, dtype=torch.float64).rsqrt()
-        _, gathered, _ = sort_and_gather(anchors, queue, scale, compute_dtype(features, temperature))
-        sums = torch_tiled.TorchTiledBackend(tile_size).row_sums(gathered, temperature)
+        tau = torch.tensor(temperature, dtype=torch.float64)
+        _, gathered, _ = sort_and_gather(anchors, queue, tau.rsqrt(), compute_dtype(features, temperature))
+        sums = torch_tiled.TorchTiledBackend(tile_size).row_sums(gathered, tau)
         assert sums.inv_pos is not None
         denominator = sums.exp_pos + k1 * sums.inv_pos + k2 * sums.exp_neg
         positives = _positive_responses(gathered, denominator, temperature, k1, tile_size)

@@ -61,9 +61,7 @@ def build_training(
         description = describe_model(config, data.splits) | {STATE_KEY: data.fingerprint.as_json()}
         torch.manual_seed(stream(config.seed, "model"))  # the same on all ranks, so that their weights are equal
         model = build_model(description) if start is None else start.model
-        if runtime.device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
-            size = description["encoder"]["image_size"]
-            check_deterministic(model.encoder, config.model.encoder, description["encoder"]["in_channels"], size)
+        check_deterministic(model.encoder, config.model.encoder, description["encoder"], runtime.device)
         views = build_views(config, description)
         precision = loss_precision(runtime.device, config.loss.precision, config.train.precision)
         settings = {**config.loss.model_dump(), "precision": precision}

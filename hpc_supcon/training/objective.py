@@ -123,7 +123,7 @@ class Objective(nn.Module):
         for name, loss in self.losses.items():
             own = dict(getattr(loss, "stats", {}))
             if getattr(loss, "log_temperature", None) is not None:
-                own["temperature"] = cast(Tensor, loss.log_temperature).detach().exp()
+                own["temperature"] = cast(Tensor, loss.temperature).detach()
             if len(self.losses) > 1:
                 own["loss"] = self._last[name]
             numbers |= {f"{name}_{key}" if len(self.losses) > 1 else key: value for key, value in own.items()}

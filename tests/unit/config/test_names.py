@@ -25,9 +25,10 @@ from hpc_supcon.evaluation.probes import PROBES
 from hpc_supcon.evaluation.probes.optimization import OPTIMIZERS as PROBE_OPTIMIZERS
 from hpc_supcon.grid.schema import STAGES
 from hpc_supcon.losses import LOSSES
-from hpc_supcon.losses.pairwise import BACKENDS, FP32_TEMPERATURE
-from hpc_supcon.losses.pairwise import MIN_TEMPERATURE as LEAST_OF_THE_LOSSES
+from hpc_supcon.losses.pairwise import BACKENDS
 from hpc_supcon.losses.precision import PRECISIONS
+from hpc_supcon.losses.temperature import FP32_TEMPERATURE
+from hpc_supcon.losses.temperature import MIN_TEMPERATURE as LEAST_OF_THE_LOSSES
 from hpc_supcon.losses.triplet import MINING
 from hpc_supcon.models.encoders import ENCODERS, build_encoder
 from hpc_supcon.models.heads import build_decoder
