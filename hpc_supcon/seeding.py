@@ -34,6 +34,7 @@ STREAMS = (
     "probe",  # initial weights and batches of a classifier
     "finetune",  # dropout while an encoder and its classifier are trained: rank
     "finetune views",  # random views for the same: rank
+    "maps",  # the images of the maps of embeddings, and how these are fitted: 0 sample, 1 queries, 2 fit, 3 drawing
 )
 """Every name, with the meaning of its indices. Append new names: the position is part of the derivation."""
 

@@ -20,7 +20,6 @@ CHUNK = 1024
 """Rows that go through a module at once outside training."""
 
 
-@torch.no_grad()
 def extract(
     encoder: nn.Module,
     source: Source,
@@ -39,9 +38,28 @@ def extract(
     `count_left_out`). Always in fp32 and in batches of one size, so
     that a feature does not depend on the number of ranks. Leaves the encoder in eval mode.
     """
+    features, labels, _ = extract_indexed(
+        encoder, source, transform, runtime, batch_size=batch_size, loader=loader, options=options
+    )
+    return features, labels
+
+
+@torch.no_grad()
+def extract_indexed(
+    encoder: nn.Module,
+    source: Source,
+    transform: nn.Module,
+    runtime: Runtime,
+    *,
+    batch_size: int = 256,
+    loader: str = "resident",
+    options: LoaderOptions | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `extract`, with the index int64 [n_r] in the source of every row."""
     encoder.eval()
     features: list[Tensor] = []
     labels: list[Tensor] = []
+    indices: list[Tensor] = []
     with closing(_build_loader(source, runtime, batch_size, loader, options)) as opened:
         for batch in opened.epoch(0):
             images, n = batch.images, len(batch.images)
@@ -51,10 +69,12 @@ def extract(
                 images = torch.cat([images, images[-1:].expand(batch_size - n, -1, -1, -1)])
             features.append(encoder(transform(images)).float()[:n])
             labels.append(batch.labels)
+            indices.append(batch.index)
     if not features:
         width = cast(int, encoder.feature_dim)
-        return torch.empty(0, width, device=runtime.device), torch.empty(0, dtype=torch.int64, device=runtime.device)
-    return torch.cat(features), torch.cat(labels)
+        none = torch.empty(0, dtype=torch.int64, device=runtime.device)
+        return torch.empty(0, width, device=runtime.device), none, none
+    return torch.cat(features), torch.cat(labels), torch.cat(indices).to(runtime.device)
 
 
 def read_images(

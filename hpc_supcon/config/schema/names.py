@@ -39,5 +39,9 @@ PixelProbeName = Literal["softmax", "logistic"]
 """Probes that read pixels where their setting `input` is `auto`."""
 ProbeOptimizerName = Literal["adam", "adamw", "sgd"]
 
+SpaceName = Literal["pixels", "encoder", "projection"]
+"""Where the images of a map are points."""
+MapMethodName = Literal["pca", "tsne", "umap"]
+
 PruningMethodName = Literal["l1"]
 PruningScopeName = Literal["global", "layer"]
