@@ -224,8 +224,8 @@ def _neighbors(
         shown = {int(i): source.read(int(i)) for i in torch.cat([found.queries, found.index.flatten()]).unique()}
         same = int((source.labels[found.index] == source.labels[found.queries][:, None]).sum())
         title = (
-            f"{config.name}: nearest {report.split} images by the encoder's features ({trained.found.name})\n{same} of "
-            f"{found.index.numel()} have the query's class (solid green; others: dashed red, ×, and their class)"
+            f"{config.name}: nearest {report.split} images by the encoder's features ({trained.found.name})\n"
+            f"{same} of {found.index.numel()} have the query's class (green; others: dashed red, × and their class)"
         )
         with only_told(), drawing():
             figure = neighbors_figure(shown, found, source.labels, source.classes, title)

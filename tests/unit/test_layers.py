@@ -33,7 +33,10 @@ LAYERS = [
 NEVER_SEE_A_CONFIG = {
     "data", "models", "losses", "pruning", "checkpoint", "distributed", "phases", "allocator", "files", "seeding",
 }  # fmt: skip
-OPTIONAL = {"ffcv", "nvidia", "deepspeed", "submitit", "triton", "plotly", "onnx", "onnxruntime", "onnxscript"}
+OPTIONAL = {
+    "ffcv", "nvidia", "deepspeed", "submitit", "triton", "plotly", "onnx", "onnxruntime", "onnxscript",
+    "openTSNE", "umap",
+}  # fmt: skip
 
 
 def module_of(path: Path) -> tuple[str, ...]:

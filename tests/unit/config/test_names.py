@@ -20,6 +20,7 @@ from hpc_supcon.data.views.policies import AUTOAUGMENT_NAMES
 from hpc_supcon.data.views.views import POLICIES
 from hpc_supcon.errors import ConfigError
 from hpc_supcon.evaluation import monitor
+from hpc_supcon.evaluation.maps import METHODS
 from hpc_supcon.evaluation.probes import PROBES
 from hpc_supcon.evaluation.probes.optimization import OPTIMIZERS as PROBE_OPTIMIZERS
 from hpc_supcon.grid.schema import STAGES
@@ -64,6 +65,7 @@ def losses_by(fact) -> set[str]:
         (names.OnlineProbeName, ["none", *monitor.KINDS]),
         (names.ProbeName, PROBES),
         (names.ProbeOptimizerName, PROBE_OPTIMIZERS),
+        (names.MapMethodName, METHODS),
         (names.PruningMethodName, PRUNERS),
         (names.PruningScopeName, SCOPES),
         (Stage, STAGES),
