@@ -31,7 +31,7 @@ EMPHASIZED = ("#3f90da", "#ffa90e", "#bd1f01", "#832db6", "#a96b59", "#e76300", 
 OTHERS = "#d5d8dc"
 INK = "#333333"
 VECTOR_POINTS = 5000
-"""A larger map is an image within its SVG."""
+"""In a figure with more points, they are an image within its SVG."""
 LEGEND_NAME = 24
 """Characters of a class's name in a legend."""
 
@@ -114,7 +114,7 @@ def save_figure(figure: Figure, path: Path, formats: Sequence[str] = ("png", "sv
             file.parent.mkdir(parents=True, exist_ok=True)
             with atomic_path(file, durable=False) as partial:
                 metadata = {"Software": None} if kind == "png" else {"Date": None}
-                figure.savefig(partial, dpi=160, format=kind, metadata=metadata)
+                figure.savefig(partial, dpi=160 if kind == "png" else 300, format=kind, metadata=metadata)
         except OSError as error:
             raise RunFolderError(f"{file}: not written: {error.strerror or error}") from None
 
@@ -125,7 +125,7 @@ def map_figure(drawn: FittedMap, classes: Classes, about: str) -> Figure:
     names = classes.legend_width
     page = _Page(left + side + 0.1 + names, top + side + bottom)
     axis = page.axes(left, top, side)
-    _draw_points(axis, drawn, classes, size=1.0)
+    _draw_points(axis, drawn, classes, size=1.0, in_figure=len(drawn.points))
     page.text(left + side / 2, 0.22, f"{METHODS[drawn.method].title}: {drawn.title}", 10.5)
     page.text(left + side / 2, page.height - 0.14, about, 7.5)
     rows = len(classes.legend)
@@ -151,6 +151,7 @@ def overview_figure(maps: Sequence[FittedMap], classes: Classes, title: str, det
     page = _Page(width, top + len(methods) * block + 0.22 * entries + 0.15)
     page.text(page.width / 2, 0.34, title, 11)
     left = (page.width - columns * (side + gap)) / 2 + 0.22
+    total = sum(len(m.points) for m in maps)
     for k, method in enumerate(methods):
         above = top + k * block
         page.text(page.width / 2, above + 0.1, METHODS[method].title + details.get(method, ""), 10.5, weight="bold")
@@ -162,7 +163,7 @@ def overview_figure(maps: Sequence[FittedMap], classes: Classes, title: str, det
                 row, at = spaces.index(drawn.space), column[drawn.space]
                 column[drawn.space] += 1
             x, y = left + at * (side + gap), above + header + row * (side + between)
-            _draw_points(page.axes(x, y, side), drawn, classes, size=0.45)
+            _draw_points(page.axes(x, y, side), drawn, classes, size=0.45, in_figure=total)
             page.text(x + side / 2, y - 0.1, drawn.title, 8.5)
     page.legend(
         classes, (width - in_legend * classes.legend_width) / 2 + 0.1, page.height - 0.22 * entries - 0.1, in_legend
@@ -204,7 +205,7 @@ class _Page:
             self.text(x + 0.11, y, name, 8.5, ha="left")
 
 
-def _draw_points(axis: Axes, drawn: FittedMap, classes: Classes, *, size: float) -> None:
+def _draw_points(axis: Axes, drawn: FittedMap, classes: Classes, *, size: float, in_figure: int) -> None:
     """A square map without ticks: only distances on it have a meaning."""
     points, labels = drawn.points, classes.labels
     area = size * float(np.clip(12_000 / len(points), 3.0, 18.0))
@@ -216,7 +217,7 @@ def _draw_points(axis: Axes, drawn: FittedMap, classes: Classes, *, size: float)
         rows = order[markers[order] == marker]
         if len(rows):
             x, y = points[rows].T
-            vector = len(points) <= VECTOR_POINTS
+            vector = in_figure <= VECTOR_POINTS
             shape = marker or MARKERS[0]
             axis.scatter(x, y, s=area, c=colors[rows], marker=shape, linewidths=0, alpha=0.85, rasterized=not vector)
     low, high = points.min(axis=0), points.max(axis=0)

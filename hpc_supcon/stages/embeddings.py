@@ -225,7 +225,7 @@ def _neighbors(
         same = int((source.labels[found.index] == source.labels[found.queries][:, None]).sum())
         title = (
             f"{config.name}: nearest {report.split} images by the encoder's features ({trained.found.name})\n"
-            f"{same} of {found.index.numel()} have the query's class (green; others: dashed red, × and their class)"
+            f"{same} of {found.index.numel()} neighbors have the query's class (green; others: dashed red, ×)"
         )
         with only_told(), drawing():
             figure = neighbors_figure(shown, found, source.labels, source.classes, title)

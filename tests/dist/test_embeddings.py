@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,8 @@ from sklearn.metrics import silhouette_score
 
 from hpc_supcon import checkpoint
 from hpc_supcon.cli import main
+from hpc_supcon.config import load_config
+from hpc_supcon.data import ArraySource, LoaderOptions
 from hpc_supcon.distributed.launch import Launch, Runtime
 from hpc_supcon.evaluation import maps, spaces
 from hpc_supcon.evaluation.encoder import load_model
@@ -23,6 +26,7 @@ from hpc_supcon.stages import pretrain as pretrain_stage
 from hpc_supcon.stages.embeddings import draw_embeddings
 from hpc_supcon.training.data import load_data
 from tests.dist.ranks import run_ranks
+from tests.dist.test_left_out import images
 
 ALONE = Runtime(Launch(), torch.device("cpu"))
 COMMON = [
@@ -233,6 +237,25 @@ def test_what_cannot_be_drawn_is_one_line_that_says_what_to_do(tiny, tmp_path, c
     )
     assert command("embeddings", tmp_path / "few") == 2
     assert "has 3 images that decode, a map needs 5" in capsys.readouterr().err
+
+
+def test_images_that_do_not_decode_are_no_points():
+    config = load_config("default", [*TINY, "report.spaces=[pixels]"])
+    data = replace(load_data(config, ALONE), evaluation=LoaderOptions(on_corrupt="leave_out"))
+    damaged, sample = images(9, [0, 4, 7]), torch.tensor([1, 3, 4, 5, 6, 7, 8])
+    (version,) = spaces.read_versions(Path(), config, ALONE, data, damaged, sample, None)
+    assert version.index.tolist() == [1, 3, 5, 6, 8]
+    want = images(9).stack()[version.index].flatten(1) / 255
+    torch.testing.assert_close(version.spaces["pixels"], want)
+
+
+def test_large_images_are_averaged_before_they_are_points():
+    x = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+    source = ArraySource(x, torch.zeros(2, dtype=torch.int64), ("a",))
+    made = spaces.Spaces(["pixels"], source, None)
+    want = x.double().unflatten(2, (32, 2)).unflatten(4, (32, 2)).mean(dim=(3, 5)).flatten(1) / 255
+    assert made.feature_dim == 3 * 32 * 32
+    torch.testing.assert_close(made(x).double(), want, rtol=1e-5, atol=1e-6)
 
 
 def test_a_perplexity_too_large_for_the_points_is_lowered_and_told(tiny, tmp_path, capsys):
