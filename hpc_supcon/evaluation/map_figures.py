@@ -219,7 +219,10 @@ def _draw_points(axis: Axes, drawn: FittedMap, classes: Classes, *, size: float,
             x, y = points[rows].T
             vector = in_figure <= VECTOR_POINTS
             shape = marker or MARKERS[0]
-            axis.scatter(x, y, s=area, c=colors[rows], marker=shape, linewidths=0, alpha=0.85, rasterized=not vector)
+            larger = 2 if marker and "" in markers else 1  # the few classes in color among the gray
+            axis.scatter(
+                x, y, s=area * larger, c=colors[rows], marker=shape, linewidths=0, alpha=0.85, rasterized=not vector
+            )
     low, high = points.min(axis=0), points.max(axis=0)
     half = max(0.54 * float((high - low).max()), 1e-9)
     for limits, center in ((axis.set_xlim, (low + high)[0] / 2), (axis.set_ylim, (low + high)[1] / 2)):

@@ -26,7 +26,7 @@ from hpc_supcon.stages import pretrain as pretrain_stage
 from hpc_supcon.stages.embeddings import draw_embeddings
 from hpc_supcon.training.data import load_data
 from tests.dist.ranks import run_ranks
-from tests.dist.test_left_out import images
+from tests.dist.test_left_out import Holes, images
 
 ALONE = Runtime(Launch(), torch.device("cpu"))
 COMMON = [
@@ -239,10 +239,22 @@ def test_what_cannot_be_drawn_is_one_line_that_says_what_to_do(tiny, tmp_path, c
     assert "has 3 images that decode, a map needs 5" in capsys.readouterr().err
 
 
+class Damaged(Holes):
+    """A part of it has the same damaged images."""
+
+    def subset(self, indices):
+        part = super().subset(indices)
+        damaged = Damaged(part.stack(), part.labels, part.classes)
+        damaged.holes = tuple(i for i, index in enumerate(indices.tolist()) if index in self.holes)
+        return damaged
+
+
 def test_images_that_do_not_decode_are_no_points():
     config = load_config("default", [*TINY, "report.spaces=[pixels]"])
     data = replace(load_data(config, ALONE), evaluation=LoaderOptions(on_corrupt="leave_out"))
-    damaged, sample = images(9, [0, 4, 7]), torch.tensor([1, 3, 4, 5, 6, 7, 8])
+    whole, sample = images(9), torch.tensor([1, 3, 4, 5, 6, 7, 8])
+    damaged = Damaged(whole.stack(), whole.labels, whole.classes)
+    damaged.holes = (0, 4, 7)
     (version,) = spaces.read_versions(Path(), config, ALONE, data, damaged, sample, None)
     assert version.index.tolist() == [1, 3, 5, 6, 8]
     want = images(9).stack()[version.index].flatten(1) / 255
