@@ -37,6 +37,7 @@ STREAMS = (
     "corruptions",  # corrupted test images: corruption, severity, image
     "bootstrap",  # resampled images of confidence intervals
     "clusters",  # initial centers of k-means: restart
+    "maps",  # the images of the maps of embeddings, and how these are fitted: 0 sample, 1 queries, 2 fit, 3 drawing
 )
 """Every name, with the meaning of its indices. Append new names: the position is part of the derivation."""
 

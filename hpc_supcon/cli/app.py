@@ -22,6 +22,7 @@ from .bench import bench
 from .checkpoints import checkpoints
 from .common import Debug, Overrides, refused_together, started
 from .data import convert, verify
+from .embeddings import embeddings
 from .export import embed, export, predict
 from .grid import grid
 from .prune import prune
@@ -36,7 +37,7 @@ QUICKSTART = "quickstart"
 RUN: tuple[Stage, ...] = ("pretrain", "probe")
 """The stages of `hpc-supcon run`."""
 
-OF_ALL_RANKS = ("run", "pretrain", "probe", "prune")
+OF_ALL_RANKS = ("run", "pretrain", "probe", "prune", "embeddings")
 """The commands that several processes do together; all others are the work of one."""
 
 app = typer.Typer(
@@ -57,6 +58,7 @@ app.command("convert")(convert)
 app.command("verify")(verify)
 app.command("checkpoints")(checkpoints)
 app.command("prune")(prune)
+app.command("embeddings")(embeddings)
 app.command("export")(export)
 app.command("embed")(embed)
 app.command("predict")(predict)
@@ -70,7 +72,10 @@ Resume = Annotated[bool, typer.Option("--resume", help="Resume from the run fold
 def run(
     config: ConfigArgument = QUICKSTART, overrides: Overrides = None, resume: Resume = False, debug: Debug = False
 ) -> None:
-    """Pre-train an encoder, then evaluate it (pretrain + probe). Where all probes read pixels, none is trained."""
+    """Pre-train an encoder, evaluate it, and draw its embeddings (pretrain + probe + embeddings).
+
+    Where all probes read pixels, none is trained.
+    """
     with refused_together():
         settings = _settings(config, overrides, RUN)
     command = {"command": "run", "--resume": "yes" if resume else "no"}
@@ -90,6 +95,10 @@ def run(
         results = probe(folder, settings, runtime, data, writer=writer)
         if runtime.is_main:
             _print_results(folder, results)
+        if settings.report.embeddings:
+            from ..stages.embeddings import draw_embeddings
+
+            draw_embeddings(folder, settings, runtime, data, writer=writer, required=False)
         writer.check()
 
 

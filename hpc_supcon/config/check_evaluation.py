@@ -95,6 +95,21 @@ def _check_choices(kind: ProbeName, settings: Any) -> None:
             )
 
 
+def check_report(config: Config) -> None:
+    """Of the maps; whether an image folder has a validation split is known once it is loaded."""
+    report = config.report
+    for name in ("spaces", "methods"):
+        values = getattr(report, name)
+        if len(set(values)) < len(values):
+            raise ConfigError(f"report.{name} names one twice: {', '.join(values)}")
+    if report.perplexity == ():
+        raise ConfigError("report.perplexity is an empty list: give one or more numbers of neighbors")
+    if report.split == "validation" and has_no_validation(config):
+        raise ConfigError(
+            "report.split=validation but there is no validation split: choose test, or set data.validation_fraction"
+        )
+
+
 def check_pruning(config: Config) -> None:
     if not config.probe.needs_encoder:
         raise ConfigError(

@@ -34,17 +34,9 @@ NEVER_SEE_A_CONFIG = {
     "data", "models", "losses", "pruning", "checkpoint", "distributed", "phases", "allocator", "files", "seeding",
 }  # fmt: skip
 OPTIONAL = {
-    "ffcv",
-    "nvidia",
-    "deepspeed",
-    "submitit",
-    "triton",
-    "plotly",
-    "pyarrow",
-    "onnx",
-    "onnxruntime",
-    "onnxscript",
-}
+    "ffcv", "nvidia", "deepspeed", "submitit", "triton", "pyarrow", "onnx", "onnxruntime", "onnxscript",
+    "openTSNE", "umap",
+}  # fmt: skip
 
 
 def module_of(path: Path) -> tuple[str, ...]:

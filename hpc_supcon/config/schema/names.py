@@ -59,5 +59,9 @@ BenchmarkCorruptionName = Literal[
 ExtraCorruptionName = Literal["speckle_noise", "gaussian_blur", "saturate"]
 CorruptionName = Literal[BenchmarkCorruptionName, ExtraCorruptionName]
 
+SpaceName = Literal["pixels", "encoder", "projection"]
+"""Where the images of a map are points."""
+MapMethodName = Literal["pca", "tsne", "umap"]
+
 PruningMethodName = Literal["l1"]
 PruningScopeName = Literal["global", "layer"]

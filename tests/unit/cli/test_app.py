@@ -15,6 +15,7 @@ from hpc_supcon.evaluation.probes import PROBES
 from tests.processes import Ranks
 
 FAST = [
+    "report.embeddings=false",
     "data.source=synthetic", "data.synthetic={images: 64, classes: 4, channels: 1, image_size: 8}",
     "data.batch_size=16", "model.encoder=conv", "model.projection_hidden=16", "model.projection_dim=8",
     "train.epochs=2", "probe.linear.epochs=2", "probe.linear.lrs=[1e-2, 1e-1]", "log.tensorboard=false",

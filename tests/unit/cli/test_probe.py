@@ -33,6 +33,7 @@ from hpc_supcon.seeding import stream
 from hpc_supcon.training.data import load_data
 
 FAST = [
+    "report.embeddings=false",
     "data.source=synthetic", "data.synthetic={images: 90, classes: 4, channels: 1, image_size: 8}",
     "data.validation_fraction=0.2", "data.batch_size=16", "model.encoder=conv", "model.projection_hidden=16",
     "model.projection_dim=8", "train.epochs=2", "log.tensorboard=false", "log.every_steps=1", "runtime.threads=1",

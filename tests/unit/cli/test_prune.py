@@ -20,6 +20,7 @@ from tests.dist.ranks import run_ranks
 from tests.unit.pruning.test_pruning import assert_pruned, torch_masks
 
 FAST = [
+    "report.embeddings=false",
     "data.source=synthetic", "data.synthetic={images: 90, classes: 4, channels: 1, image_size: 8}",
     "data.validation_fraction=0.2", "data.batch_size=16", "model.encoder=conv", "model.projection_hidden=16",
     "model.projection_dim=8", "train.epochs=2", "train.ema=0.5", "loss.learnable_temperature=true",

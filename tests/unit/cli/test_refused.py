@@ -129,6 +129,13 @@ WRONG = {
         ["probe.linear.stopping.target=90"],
         "probe.linear.stopping.target=90: an accuracy is a fraction",
     ),
+    "maps of no kind": (["report.methods=[tsn]"], "unknown report.methods 'tsn'; did you mean 'tsne'?"),
+    "a kind of map twice": (["report.methods=[pca, pca]"], "report.methods names one twice: pca, pca"),
+    "no perplexity": (["report.perplexity=[]"], "report.perplexity is an empty list"),
+    "maps of a split that there is not": (
+        [*NO_VALIDATION, "report.split=validation"],
+        "report.split=validation but there is no validation split",
+    ),
     "Nesterov of AdamW": (["optim.name=adamw", "optim.nesterov=true"], "optim.nesterov is for sgd and lars"),
 }
 

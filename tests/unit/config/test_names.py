@@ -21,6 +21,7 @@ from hpc_supcon.data.views.policies import AUTOAUGMENT_NAMES
 from hpc_supcon.data.views.views import POLICIES
 from hpc_supcon.errors import ConfigError
 from hpc_supcon.evaluation import monitor
+from hpc_supcon.evaluation.maps import METHODS
 from hpc_supcon.evaluation.probes import PROBES
 from hpc_supcon.evaluation.probes.optimization import OPTIMIZERS as PROBE_OPTIMIZERS
 from hpc_supcon.grid.schema import STAGES
@@ -68,6 +69,7 @@ def losses_by(fact) -> set[str]:
         (names.ProbeOptimizerName, PROBE_OPTIMIZERS),
         (names.CorruptionName, CORRUPTIONS),
         (names.BenchmarkCorruptionName, BENCHMARK),
+        (names.MapMethodName, METHODS),
         (names.PruningMethodName, PRUNERS),
         (names.PruningScopeName, SCOPES),
         (Stage, STAGES),
