@@ -20,6 +20,8 @@ from hpc_supcon.errors import CheckpointCorrupt, ConfigError, NonFinite
 from hpc_supcon.models import build_encoder
 from hpc_supcon.pruning import (
     PRUNERS,
+    PruneTask,
+    score_weights,
     WeightMasks,
     build_masks,
     fully_pruned,
@@ -45,7 +47,7 @@ def net():
 
 
 def masks_of(model, rate, scope="global"):
-    return build_masks(PRUNERS["l1"](prunable(model)), rate, scope)
+    return build_masks(score_weights("l1", PruneTask(prunable(model))).scores, rate, scope)
 
 
 def torch_masks(model, rate, scope):
@@ -106,7 +108,7 @@ def test_only_weights_of_convolutions_and_linear_layers_are_pruned_each_once():
 
 
 def test_what_cannot_be_pruned_is_an_error():
-    scores = PRUNERS["l1"](prunable(net()))
+    scores = score_weights("l1", PruneTask(prunable(net()))).scores
     with pytest.raises(ConfigError, match="did you mean 'layer'"):
         build_masks(scores, 0.5, "layers")
     for rate in (-0.1, 1.0, float("nan")):
