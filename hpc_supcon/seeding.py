@@ -34,6 +34,7 @@ STREAMS = (
     "probe",  # initial weights and batches of a classifier
     "finetune",  # dropout while an encoder and its classifier are trained: rank
     "finetune views",  # random views for the same: rank
+    "prune",  # random scores, and batches of the gradients that scores are made of: rank
 )
 """Every name, with the meaning of its indices. Append new names: the position is part of the derivation."""
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
+    from ..pruning import Sensitivity
+
 PLOTS = "plots"
 Curve = tuple[Sequence[float], Sequence[float]]
 """(steps, values)."""
@@ -75,6 +77,32 @@ def draw_image_rows(folder: Path, name: str, rows: Mapping[str, Tensor]) -> Path
             axis.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         row[0].set_title(label, loc="left", fontsize=9)
     return _save(figure, folder / PLOTS / f"{name}.png")
+
+
+def draw_sensitivity(path: Path, scan: Sensitivity, loss: str, sizes: Mapping[str, int]) -> Path:
+    """A heat map at `path`: by layer and rate, the loss on validation with this layer pruned minus that of the dense
+    encoder. sizes: number of weights of each layer. Raises RunFolderError."""
+    import numpy as np
+
+    names = list(scan.losses)
+    added = np.array([scan.losses[name] for name in names]) - scan.dense
+    finite = added[np.isfinite(added)]
+    limit = float(np.abs(finite).max()) if finite.size and np.abs(finite).max() > 0 else 1.0
+    figure = _figure((3.6 + 0.62 * len(scan.rates), 1.3 + 0.27 * len(names)))
+    axis = figure.add_subplot()
+    shown = axis.imshow(np.ma.masked_invalid(added), cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+    axis.set_facecolor("0.7")
+    axis.set_xticks(range(len(scan.rates)), [f"{rate:g}" for rate in scan.rates])
+    axis.set_yticks(range(len(names)), [f"{name.removesuffix('.weight')}  {sizes[name]:,}" for name in names])
+    axis.tick_params(labelsize=8)
+    for row, column in np.ndindex(added.shape):
+        value = added[row, column]
+        text, color = f"{value:+.2g}", "white" if abs(value) > 0.6 * limit else "black"
+        axis.text(column, row, text, ha="center", va="center", fontsize=7, color=color, parse_math=False)
+    axis.set(xlabel="share of the layer's weights pruned", ylabel="layer, number of weights")
+    axis.set_title(f"{loss} on validation, minus {scan.dense:.4g} (nothing pruned)", fontsize=9, parse_math=False)
+    figure.colorbar(shown, ax=axis, label="added loss", shrink=0.8)
+    return _save(figure, path)
 
 
 def _curve(lines: Sequence[Mapping[str, Any]], step: str, name: str) -> Curve:

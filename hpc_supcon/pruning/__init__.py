@@ -1,8 +1,8 @@
 """Pruning: scores of weights, masks from scores, rates that grow, weights kept at zero, and sparse files."""
 
-from .gradual import GradualPruning, cubic_rate, round_rates
+from .gradual import GradualPruning, cubic_rate
 from .scores import PRUNERS, PrunerSpec, PruneTask, Scored, score_weights
-from .selection import SCOPES, build_masks, fully_pruned, misfits, parse_pattern
+from .selection import SCOPES, build_masks, fully_pruned, misfits
 from .semi_structured import to_semi_structured
 from .sensitivity import Sensitivity, allocate, allocate_rates, scan_layers
 from .sparse import load_sparse, measure, save_sparse, write_sparse
@@ -27,9 +27,7 @@ __all__ = [
     "measure",
     "misfits",
     "pack",
-    "parse_pattern",
     "prunable",
-    "round_rates",
     "save_sparse",
     "scan_layers",
     "score_weights",

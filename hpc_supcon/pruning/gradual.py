@@ -1,4 +1,4 @@
-"""Rates that grow: from round to round, and within training."""
+"""Pruning within training, at a rate that grows."""
 
 from __future__ import annotations
 
@@ -12,15 +12,9 @@ from .scores import PruneTask, score_weights
 from .selection import build_masks
 
 
-def round_rates(final: float, rounds: int) -> tuple[float, ...]:
-    """The rates of `rounds` rounds up to `final`, each of which prunes the same share of the weights that are left:
-    1 - (1 - final)^(k / rounds) (Frankle & Carbin 2019, arXiv 1803.03635, section 2), to four digits."""
-    return (*(round(1 - (1 - final) ** (k / rounds), 4) for k in range(1, rounds)), final)
-
-
 def cubic_rate(step: int, *, initial: float, final: float, interval: int, updates: int) -> float:
-    """final + (initial - final) (1 - step / (updates x interval))^3, and `final` from then on (Zhu & Gupta 2017, arXiv
-    1710.01878, equation 1, with t_0 = 0)."""
+    """final + (initial - final) (1 - step / (updates x interval))^3, and `final` from then on (Zhu & Gupta 2017,
+    arXiv 1710.01878, equation 1, with t_0 = 0)."""
     left = max(0.0, 1 - step / (updates * interval))
     return final + (initial - final) * left**3
 
@@ -48,9 +42,7 @@ class GradualPruning:
 
     def rate(self, step: int) -> float:
         """The share of the weights that is pruned after `step`."""
-        return cubic_rate(
-            step, initial=self.initial, final=self.final, interval=self.interval, updates=self.updates
-        )
+        return cubic_rate(step, initial=self.initial, final=self.final, interval=self.interval, updates=self.updates)
 
     def masks(self, step: int, weights: Mapping[str, Tensor], pruned: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The masks after `step`, of which `pruned` are those before. Raises NonFinite."""

@@ -60,7 +60,7 @@ class PrunerSpec:
 
 
 def score_weights(method: str, task: PruneTask) -> Scored:
-    """The scores of a method of PRUNERS; of weights that are zero already the lowest, so that they count as pruned."""
+    """The scores of a method of PRUNERS; weights that are zero already have the lowest: they count as pruned."""
     scored = PRUNERS[method].score(task)
     zeros_first = {
         name: score.masked_fill(task.weights[name].detach() == 0, torch.finfo(score.dtype).min)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 
 import torch
@@ -17,7 +16,7 @@ SCOPES = ("global", "layer")
 def build_masks(
     scores: Mapping[str, Tensor],
     rate: float,
-    scope: str,
+    scope: str | tuple[int, int],
     *,
     pruned: Mapping[str, Tensor] | None = None,
     counts: Mapping[str, int] | None = None,
@@ -25,7 +24,7 @@ def build_masks(
     """bool masks on the CPU, False where pruned: the round(rate x n) smallest scores (half to even, as torch rounds).
 
     scope "global": all tensors are ranked together; "layer": each tensor by itself; n is the number of scores ranked
-    together. "N:M": N of every M are kept whatever the rate, see `pattern_masks`. Among equal scores the first ones
+    together. (N, M): N of every M are kept whatever the rate, see `pattern_masks`. Among equal scores the first ones
     (in the dict's order, row-major within a tensor) are pruned. Without ties the masks are those of
     torch.nn.utils.prune. pruned: masks of weights pruned before, which count and stay pruned, also where they are
     more than the rate. counts: number of weights to prune in each tensor, in place of rate and scope.
@@ -33,9 +32,8 @@ def build_masks(
     Raises ConfigError for an unknown scope, a rate outside [0, 1), nothing to prune or nothing left; NonFinite for
     scores that cannot be ranked.
     """
-    pattern = parse_pattern(scope)
-    if scope not in SCOPES and pattern is None:
-        raise ConfigError("prune.scope: " + unknown_name("scope", scope, SCOPES) + ", or N:M such as 2:4")
+    if not isinstance(scope, tuple) and scope not in SCOPES:
+        raise ConfigError("prune.scope: " + unknown_name("scope", scope, SCOPES))
     if not 0 <= rate < 1:
         raise ConfigError(f"prune.rate={rate:g}: the fraction of weights to prune must be at least 0 and below 1")
     if not any(score.numel() for score in scores.values()):
@@ -46,8 +44,8 @@ def build_masks(
     ranked = {name: score.detach().cpu() for name, score in scores.items()}
     if pruned is not None:
         ranked = {name: score.masked_fill(~pruned[name], -torch.inf) for name, score in ranked.items()}
-    if pattern is not None:
-        masks = pattern_masks(ranked, *pattern)
+    if isinstance(scope, tuple):
+        masks = pattern_masks(ranked, *scope)
     elif counts is not None:
         masks = {name: _keep(score, counts[name]) for name, score in ranked.items()}
     elif scope == "layer":
@@ -77,14 +75,6 @@ def keep_mask(scores: Tensor, n: int) -> Tensor:
     tied = (scores == limit).nonzero().flatten()
     pruned[tied[: n - int(pruned.sum())]] = True
     return ~pruned
-
-
-def parse_pattern(scope: str) -> tuple[int, int] | None:
-    """(N, M) of a scope "N:M" with 0 < N < M, None for any other text."""
-    found = re.fullmatch(r"([1-9]\d{0,3}):([1-9]\d{0,3})", scope)
-    if found is None or int(found[1]) >= int(found[2]):
-        return None
-    return int(found[1]), int(found[2])
 
 
 def pattern_masks(scores: Mapping[str, Tensor], n: int, m: int) -> dict[str, Tensor]:

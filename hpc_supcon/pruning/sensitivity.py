@@ -76,7 +76,7 @@ def scan_layers(
 
 
 def allocate_rates(scan: Sensitivity, weights: Mapping[str, Tensor], rate: float) -> dict[str, int]:
-    """The number of weights to prune in each layer, round(rate x all weights) in total, with the least predicted loss.
+    """The number of weights to prune by layer, round(rate x all weights) in total, of the least predicted loss.
 
     What pruning several layers costs is predicted as the sum of what each one costs by itself, linear between the
     rates of the scan. `allocate` chooses among rates in steps of at most STEP; what these prune too much is given
@@ -92,8 +92,8 @@ def allocate_rates(scan: Sensitivity, weights: Mapping[str, Tensor], rate: float
     most = sum(row[-1] for row in counts)
     if target > most:
         raise ConfigError(
-            f"prune.rate={rate:g} is more than the scan can give, {most / sum(sizes.values()):.4g}: add a larger rate "
-            f"to prune.scan.rates, whose largest is {max(scan.rates):g}"
+            f"prune.rate={rate:g} is more than the scan can give, {most / sum(sizes.values()):.4g}: add a larger "
+            f"rate to prune.scan.rates, whose largest is {max(scan.rates):g}"
         )
     choice = allocate(losses, counts, target)
     return dict(zip(sizes, _give_back(losses, counts, choice, target), strict=True))
@@ -155,8 +155,8 @@ def allocate(
 def _give_back(
     losses: Sequence[Sequence[float]], counts: Sequence[Sequence[int]], choice: Sequence[int], target: int
 ) -> list[int]:
-    """The counts of `choice`, lowered to `target` in total: first where a weight costs the most loss, down to the next
-    smaller choice of that layer."""
+    """The counts of `choice`, lowered to `target` in total: first where a weight costs the most loss, down to the
+    next smaller choice of that layer."""
     result = [row[index] for row, index in zip(counts, choice, strict=True)]
     surplus = sum(result) - target
     steps: list[tuple[float, int, int]] = []

@@ -39,5 +39,10 @@ PixelProbeName = Literal["softmax", "logistic"]
 """Probes that read pixels where their setting `input` is `auto`."""
 ProbeOptimizerName = Literal["adam", "adamw", "sgd"]
 
-PruningMethodName = Literal["l1"]
+WeightPruningName = Literal["l1", "random", "l1_weighted", "lamp"]
+"""Pruning methods that need nothing but the weights."""
+PruningMethodName = Literal[WeightPruningName, "layer_sensitive"]
 PruningScopeName = Literal["global", "layer"]
+"""Scopes besides the patterns N:M."""
+PruningScheduleName = Literal["oneshot", "iterative", "gradual"]
+PruningLossName = Literal["run", "cross_entropy"]

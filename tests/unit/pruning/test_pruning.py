@@ -19,9 +19,7 @@ from hpc_supcon import checkpoint
 from hpc_supcon.errors import CheckpointCorrupt, ConfigError, NonFinite
 from hpc_supcon.models import build_encoder
 from hpc_supcon.pruning import (
-    PRUNERS,
     PruneTask,
-    score_weights,
     WeightMasks,
     build_masks,
     fully_pruned,
@@ -31,6 +29,7 @@ from hpc_supcon.pruning import (
     pack,
     prunable,
     save_sparse,
+    score_weights,
     unpack,
     write_sparse,
 )
