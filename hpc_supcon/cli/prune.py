@@ -53,10 +53,10 @@ def _print(run_dir: Path, results: list[dict[str, Any]]) -> None:
     table = Table(
         title=f"{first['encoder']}, {first['loss']} ({about['dense_checkpoint']}): {_shared(rows)}of "
         f"{about['weights']:,} weights",
-        caption=f'the encoder as dense safetensors: {first["size"]["dense_bytes"]:,} bytes; "x": so
-       
-    many times smaller',
-    caption_justify="left", ) varying = [key for key in ABOUT if len({row["prune"].get(key) for row in rows}) > 1]
+        caption=f"the encoder as dense safetensors: {first['size']['dense_bytes']:,} bytes; x: times smaller",
+        caption_justify="left",
+    )
+    varying = [key for key in ABOUT if len({row["prune"].get(key) for row in rows}) > 1]
     headings = [
         *varying,
         "rate",
@@ -89,8 +89,8 @@ def _print(run_dir: Path, results: list[dict[str, Any]]) -> None:
     console.print(f"results: {run_dir / RESULTS}", soft_wrap=True)
 
 
-def _with_earlier(run_dir: Path, results: list[dict[str, Any]]) -> list[dict[str,
-    Any]]: """`results`, and the other entries of pruning in results.json of the same checkpoint and probes."""
+def _with_earlier(run_dir: Path, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`results`, and the other entries of pruning in results.json that are of the same checkpoint and probes."""
     about, probes = results[0]["prune"], {result["probe"] for result in results}
     folders = {result["folder"] for result in results}
     try:

@@ -34,8 +34,8 @@ def to_semi_structured(module: nn.Module) -> tuple[list[str], str | None]:
 
     Linear layers, and 1x1 convolutions without stride, padding or groups, whose weight has at most 2 of every 4
     weights along the input, in float16 or bfloat16, with both sides multiples of 64. Returns (names of the layers
-    converted, why none can be on this device; None: they can). Nothing is changed where the device does not allow it: CUDA of
-    compute capability 8.0 or higher.
+    converted, why none can be on this device; None: they can). Nothing is changed where the device does not allow it:
+    CUDA of compute capability 8.0 or higher.
     """
     device = next(module.parameters()).device
     if device.type != "cuda":

@@ -78,17 +78,18 @@ class PruneConfig(Section):
     )
     rewind: str | None = Field(
         description="values of the weights that are left, before fine-tuning: `initial`: those before training; "
-        "`epoch N` or `step N`: those of that checkpoint of the run (see checkpoint.keep_every_steps); null:
-    as
-    trained" ) loss: PruningLossName
-        = Field( description="loss that methods with data measure; run: the run's own; cross_entropy: of a linear probe"
+        "`epoch N` or `step N`: those of that checkpoint of the run (see checkpoint.keep_every_steps); null: as they "
+        "are"
     )
-    label: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")] |
-        None = Field( description="added to the folder's name, RUN_DIR/pruned/METHOD-SCOPE-RATE-SCHEDULE-LABEL, to keep two "
+    loss: PruningLossName = Field(
+        description="loss that methods with data measure; run: the run's own; cross_entropy: of a linear probe"
+    )
+    label: Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9_.-]*$")] | None = Field(
+        description="added to the folder's name, RUN_DIR/pruned/METHOD-SCOPE-RATE-SCHEDULE-LABEL, to keep two "
         "prunings apart that differ in another setting; null: nothing"
     )
-   
-    scan: ScanConfig finetune: PruneFinetuneConfig
+    scan: ScanConfig
+    finetune: PruneFinetuneConfig
 
     @field_validator("rate")
     @classmethod
