@@ -99,7 +99,8 @@ def draw_sensitivity(path: Path, scan: Sensitivity, loss: str, sizes: Mapping[st
         value = added[row, column]
         text, color = f"{value:+.2g}", "white" if abs(value) > 0.6 * limit else "black"
         axis.text(column, row, text, ha="center", va="center", fontsize=7, color=color, parse_math=False)
-    axis.set(xlabel="share of the layer's weights pruned", ylabel="layer, number of weights")
+    axis.set_xlabel("share of the layer's weights pruned", fontsize=9)
+    axis.set_ylabel("layer, number of weights", fontsize=9)
     axis.set_title(f"{loss} on validation, minus {scan.dense:.4g} (nothing pruned)", fontsize=9, parse_math=False)
     figure.colorbar(shown, ax=axis, label="added loss", shrink=0.8)
     return _save(figure, path)

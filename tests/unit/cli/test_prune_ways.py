@@ -11,8 +11,21 @@ import torch
 from hpc_supcon import checkpoint, cli
 from hpc_supcon.distributed.launch import Launch, Runtime
 from hpc_supcon.evaluation import prune_task
+from hpc_supcon.evaluation.classifier import as_layer
 from hpc_supcon.evaluation.encoder import load_model
-from hpc_supcon.pruning import PruneTask, WeightMasks, build_masks, prunable, score_weights
+from hpc_supcon.evaluation.features import fit_standardization
+from hpc_supcon.evaluation.fitted_probe import load_probe
+from hpc_supcon.evaluation.probes import FittedProbe
+from hpc_supcon.pruning import (
+    PRUNERS,
+    PrunerSpec,
+    PruneTask,
+    Scored,
+    WeightMasks,
+    build_masks,
+    prunable,
+    score_weights,
+)
 from hpc_supcon.run_folder import read_config
 from hpc_supcon.stages import pretrain as pretrain_stage
 from hpc_supcon.stages import prune as prune_stage
@@ -126,17 +139,23 @@ def test_rounds_may_be_given_and_fine_tuned_at_the_end_alone(capsys, dense):
     assert_pruned(found.tensors["model"], masks)
 
 
+def recorded_starts(monkeypatch):
+    """(settings, start, a copy of its weights) of every fine-tuning from now on."""
+    starts = []
+
+    def recorded(config, *arguments, start, **more):
+        starts.append((config, start, {name: p.clone() for name, p in start.model.state_dict().items()}))
+        return pretrain_stage.pretrain(config, *arguments, start=start, **more)
+
+    monkeypatch.setattr(prune_stage, "pretrain", recorded)
+    return starts
+
+
 @pytest.mark.parametrize("rewind", ["initial", "step 4", "epoch 2"])
 def test_rewound_weights_are_those_of_that_time_under_the_masks_of_the_trained_ones(
     capsys, dense, monkeypatch, rewind
 ):
-    starts = []
-
-    def start_only(config, *arguments, start, **more):
-        starts.append((config, start, {name: p.clone() for name, p in start.model.state_dict().items()}))
-        return pretrain_stage.pretrain(config, *arguments, start=start, **more)
-
-    monkeypatch.setattr(prune_stage, "pretrain", start_only)
+    starts = recorded_starts(monkeypatch)
     prune(capsys, dense, "prune.rate=0.5", f"prune.rewind={rewind}", "prune.finetune.iterations=1")
     config, start, weights = starts[0]
     run_config = read_config(dense)
@@ -258,25 +277,28 @@ def test_the_scan_of_the_runs_loss_measures_what_validation_logs(capsys, dense):
     assert cells[f"{name}@0.9"] == pytest.approx(validate()["loss"], rel=1e-6)
 
 
-def test_fine_tuning_with_cross_entropy_starts_from_the_linear_probe(capsys, dense):
+def test_fine_tuning_with_cross_entropy_starts_from_the_linear_probe(capsys, dense, monkeypatch):
+    prune(capsys, dense, "prune.rate=0.5", "prune.label=plain", "probe.kind=linear", "probe.linear.epochs=20")
+    probe = as_layer(load_probe(dense / "pruned/l1-global-0.5-plain/probes/linear")).state_dict()
+    starts = recorded_starts(monkeypatch)
     settings = ["prune.rate=0.5", "prune.finetune.loss=cross_entropy", "probe.linear.epochs=20"]
     entries, _, _ = prune(capsys, dense, *settings, "prune.finetune.iterations=6")
-    folder = dense / entries[0]["folder"]
-    assert entries[0]["prune"]["finetune_loss"] == "cross_entropy"
+    entry = entries[-1]
+    folder = dense / entry["folder"]
+    assert entry["prune"]["finetune_loss"] == "cross_entropy"
     assert read_config(folder).loss.weights == {"cross_entropy": 1.0}
     found, _ = checkpoint.load_newest(folder / "checkpoints")
     assert_pruned(found.tensors["model"], torch_masks(load_model(dense)[0].encoder, 0.5, "global"))
     assert {name for name in found.tensors["model"] if name.startswith("heads.")} == {
         "heads.classifier.weight", "heads.classifier.bias",
     }  # fmt: skip
-    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    first = next(line for line in lines if line["event"] == "train")
-    assert first["loss"] < 1.3, "a classifier that knows nothing of 4 classes has a loss of 1.386"
+    for name, tensor in probe.items():
+        torch.testing.assert_close(starts[0][2][f"heads.classifier.{name}"], tensor)
     again, _, _ = prune(
         capsys, dense, "prune.schedule=iterative", "prune.rate=[0.3, 0.6]", "prune.finetune.loss=cross_entropy",
         "prune.finetune.iterations=2", "probe.linear.epochs=2",
     )  # fmt: skip
-    assert len(again) == 3
+    assert [e["prune"]["zeros"] / e["prune"]["weights"] for e in again[-2:]] == pytest.approx([0.3, 0.6], abs=1e-4)
 
 
 REFUSED = {
@@ -299,3 +321,36 @@ def test_what_the_run_does_not_allow_is_refused_and_nothing_written(capsys, whol
     assert (code, out, err.count("\n")) == (2, "", 1), err
     assert said in err
     assert not (whole / "pruned").exists()
+
+
+def test_a_method_that_compensates_changes_the_weights_that_are_left(capsys, dense, monkeypatch):
+    """The place where second-order methods fit in: scores from gradients, new values from the masks."""
+    seen = []
+
+    def score(task):
+        (gradient,) = task.gradients(1)
+        scores = {name: (weight.detach() * gradient[name]).abs() for name, weight in task.weights.items()}
+
+        def compensate(masks):
+            seen.append(masks)
+            return {name: 2 * weight.detach() for name, weight in task.weights.items()}
+
+        return Scored(scores, compensate=compensate)
+
+    monkeypatch.setitem(PRUNERS, "l1", PrunerSpec(score, needs="gradients"))
+    entries, _, _ = prune(capsys, dense, "prune.rate=[0.4, 0.5]", "prune.loss=cross_entropy", "probe.linear.epochs=2")
+    before = prunable(load_model(dense)[0].encoder)
+    for entry, masks in zip(entries, seen, strict=True):
+        after = prunable(load_model(dense / entry["folder"])[0].encoder)
+        for name, weight in after.items():
+            assert torch.equal(weight, 2 * before[name] * masks[name]), name
+        assert entry["prune"]["zeros"] == round(entry["prune"]["rate"] * entry["prune"]["weights"])
+
+
+def test_a_linear_probe_as_one_layer_gives_the_same_logits():
+    torch.manual_seed(0)
+    description = {"kind": "linear", "input": "features", "in_dim": 7, "standardize": True, "normalization": {}}
+    probe = FittedProbe({**description, "classes": list("abc"), "encoder": None}, head=torch.nn.Linear(7, 3))
+    x = torch.randn(50, 7) * 3 + 5
+    fit_standardization(probe.prepare, x)
+    torch.testing.assert_close(as_layer(probe)(x), probe.logits(x), rtol=1e-5, atol=1e-5)
