@@ -14,7 +14,9 @@ from ..terminal import output
 from .common import Debug, refused_together, started
 
 ABOUT = ("method", "scope", "schedule")
-"""Of each pruning: columns of the table where they differ."""
+HEADINGS = {key: key for key in (*ABOUT, "label", "loss", "rewind")}
+HEADINGS |= {"finetune_steps": "steps", "finetune_loss": "by loss"}
+"""What is told of each pruning where not all are alike -> the heading of its column."""
 
 
 def prune(
@@ -56,20 +58,9 @@ def _print(run_dir: Path, results: list[dict[str, Any]]) -> None:
         caption=f"the encoder as dense safetensors: {first['size']['dense_bytes']:,} bytes; x: times smaller",
         caption_justify="left",
     )
-    varying = [key for key in ABOUT if len({row["prune"].get(key) for row in rows}) > 1]
-    headings = [
-        *varying,
-        "rate",
-        "zeros",
-        "gzip bytes",
-        "x",
-        "sparse bytes",
-        "x",
-        "probe",
-        "validation",
-        "test",
-        "F1",
-    ]
+    varying = [key for key in HEADINGS if len({row["prune"].get(key) for row in rows}) > 1]
+    headings = [HEADINGS[key] for key in varying]
+    headings += ["rate", "zeros", "gzip bytes", "x", "sparse bytes", "x", "probe", "validation", "test", "F1"]
     for heading in headings:
         table.add_column(heading, justify="left" if heading in ("probe", *varying) else "right", no_wrap=True)
     for row in rows:

@@ -63,7 +63,7 @@ def score_weights(method: str, task: PruneTask) -> Scored:
     """The scores of a method of PRUNERS; weights that are zero already have the lowest: they count as pruned."""
     scored = PRUNERS[method].score(task)
     zeros_first = {
-        name: score.masked_fill(task.weights[name].detach() == 0, torch.finfo(score.dtype).min)
+        name: score.masked_fill((task.weights[name].detach() == 0).to(score.device), torch.finfo(score.dtype).min)
         for name, score in scored.scores.items()
     }
     return replace(scored, scores=zeros_first)
@@ -81,22 +81,26 @@ def _random(task: PruneTask) -> Scored:
 
 
 def _l1_weighted(task: PruneTask) -> Scored:
-    """|w| / ||W||_2, W being all weights of the layer: a layer of small weights is not pruned for its scale alone."""
-    magnitudes = _l1(task).scores
+    """|w| / ||W||_2, W being all weights of the layer: a layer of small weights is not pruned for its scale alone.
+
+    In float64 on the CPU, where the order in which a norm is summed does not change the order of the weights.
+    """
+    magnitudes = {name: w.double().cpu() for name, w in _l1(task).scores.items()}
     return Scored({name: w / w.norm().clamp(min=torch.finfo(w.dtype).tiny) for name, w in magnitudes.items()})
 
 
 def _lamp(task: PruneTask) -> Scored:
     """w^2 / the sum of v^2 over all v of the layer with |v| >= |w| (Lee et al. 2021, arXiv 2010.07611, equation 5).
 
-    In float64. Of weights of equal absolute value the first has the smallest score. The largest of each layer has
-    score 1: no layer loses all weights before every layer has one weight left.
+    In float64 on the CPU: cumulative sums of a GPU are not reproducible. Of weights of equal absolute value the first
+    has the smallest score. The largest of each layer has score 1: no layer loses all weights before every layer has
+    one weight left.
     """
     return Scored({name: _lamp_scores(weight.detach()) for name, weight in task.weights.items()})
 
 
 def _lamp_scores(weight: Tensor) -> Tensor:
-    squares, order = weight.flatten().double().square().sort(stable=True)
+    squares, order = weight.flatten().cpu().double().square().sort(stable=True)
     at_least = squares.flip(0).cumsum(0).flip(0)
     scores = torch.empty_like(squares)
     scores[order] = squares / at_least.clamp(min=torch.finfo(squares.dtype).tiny)

@@ -15,7 +15,7 @@ from ..evaluation.encoder import check_classes, load_model, report_changed_data
 from ..evaluation.monitor import online_probe
 from ..evaluation.probes import PROBES, check_probes
 from ..evaluation.prune_task import check_data
-from ..pruning import WeightMasks, measure, misfits, prunable, write_sparse
+from ..pruning import PRUNERS, WeightMasks, measure, misfits, prunable, write_sparse
 from ..terminal import warn
 from ..training.data import Data
 from .pretrain import pretrain
@@ -187,6 +187,8 @@ def _facts(pruned: Config, after: Trained, dense: checkpoint.Checkpoint, writer:
             "rate": settings.rates[0] if settings.pattern is None else round(sum(zeros.values()) / total, 4),
             "scope": settings.scope,
             "schedule": settings.schedule,
+            "label": settings.label,
+            "loss": None if PRUNERS[settings.method].needs == "weights" else settings.loss,
             "rewind": settings.rewind,
             "finetune_loss": settings.finetune.loss if settings.finetunes else None,
             "finetune_steps": after.found.state["step"],

@@ -12,7 +12,7 @@ from torch import Tensor
 from .. import checkpoint, run_folder
 from ..checkpoint.layout import path_of
 from ..config import Config, flatten_data
-from ..distributed.collectives import gather_objects, propagate_errors
+from ..distributed.collectives import propagate_errors
 from ..distributed.launch import Runtime
 from ..errors import ConfigError, RunFolderError
 from ..evaluation.classifier import with_classifier, with_cross_entropy
@@ -209,8 +209,3 @@ def rewound(
         with checkpoint.mismatch_is_corrupt(early.path):
             model.load_state_dict(early.tensors["model"])
     return model, early
-
-
-def is_saved(folder: Path) -> bool:
-    """Whether the folder of a pruning has a checkpoint, from which its fine-tuning goes on. Collective."""
-    return gather_objects(bool(checkpoint.list_steps(folder / run_folder.CHECKPOINTS)))[0]

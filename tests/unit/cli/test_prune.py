@@ -74,8 +74,8 @@ def test_every_rate_is_a_run_folder_pruned_from_the_dense_encoder(capsys, dense)
         zeros = sum(round(rate * mask.numel()) for mask in masks.values())
         weights = sum(mask.numel() for mask in masks.values())
         assert entry["prune"] == {
-            "method": "l1", "rate": rate, "scope": "layer", "schedule": "oneshot", "rewind": None,
-            "finetune_loss": None, "finetune_steps": 0, "zeros": zeros, "weights": weights,
+            "method": "l1", "rate": rate, "scope": "layer", "schedule": "oneshot", "label": None, "loss": None,
+            "rewind": None, "finetune_loss": None, "finetune_steps": 0, "zeros": zeros, "weights": weights,
             "rates": {name: round(round(rate * mask.numel()) / mask.numel(), 4) for name, mask in masks.items()},
             "emptied": [], "skipped": [], "dense_checkpoint": found.path.name,
         }  # fmt: skip

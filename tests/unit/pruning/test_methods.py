@@ -61,7 +61,7 @@ def test_weighted_l1_does_not_depend_on_the_scale_of_a_layer():
     w = weights()
     for name, scores in scores_of("l1_weighted", w).items():
         flat = w[name].double()
-        torch.testing.assert_close(scores.double(), flat.abs() / flat.square().sum().sqrt(), rtol=1e-5, atol=0)
+        torch.testing.assert_close(scores.double(), flat.abs() / flat.square().sum().sqrt(), rtol=1e-12, atol=0)
     scaled = {name: weight * 2.0 ** (7 * i) for i, (name, weight) in enumerate(w.items())}
     for method, same in (("l1_weighted", True), ("lamp", True), ("l1", False)):
         masks, others = (build_masks(scores_of(method, v), 0.6, "global") for v in (w, scaled))
