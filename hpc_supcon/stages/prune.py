@@ -159,12 +159,14 @@ def _build_run_folder(
 def _save_pruned(pruned: Config, trained: Trained, chosen: Selection, runtime: Runtime) -> None:
     model = copy.deepcopy(trained.model)
     set_weights(model, chosen.values)
-    packed = WeightMasks(model.encoder, chosen.masks).packed()
+    tensors = {"masks": WeightMasks(model.encoder, chosen.masks).packed(), "model": dict(model.state_dict())}
+    if "objective" in trained.found.tensors:  # for a round, or a pruning, that starts from this one
+        tensors["objective"] = trained.found.tensors["objective"]
     run_folder.create(pruned.folder, pruned)
     checkpoint.save_checkpoint(
         pruned.folder / run_folder.CHECKPOINTS,
         0,
-        {"model": dict(model.state_dict()), "masks": packed},
+        tensors,
         {name: value for name, value in trained.found.state.items() if name not in ("step", "stopping", "gradual")},
         world_size=runtime.world_size,
         config_digest=digest(pruned),

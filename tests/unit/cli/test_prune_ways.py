@@ -10,6 +10,7 @@ import torch
 
 from hpc_supcon import checkpoint, cli
 from hpc_supcon.distributed.launch import Launch, Runtime
+from hpc_supcon.errors import ConfigError
 from hpc_supcon.evaluation import prune_task
 from hpc_supcon.evaluation.classifier import as_layer
 from hpc_supcon.evaluation.encoder import load_model
@@ -32,6 +33,7 @@ from hpc_supcon.stages import prune as prune_stage
 from hpc_supcon.training import validation
 from hpc_supcon.training.build import build_training
 from hpc_supcon.training.data import load_data
+from hpc_supcon.training.resume import resume_newest
 from tests.unit.cli.test_prune import FAST, results_of, run
 from tests.unit.pruning.test_pruning import assert_pruned, torch_masks
 
@@ -354,3 +356,15 @@ def test_a_linear_probe_as_one_layer_gives_the_same_logits():
     x = torch.randn(50, 7) * 3 + 5
     fit_standardization(probe.prepare, x)
     torch.testing.assert_close(as_layer(probe)(x), probe.logits(x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_pruned_run_does_not_go_on_with_deepspeed(capsys, dense):
+    """Its engine keeps copies of the weights, of which the pruned ones would grow."""
+    prune(capsys, dense, "prune.rate=0.5")
+    folder = dense / "pruned/l1-global-0.5"
+    config = read_config(folder)
+    data = load_data(config, RUNTIME)
+    state = build_training(config, data, RUNTIME).state
+    other = read_config(folder, ["train.engine=deepspeed"])
+    with pytest.raises(ConfigError, match=r"step-0: is pruned, and train\.engine=deepspeed keeps copies"):
+        resume_newest(state, folder, RUNTIME, other, data)
