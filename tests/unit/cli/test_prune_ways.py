@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+import safetensors.torch
 import torch
 
 from hpc_supcon import checkpoint, cli
@@ -196,6 +197,11 @@ def test_gradual_pruning_follows_the_ramp_and_ends_at_the_rate(capsys, dense):
             assert not found.tensors["optimizer"][f"encoder.{name}/momentum_buffer"][z].any()
         earlier = zero
     assert entries[0]["prune"]["zeros"] == round(0.75 * total)
+    exported = folder / "exported.safetensors"
+    code, _, err = run(capsys, "export", folder, "--format", "safetensors", "--out", exported)
+    assert code == 0, err
+    weights = {name: w for name, w in safetensors.torch.load_file(exported).items() if w.ndim > 1}
+    assert sum(int((weight == 0).sum()) for weight in weights.values()) == round(0.75 * total)
 
 
 def test_gradual_pruning_that_was_cut_goes_on_also_as_a_training(capsys, dense):
