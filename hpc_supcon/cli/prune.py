@@ -53,8 +53,8 @@ def _print(run_dir: Path, results: list[dict[str, Any]]) -> None:
     about = first["prune"]
     rows = sorted(_with_earlier(run_dir, results), key=_order)
     table = Table(
-        title=f"{first['encoder']}, {first['loss']} ({about['dense_checkpoint']}): {_shared(rows)}of "
-        f"{about['weights']:,} weights",
+        title=f"{first['encoder']}, {read_config(run_dir).loss.label} ({about['dense_checkpoint']}): "
+        f"{_shared(rows)}of {about['weights']:,} weights",
         caption=f"the encoder as dense safetensors: {first['size']['dense_bytes']:,} bytes; x: times smaller",
         caption_justify="left",
     )

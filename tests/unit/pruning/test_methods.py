@@ -29,6 +29,7 @@ from hpc_supcon.pruning import (
     score_weights,
     to_semi_structured,
 )
+from hpc_supcon.pruning.semi_structured import PointwiseConv2d, has_kernels, is_two_of_four, matrix_of
 from tests.devices import needs_cuda
 
 
@@ -279,6 +280,28 @@ def test_two_of_four_layers_are_converted_on_a_gpu_only():
     before = model[0].weight
     assert to_semi_structured(model) == ([], "2:4 kernels need an NVIDIA GPU; the weights are on the device cpu")
     assert model[0].weight is before
+
+
+def test_layers_with_a_two_of_four_kernel_are_found():
+    torch.manual_seed(0)
+    weight = torch.randn(64, 128, dtype=torch.float16)
+    assert not is_two_of_four(weight)
+    assert is_two_of_four(weight * build_masks({"w": weight.float().abs()}, 0.5, (2, 4))["w"])
+    assert is_two_of_four(weight * build_masks({"w": weight.float().abs()}, 0.5, (1, 4))["w"])
+    assert not is_two_of_four(torch.zeros(4, 6))
+    assert [has_kernels(w) for w in (weight, weight.float(), weight[:32], weight[:, :100])] == [
+        True,
+        False,
+        False,
+        False,
+    ]
+    plain = nn.Conv2d(8, 16, 1)
+    x = torch.randn(3, 8, 5, 7)
+    assert matrix_of(plain).shape == (16, 8)
+    torch.testing.assert_close(PointwiseConv2d(matrix_of(plain), plain.bias)(x), plain(x))
+    for other in (nn.Conv2d(8, 16, 3), nn.Conv2d(8, 16, 1, stride=2), nn.Conv2d(8, 16, 1, groups=2),
+                  nn.Conv2d(8, 16, 1, padding=1), nn.BatchNorm2d(8)):  # fmt: skip
+        assert matrix_of(other) is None
 
 
 @needs_cuda
