@@ -97,7 +97,7 @@ def draw_sensitivity(path: Path, scan: Sensitivity, loss: str, sizes: Mapping[st
     axis.tick_params(labelsize=8)
     for row, column in np.ndindex(added.shape):
         value = added[row, column]
-        text, color = f"{value:+.2g}", "white" if abs(value) > 0.6 * limit else "black"
+        text, color = f"{value:+.2g}", "white" if 0.6 * limit < abs(value) <= limit else "black"
         axis.text(column, row, text, ha="center", va="center", fontsize=7, color=color, parse_math=False)
     axis.set_xlabel("share of the layer's weights pruned", fontsize=9)
     axis.set_ylabel("layer, number of weights", fontsize=9)

@@ -7,7 +7,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -61,7 +61,10 @@ def prune_task(
     with closing(training.loader):
         weights = prunable(training.state.model.encoder)
         if needs == "gradients":
-            yield PruneTask(weights, seed, gradients=_Gradients(training, config.seed, runtime.rank))
+            training.state.parallel.eval()
+            batches = _Batches(training, config.seed, runtime.rank)
+            gradients = _Gradients(training, batches, config.seed, runtime.rank)
+            yield PruneTask(weights, seed, training.state.model, batches, gradients)
         else:
             yield PruneTask(weights, seed, scan=partial(_scan, folder, own, runtime, data, training, found))
 
@@ -86,39 +89,51 @@ def _measuring(
     return build_training(measured, data, runtime, start=Start(model, objective)), measured
 
 
-@dataclass
-class _Gradients:
-    """PruneTask.gradients: of the run's batches and views, with BatchNorm's running statistics and no dropout."""
+class _Batches:
+    """PruneTask.batches: of the run's order and random views."""
 
-    training: Training
-    seed: int
-    rank: int
-    drawn: int = 0
+    def __init__(self, training: Training, seed: int, rank: int) -> None:
+        self._training, self._seed, self._rank = training, seed, rank
+        self._next = 0  # the batch that the iterator gives next
+        self._iterator: Iterator[Batch] = iter(())
+
+    def __call__(self, index: int) -> tuple[Tensor, Tensor]:
+        batch = next(self._iterator, None) if index == self._next else None
+        if batch is None:  # another index, or a new epoch
+            epoch, start = divmod(index, self._training.plan.steps_per_epoch)
+            self._iterator = iter(self._training.loader.epoch(epoch, start))
+            batch = next(self._iterator)
+        self._next = index + 1
+        state = self._training.state
+        with undisturbed(state.parallel, state.device):
+            torch.manual_seed(stream(self._seed, "prune", self._rank, index))
+            state.views.reseed(stream(self._seed, "prune", self._rank, index))
+            return state.views(batch.images), batch.labels
+
+
+class _Gradients:
+    """PruneTask.gradients: with BatchNorm's running statistics and no dropout."""
+
+    def __init__(self, training: Training, batches: _Batches, seed: int, rank: int) -> None:
+        self._training, self._batches, self._seed, self._rank = training, batches, seed, rank
+        self._drawn = 0
 
     def __call__(self, n: int) -> Iterator[dict[str, Tensor]]:
-        last = self.drawn + n
-        while self.drawn < last:
-            epoch, start = divmod(self.drawn, self.training.plan.steps_per_epoch)
-            for batch in self.training.loader.epoch(epoch, start):
-                self.drawn += 1
-                yield self._of(batch)
-                if self.drawn == last:
-                    break
+        for _ in range(n):
+            index, self._drawn = self._drawn, self._drawn + 1
+            yield self._of(index)
 
-    def _of(self, batch: Batch) -> dict[str, Tensor]:
-        state, options = self.training.state, self.training.options
-        weights = prunable(state.model.encoder)
+    def _of(self, index: int) -> dict[str, Tensor]:
+        state, options = self._training.state, self._training.options
+        views, labels = self._batches(index)
         with undisturbed(state.parallel, state.device):
-            state.parallel.eval()
-            torch.manual_seed(stream(self.seed, "prune", self.rank, self.drawn))
-            state.views.reseed(stream(self.seed, "prune", self.rank, self.drawn))
-            views = state.views(batch.images)
+            torch.manual_seed(stream(self._seed, "prune", self._rank, index))  # random triplets
             with options.autocast():
                 outputs = state.engine.forward(views)
-            state.engine.backward(state.objective(outputs, views, batch.labels, None, options.images_per_rank))
+            state.engine.backward(state.objective(outputs, views, labels, None, options.images_per_rank))
         gradients = {
             name: torch.zeros_like(weight) if weight.grad is None else weight.grad.detach().clone()
-            for name, weight in weights.items()
+            for name, weight in prunable(state.model.encoder).items()
         }
         state.parallel.zero_grad(set_to_none=True)
         return gradients

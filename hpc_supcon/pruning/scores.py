@@ -3,7 +3,7 @@
 A method is a function PruneTask -> Scored and an entry of PRUNERS, which says what the task must offer:
 
     weights      nothing but the weights; such a method can also be applied within training (see GradualPruning)
-    gradients    `PruneTask.gradients`: gradients of batches of the training split
+    gradients    `model`, `batches` and `gradients`: the model, batches of the training split, and their gradients
     scan         `PruneTask.scan`: the loss on validation with one layer pruned
 
 A method that changes the weights that are left returns a function that does so, `Scored.compensate`.
@@ -17,7 +17,7 @@ from functools import partial
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .sensitivity import Sensitivity, allocate_rates
 
@@ -33,9 +33,15 @@ class PruneTask:
     """The weights that may be pruned (see `prunable`): the encoder's own tensors."""
     seed: int = 0
     """Of the random stream `prune`."""
+    model: nn.Module | None = None
+    """The encoder with its heads, in eval mode: views [B, V, C, H, W] -> {head: output [B, V, ...]}. The weight NAME
+    of `weights` is its parameter encoder.NAME."""
+    batches: Callable[[int], tuple[Tensor, Tensor]] | None = None
+    """batches(i): views and labels [B] of this rank's share of the i-th global batch of train, from 0 on; the same
+    whenever it is called. Cheapest in order."""
     gradients: Callable[[int], Iterator[dict[str, Tensor]]] | None = None
     """gradients(n): for each of n global batches of train, the gradients of its mean loss by weight, averaged over
-    ranks. New batches on every call; the encoder is in eval mode."""
+    ranks. New batches on every call, from batch 0 on."""
     scan: Callable[[], Sensitivity] | None = None
 
 

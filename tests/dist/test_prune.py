@@ -140,6 +140,12 @@ def gradients(rank, world_size, folder):
     model, found = load_model(folder)
     with prune_task(folder, config, runtime, load_data(config, runtime), model, found) as task:
         first = list(task.gradients(2))
+        later, again = task.batches(9), task.batches(1)  # of another epoch, and one that was read before
+        assert not torch.equal(later[0], again[0])
+        assert all(torch.equal(a, b) for a, b in zip(again, task.batches(1), strict=True))
+        assert not task.model.training
+        parameters = dict(task.model.named_parameters())
+        assert all(parameters[f"encoder.{name}"] is weight for name, weight in task.weights.items())
         return [*first, *task.gradients(1)], {name: weight.detach() for name, weight in task.weights.items()}
 
 
