@@ -80,7 +80,7 @@ def check_pruning(config: Config) -> None:
         _check_pattern(prune)
     if prune.method == "layer_sensitive":
         _check_scan(config)
-    if "cross_entropy" in (prune.finetune.loss if prune.finetunes else None, prune.loss):
+    if prune.fits_classifier:
         _check_fit(config, "linear", config.probe.linear)
     _check_schedule(prune)
 

@@ -118,7 +118,8 @@ def _check(folder: Path, config: Config, runtime: Runtime, data: Data, *, resume
     run_folder.check_results(folder)
     if config.prune.rewind is not None:
         check_rewind(folder, config, training_length(config, data, runtime)[0])
-    if "cross_entropy" in (config.prune.loss, config.prune.finetune.loss):
+    if config.prune.fits_classifier:
+        data.splits.check_two_classes("cross_entropy")
         PROBES["linear"].check("probe.linear", config.probe.linear, data.splits)
     if config.prune.schedule == "gradual":
         for rate in config.prune.rates:

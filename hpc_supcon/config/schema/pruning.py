@@ -9,7 +9,13 @@ from pydantic import Field, field_validator
 
 from ...errors import unknown_name
 from .base import Count, NonNegative, Positive, Section
-from .names import PruningLossName, PruningMethodName, PruningScheduleName, PruningScopeName
+from .names import (
+    PruningLossName,
+    PruningMethodName,
+    PruningScheduleName,
+    PruningScopeName,
+    WeightPruningName,
+)
 
 PATTERN = re.compile(r"([1-9]\d{0,3}):([1-9]\d{0,3})")
 REWIND = re.compile(r"(epoch|step) ([1-9]\d{0,8})")
@@ -152,6 +158,12 @@ class PruneConfig(Section):
         found = REWIND.fullmatch(self.rewind)
         assert found is not None
         return found[1], int(found[2])
+
+    @property
+    def fits_classifier(self) -> bool:
+        """Whether a linear probe is fitted, for a cross-entropy that is measured or trained."""
+        measures = self.method not in get_args(WeightPruningName) and self.loss == "cross_entropy"
+        return measures or (self.finetunes and self.finetune.loss == "cross_entropy")
 
     @property
     def finetunes(self) -> bool:

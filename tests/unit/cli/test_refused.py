@@ -236,7 +236,7 @@ def test_a_batch_that_the_ranks_of_a_launch_cannot_share(tmp_path, command):
             "prune.rewind=initial: without prune.finetune.between, the next round",
         ),
         (
-            ["prune.loss=cross_entropy", "data.source=mnist", "data.validation_fraction=0", "probe.kind=knn"],
+            ["prune.finetune.loss=cross_entropy", "prune.finetune.epochs=1", *NO_VALIDATION[:2], "probe.kind=knn"],
             "probe.linear.lrs has 6 learning rates but there is no validation split",
         ),
     ],
