@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
     from torch import Tensor
 
+
 PLOTS = "plots"
 Curve = tuple[Sequence[float], Sequence[float]]
 """(steps, values)."""
@@ -98,13 +99,13 @@ def draw_confusion(folder: Path, kind: str, confusion: Sequence[Sequence[int]], 
     # names are the user's: "$" in them starts no formula, and a letter that the font lacks is a box
     with mpl.rc_context({"text.parse_math": False}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")
-        return _save(draw(f"{kind} probe: test", confusion, names), folder / PLOTS / f"confusion-{kind}.png")
+        return save_figure(draw(f"{kind} probe: test", confusion, names), folder / PLOTS / f"confusion-{kind}.png")
 
 
 def draw_image_rows(folder: Path, name: str, rows: Mapping[str, Tensor]) -> Path:
     """plots/NAME.png: one row of images [n, C, H, W] in -1..1 for each entry of `rows`. Raises RunFolderError."""
     columns = max(len(images) for images in rows.values())
-    figure = _figure((1.0 + columns * 1.1, 0.2 + len(rows) * 1.15))
+    figure = new_figure((1.0 + columns * 1.1, 0.2 + len(rows) * 1.15))
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for row, (label, images) in zip(axes, rows.items(), strict=True):
         pixels = images.detach().float().cpu().add(1).div(2).clamp(0, 1).permute(0, 2, 3, 1).numpy()
@@ -113,7 +114,7 @@ def draw_image_rows(folder: Path, name: str, rows: Mapping[str, Tensor]) -> Path
         for axis, image in zip(row, pixels, strict=False):
             axis.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         row[0].set_title(label, loc="left", fontsize=9)
-    return _save(figure, folder / PLOTS / f"{name}.png")
+    return save_figure(figure, folder / PLOTS / f"{name}.png")
 
 
 def draw_corruptions(folder: Path, found: Mapping[str, Mapping[str, Any]]) -> Path:
@@ -124,7 +125,7 @@ def draw_corruptions(folder: Path, found: Mapping[str, Mapping[str, Any]]) -> Pa
     names = list(next(iter(found.values()))["errors"])
     columns = min(5, len(names))
     rows = -(-len(names) // columns)
-    figure = _figure((1.2 + 2.1 * columns, 1.1 + 1.75 * rows))
+    figure = new_figure((1.2 + 2.1 * columns, 1.1 + 1.75 * rows))
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for axis in axes.flat[len(names) :]:
         axis.set_axis_off()
@@ -141,7 +142,7 @@ def draw_corruptions(folder: Path, found: Mapping[str, Mapping[str, Any]]) -> Pa
     figure.supylabel("test error (fraction)", fontsize=9)
     handles, kinds = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, kinds, loc="outside upper center", ncols=min(6, len(kinds)), fontsize=8, frameon=False)
-    return _save(figure, folder / PLOTS / "corruptions.png")
+    return save_figure(figure, folder / PLOTS / "corruptions.png")
 
 
 def _curve(lines: Sequence[Mapping[str, Any]], step: str, name: str) -> Curve:
@@ -155,11 +156,11 @@ def _draw(
     curves = {split: curve for split, curve in curves.items() if curve[0]}
     if not curves:
         return []
-    figure = _figure((7, 4.2))
+    figure = new_figure((7, 4.2))
     axis = figure.add_subplot()
     _plot(axis, curves)
     _label(axis, number, title, kept)
-    return [_save(figure, folder / PLOTS / f"{number}-{name}.png")]
+    return [save_figure(figure, folder / PLOTS / f"{number}-{name}.png")]
 
 
 def _short(name: str) -> str:
@@ -170,7 +171,7 @@ def _short(name: str) -> str:
 def _matrix(title: str, confusion: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
     n = len(names)
     side = max(3.4, 0.42 * n if n > 12 else 0.5 * n)
-    figure = _figure((side + 2.2, side + 1.4))
+    figure = new_figure((side + 2.2, side + 1.4))
     axis = figure.add_subplot()
     shares = [[count / max(1, sum(row)) for count in row] for row in confusion]
     image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -196,7 +197,7 @@ def _pairs(title: str, confusion: Sequence[Sequence[int]], names: Sequence[str])
         if count and i != j
     ]
     shown = sorted(wrong, key=lambda pair: -pair[0])[:_MAX_PAIRS]
-    figure = _figure((7, 1.2 + 0.28 * max(4, len(shown))))
+    figure = new_figure((7, 1.2 + 0.28 * max(4, len(shown))))
     axis = figure.add_subplot()
     bars = axis.barh(range(len(shown)), [count for count, _, _ in shown], color=_COLORS["train"])
     axis.bar_label(bars, [f"{count} ({share:.0%})" for count, share, _ in shown], padding=3, fontsize=8)
@@ -223,7 +224,7 @@ def _draw_panels(folder: Path, lines: Mapping[str, Sequence[Mapping[str, Any]]])
         return []
     columns = min(4, len(panels))
     rows = -(-len(panels) // columns)
-    figure = _figure((3.3 * columns, 0.4 + 2.3 * rows))
+    figure = new_figure((3.3 * columns, 0.4 + 2.3 * rows))
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()
     for axis, (title, curves) in zip(axes, panels.items(), strict=False):
         _plot(axis, curves)
@@ -238,10 +239,10 @@ def _draw_panels(folder: Path, lines: Mapping[str, Sequence[Mapping[str, Any]]])
         if i < len(panels) <= i + columns:  # the lowest of its column
             axis.tick_params(labelbottom=True)
             axis.set_xlabel("iteration (optimizer steps)", fontsize=8)
-    return [_save(figure, folder / PLOTS / "training.png")]
+    return [save_figure(figure, folder / PLOTS / "training.png")]
 
 
-def _figure(size: tuple[float, float]) -> Figure:
+def new_figure(size: tuple[float, float]) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure  # no pyplot: it keeps every figure in a global list
 
@@ -250,7 +251,7 @@ def _figure(size: tuple[float, float]) -> Figure:
     return figure
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path, durable=False) as partial:

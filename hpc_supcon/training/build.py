@@ -24,7 +24,7 @@ from ..models import (
     check_deterministic,
 )
 from ..models import load_weights as load_pretrained
-from ..pruning import WeightMasks
+from ..pruning import GradualPruning, WeightMasks
 from ..seeding import seed_global_generators, stream
 from .agreement import STATE_KEY
 from .data import Data, build_training_loader
@@ -46,6 +46,8 @@ class Start:
     """State of the objective; None: as the configuration says."""
     masks: Mapping[str, Tensor] | None = None
     """bool by the encoder's parameter, False where pruned: those weights stay zero. None: nothing is pruned."""
+    gradual: GradualPruning | None = None
+    """Prunes more while training; None: `masks` stay as they are."""
 
 
 def build_training(
@@ -79,6 +81,7 @@ def build_training(
     state = _build_state(config, model, objective, views, runtime)
     if start is not None and start.masks is not None:
         state.masks = WeightMasks(state.model.encoder, start.masks)
+    state.gradual = None if start is None else start.gradual
     plan = build_plan(config, loader.steps_per_epoch)
     return Training(state, _step_options(config, runtime), loader, plan, description, weights)
 

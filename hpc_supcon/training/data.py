@@ -126,7 +126,7 @@ def check_classes_suffice(config: Config, splits: Splits) -> None:
 
 def build_training_loader(config: Config, data: Data, runtime: Runtime) -> Loader:
     """This rank's loader of the training split. Raises ConfigError, DataError, and what the loader raises."""
-    order = _build_order(config, data.splits)
+    order = build_training_order(config, data.splits)
     loader = build_loader(
         data.loader,
         data.splits.train,
@@ -141,7 +141,7 @@ def build_training_loader(config: Config, data: Data, runtime: Runtime) -> Loade
     return loader
 
 
-def _build_order(config: Config, splits: Splits) -> Order:
+def build_training_order(config: Config, splits: Splits) -> Order:
     data = config.data
     return build_order(
         data.sampler,

@@ -34,8 +34,7 @@ from hpc_supcon.losses.triplet import MINING
 from hpc_supcon.models.encoders import ENCODERS, build_encoder
 from hpc_supcon.models.heads import build_decoder
 from hpc_supcon.models.timm_encoders import STEMS
-from hpc_supcon.pruning import PRUNERS
-from hpc_supcon.pruning.weight_masks import SCOPES
+from hpc_supcon.pruning import PRUNERS, SCOPES
 from hpc_supcon.training.engine import ENGINES
 from hpc_supcon.training.objective import GRADIENT_RESPONSE_LOSSES
 from hpc_supcon.training.optim import OPTIMIZERS
@@ -71,6 +70,7 @@ def losses_by(fact) -> set[str]:
         (names.BenchmarkCorruptionName, BENCHMARK),
         (names.MapMethodName, METHODS),
         (names.PruningMethodName, PRUNERS),
+        (names.WeightPruningName, [name for name, spec in PRUNERS.items() if spec.needs == "weights"]),
         (names.PruningScopeName, SCOPES),
         (Stage, STAGES),
         # what the rules between settings know of the losses
