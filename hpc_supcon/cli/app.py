@@ -25,6 +25,7 @@ from .data import convert, verify
 from .export import embed, export, predict
 from .grid import grid
 from .prune import prune
+from .report import compare, report, write_own_page
 from .streams import safe_streams
 
 if TYPE_CHECKING:
@@ -61,6 +62,8 @@ app.command("export")(export)
 app.command("embed")(embed)
 app.command("predict")(predict)
 app.add_typer(grid, name="grid")
+app.command("report")(report)
+app.command("compare")(compare)
 
 ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A recipe's name or a YAML file.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Resume from the run folder's newest checkpoint.")]
@@ -88,6 +91,8 @@ def run(
         results = probe(folder, settings, runtime, data, writer=writer)
         if runtime.is_main:
             _print_results(folder, results)
+            if settings.report.html:
+                write_own_page(folder)
         writer.check()
 
 
