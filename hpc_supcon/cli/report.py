@@ -54,7 +54,7 @@ def compare(
     format: Annotated[str, typer.Option("--format", help=" | ".join(FORMATS))] = "terminal",
     debug: Debug = False,
 ) -> None:
-    """Scores of runs beside each other. Runs that differ only in their seed are one row; differences are to the first.
+    """Scores of runs beside each other. Runs that differ only in their seed are a row; differences are to the first.
 
     Mean and half width of the 95 % interval over seeds (Student's t); differences are paired by seed.
     """

@@ -38,16 +38,10 @@ def page_of_grid(frozen: FrozenGrid) -> Page:
     tables = _tables(frozen, notices)
     comparison, facts = compare(runs) if runs else None, [facts_of(run) for run in runs]
     data: dict[str, Any] = data_of(runs)
-    data["charts"] = [chart for table in tables if (chart := _chart(table))]
+    data["charts"] = [_chart(table) for table in tables]
     failed = _failed(frozen, states)
     sections = [
-        Section(
-            "tables",
-            "Tables",
-            [_table(t) for t in tables],
-            widget="charts" if data["charts"] else "",
-            note=_note(frozen),
-        ),
+        Section("tables", "Tables", [_table(t, i) for i, t in enumerate(tables)], note=_note(frozen)),
         Section("failed", "What failed", [failed] if failed.rows else []),
         *(result_sections(runs, comparison, data) if comparison else []),
         *record_sections(runs, facts),
@@ -112,9 +106,11 @@ def _note(frozen: FrozenGrid) -> str:
     return f"Scores on the test set; macro averages over classes.{interval} Code: {frozen.commit}."
 
 
-def _table(table: TableData) -> Table:
+def _table(table: TableData, number: int) -> Table:
     headings = [heading_of(table, column, score) for column in table.columns for score in table.scores]
     result = Table(table.title, [table.rows_axis, *headings])
+    if any(score == "accuracy" for _, _, score in table.values):
+        result.chart = number
     numeric = is_numeric(table)
     for row in table.rows:
         cells = [Cell(row, float(row)) if numeric else text_cell(row)]
@@ -126,15 +122,13 @@ def _table(table: TableData) -> Table:
     return result
 
 
-def _chart(table: TableData) -> dict[str, Any] | None:
-    """Accuracy by row and column for the page's script; None without any."""
+def _chart(table: TableData) -> dict[str, Any]:
+    """Accuracy by row and column for the page's script."""
     columns = []
     for column in table.columns:
         found = [table.interval(row, column, "accuracy") for row in table.rows]
         means, halves = [f[0] if f else None for f in found], [f[1] if f else 0.0 for f in found]
         columns.append({"label": printable(column or "accuracy"), "mean": means, "half": halves})
-    if not any(mean is not None for column in columns for mean in column["mean"]):
-        return None
     numeric = is_numeric(table) and table.layout in ("curve", "pruning")
     return {
         "title": printable(table.title), "axis": printable(table.rows_axis), "score": "test accuracy",

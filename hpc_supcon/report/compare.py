@@ -82,8 +82,10 @@ def _labels(members: list[list[Run]]) -> list[str]:
     """What tells a group from the others: its settings, or the name of its first run where that is too long."""
     firsts = [runs[0] for runs in members]
     keys = [key for key in settings_that_differ(firsts) if _matters(key)]
+    short = [key.removesuffix(".name").rpartition(".")[2] for key in keys]
+    named = [name if short.count(name) == 1 else key for key, name in zip(keys, short, strict=True)]
     labels = [
-        ", ".join(f"{key.removeprefix('model.')} {_text(run.config.get(key))}" for key in keys) for run in firsts
+        ", ".join(f"{n} {_text(run.config.get(k))}" for k, n in zip(keys, named, strict=True)) for run in firsts
     ]
     if len(firsts) == 1 or any(len(label) > _LONGEST_LABEL for label in labels):
         labels = [run.label for run in firsts]
@@ -184,6 +186,8 @@ def as_csv(comparison: Comparison) -> str:
                 found = group.interval(section, score)
                 if found is not None:
                     n = len(group.values[section, score])
-                    difference = comparison.difference(group, section, score) or ("", "", "")
-                    rows.append([section, score, group.label, *found, n, *difference])
+                    mean, half, pairs = comparison.difference(group, section, score) or ("", "", 0)
+                    # one value has no interval
+                    numbers = found[0], found[1] if n > 1 else "", n, mean, half if pairs > 1 else "", pairs
+                    rows.append([section, score, group.label, *numbers])
     return csv_text(headings, rows)

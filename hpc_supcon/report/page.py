@@ -99,7 +99,7 @@ def render(page: Page, *, refresh_s: int | None = None) -> str:
 
 
 def _bars(headlines: Sequence[Headline]) -> list[tuple[float, float, float] | None]:
-    """(mean, low, high) of each headline on a scale of 0..200 that all share; None where there is nothing to compare."""
+    """(mean, low, high) of each headline on one scale of 0..200; None where there is nothing to compare."""
     intervals = [h.interval or (h.fraction, h.fraction) for h in headlines if h.fraction is not None]
     ends = [end for interval in intervals for end in interval if end is not None]
     if len(intervals) < 2 or min(ends) == max(ends):

@@ -25,7 +25,7 @@ from .tables import (
     Table,
     comparison_tables,
     corruption_table,
-    facts_table,
+    facts_tables,
     hours,
     per_class_tables,
     phases_table,
@@ -98,9 +98,9 @@ def result_sections(runs: Sequence[Run], comparison: Comparison, data: dict[str,
 def record_sections(runs: Sequence[Run], facts: Sequence[dict[str, str]]) -> list[Section]:
     settings = settings_table(runs)
     phases = [table for run in runs if (table := phases_table(run, breakdown_of(run)))]
-    record = facts_table("Machine, versions and cost", facts, runs)
+    record = facts_tables("Machine, versions and cost", facts, runs)
     return [
-        Section("record", "How it was run", [*([record] if record else []), *phases]),
+        Section("record", "How it was run", [*record, *phases]),
         Section("settings", "Configuration", [settings] if settings else []),
     ]
 
@@ -208,7 +208,7 @@ def _headlines(run: Run) -> list[Headline]:
 
 def _headline(label: str, accuracy: float, interval: tuple[float, float] | None, where: str) -> Headline:
     detail = f"95 % interval {100 * interval[0]:.1f} – {100 * interval[1]:.1f} %, {where}" if interval else where
-    return Headline(printable(label), f"{100 * accuracy:.1f} %", detail, accuracy, interval)
+    return Headline(printable(f"{label}, test accuracy"), f"{100 * accuracy:.1f} %", detail, accuracy, interval)
 
 
 def headlines_of_groups(comparison: Comparison) -> list[Headline]:
@@ -222,7 +222,8 @@ def headlines_of_groups(comparison: Comparison) -> list[Headline]:
         if mean is not None:
             interval = (mean[0] - mean[1], mean[0] + mean[1]) if mean[1] else None
             n = len(group.values[section, "accuracy"])
-            detail = f"{mean_text(group, section, 'accuracy')}, {section}, {n} seed{'s' if n > 1 else ''}"
+            probe, seeds = section.rpartition(", ")[0], f"{n} seed{'s' if n > 1 else ''}"
+            detail = f"test accuracy {mean_text(group, section, 'accuracy')}, {probe} probe, {seeds}"
             found.append(Headline(group.label, f"{100 * mean[0]:.1f} %", detail, mean[0], interval))
     best = sorted(found, key=lambda headline: -(headline.fraction or 0.0))[:MAX_HEADLINES]
     return best or [Headline("runs", "no results yet")]

@@ -6,7 +6,7 @@ from typing import Any
 
 from .read import Run, mapping, number
 
-SPLITS = ("train", "validation", "test")
+SPLITS = ("test", "validation", "train")
 NAMES = {
     "accuracy": "accuracy", "top5": "top-5", "balanced_accuracy": "balanced accuracy", "f1": "F1",
     "precision": "precision", "recall": "recall", "f1_weighted": "weighted F1",

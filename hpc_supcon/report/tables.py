@@ -38,6 +38,13 @@ class Table:
     note: str = ""
     filter: str = ""
     sortable: bool = True
+    chart: int | None = None
+    """Of the page's charts, the one that is drawn above it."""
+
+    @property
+    def prose(self) -> bool:
+        """Whether its cells are paths, commands and sentences, which may break anywhere."""
+        return len(self.headings) <= COLUMNS + 2 and not any(self.numeric)
 
     @property
     def numeric(self) -> list[bool]:
@@ -66,12 +73,15 @@ def results_table(runs: Sequence[Run]) -> Table | None:
     if not found:
         return None
     several = len(runs) > 1
-    headings = [*(["run"] if several else []), "probe", "split", "images", *map(name_of, columns)]
+    counted = any(number(scores.get("samples")) is not None for _, _, scores in found)
+    headings = [*(["run"] if several else []), "probe", "split", *(["images"] if counted else [])]
+    headings += map(name_of, columns)
     table = Table("Scores", headings, note="Below a score: its 95 % interval over images.")
     for run, (kind, split), scores in found:
         cells = [number_cell(number(scores.get(c)), interval_of(scores.get(f"{c}_interval"))) for c in columns]
         samples = number(scores.get("samples"))
-        row = [text_cell(kind), text_cell(split), Cell("" if samples is None else f"{samples:,.0f}", samples), *cells]
+        images = [Cell("" if samples is None else f"{samples:,.0f}", samples)] if counted else []
+        row = [text_cell(kind), text_cell(split), *images, *cells]
         table.rows.append([text_cell(run.label), *row] if several else row)
     if not any(cell.detail for row in table.rows for cell in row):
         table.note = ""
@@ -134,7 +144,7 @@ def per_class_tables(run: Run) -> list[Table]:
 
 
 def section_tables(runs: Sequence[Run], prefix: str, title: str, first: str) -> Table | None:
-    """One table of the sections of `sections_of` that begin with `prefix`: a row for each run and rest of the name."""
+    """One table of the sections of `sections_of` that begin with `prefix`: a row for each run and name after it."""
     found = []
     for run in runs:
         for section, scores in sections_of(run).items():
@@ -204,21 +214,23 @@ def _value(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value, default=str)
 
 
-def facts_table(title: str, facts: Sequence[dict[str, str]], runs: Sequence[Run]) -> Table | None:
-    """A row for each fact, a column for each run; transposed where there are many runs."""
+def facts_tables(title: str, facts: Sequence[dict[str, str]], runs: Sequence[Run]) -> list[Table]:
+    """What all runs have in common as a list, and the rest with a row for each run."""
     names = list(dict.fromkeys(name for one in facts for name in one))
-    if not names:
-        return None
-    if len(runs) <= COLUMNS:
-        table = Table(title, ["", *([run.label for run in runs] if len(runs) > 1 else ["value"])], sortable=False)
-        table.rows = [[text_cell(name), *(text_cell(one.get(name, "")) for one in facts)] for name in names]
-        return table
-    table = Table(title, ["run", *names])
-    table.rows = [
-        [text_cell(run.label), *(text_cell(one.get(name, "")) for name in names)]
-        for run, one in zip(runs, facts, strict=True)
-    ]
-    return table
+    common = [name for name in names if all(one.get(name) == facts[0].get(name) for one in facts)]
+    tables = []
+    if common:
+        table = Table(title if len(runs) == 1 else f"{title}: the same in all runs", ["", "value"], sortable=False)
+        table.rows = [[text_cell(name), text_cell(facts[0][name])] for name in common]
+        tables.append(table)
+    if rest := [name for name in names if name not in common]:
+        table = Table(f"{title}: of each run", ["run", *rest])
+        table.rows = [
+            [text_cell(run.label), *(text_cell(one.get(name, "")) for name in rest)]
+            for run, one in zip(runs, facts, strict=True)
+        ]
+        tables.append(table)
+    return tables
 
 
 def phases_table(run: Run, breakdown: dict[str, Any]) -> Table | None:

@@ -153,17 +153,17 @@
     show();
   };
 
-  /** One chart for each table of a grid: the mean of the seeds and its interval, as lines where rows are numbers. */
-  page.widgets.charts = (holder) => {
-    holder.replaceChildren(...data.charts.map((chart) => {
-      const title = element("h3", {}, chart.title);
-      const label = `${chart.title}; see the table below`;
-      const frame = element("div", { class: "plot", role: "img", "aria-label": label });
-      const legend = element("ul", { class: "legend" }, ...chart.columns.map((column, i) =>
-        element("li", {}, line(color(i, chart.columns.length), ""), ` ${column.label}`)));
-      requestAnimationFrame(() => drawChart(chart, frame));
-      return element("figure", {}, title, frame, ...(chart.columns.length > 1 ? [legend] : []));
-    }));
+  /** The chart of a table of a grid: the mean of the seeds and its interval, as lines where rows are numbers. */
+  page.widgets.chart = (holder) => {
+    const chart = data.charts[Number(holder.dataset.chart)];
+    const frame = element("div", { role: "img", "aria-label": `${chart.title}; see the table below` });
+    const legend = element("ul", { class: "legend" });
+    const paint = () => legend.replaceChildren(...chart.columns.map((column, i) =>
+      element("li", {}, line(color(i, chart.columns.length), ""), ` ${column.label}`)));
+    holder.replaceChildren(frame, ...(chart.columns.length > 1 ? [legend] : []));
+    drawChart(chart, frame);
+    paint();
+    page.onTheme(paint);
   };
 
   function drawChart(chart, frame) {
@@ -188,7 +188,7 @@
         ...axis, splits: () => xs, values: () => chart.rows, ...(log ? { filter: (u, splits) => splits } : {}),
       })),
       series: [{}, ...chart.columns.map((_, i) => ({
-        stroke: color(i, n), width: chart.numeric ? 2 : 0, spanGaps: true, points: { show: false },
+        stroke: () => color(i, n), width: chart.numeric ? 2 : 0, spanGaps: true, points: { show: false },
       }))],
       hooks: { draw: [(u) => whiskers(u, xs, chart.columns.map((c) => c.mean), low, high, shift)] },
     }, [xs, ...chart.columns.map((c) => c.mean)], frame);
