@@ -7,6 +7,8 @@ import io
 import math
 from collections.abc import Iterable, Sequence
 
+from ..errors import printable
+
 _TEX = {
     "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
     "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "<": r"\textless{}", ">": r"\textgreater{}",
@@ -48,7 +50,8 @@ def csv_text(headings: Sequence[str], rows: Iterable[Sequence[str | float]]) -> 
 
 
 def _inert(text: str) -> str:
-    return f"'{text}" if text.startswith(("=", "+", "-", "@", "\t", "\r", "\n")) and not _is_number(text) else text
+    text = printable(text)  # a tab or a carriage return would begin a formula too
+    return f"'{text}" if text.startswith(("=", "+", "-", "@")) and not _is_number(text) else text
 
 
 def _is_number(text: str) -> bool:

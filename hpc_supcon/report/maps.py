@@ -56,7 +56,7 @@ def read_maps(run: Run) -> list[Map]:
 
 
 def _read(path: Path, space: str, method: str, step: int | None, run: Run) -> Map:
-    with np.load(path, allow_pickle=False) as file:
+    with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
         points, index, labels = (np.asarray(file[key]) for key in ("points", "index", "labels"))
         classes = [str(name) for name in file["classes"]] if "classes" in file else []
     total = len(points)

@@ -132,8 +132,8 @@ def _is_page(path: Path) -> bool:
     try:
         with path.open("rb") as file:
             return f'name="generator" content="{GENERATOR} '.encode() in file.read(500)
-    except FileNotFoundError:
-        return True
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        return True  # check_output says more
     except OSError as error:
         raise OutputError(f"{path}: cannot be read: {error.strerror}") from None
 

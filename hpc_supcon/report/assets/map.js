@@ -103,6 +103,7 @@ page.widgets.map = (holder) => {
   function tilesOf(thumbnails) {
     if (!pictures.has(thumbnails.picture)) {
       const picture = new Image();
+      picture.onload = () => scatter.at >= 0 && scatter.point(scatter.at);
       picture.src = `data:image/webp;base64,${data.blobs[thumbnails.picture]}`;
       pictures.set(thumbnails.picture, picture);
     }
