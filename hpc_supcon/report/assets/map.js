@@ -109,7 +109,8 @@ page.widgets.map = (holder) => {
     }
     const places = new Map();
     page.uint32(thumbnails.index).forEach((image, place) => places.set(image, place));
-    return { picture: pictures.get(thumbnails.picture), places, ...thumbnails, index: undefined };
+    const { tile, columns } = thumbnails;
+    return { picture: pictures.get(thumbnails.picture), places, tile, columns };
   }
 
   function onpoint(i, x, y) {
