@@ -37,8 +37,8 @@ def write_run(folder: Path, *overrides: str, accuracy=0.75, steps=20, classes=CL
         numbers = dict.fromkeys(("f1", "precision", "recall"), accuracy - 0.01) | {"accuracy": accuracy}
         entry = {
             "stage": "probe", "probe": "linear", "encoder": "conv", "loss": "supcon_out",
-            "checkpoint": f"step-{steps}", "seed": config.seed, "data": "digits", "seconds": 0.5, "validation": numbers,
-            "test": numbers,
+            "checkpoint": f"step-{steps}", "seed": config.seed, "data": "digits", "seconds": 0.5,
+            "validation": numbers, "test": numbers,
         }  # fmt: skip
         run_folder.add_result(folder, entry)
     write_state(folder, steps, classes)

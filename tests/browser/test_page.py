@@ -57,7 +57,7 @@ def place_of(page, i):
     """Where point i of the map is on the screen, as its formula in assets/scatter.js tells without zoom."""
     return page.evaluate(
         """i => {
-          const canvas = document.querySelector(".map .framed canvas"), data = page.data;
+          const canvas = document.querySelector(".map .framed > canvas"), data = page.data;
           const map = data.runs[0].maps[0], points = page.uint16(map.points);
           const box = canvas.getBoundingClientRect(), margin = 12;
           const side = Math.min((box.width - 2 * margin) / map.shape, box.height - 2 * margin);
@@ -101,7 +101,7 @@ def colors_of_map(page):
     """How many pixels of the map have each of the first three colors of the palette, nearly."""
     return page.evaluate(
         """() => {
-          const canvas = document.querySelector(".map .framed canvas"), n = [0, 0, 0];
+          const canvas = document.querySelector(".map .framed > canvas"), n = [0, 0, 0];
           const data = canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data;
           const colors = [[0, 114, 178], [230, 159, 0], [0, 158, 115]];
           for (let i = 0; i < data.length; i += 4)
@@ -135,9 +135,9 @@ def test_a_class_of_the_legend_is_shown_alone_and_again_with_all(opened, alone):
 
 def test_zoom_pan_and_reset_move_the_map_and_bring_it_back(opened, alone):
     page = opened(alone)
-    image = lambda: page.evaluate("document.querySelector('.map .framed canvas').toDataURL()")  # noqa: E731
+    image = lambda: page.evaluate("document.querySelector('.map .framed > canvas').toDataURL()")  # noqa: E731
     before = image()
-    canvas = page.locator(".map .framed canvas")
+    canvas = page.locator(".map .framed > canvas")
     box = canvas.bounding_box()
     for act in (
         lambda: page.get_by_role("button", name="+").click(),
@@ -150,7 +150,7 @@ def test_zoom_pan_and_reset_move_the_map_and_bring_it_back(opened, alone):
         page.mouse.move(5, 5)
         page.evaluate("document.activeElement.blur()")
         page.wait_for_function(
-            "before => document.querySelector('.map .framed canvas').toDataURL() !== before", arg=before
+            "before => document.querySelector('.map .framed > canvas').toDataURL() !== before", arg=before
         )
         page.get_by_role("button", name="Reset").first.click()
         page.mouse.move(5, 5)
@@ -159,7 +159,7 @@ def test_zoom_pan_and_reset_move_the_map_and_bring_it_back(opened, alone):
 
 def test_the_arrow_keys_go_from_point_to_point_and_say_where(opened, alone):
     page = opened(alone)
-    canvas = page.locator(".map .framed canvas")
+    canvas = page.locator(".map .framed > canvas")
     told = set()
     for key in ("ArrowRight", "ArrowRight", "ArrowDown", "ArrowLeft", "ArrowUp"):
         canvas.press(key)

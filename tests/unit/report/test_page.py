@@ -70,7 +70,7 @@ def test_everything_that_is_known_of_a_run_is_on_its_page(tmp_path):
     for text in (
         "my run", "conv · supcon_out · digits · seed 0", "80.0 %", "95 % interval 70.0 – 90.0 %, 39 test images",
         "hpc-supcon run", "node7", "2.14.1", "abc", "134,176", "25.0%",  # how it was run
-        "balanced accuracy", "ECE", "NMI", "AUROC", "contrast", "severity 5", "mean corruption error",
+        "balanced accuracy", "ECE", "NMI", "AUROC", "contrast", "severity 5", "clean 0.0500; mean 0.3000",
         "train.epochs", "probe.linear.lrs", "Nearest neighbors",
     ):  # fmt: skip
         assert text in page.text, text
