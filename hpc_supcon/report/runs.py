@@ -180,7 +180,7 @@ def _summary_of_several(runs: Sequence[Run]) -> str:
 
 
 def _unfinished(run: Run) -> str:
-    if run.results:
+    if split_scores(run):
         return ""
     at = next((f", at step {event['step']}" for event in reversed(run.events) if event["event"] == "train"), "")
     return f"{run.label}: no results yet ({run.state}{at})"
