@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from ..errors import ConfigError, RunFolderError, unknown_name
+from ..errors import ConfigError, RunFolderError, printable, unknown_name
 from ..terminal import note, only_told, output, warn
 from .common import Debug
 
@@ -46,7 +46,7 @@ def report(
         write_page(path, render(page))
     for notice in page.notices:
         warn(notice)
-    sys.stdout.write(f"{path}\n")
+    output().print(printable(path), soft_wrap=True)
 
 
 def compare(
@@ -109,4 +109,4 @@ def write_own_page(folder: Path) -> None:
 
     with only_told():
         write_page(folder / PAGE, render(page_of_runs([folder])))
-        output().print(f"page: {folder / PAGE}", soft_wrap=True)
+        output().print(f"page: {printable(folder / PAGE)}", soft_wrap=True)
