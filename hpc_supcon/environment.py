@@ -39,6 +39,8 @@ def ports_from(port: int) -> list[int]:
 def code_commit() -> str:
     """The package's git commit, with "+changes" if files differ from it; its version where there is no git."""
     here = Path(__file__).parent
+    if not (here.parent / ".git").exists():  # installed, maybe into an environment inside of somebody's repository
+        return f"version {__version__}"
     try:
         commit = subprocess.run(
             ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"],

@@ -36,7 +36,7 @@ KINDS = st.sampled_from(
 EVENTS = st.lists(st.tuples(KINDS, st.integers(), st.dictionaries(FIELDS, VALUES, max_size=5)), max_size=6)
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(results=st.lists(OBJECTS, max_size=3), scores=SCORES, events=EVENTS, state=OBJECTS)
 def test_any_json_gives_a_page_and_tables(tmp_path, results, scores, events, state):
     folder = tmp_path / "run"
