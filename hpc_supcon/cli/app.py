@@ -26,6 +26,7 @@ from .embeddings import embeddings
 from .export import embed, export, predict
 from .grid import grid
 from .prune import prune
+from .report import compare, report, write_own_page
 from .streams import safe_streams
 
 if TYPE_CHECKING:
@@ -63,6 +64,8 @@ app.command("export")(export)
 app.command("embed")(embed)
 app.command("predict")(predict)
 app.add_typer(grid, name="grid")
+app.command("report")(report)
+app.command("compare")(compare)
 
 ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A recipe's name or a YAML file.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Resume from the run folder's newest checkpoint.")]
@@ -99,6 +102,8 @@ def run(
             from ..stages.embeddings import draw_embeddings
 
             draw_embeddings(folder, settings, runtime, data, writer=writer, required=False)
+        if runtime.is_main and settings.report.html:
+            write_own_page(folder)
         writer.check()
 
 

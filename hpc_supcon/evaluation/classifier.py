@@ -14,7 +14,7 @@ from ..distributed.launch import Runtime
 from ..models import PretrainingModel
 from ..training.data import Data
 from ..training.engine import place
-from .features import IndexedRows, SplitRows, Standardize
+from .features import IndexedRows, SplitRows, Standardize, extract_indexed
 from .probes import PROBES, FittedProbe, ProbeTask
 
 HEAD = "classifier"

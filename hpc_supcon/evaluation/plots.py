@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import RunFolderError, printable
 from ..files import atomic_path
-from ..training.metric_file import METRICS, read_events
+from ..metric_file import METRICS, read_events
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -16,13 +16,13 @@ from ..data import EvalTransform, Source
 from ..distributed.collectives import gather_objects, gather_rows, propagate_errors
 from ..distributed.launch import Runtime
 from ..errors import ConfigError, RunFolderError
+from ..metric_file import METRICS, read_events
 from ..models import PretrainingModel
 from ..seeding import changed_since
 from ..terminal import note
 from ..training.build import initial_model
 from ..training.data import Data
 from ..training.engine import place
-from ..training.metric_file import METRICS, read_events
 from .encoder import check_classes, load_model, report_changed_data
 from .features import extract_indexed
 from .neighbors import check_finite

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..config import Config
 from ..data import Source
@@ -38,6 +39,7 @@ from ..evaluation.spaces import (
     reads_encoder,
 )
 from ..files import atomic_path, write_atomically
+from ..report.thumbnails import TILE, WEBP, write_thumbnails
 from ..seeding import stream
 from ..terminal import note, only_told, warn
 from ..training.data import Data
@@ -103,6 +105,8 @@ def _draw(
             methods = [method for method in report.methods if method not in missing]
             maps = _fit(config, versions, methods)
             _write_maps(folder, config, source, versions, maps, writer)
+            with only_told():
+                _write_thumbnails(folder / FOLDER, source, index)
     if trained is not None and report.queries and "encoder" in report.spaces:
         _neighbors(folder, config, runtime, data, source, index, trained, writer)
     if runtime.is_main:
@@ -187,6 +191,21 @@ def _write_maps(
         title = f"{run}\n{len(index):,} {config.report.split} images, {len(np.unique(labels)):,} classes"
         overview = overview_figure(maps, classes, title, {"tsne": f" (perplexity {perplexities})"})
         save_figure(overview, folder / FOLDER / "overview")
+
+
+def _write_thumbnails(folder: Path, source: Source, index: Tensor) -> None:
+    """The images of the maps, for the page (see write_thumbnails). Raises RunFolderError."""
+    images = []
+    for i in index.tolist():
+        image = source.read(i)
+        if max(image.shape[1:]) > TILE:  # one at a time: thousands of large images do not fit into memory
+            sides = [max(1, round(side * TILE / max(image.shape[1:]))) for side in image.shape[1:]]
+            image = F.interpolate(image[None].float(), sides, mode="area")[0].round().to(torch.uint8)
+        images.append(image)
+    try:
+        write_thumbnails(folder, torch.stack(images).numpy(), index.numpy())
+    except (OSError, ValueError) as error:
+        raise RunFolderError(f"{folder / WEBP}: not written: {error}") from None
 
 
 def _save_arrays(path: Path, arrays: dict[str, Any]) -> None:
