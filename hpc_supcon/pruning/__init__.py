@@ -1,5 +1,12 @@
-"""Unstructured pruning: scores of weights, masks from scores, weights kept at zero by masks, and sparse files."""
+"""Pruning: scores of weights, masks from scores, weights kept at zero by masks, and sparse files.
 
+Second-order scores and the changes that compensate for removed weights come from an inverse Fisher matrix:
+BlockFisher (diagonal or in blocks) or InverseFisher (learned), of products and gradients of ModelFisher.
+"""
+
+from .fisher import Categorical, Gaussian, ModelFisher, contrastive_outputs, contrastive_targets
+from .fishleg import InverseFisher
+from .obs import BlockFisher, BlockInverse, removal_scores
 from .scores import PRUNERS
 from .sparse import load_sparse, measure, save_sparse, write_sparse
 from .weight_masks import SCOPES, WeightMasks, build_masks, fully_pruned, masks_digest, pack, prunable, unpack
@@ -7,14 +14,23 @@ from .weight_masks import SCOPES, WeightMasks, build_masks, fully_pruned, masks_
 __all__ = [
     "PRUNERS",
     "SCOPES",
+    "BlockFisher",
+    "BlockInverse",
+    "Categorical",
+    "Gaussian",
+    "InverseFisher",
+    "ModelFisher",
     "WeightMasks",
     "build_masks",
+    "contrastive_outputs",
+    "contrastive_targets",
     "fully_pruned",
     "load_sparse",
     "masks_digest",
     "measure",
     "pack",
     "prunable",
+    "removal_scores",
     "save_sparse",
     "unpack",
     "write_sparse",
