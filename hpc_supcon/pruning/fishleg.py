@@ -94,8 +94,8 @@ class InverseFisher:
             steps: of Adam, with a learning rate that falls linearly to 0.
             seed: of the random vectors and targets.
             lr: about the relative change of Q in one step.
-            warmup: number of batches whose squared gradients g^2 give the start of the first fit, diagonal with
-                1 / (mean of g^2 + damping). 0: 1 / damping.
+            warmup: number of batches whose gradients give the start of the first fit: A from g^2 + damping, L and R
+                from the correlations of a layer's inputs and outputs in F + damping I. 0: the start is 1 / damping.
             directions: of u: "random", of independent normal entries, or "fisher", gradients plus noise, whose
                 covariance is F + damping I.
             preconditioned: L and R are learned in coordinates in which each is the identity, so that the size of a
@@ -193,13 +193,29 @@ class InverseFisher:
         self._fit, self._step = (int(i) for i in state["progress"])
 
     def _warm_up(self, fisher: ModelFisher, batches: Callable[[int], Any], count: int, seed: int) -> None:
-        squares: Tensors = {}
+        """Start from Q^-1 = A^-1 (S o T) A^-1 with the diagonal of F + damping I, S and T correlations in it.
+
+        S and T are those of its partial traces, over a layer's outputs and over its inputs: if F + damping I is a
+        Kronecker product, it is the one of S and T.
+        """
+        sums = {key: torch.zeros_like(t) for key, t in self._learned.items()}
         for i in range(count):
             g = fisher.gradients(batches(i), self._generator(seed, 3, i, rank()))
-            squares = {name: t.square() + squares.get(name, 0) for name, t in g.items()}
-        squares = finite(_mean_over_ranks(squares), "squared gradients")
+            for form in self._forms:
+                u = form.pack(g)
+                sums[f"A/{form.key}"] += u.square()
+                if form.is_matrix:
+                    for key, x in ((f"L/{form.key}", u), (f"R/{form.key}", u.mT)):
+                        sums[key] += kronecker.outer_products(x, self._learned[key])
+        means = finite({key: t / count for key, t in _mean_over_ranks(sums).items()}, "squared gradients")
         for form in self._forms:
-            self._learned[f"A/{form.key}"] = -0.5 * (form.pack(squares) / count + self.damping).log()
+            a = means[f"A/{form.key}"]
+            self._learned[f"A/{form.key}"] = -0.5 * (a + self.damping).log()
+            if form.is_matrix:
+                for key, over in ((f"L/{form.key}", a.shape[1]), (f"R/{form.key}", a.shape[2])):
+                    # the factor is still the identity
+                    found = kronecker.whitener(means[key] + over * self.damping * self._learned[key])
+                    self._learned[key] = found if key[0] == "L" else found.mT.contiguous()
 
     def _loss(
         self, fisher: ModelFisher, batch: tuple[Any, Any], u: Tensors, generator: torch.Generator

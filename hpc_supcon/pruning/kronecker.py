@@ -84,9 +84,36 @@ def identity(groups: int, size: int, largest: int, like: Tensor) -> Tensor:
 
 def times(x: Tensor, factor: Tensor) -> Tensor:
     """x [groups, rows, size] @ a block-diagonal factor [groups, blocks, b, b]."""
-    size, (blocks, b) = x.shape[-1], factor.shape[1:3]
-    padded = nn.functional.pad(x, (0, blocks * b - size)).unflatten(-1, (blocks, b)).transpose(-3, -2)
-    return (padded @ factor).transpose(-3, -2).flatten(-2)[..., :size]
+    return (_in_blocks(x, factor) @ factor).transpose(-3, -2).flatten(-2)[..., : x.shape[-1]]
+
+
+def outer_products(x: Tensor, factor: Tensor) -> Tensor:
+    """X^T X of x [groups, rows, size], the blocks of it that the factor has."""
+    parts = _in_blocks(x, factor)
+    return parts.mT @ parts
+
+
+def whitener(s: Tensor) -> Tensor:
+    """K with K K^T the inverse of the correlation matrix of covariances s [groups, blocks, b, b].
+
+    0 where a variance is 0, beyond the size of a factor.
+    """
+    wide = s.double()
+    deviations = wide.diagonal(dim1=-2, dim2=-1).sqrt()
+    inside = (deviations > 0).double()
+    scale = torch.where(deviations > 0, 1 / deviations, 0)
+    correlations = wide * scale[..., :, None] * scale[..., None, :] + torch.diag_embed(1 - inside)
+    lower = torch.linalg.cholesky(correlations)
+    identity = torch.diag_embed(torch.ones_like(scale))
+    inverse = torch.linalg.solve_triangular(lower, identity, upper=False).mT
+    return (inverse * inside[..., :, None] * inside[..., None, :]).to(s.dtype)
+
+
+def _in_blocks(x: Tensor, factor: Tensor) -> Tensor:
+    """[groups, rows, size] -> [groups, blocks, rows, b], filled up with zeros."""
+    blocks, b = factor.shape[1:3]
+    padded = nn.functional.pad(x, (0, blocks * b - x.shape[-1]))
+    return padded.unflatten(-1, (blocks, b)).transpose(-3, -2)
 
 
 def half(u: Tensor, a: Tensor, left: Tensor | None, right: Tensor | None) -> Tensor:
