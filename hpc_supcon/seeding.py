@@ -34,7 +34,7 @@ STREAMS = (
     "probe",  # initial weights and batches of a classifier
     "finetune",  # dropout while an encoder and its classifier are trained: rank
     "finetune views",  # random views for the same: rank
-    "inverse Fisher",  # of pruning: 0 directions, 1-3 targets drawn from the model; fit, step, for targets also rank
+    "inverse Fisher",  # of pruning: 0 directions, 1-4 targets of the model; fit, step, for targets also rank
 )
 """Every name, with the meaning of its indices. Append new names: the position is part of the derivation."""
 

@@ -4,7 +4,7 @@ Second-order scores and the changes that compensate for removed weights come fro
 BlockFisher (diagonal or in blocks) or InverseFisher (learned), of products and gradients of ModelFisher.
 """
 
-from .fisher import Categorical, Gaussian, ModelFisher, contrastive_outputs, contrastive_targets
+from .fisher import Categorical, Gaussian, ModelFisher, contrastive_outputs, contrastive_targets, mean_diagonal
 from .fishleg import InverseFisher
 from .obs import BlockFisher, BlockInverse, removal_scores
 from .scores import PRUNERS
@@ -27,6 +27,7 @@ __all__ = [
     "fully_pruned",
     "load_sparse",
     "masks_digest",
+    "mean_diagonal",
     "measure",
     "pack",
     "prunable",

@@ -14,6 +14,7 @@ each other and F is that of the model with these statistics fixed; dropout is of
 from __future__ import annotations
 
 import importlib
+import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -24,7 +25,9 @@ import torch.autograd.forward_ad as forward_ad
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from ..errors import ConfigError, unknown_name
+from ..distributed.collectives import all_sum, rank, world_size
+from ..errors import ConfigError, NonFinite, unknown_name
+from ..seeding import stream
 
 Tensors = dict[str, Tensor]
 Outputs = Callable[[Mapping[str, Tensor], Any], Tensor]
@@ -214,6 +217,24 @@ class ModelFisher:
             for s in (float(step), -float(step))
         )
         return (ahead - behind) / (2 * step)
+
+
+def mean_diagonal(fisher: ModelFisher, batches: Callable[[int], tuple[Any, Any]], count: int, seed: int) -> float:
+    """The mean of F's diagonal over all its parameters, from gradients of `count` batches on each rank. Collective.
+
+    A damping is chosen relative to it. Raises NonFinite.
+    """
+    total = torch.zeros((), dtype=torch.float64)
+    for i in range(count):
+        generator = torch.Generator().manual_seed(stream(seed, "inverse Fisher", 4, 0, i, rank()))
+        total += float(_norm(fisher.gradients(batches(i), generator))) ** 2
+    size = sum(p.numel() for p in fisher.parameters.values())
+    mean = float(all_sum(total)) / (count * world_size() * size)
+    if not math.isfinite(mean):
+        raise NonFinite(
+            f"pruning: the mean of the Fisher matrix's diagonal is {mean}: weights or images are not finite"
+        )
+    return mean
 
 
 def _norm(tensors: Mapping[str, Tensor]) -> Tensor:

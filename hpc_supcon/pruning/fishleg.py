@@ -34,8 +34,8 @@ class InverseFisher:
     two layers. Q is symmetric and never indefinite, whatever A, L and R are.
 
     What is minimized is FishLeg's auxiliary loss, 1/2 v^T (F + damping I) v - u^T v with v = Q u, over random vectors
-    u. Its minimum over all matrices Q is the inverse, also for weights whose gradients are small. Memory is linear in
-    the number of weights but for L and R: see `largest_factor`.
+    u. Its minimum over all matrices Q is the inverse. Memory is linear in the number of weights but for L and R: see
+    `largest_factor`.
 
     Tensors are given and returned by parameter name. For masks, a parameter without one keeps all its weights.
     """
@@ -77,9 +77,9 @@ class InverseFisher:
         steps: int,
         *,
         seed: int,
-        lr: float = 0.05,
+        lr: float = 0.03,
         warmup: int = 32,
-        directions: str = "random",
+        directions: str = "fisher",
         preconditioned: bool = True,
         after_step: Callable[[int, float], None] | None = None,
     ) -> list[float]:
@@ -96,8 +96,9 @@ class InverseFisher:
             lr: about the relative change of Q in one step.
             warmup: number of batches whose gradients give the start of the first fit: A from g^2 + damping, L and R
                 from the correlations of a layer's inputs and outputs in F + damping I. 0: the start is 1 / damping.
-            directions: of u: "random", of independent normal entries, or "fisher", gradients plus noise, whose
-                covariance is F + damping I.
+            directions: of u: "fisher", gradients plus noise of the variance `damping`, whose covariance is
+                F + damping I, or "random", of independent normal entries. Weights whose gradients are small are
+                learned with both.
             preconditioned: L and R are learned in coordinates in which each is the identity, so that the size of a
                 step does not depend on the curvature that they have taken up.
             after_step: called with (steps done, loss).
