@@ -103,6 +103,8 @@ def whitener(s: Tensor) -> Tensor:
     inside = (deviations > 0).double()
     scale = torch.where(deviations > 0, 1 / deviations, 0)
     correlations = wide * scale[..., :, None] * scale[..., None, :] + torch.diag_embed(1 - inside)
+    # rounding of the sums in s must not make it indefinite
+    correlations.diagonal(dim1=-2, dim2=-1).add_(torch.finfo(s.dtype).eps * s.shape[-1])
     lower = torch.linalg.cholesky(correlations)
     identity = torch.diag_embed(torch.ones_like(scale))
     inverse = torch.linalg.solve_triangular(lower, identity, upper=False).mT
