@@ -237,6 +237,15 @@ def mean_diagonal(fisher: ModelFisher, batches: Callable[[int], tuple[Any, Any]]
     return mean
 
 
+def mean_over_ranks(tensors: Tensors) -> Tensors:
+    """The mean over ranks, in one message, with the same bits on all of them. Collective."""
+    if world_size() == 1:
+        return tensors
+    message = all_sum(torch.cat([t.flatten() for t in tensors.values()])) / world_size()
+    parts = message.split([t.numel() for t in tensors.values()])
+    return {name: part.view(t.shape) for (name, t), part in zip(tensors.items(), parts, strict=True)}
+
+
 def _norm(tensors: Mapping[str, Tensor]) -> Tensor:
     return torch.stack([t.double().square().sum() for t in tensors.values()]).sum().sqrt()
 

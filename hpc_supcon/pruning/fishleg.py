@@ -13,11 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..distributed.collectives import all_sum, rank, world_size
+from ..distributed.collectives import rank, world_size
 from ..errors import ConfigError, NonFinite, unknown_name
 from ..seeding import stream
 from . import kronecker
-from .fisher import ModelFisher, Tensors
+from .fisher import ModelFisher, Tensors, mean_over_ranks
 from .kronecker import Form
 from .obs import finite, solve_removed
 
@@ -117,7 +117,7 @@ class InverseFisher:
             if directions == "fisher":
                 g = fisher.gradients(batches(index + 1), self._generator(seed, 1, self._step, rank()))
                 # a mean over ranks, but sqrt of the number of rows that it is of
-                g = {name: world_size() ** 0.5 * t for name, t in _mean_over_ranks(g).items()}
+                g = {name: world_size() ** 0.5 * t for name, t in mean_over_ranks(g).items()}
                 u = self._masked({name: g[name] + self.damping**0.5 * t for name, t in u.items()})
             loss, gradients = self._loss(fisher, batches(index), u, self._generator(seed, 2, self._step, rank()))
             self._adam(gradients, lr * (1 - self._step / steps), preconditioned)
@@ -208,7 +208,7 @@ class InverseFisher:
                 if form.is_matrix:
                     for key, x in ((f"L/{form.key}", u), (f"R/{form.key}", u.mT)):
                         sums[key] += kronecker.outer_products(x, self._learned[key])
-        means = finite({key: t / count for key, t in _mean_over_ranks(sums).items()}, "squared gradients")
+        means = finite({key: t / count for key, t in mean_over_ranks(sums).items()}, "squared gradients")
         for form in self._forms:
             a = means[f"A/{form.key}"]
             self._learned[f"A/{form.key}"] = -0.5 * (a + self.damping).log()
@@ -227,7 +227,7 @@ class InverseFisher:
         with torch.enable_grad():
             v = self.product(u)
             fixed = {name: t.detach() for name, t in v.items()}
-            product = self._masked(_mean_over_ranks(fisher.product(batch, fixed, generator)))
+            product = self._masked(mean_over_ranks(fisher.product(batch, fixed, generator)))
             # d loss / d v, which is all that is needed of the quadratic form
             residual = {name: t + self.damping * fixed[name] - u[name] for name, t in product.items()}
             along = torch.stack([(t * residual[name]).sum() for name, t in v.items()]).sum()
@@ -289,12 +289,3 @@ class InverseFisher:
 
     def _generator(self, seed: int, purpose: int, *indices: int) -> torch.Generator:
         return torch.Generator().manual_seed(stream(seed, "inverse Fisher", purpose, self._fit, *indices))
-
-
-def _mean_over_ranks(tensors: Tensors) -> Tensors:
-    """In one message, so that all ranks have the same bits."""
-    if world_size() == 1:
-        return tensors
-    message = all_sum(torch.cat([t.flatten() for t in tensors.values()])) / world_size()
-    parts = message.split([t.numel() for t in tensors.values()])
-    return {name: part.view(t.shape) for (name, t), part in zip(tensors.items(), parts, strict=True)}

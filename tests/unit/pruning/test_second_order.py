@@ -14,7 +14,14 @@ from torch.func import functional_call
 
 from hpc_supcon.errors import ConfigError, NonFinite
 from hpc_supcon.models import build_encoder
-from hpc_supcon.pruning import InverseFisher, ModelFisher, build_masks, mean_diagonal, removal_scores
+from hpc_supcon.pruning import (
+    InverseFisher,
+    ModelFisher,
+    build_masks,
+    improve_compensation,
+    mean_diagonal,
+    removal_scores,
+)
 from hpc_supcon.pruning.fisher import Categorical, Gaussian, contrastive_outputs, contrastive_targets
 from hpc_supcon.pruning.obs import BlockFisher
 from tests import brute_force
@@ -436,6 +443,31 @@ def test_compensation_lowers_the_loss_against_plain_removal(make):
         keep = build_masks(scores, rate, "global")
         plain = {name: t * keep[name] if name in keep else t for name, t in p.items()}
         assert loss(inverse.compensate(p, keep)) < loss(plain), rate
+
+
+def test_compensation_across_layers_is_that_of_the_exact_surgeon():
+    (model, x, likelihood, damping), inverse, exact, f = fitted(network)
+    p = parameters(model)
+    fisher = ModelFisher(p, outputs_of(model), likelihood)
+    keep = build_masks({name: t for name, t in p.items() if t.ndim > 1}, 0.6, "global")
+    keep["0.bias"] = torch.arange(10) > 2
+    start, curvature = inverse.compensate(p, keep), f + damping * torch.eye(len(f))
+
+    def improved(iterations):
+        found = improve_compensation(
+            p, start, keep, lambda u: fisher.product((x, None), u, generator()), inverse.diagonal(),
+            damping=damping, iterations=iterations,
+        )  # fmt: skip
+        assert all((found[name][~mask] == 0).all() for name, mask in keep.items())
+        return flat(found)
+
+    def cost(weights):
+        return (weights - flat(p)) @ curvature @ (weights - flat(p)) / 2
+
+    removed = ~flat({name: keep.get(name, torch.ones(t.shape).bool()) for name, t in p.items()})
+    torch.testing.assert_close(improved(200), surgeon(exact, flat(p), removed), atol=1e-5, rtol=1e-4)
+    costs = [cost(flat(start)), *(cost(improved(n)) for n in (1, 3, 10))]
+    assert costs == sorted(costs, reverse=True)
 
 
 def test_an_interrupted_fit_goes_on_bit_for_bit():
