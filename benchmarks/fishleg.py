@@ -6,7 +6,7 @@ Of each problem: the error of Q's diagonal relative to that of (F + damping I)^-
 pruning by Q decides as the exact surgeon does, at 30, 50 and 80 %; and at how many of nine rates (10 to 90 %) the
 compensated weights have a lower loss than plain removal by the same masks. "layers" is the exact inverse of each
 layer's own block: what a matrix without entries between layers can reach. The loss is the divergence from the outputs
-before pruning.
+before pruning. "Across layers" is after 30 iterations of `improve_compensation`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,15 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jacrev
 
-from hpc_supcon.pruning import Categorical, Gaussian, InverseFisher, ModelFisher, build_masks, removal_scores
+from hpc_supcon.pruning import (
+    Categorical,
+    Gaussian,
+    InverseFisher,
+    ModelFisher,
+    build_masks,
+    improve_compensation,
+    removal_scores,
+)
 
 SEEDS, STEPS, SAMPLES = (0, 1, 2), 400, 200
 RATES = (0.3, 0.5, 0.8)
@@ -102,12 +110,19 @@ class Problem:
             same.append(float(equal.double().mean()))
         return {"mean error": float(error.mean()), "largest error": float(error.max()), "same decisions": same}
 
-    def lowered(self, inverse: InverseFisher) -> list[bool]:
-        found = []
+    def lowered(self, inverse: InverseFisher, fisher: ModelFisher) -> dict[str, list[bool]]:
+        """Whether compensation by Q, and then across layers, lowers the loss, for each rate."""
+        found: dict[str, list[bool]] = {"lowered": [], "lowered across layers": []}
         for rate in range(10, 100, 10):
             keep = self.masks(inverse.diagonal(), rate / 100)
             plain = {name: torch.where(keep[name], t, 0) if name in keep else t for name, t in self.p.items()}
-            found.append(self.loss(inverse.compensate(self.p, keep)) < self.loss(plain))
+            own = inverse.compensate(self.p, keep)
+            across = improve_compensation(
+                self.p, own, keep, lambda u: fisher.product((self.x, None), u, torch.Generator()), inverse.diagonal(),
+                damping=self.damping, iterations=30,
+            )  # fmt: skip
+            for name, weights in (("lowered", own), ("lowered across layers", across)):
+                found[name].append(self.loss(weights) < self.loss(plain))
         return found
 
 
@@ -119,17 +134,18 @@ def measure(problem: Problem, options: dict[str, Any]) -> dict[str, Any]:
                 **{name: value for name, value in options.items() if name != "steps"})  # fmt: skip
     seconds = time.perf_counter() - began
     found = problem.compare(inverse.diagonal())
-    return {**found, "lowered": problem.lowered(inverse), "seconds": seconds, "bytes": inverse.memory()}
+    return {**found, **problem.lowered(inverse, fisher), "seconds": seconds, "bytes": inverse.memory()}
 
 
 def line(name: str, rows: list[dict[str, Any]]) -> str:
     mean = statistics.mean(row["mean error"] for row in rows)
     largest = max(row["largest error"] for row in rows)
     same = " / ".join(f"{min(row['same decisions'][i] for row in rows):.3f}" for i in range(len(RATES)))
-    lowered = [done for row in rows for done in row.get("lowered", [])]
-    return (
-        f"| {name} | {mean:.3f} | {largest:.3f} | {same} | {f'{sum(lowered)} of {len(lowered)}' if lowered else ''} |"
-    )
+    counts = []
+    for key in ("lowered", "lowered across layers"):
+        lowered = [done for row in rows for done in row.get(key, [])]
+        counts.append(f"{sum(lowered)} of {len(lowered)}" if lowered else "")
+    return f"| {name} | {mean:.3f} | {largest:.3f} | {same} | {' | '.join(counts)} |"
 
 
 def main() -> None:
@@ -142,8 +158,9 @@ def main() -> None:
         problems = [Problem(kind, damping, seed) for seed in SEEDS]
         text += [
             f"\n{kind}, damping {damping:g}, {len(SEEDS)} seeds\n",
-            "| | mean error of the diagonal | largest | same decisions, worst seed, 30 / 50 / 80 % | loss lowered |",
-            "|---|---|---|---|---|",
+            "| | mean error of the diagonal | largest | same decisions, worst seed, 30 / 50 / 80 % "
+            "| loss lowered | and across layers |",
+            "|---|---|---|---|---|---|",
         ]
         rows = {"diagonal of F": [p.compare(p.diagonal) for p in problems]}
         rows["layers, exact"] = [p.compare(p.layers) for p in problems]
