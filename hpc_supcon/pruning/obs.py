@@ -14,10 +14,12 @@ from torch import Tensor, nn
 
 from ..distributed.collectives import all_sum
 from ..errors import NonFinite
+from .fisher import Tensors
 
-Tensors = dict[str, Tensor]
 CHUNK = 2**22
 """Values of blocks that are inverted at a time, in float64."""
+TOLERANCE = 1e-5
+"""Of conjugate gradients, relative to the first residual."""
 
 
 def removal_scores(weights: Mapping[str, Tensor], diagonal: Mapping[str, Tensor]) -> Tensors:
@@ -117,23 +119,12 @@ def solve_removed(
 ) -> Tensor:
     """x of (E^T Q E) x = w for the entries E that are True in `removed`, by conjugate gradients; 0 elsewhere.
 
-    product: u -> Q u. w: 0 where not removed. diagonal: of Q, the preconditioner; positive where removed. Stops when
-    the residual has 1e-4 of its first norm.
+    product: u -> Q u. w: 0 where not removed. diagonal: of Q, the preconditioner; positive where removed.
     """
-    x, residual = torch.zeros_like(w), w
-    p = z = torch.where(removed, residual / diagonal, 0)
-    rz = (residual * z).sum()
-    limit = rz * 1e-8
-    for _ in range(iterations):
-        if rz <= limit:
-            break
-        qp = torch.where(removed, product(p), 0)
-        step = rz / (p * qp).sum()
-        x, residual = x + step * p, residual - step * qp
-        z = torch.where(removed, residual / diagonal, 0)
-        previous, rz = rz, (residual * z).sum()
-        p = z + rz / previous * p
-    return x
+    scale = torch.where(removed, 1 / diagonal, 0)
+    return _conjugate_gradients(
+        lambda u: torch.where(removed, product(u), 0), torch.zeros_like(w), w, scale, iterations
+    )
 
 
 def improve_compensation(
@@ -149,7 +140,8 @@ def improve_compensation(
     """Lower the quadratic model of the loss, over all weights that are left and across layers.
 
     With dw = result - weights, 1/2 dw^T (F + damping I) dw is minimized by conjugate gradients, while removed weights
-    stay 0: with enough iterations, the optimal brain surgeon's change for the whole network.
+    stay 0: with enough iterations, the optimal brain surgeon's change for the whole network. The model is that of the
+    loss near `weights`. Where so much is removed that it does not hold, a lower value of it may be a higher loss.
 
     Args:
         weights: before removal, all parameters F is of.
@@ -172,22 +164,30 @@ def improve_compensation(
 
     dw = torch.cat([(pruned[name] - weights[name]).flatten() for name in names])
     residual = -curvature(dw) * left
-    p = z = scale * residual
-    rz = (residual * z).sum()
-    limit = rz * 1e-10
-    for _ in range(iterations):
-        if rz <= limit:
-            break
-        ap = curvature(p) * left
-        step = rz / (p * ap).sum()
-        dw, residual = dw + step * p, residual - step * ap
-        z = scale * residual
-        previous, rz = rz, (residual * z).sum()
-        p = z + rz / previous * p
+    dw = _conjugate_gradients(lambda u: curvature(u) * left, dw, residual, scale, iterations)
     parts = dw.split([pruned[name].numel() for name in names])
     changes = {name: part.view(pruned[name].shape) for name, part in zip(names, parts, strict=True)}
     found = {name: torch.where(_mask(name, pruned[name], keep), weights[name] + changes[name], 0) for name in names}
     return finite(found, "compensated weights")
+
+
+def _conjugate_gradients(
+    product: Callable[[Tensor], Tensor], x: Tensor, residual: Tensor, scale: Tensor, iterations: int
+) -> Tensor:
+    """x where residual = b - product(x) is small, from any x and its residual; scale: the diagonal preconditioner."""
+    p = z = scale * residual
+    rz = (residual * z).sum()
+    limit = rz * TOLERANCE**2
+    for _ in range(iterations):
+        if rz <= limit:
+            break
+        ap = product(p)
+        step = rz / (p * ap).sum()
+        x, residual = x + step * p, residual - step * ap
+        z = scale * residual
+        previous, rz = rz, (residual * z).sum()
+        p = z + rz / previous * p
+    return x
 
 
 def _mask(name: str, like: Tensor, keep: Mapping[str, Tensor]) -> Tensor:
