@@ -38,8 +38,8 @@ class Table:
     note: str = ""
     filter: str = ""
     sortable: bool = True
-    chart: int | None = None
-    """Of the page's charts, the one that is drawn above it."""
+    charts: list[int] = field(default_factory=list)
+    """Of the page's charts, those that are drawn above it."""
 
     @property
     def prose(self) -> bool:

@@ -16,9 +16,10 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from hpc_supcon.config import yaml12
 from hpc_supcon.errors import ConfigError, RunFolderError
 from hpc_supcon.grid.cells import load as load_grid
+from hpc_supcon.grid.charts import chart
 from hpc_supcon.grid.expand import Cell, expand
 from hpc_supcon.grid.folder import FrozenGrid, FrozenNode, freeze
-from hpc_supcon.grid.report import chart, latex, markdown, write_report
+from hpc_supcon.grid.report import latex, markdown, write_report
 from hpc_supcon.grid.schema import ClusterProfile, Resources, TableConfig
 from hpc_supcon.grid.tables import SCORES, TableData, build_tables
 

@@ -9,21 +9,21 @@ import pytest
 from matplotlib.figure import Figure
 
 from hpc_supcon.errors import RunFolderError
-from hpc_supcon.evaluation import plots
-from hpc_supcon.evaluation.plots import draw_confusion
+from hpc_supcon.evaluation import confusion_figure
+from hpc_supcon.evaluation.confusion_figure import draw_confusion
 
 
 @pytest.fixture
 def drawn(monkeypatch):
     """Figures that were saved."""
     figures: list[Figure] = []
-    save = plots._save
+    save = confusion_figure.save_figure
 
     def kept(figure, path):
         figures.append(figure)
         return save(figure, path)
 
-    monkeypatch.setattr(plots, "_save", kept)
+    monkeypatch.setattr(confusion_figure, "save_figure", kept)
     return figures
 
 
