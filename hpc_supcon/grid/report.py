@@ -87,7 +87,8 @@ def heading_of(table: TableData, column: str, score: str) -> str:
 def _score_name(table: TableData, key: str) -> str:
     """`F1`; `test F1` where the table has other splits."""
     score, split = split_of(key)
-    return " ".join([SPLIT_NAMES[split]] * bool(split and table.splits != ("test",)) + [name_of(score)])
+    has_split = split != "" and table.splits != ("test",)
+    return f"{SPLIT_NAMES[split]} {name_of(score)}" if has_split else name_of(score)
 
 
 def _grid(table: TableData) -> tuple[list[str], list[list[str]]]:
