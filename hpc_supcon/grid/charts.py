@@ -54,7 +54,7 @@ def chart(table: TableData) -> Figure:
     wide = max(6.0, 1.2 + 0.35 * len(table.rows) * len(table.columns) * len(table.splits))
     figure = Figure(figsize=(min(wide, 16.0), 1.0 + 3.0 * len(table.charts)), layout="constrained")
     figure.suptitle(table.title, fontsize=11)
-    panels = figure.subplots(len(table.charts), squeeze=False)[:, 0]
+    panels = figure.subplots(len(table.charts), squeeze=False, sharex=True)[:, 0]
     for axes, score in zip(panels, table.charts, strict=True):
         axes.set_ylabel(f"{table.splits[0]} {name_of(score)}" if len(table.splits) == 1 else name_of(score))
         axes.grid(axis="y", alpha=0.3)
@@ -171,10 +171,13 @@ def _bars(axes: Axes, table: TableData, score: str) -> None:
                 edgecolor=color,
             )
             at, above = (x, mean + half), (0, 3)
-            axes.annotate(f"{mean:.3f}", at, above, textcoords="offset points", fontsize=7, ha="center", rotation=90)
+            text = f"{mean:.3g}" if score in ERRORS else f"{mean:.3f}"
+            axes.annotate(text, at, above, textcoords="offset points", fontsize=7, ha="center", rotation=90)
     axes.set_xticks(range(len(table.rows)), table.rows, rotation=20 if max(map(len, table.rows)) > 10 else 0)
     axes.set_xlim(-0.75, len(table.rows) - 0.25)
     axes.margins(y=0.12)
     # bars that start at zero hide differences of one percent
     is_high = lowest > 0.5 and score not in ERRORS
     axes.set_ylim(bottom=max(0.0, lowest - 0.25 * (1.02 - lowest)) if is_high else 0.0)
+    if score not in ERRORS:
+        axes.set_yticks([tick for tick in axes.get_yticks() if axes.get_ylim()[0] <= tick <= 1])

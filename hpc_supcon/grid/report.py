@@ -47,7 +47,7 @@ def note_of(frozen: FrozenGrid, tables: Sequence[TableData]) -> str:
     if any(table.splits != ("test",) for table in tables):
         note = "Scores on the test set where no other split is named, fractions; macro averages over classes."
     if any(score in ERRORS for table in tables for score in table.charts):
-        note += " MAE and MSE: of reconstructed pixels in -1..1."
+        note += f" MAE and MSE: of reconstructed pixels in -1..1; {NO_SUCH_SCORE}: a model without a decoder."
     if seeds > 1:
         note += f" Mean ± half width of the 95 % interval (Student's t) over {seeds} seeds."
     if any(table.layout == "pruning" for table in tables):

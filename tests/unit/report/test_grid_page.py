@@ -137,6 +137,9 @@ def test_a_score_that_is_asked_for_has_a_chart_and_other_splits_are_dashed(grid)
         ("supcon_out, validation", 0, "6 4"), ("supcon_out, test", 0, ""), ("tcl, validation", 1, "6 4"),
         ("tcl, test", 1, ""),
     ]  # fmt: skip
+    assert shown.headings[5] == "supcon_out validation MAE"
+    assert [row[5].text for row in shown.rows] == ["–", "–"]
+    assert shown.numeric == [True] * 5 + [False] * 2 + [True] * 4 + [False] * 2
     for i, row in enumerate(shown.rows):
         assert row[1].value == pytest.approx(charts[0]["columns"][0]["mean"][i])
     assert render(page).count('data-widget="chart"') == 2
