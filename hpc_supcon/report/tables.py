@@ -48,7 +48,7 @@ class Table:
 
     @property
     def numeric(self) -> list[bool]:
-        """Whether each column holds numbers, so that it stands to the right; words in place of one are without value."""
+        """Whether each column holds numbers, so that it stands to the right. A word in place of one has no value."""
         columns = [[row[i].value for row in self.rows if row[i].text] for i in range(len(self.headings))]
         return [
             any(isinstance(v, float) for v in values) and not any(isinstance(v, str) for v in values)
