@@ -230,7 +230,8 @@ def _label(axis: Axes, number: str, title: str, kept: int | None) -> None:
         "accuracy": "accuracy (fraction)",
         "response": "gradient response (mean over anchors)",
     }
-    axis.set(xlabel="iteration (optimizer steps)", ylabel=units[number], title=f"{title}: {number}")
+    heading = f"{title}: {'gradient response' if number == 'response' else number}"
+    axis.set(xlabel="iteration (optimizer steps)", ylabel=units[number], title=heading)
     if number == "response":
         axis.set_ylim(bottom=0)
     if number == "accuracy":

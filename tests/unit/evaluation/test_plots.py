@@ -7,8 +7,10 @@ import json
 import pytest
 from matplotlib.figure import Figure
 
+from hpc_supcon.config import load_config
 from hpc_supcon.evaluation import plots
 from hpc_supcon.evaluation.plots import draw_probe_curves, draw_training_curves
+from hpc_supcon.stages import probe
 
 HISTORY = [
     {"iteration": 10 * k, **{f"{split}_{number}": k + shift for split, shift in (("train", 0.0), ("validation", 0.5))
@@ -80,3 +82,18 @@ def test_responses_are_a_figure_of_their_own_where_they_were_logged(tmp_path, dr
     found = lines(drawn["plots/response.png"])
     assert found == {"positives": [[2, 4], [0.9, 0.7]], "negatives": [[2, 4], [0.5, 0.4]]}
     assert drawn["plots/response.png"].axes[0].get_ylim()[0] == 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "names"),
+    [
+        (["probe.kind=softmax"], {"a"}),
+        (["probe.kind=[softmax, logistic]"], {"a-softmax", "a-logistic"}),
+        (["probe.kind=linear"], {"a-linear"}),  # "a" is the curve of pre-training
+        (["probe.kind=[linear, softmax]"], {"a-linear", "a-softmax"}),
+    ],
+)
+def test_no_curves_of_a_run_replace_others_under_its_title(settings, names):
+    config = load_config("quickstart", ["report.title=a", *settings])
+    assert {probe._title(config, kind) for kind in config.probe.kinds} == names
+    assert probe._title(load_config("quickstart", settings), "linear") is None
