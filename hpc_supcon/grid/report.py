@@ -59,7 +59,7 @@ def _chart_names(tables: Sequence[TableData]) -> list[str]:
     names: list[str] = []
     for table in tables:
         name = slug(table.title)[:100].lower()
-        while f"{name}.png" in names:
+        while f"{name}.png" in (*names, RESPONSES):
             name += "-2"
         names.append(f"{name}.png")
     return names

@@ -14,7 +14,7 @@ from ..report.statistics import mean_and_interval
 from .charts import COLORS
 from .folder import FrozenGrid
 
-FILE = "responses.png"
+FILE = "gradient-responses.png"
 KINDS = {"response_positives": "positives", "response_negatives": "negatives"}
 Interval = tuple[float, float]
 

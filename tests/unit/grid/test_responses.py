@@ -24,7 +24,7 @@ def grid(tmp_path):
     """Two losses, two probes that share a pre-training, three seeds."""
     path = tmp_path / "grid.yaml"
     axes = {"loss.name": LOSSES, "probe.kind": ["linear", "knn"]}
-    table = {"title": "scores", "layout": "matrix", "rows": "loss.name", "columns": "probe.kind"}
+    table = {"title": "Gradient responses", "layout": "matrix", "rows": "loss.name", "columns": "probe.kind"}
     keys = {"name": "g", "base": "quickstart", "axes": axes, "seeds": 3, "tables": [table]}
     path.write_text(yaml12.dumps(keys))
     return freeze(tmp_path / "out", expand(load_grid(path)), "", "debug", ClusterProfile(cluster="debug"))
@@ -70,8 +70,8 @@ def test_steps_that_not_all_seeds_have_are_left_out(grid):
 
 def test_the_report_has_the_figure_where_responses_were_logged(grid, tmp_path, monkeypatch):
     write_report(grid, tmp_path / "none")
-    assert not (tmp_path / "none/responses.png").exists()
-    assert "responses" not in (tmp_path / "none/report.md").read_text()
+    assert not (tmp_path / "none/gradient-responses.png").exists()
+    assert "(gradient-responses.png)" not in (tmp_path / "none/report.md").read_text()
     for cell in grid.cells:
         write_log(grid, cell, (10, 20))
     figures = []
@@ -83,8 +83,9 @@ def test_the_report_has_the_figure_where_responses_were_logged(grid, tmp_path, m
 
     monkeypatch.setattr(Figure, "subplots", kept)
     write_report(grid, tmp_path / "report")
-    assert (tmp_path / "report/responses.png").stat().st_size > 5000
-    assert "(responses.png)" in (tmp_path / "report/report.md").read_text()
+    charts = {path.name for path in (tmp_path / "report").glob("*.png")}
+    assert charts == {"gradient-responses.png", "gradient-responses-2.png"}  # the other is the table's
+    assert "(gradient-responses.png)" in (tmp_path / "report/report.md").read_text()
     positives, negatives = figures[-1].axes
     assert [line.get_label() for line in positives.get_lines()] == LOSSES
     assert negatives.get_lines()[1].get_ydata() == pytest.approx(
