@@ -19,8 +19,8 @@ _TITLE = re.compile(r"\w(?:[\w .+=-]{0,98}[\w+=-])?")
 def _checked_title(title: str) -> str:
     if not _TITLE.fullmatch(title):
         raise ValueError(
-            f"report.title={title!r} cannot be part of a file's name; use at most 100 letters, digits, spaces and . _ + "
-            "= -, with a letter or digit first and no space or dot last"
+            f"report.title={title!r} cannot be part of a file's name; use at most 100 letters, digits, spaces and "
+            ". _ + = -, with a letter or digit first and no space or dot last"
         )
     return title
 
