@@ -133,7 +133,7 @@ def _pretrained(settings: Config, runtime: Runtime, data: Data, resume: bool, wr
     folder = pretrain(settings, runtime, data, resume=resume, online_probe=online_probe(settings, runtime, data))
     with only_told():
         if runtime.is_main:
-            draw_training_curves(folder)
+            draw_training_curves(folder, title=settings.report.title)
     if "reconstruction" in settings.loss.weights:
         evaluate_autoencoder(folder, settings, runtime, data, writer=writer)
     return folder

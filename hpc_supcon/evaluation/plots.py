@@ -1,13 +1,12 @@
-"""Curves of a run as PNG files in RUN_DIR/plots."""
+"""Curves of a run as PNG files in RUN_DIR/plots, and under a title of the user's in RUN_DIR/images."""
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..errors import RunFolderError, printable
+from ..errors import RunFolderError
 from ..files import atomic_path
 from ..metric_file import METRICS, read_events
 
@@ -17,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-PLOTS = "plots"
+PLOTS, IMAGES = "plots", "images"
 Curve = tuple[Sequence[float], Sequence[float]]
 """(steps, values)."""
 
@@ -45,23 +44,29 @@ _FROM_ZERO = {"gradient norm", "learning rate", "throughput (images/s)", "waitin
 
 
 def draw_probe_curves(
-    folder: Path, kind: str, history: Sequence[Mapping[str, Any]], *, kept: int | None = None
+    folder: Path,
+    kind: str,
+    history: Sequence[Mapping[str, Any]],
+    *,
+    kept: int | None = None,
+    title: str | None = None,
 ) -> list[Path]:
     """plots/loss-KIND.png and plots/accuracy-KIND.png, on train and validation; nothing for an empty history.
 
-    history: as ProbeOutcome.history; kept: the iteration whose state was kept, marked by a line. Raises
-    RunFolderError.
+    history: as ProbeOutcome.history; kept: the iteration whose state was kept, marked by a line; title: images/
+    has the same as loss-TITLE.png and acc-TITLE.png. Raises RunFolderError.
     """
     paths = []
     for number in ("loss", "accuracy"):
         curves = {split: _curve(history, "iteration", f"{split}_{number}") for split in ("train", "validation")}
-        paths += _draw(folder, number, kind, f"{kind} probe", curves, kept)
+        paths += _draw(folder, number, kind, f"{kind} probe", curves, kept, title)
     return paths
 
 
-def draw_training_curves(folder: Path) -> list[Path]:
-    """plots/loss-pretrain.png, accuracy-pretrain.png where there is any accuracy, and training.png, a small panel for
-    each number of the log, from metrics.jsonl; nothing where there are no steps.
+def draw_training_curves(folder: Path, *, title: str | None = None) -> list[Path]:
+    """plots/loss-pretrain.png, accuracy-pretrain.png where there is any accuracy, response.png where gradient
+    responses were logged, and training.png, a small panel for each number of the log, from metrics.jsonl; nothing
+    where there are no steps. title: as in `draw_probe_curves`.
 
     Reads the events "train" and "validation"; lines that are not whole are passed over. Of a step that was trained
     twice (after falling back to an older checkpoint) the last event counts. Returns the files drawn. Raises
@@ -78,28 +83,11 @@ def draw_training_curves(folder: Path) -> list[Path]:
     paths = []
     for number in ("loss", "accuracy"):
         curves = {split: _curve(lines[split], "step", number) for split in lines}
-        paths += _draw(folder, number, "pretrain", "pre-training", curves, None)
-    return paths + _draw_panels(folder, lines)
-
-
-_MAX_MATRIX = 30
-"""Of more classes than this, only the pairs that are confused most are drawn."""
-_MAX_PAIRS = 20
-
-
-def draw_confusion(folder: Path, kind: str, confusion: Sequence[Sequence[int]], classes: Sequence[str]) -> Path:
-    """plots/confusion-KIND.png of the test split: the matrix, or of many classes the pairs that are confused most.
-
-    confusion: samples, rows are true classes. Raises RunFolderError.
-    """
-    import matplotlib as mpl
-
-    names = [_short(name) for name in classes]
-    draw = _matrix if len(names) <= _MAX_MATRIX else _pairs
-    # names are the user's: "$" in them starts no formula, and a letter that the font lacks is a box
-    with mpl.rc_context({"text.parse_math": False}), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing")
-        return save_figure(draw(f"{kind} probe: test", confusion, names), folder / PLOTS / f"confusion-{kind}.png")
+        paths += _draw(folder, number, "pretrain", "pre-training", curves, None, title)
+    responses = {kind: _curve(lines["train"], "step", f"response_{kind}") for kind in ("positives", "negatives")}
+    return (
+        paths + _draw(folder, "response", None, "pre-training", responses, None, None) + _draw_panels(folder, lines)
+    )
 
 
 def draw_image_rows(folder: Path, name: str, rows: Mapping[str, Tensor]) -> Path:
@@ -150,67 +138,31 @@ def _curve(lines: Sequence[Mapping[str, Any]], step: str, name: str) -> Curve:
     return [line[step] for line in found], [line[name] for line in found]
 
 
+_SHORT = {"accuracy": "acc"}
+"""Names of numbers in the files of images/."""
+
+
 def _draw(
-    folder: Path, number: str, name: str, title: str, curves: Mapping[str, Curve], kept: int | None
+    folder: Path,
+    number: str,
+    name: str | None,
+    heading: str,
+    curves: Mapping[str, Curve],
+    kept: int | None,
+    title: str | None,
 ) -> list[Path]:
+    """plots/NUMBER-NAME.png, and the same under the user's title where there is one."""
     curves = {split: curve for split, curve in curves.items() if curve[0]}
     if not curves:
         return []
+    paths = [folder / PLOTS / (f"{number}-{name}.png" if name else f"{number}.png")]
+    if title is not None:
+        paths.append(folder / IMAGES / f"{_SHORT.get(number, number)}-{title}.png")
     figure = new_figure((7, 4.2))
     axis = figure.add_subplot()
     _plot(axis, curves)
-    _label(axis, number, title, kept)
-    return [save_figure(figure, folder / PLOTS / f"{number}-{name}.png")]
-
-
-def _short(name: str) -> str:
-    text = printable(name)
-    return text if len(text) <= 24 else f"{text[:12]}…{text[-11:]}"
-
-
-def _matrix(title: str, confusion: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
-    n = len(names)
-    side = max(3.4, 0.42 * n if n > 12 else 0.5 * n)
-    figure = new_figure((side + 2.2, side + 1.4))
-    axis = figure.add_subplot()
-    shares = [[count / max(1, sum(row)) for count in row] for row in confusion]
-    image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
-    size = 9 if max(map(max, confusion)) < 1000 and n <= 20 else 6.5
-    for i, row in enumerate(confusion):
-        for j, count in enumerate(row):
-            if count:
-                color = "white" if shares[i][j] > 0.5 else "black"
-                axis.text(j, i, f"{count}", ha="center", va="center", color=color, fontsize=size)
-    turned = max(map(len, names)) > 3
-    axis.set_xticks(range(n), names, rotation=90 if turned else 0, fontsize=9)
-    axis.set_yticks(range(n), names, fontsize=9)
-    axis.set(xlabel="prediction", ylabel="true class", title=f"{title}, number of images")
-    figure.colorbar(image, ax=axis, label="share of the true class", shrink=0.8)
-    return figure
-
-
-def _pairs(title: str, confusion: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
-    wrong = [
-        (count, count / sum(row), f"{names[i]} → {names[j]}")
-        for i, row in enumerate(confusion)
-        for j, count in enumerate(row)
-        if count and i != j
-    ]
-    shown = sorted(wrong, key=lambda pair: -pair[0])[:_MAX_PAIRS]
-    figure = new_figure((7, 1.2 + 0.28 * max(4, len(shown))))
-    axis = figure.add_subplot()
-    bars = axis.barh(range(len(shown)), [count for count, _, _ in shown], color=_COLORS["train"])
-    axis.bar_label(bars, [f"{count} ({share:.0%})" for count, share, _ in shown], padding=3, fontsize=8)
-    axis.set_yticks(range(len(shown)), [name for _, _, name in shown], fontsize=8)
-    axis.invert_yaxis()
-    axis.margins(x=0.15, y=0.01)
-    axis.set_xlabel("images (share of the true class)")
-    figure.suptitle(f"{title}, most frequent confusions: true class → prediction", fontsize=11)
-    axis.spines[["top", "right"]].set_visible(False)
-    if not shown:
-        axis.set_axis_off()
-        axis.text(0.5, 0.5, "every prediction is right", ha="center", va="center", transform=axis.transAxes)
-    return figure
+    _label(axis, number, heading, kept)
+    return [save_figure(figure, path) for path in paths]
 
 
 def _draw_panels(folder: Path, lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Path]:
@@ -273,8 +225,15 @@ def _plot(axis: Axes, curves: Mapping[str, Curve]) -> None:
 
 
 def _label(axis: Axes, number: str, title: str, kept: int | None) -> None:
-    units = {"loss": "loss (mean over images)", "accuracy": "accuracy (fraction)"}
-    axis.set(xlabel="iteration (optimizer steps)", ylabel=units[number], title=f"{title}: {number}")
+    units = {
+        "loss": "loss (mean over images)",
+        "accuracy": "accuracy (fraction)",
+        "response": "gradient response (mean over anchors)",
+    }
+    heading = f"{title}: {'gradient response' if number == 'response' else number}"
+    axis.set(xlabel="iteration (optimizer steps)", ylabel=units[number], title=heading)
+    if number == "response":
+        axis.set_ylim(bottom=0)
     if number == "accuracy":
         low, _ = axis.get_ylim()
         axis.set_ylim(min(low, 1.0), 1.0 + 0.02)

@@ -135,7 +135,7 @@ def load(root: Path) -> FrozenGrid:
             data["pack"],
             cells,
             nodes,
-            tuple(TableConfig(**table) for table in data["tables"]),
+            tuple(TableConfig.model_validate_json(json.dumps(table)) for table in data["tables"]),
         )
     except FileNotFoundError:
         raise RunFolderError(f"{root}: no grid.json in it, so this is not a grid folder") from None

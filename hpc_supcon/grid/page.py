@@ -13,12 +13,14 @@ from ..report.formats import duration
 from ..report.page import Page, Section, render, write_page
 from ..report.read import Run, number, read_run
 from ..report.runs import PAGE, data_of, facts_of, headlines_of_groups, record_sections, result_sections
+from ..report.scores import name_of
 from ..report.tables import Cell, Table, text_cell
+from .charts import DASHES, has_lines, series_of
 from .folder import FrozenGrid, read_records
 from .node_state import FAILED, NodeState, node_states
-from .report import heading_of, shown
+from .report import heading_of, note_of, shown
 from .status import ORDER, log_of
-from .tables import TableData, build_tables, is_numeric
+from .tables import TableData, build_tables, is_numeric, key_of
 
 MAX_DETAILS = 24
 """Runs of which a page has maps, confusions and classes; of more, scores and curves only."""
@@ -38,10 +40,14 @@ def page_of_grid(frozen: FrozenGrid) -> Page:
     tables = _tables(frozen, notices)
     comparison, facts = compare(runs) if runs else None, [facts_of(run) for run in runs]
     data: dict[str, Any] = data_of(runs)
-    data["charts"] = [_chart(table) for table in tables]
+    data["charts"], shown_tables = [], []
+    for table in tables:
+        charts = _charts(table)
+        shown_tables.append(_table(table, [len(data["charts"]) + i for i in range(len(charts))]))
+        data["charts"] += charts
     failed = _failed(frozen, states)
     sections = [
-        Section("tables", "Tables", [_table(t, i) for i, t in enumerate(tables)], note=_note(frozen)),
+        Section("tables", "Tables", shown_tables, note=f"{note_of(frozen, tables)} Code: {frozen.commit}."),
         Section("failed", "What failed", [failed] if failed.rows else []),
         *(result_sections(runs, comparison, data) if comparison else []),
         *record_sections(runs, facts),
@@ -100,17 +106,9 @@ def _tables(frozen: FrozenGrid, notices: list[str]) -> list[TableData]:
         return []
 
 
-def _note(frozen: FrozenGrid) -> str:
-    seeds = len({cell.seed for cell in frozen.cells})
-    interval = f" Mean ± half width of the 95 % interval (Student's t) over {seeds} seeds." if seeds > 1 else ""
-    return f"Scores on the test set; macro averages over classes.{interval} Code: {frozen.commit}."
-
-
-def _table(table: TableData, number: int) -> Table:
+def _table(table: TableData, charts: list[int]) -> Table:
     headings = [heading_of(table, column, score) for column in table.columns for score in table.scores]
-    result = Table(table.title, [table.rows_axis, *headings])
-    if any(score == "accuracy" for _, _, score in table.values):
-        result.chart = number
+    result = Table(table.title, [table.rows_axis, *headings], charts=charts)
     numeric = is_numeric(table)
     for row in table.rows:
         cells = [Cell(row, float(row)) if numeric else text_cell(row)]
@@ -122,18 +120,37 @@ def _table(table: TableData, number: int) -> Table:
     return result
 
 
-def _chart(table: TableData) -> dict[str, Any]:
-    """Accuracy by row and column for the page's script."""
-    columns = []
-    for column in table.columns:
-        found = [table.interval(row, column, "accuracy") for row in table.rows]
-        means, halves = [f[0] if f else None for f in found], [f[1] if f else 0.0 for f in found]
-        columns.append({"label": printable(column or "accuracy"), "mean": means, "half": halves})
-    numeric = is_numeric(table) and table.layout in ("curve", "pruning")
-    return {
-        "title": printable(table.title), "axis": printable(table.rows_axis), "score": "test accuracy",
-        "rows": [printable(row) for row in table.rows], "numeric": numeric, "columns": columns,
-    }  # fmt: skip
+def _charts(table: TableData) -> list[dict[str, Any]]:
+    """Each score of `table.charts` that has any value, by row, column and split, for the page's script."""
+    charts = []
+    for score in table.charts:
+        columns: list[dict[str, Any]] = []
+        for column, split in series_of(table, score):
+            found = [table.interval(row, column, key_of(score, split)) for row in table.rows]
+            names = [column] * (column != "") + [split] * (len(table.splits) > 1)
+            columns.append(
+                {
+                    "label": printable(", ".join(names) or score),
+                    "color": table.columns.index(column),
+                    "dash": DASHES[split],
+                    "mean": [one[0] if one else None for one in found],
+                    "half": [one[1] if one else 0.0 for one in found],
+                }
+            )
+        if any(mean is not None for column in columns for mean in column["mean"]):
+            split = f"{table.splits[0]} " if len(table.splits) == 1 else ""
+            charts.append(
+                {
+                    "title": printable(table.title),
+                    "axis": printable(table.rows_axis),
+                    "score": f"{split}{name_of(score)}",
+                    "rows": [printable(row) for row in table.rows],
+                    "numeric": has_lines(table),
+                    "colors": len(table.columns),
+                    "columns": columns,
+                }
+            )
+    return charts
 
 
 def _failed(frozen: FrozenGrid, states: dict[str, NodeState]) -> Table:

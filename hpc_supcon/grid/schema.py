@@ -41,7 +41,16 @@ def _checked_name(name: str) -> str:
     return name
 
 
+def _checked_once(values: tuple[str, ...] | None) -> tuple[str, ...] | None:
+    twice = next((value for value in values or () if (values or ()).count(value) > 1), None)
+    if twice is not None:
+        raise ValueError(f"{twice!r} is named twice")
+    return values
+
+
 Name = Annotated[str, AfterValidator(_checked_name)]
+SplitName = Literal["train", "validation", "test"]
+ScoreName = Literal["f1", "accuracy", "precision", "recall", "mae", "mse"]
 Minutes = Annotated[Count, BeforeValidator(minutes_of)]
 Setting = dict[str, Any]
 
@@ -89,6 +98,15 @@ class TableConfig(Section):
     rows: str = Field(description="axis along the rows")
     columns: str | None = Field(default=None, description="axis along the columns; null: one column")
     probe: str | None = Field(default=None, description="which kind of probe; null: the first")
+    splits: Annotated[tuple[SplitName, ...], AfterValidator(_checked_once)] = Field(
+        default=("test",), min_length=1, description="whose scores stand beside each other in table and chart"
+    )
+    scores: Annotated[tuple[ScoreName, ...], AfterValidator(_checked_once)] | None = Field(
+        default=None,
+        min_length=1,
+        description="numbers of the table, each with a chart; null: those of the layout, with a chart of accuracy. "
+        "mae and mse: an autoencoder's errors, of pixels in -1..1, which are measured on validation and test",
+    )
 
 
 class GridConfig(Section):

@@ -7,6 +7,7 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, RunFolderError, unknown_name
@@ -16,9 +17,23 @@ from .folder import FrozenGrid
 from .schema import TableConfig
 
 SCORES = ("f1", "accuracy", "precision", "recall")
-SIZES = ("sparse_mb", "ratio", "accuracy")
-LAYOUTS = {"scores": SCORES, "matrix": ("accuracy",), "curve": ("accuracy",), "pruning": SIZES}
+ERRORS = ("mae", "mse")
+"""Of an autoencoder's reconstructions."""
+SIZES = ("sparse_mb", "ratio")
+SPLITS = ("train", "validation", "test")
+LAYOUTS = {"scores": SCORES, "matrix": ("accuracy",), "curve": ("accuracy",), "pruning": ("accuracy",)}
 UNPRUNED = "0"
+
+
+def key_of(score: str, split: str) -> str:
+    """By which a score of a split is found among the numbers of a result: `f1` of test, `validation f1`."""
+    return score if split == "test" else f"{split} {score}"
+
+
+def split_of(key: str) -> tuple[str, str]:
+    """(score, split) of a key; the split of a size is ""."""
+    split, _, score = key.rpartition(" ")
+    return score, "" if score in SIZES else split or "test"
 
 
 @dataclass(frozen=True)
@@ -32,7 +47,10 @@ class CellResult:
 
 @dataclass
 class TableData:
-    """A table: `values[row, column, score]` of the seeds, of which there are `expected` when all are done."""
+    """A table: `values[row, column, score]` of the seeds, of which there are `expected` when all are done.
+
+    scores: keys, see key_of. charts: the scores that are drawn, each with all `splits`.
+    """
 
     title: str
     layout: str
@@ -42,6 +60,12 @@ class TableData:
     scores: tuple[str, ...]
     values: dict[tuple[str, str, str], list[float]] = field(default_factory=dict)
     expected: dict[tuple[str, str], int] = field(default_factory=dict)
+    splits: tuple[str, ...] = ("test",)
+    charts: tuple[str, ...] = ("accuracy",)
+
+    def is_done(self, row: str, column: str) -> bool:
+        """Whether there is any result: a score without a value is then one that its model does not have."""
+        return any((row, column, score) in self.values for score in self.scores)
 
     def interval(self, row: str, column: str, score: str) -> tuple[float, float] | None:
         """(mean, half width of the 95 % interval, which is 0 for one value), or None without values."""
@@ -50,20 +74,34 @@ class TableData:
 
 def results_of(frozen: FrozenGrid, cell: Cell) -> list[CellResult]:
     """The results in the cell's run folder, [] while there are none. Raises RunFolderError for a damaged file."""
-    node = frozen.nodes[cell.nodes[-1]]
-    path = frozen.run_folder(node) / "results.json"
+    nodes = [frozen.nodes[name] for name in cell.nodes]
+    path = frozen.run_folder(nodes[-1]) / "results.json"
     try:
-        entries = json.loads(path.read_bytes())["results"]
-        entries = [entry for entry in entries if entry["stage"] == node.stage and entry.get("test")]
-        return [_result(cell, entry) for entry in entries]
+        entries = [entry for entry in _entries(path) if entry["stage"] == nodes[-1].stage and entry.get("test")]
+        found = [_result(cell, entry) for entry in entries]
+        # the errors of an autoencoder are in the folder in which it was trained
+        for path in dict.fromkeys(frozen.run_folder(node) / "results.json" for node in nodes):
+            errors = [entry for entry in _entries(path) if entry["stage"] == "reconstruction"]
+            for result in found if errors else []:
+                result.numbers.update(_numbers(errors[-1], ERRORS))
+        return found
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunFolderError(f"{path}: cannot be read: {type(error).__name__} {error}") from None
 
 
+def _entries(path: Path) -> list[dict[str, Any]]:
+    return list(json.loads(path.read_bytes())["results"]) if path.exists() else []
+
+
+def _numbers(entry: dict[str, Any], scores: Sequence[str]) -> dict[str, float]:
+    splits = [split for split in SPLITS if entry.get(split)]
+    return {key_of(score, split): float(entry[split][score]) for split in splits for score in scores}
+
+
 def _result(cell: Cell, entry: dict[str, Any]) -> CellResult:
-    labels, numbers = dict(cell.labels), {score: float(entry["test"][score]) for score in SCORES}
+    labels, numbers = dict(cell.labels), _numbers(entry, SCORES)
     if "prune" in entry:
         size = entry["size"]
         labels["prune.rate"] = f"{entry['prune']['rate']:g}"
@@ -103,7 +141,11 @@ def _build(cells: Sequence[Cell], results: dict[str, list[CellResult]], config: 
 
 
 def _fill(title: str, config: TableConfig, cells: list[Cell], results: dict[str, list[CellResult]]) -> TableData:
-    table = TableData(title, config.layout, config.rows, [], [], LAYOUTS[config.layout])
+    named = config.scores or LAYOUTS[config.layout]
+    keys = [key_of(score, split) for score in named for split in config.splits if _is_measured(score, split)]
+    sizes = SIZES if config.layout == "pruning" else ()
+    table = TableData(title, config.layout, config.rows, [], [], (*sizes, *keys))
+    table.splits, table.charts = config.splits, config.scores or ("accuracy",)
     for cell in cells:
         column = cell.labels.get(config.columns, "") if config.columns else ""
         if column not in table.columns:
@@ -120,12 +162,16 @@ def _fill(title: str, config: TableConfig, cells: list[Cell], results: dict[str,
     return table
 
 
+def _is_measured(score: str, split: str) -> bool:
+    return split != "train" or score not in ERRORS
+
+
 def _size_of_unpruned(table: TableData, cells: list[Cell], results: dict[str, list[CellResult]]) -> None:
     """The size of a model that was not pruned: the dense size in the results of the pruned ones."""
     dense = [r.numbers["dense_mb"] for cell in cells for r in results[cell.name] if "dense_mb" in r.numbers]
     for column in table.columns:
         for score, value in (("sparse_mb", dense[:1]), ("ratio", [1.0])):
-            if dense and (UNPRUNED, column, "accuracy") in table.values:
+            if dense and table.is_done(UNPRUNED, column):
                 table.values.setdefault((UNPRUNED, column, score), value * table.expected[UNPRUNED, column])
 
 

@@ -12,6 +12,8 @@ MAX_POINTS, MOST_POINTS, FEWEST_POINTS = 100_000, 2000, 40
 """Points of all curves of a page, and of one: of more, every n-th is taken."""
 _NOT_DRAWN = ("event", "step", "time", "epoch", "time_left_s")
 _FIRST = ("loss", "accuracy", "lr", "grad_norm", "images_per_s")
+_RESPONSES = ("response_positives", "response_negatives")
+"""They are logged on request alone: where all runs have them, they are what is looked at first."""
 
 
 def seconds_of(events: list[Event]) -> list[float]:
@@ -37,16 +39,19 @@ def steps_per_epoch(run: Run) -> float | None:
 def curves_data(runs: Sequence[Run]) -> dict[str, Any]:
     """For the page's script.
 
-    series: by name of the number, such as "loss" or "linear probe: loss", a list of {run, split, x, y}; x: the places
-    that series share, {step, hours}; runs: for each run, the images of a step and the steps of an epoch, or null. Of
-    a probe, which counts its own iterations, there are steps only.
+    series: by name of the number, such as "loss" or "linear probe: loss", a list of {run, split, x, y}; what is shown
+    first is in front. x: the places that series share, {step, hours}; runs: for each run, the images of a step and
+    the steps of an epoch, or null. Of a probe, which counts its own iterations, there are steps only.
     """
     found = {(name, i, split): points for i, run in enumerate(runs) for (name, split), points in _points(run).items()}
     most = max(FEWEST_POINTS, min(MOST_POINTS, MAX_POINTS // max(1, len(found))))
     places: dict[tuple[int, bool, tuple[int, ...]], int] = {}
     series: dict[str, list[dict[str, Any]]] = {}
     xs: list[dict[str, Any]] = []
-    for (name, run, split), points in sorted(found.items(), key=lambda item: _order(item[0][0])):
+    first: tuple[str, ...] = _FIRST
+    if runs and all((_RESPONSES[0], i, "train") in found for i in range(len(runs))):
+        first = _RESPONSES + _FIRST
+    for (name, run, split), points in sorted(found.items(), key=lambda item: _order(item[0][0], first)):
         steps = _thinned(sorted(points), most)
         key = run, "probe: " in name, tuple(steps)
         if key not in places:
@@ -94,8 +99,8 @@ def _numbers_of(event: Event) -> list[tuple[str, str, float]]:
     return pairs
 
 
-def _order(name: str) -> tuple[bool, int, str]:
-    return ": " in name, _FIRST.index(name) if name in _FIRST else len(_FIRST), name
+def _order(name: str, first: tuple[str, ...]) -> tuple[bool, int, str]:
+    return ": " in name, first.index(name) if name in first else len(first), name
 
 
 def cost_of(run: Run) -> dict[str, float]:

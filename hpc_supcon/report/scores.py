@@ -16,7 +16,7 @@ NAMES = {
     "recall_at_1": "recall@1", "recall_at_5": "recall@5", "recall_at_10": "recall@10",
     "r_precision": "R-precision", "map_at_r": "MAP@R", "auroc": "AUROC", "fpr95": "FPR at 95 % TPR",
     "sparse_mb": "size (MB)", "ratio": "ratio", "clean": "clean error", "mce": "mean corruption error",
-    "mse": "MSE",
+    "mae": "MAE", "mse": "MSE",
 }  # fmt: skip
 """Of every score, its name in tables, in their order."""
 

@@ -38,8 +38,8 @@ class Table:
     note: str = ""
     filter: str = ""
     sortable: bool = True
-    chart: int | None = None
-    """Of the page's charts, the one that is drawn above it."""
+    charts: list[int] = field(default_factory=list)
+    """Of the page's charts, those that are drawn above it."""
 
     @property
     def prose(self) -> bool:
@@ -48,9 +48,12 @@ class Table:
 
     @property
     def numeric(self) -> list[bool]:
-        """Whether each column holds numbers, so that it stands to the right."""
-        columns = [[row[i] for row in self.rows if row[i].text] for i in range(len(self.headings))]
-        return [bool(cells) and all(isinstance(cell.value, float) for cell in cells) for cells in columns]
+        """Whether each column holds numbers, so that it stands to the right. A word in place of one has no value."""
+        columns = [[row[i].value for row in self.rows if row[i].text] for i in range(len(self.headings))]
+        return [
+            any(isinstance(v, float) for v in values) and not any(isinstance(v, str) for v in values)
+            for values in columns
+        ]
 
 
 def text_cell(text: object, *, mark: bool = False) -> Cell:

@@ -17,11 +17,12 @@ from ..distributed.collectives import propagate_errors
 from ..distributed.folder_lock import locked
 from ..distributed.launch import Runtime
 from ..errors import MissingExtra
+from ..evaluation.confusion_figure import draw_confusion
 from ..evaluation.encoder import check_classes, load_model, report_changed_data
 from ..evaluation.features import IndexedRows, SplitRows, extract_indexed, read_indexed
 from ..evaluation.fitted_probe import FOLDER, save_probe
 from ..evaluation.left_out import left_out_entry, tell_left_out
-from ..evaluation.plots import draw_confusion, draw_probe_curves
+from ..evaluation.plots import draw_probe_curves
 from ..evaluation.predictions import check_predictions, write_predictions
 from ..evaluation.probes import (
     PROBES,
@@ -214,5 +215,13 @@ def _write(
         path = folder / FOLDER / fitted.kind
         save_probe(fitted, path, step, world_size=runtime.world_size, config_digest=digest(config))
     with only_told():
-        draw_probe_curves(folder, fitted.kind, outcome.history, kept=outcome.chosen.get("iteration"))
+        kept, title = outcome.chosen.get("iteration"), _title(config, fitted.kind)
+        draw_probe_curves(folder, fitted.kind, outcome.history, kept=kept, title=title)
         draw_confusion(folder, fitted.kind, scored.scores["test"]["confusion"], fitted.classes)
+
+
+def _title(config: Config, kind: str) -> str | None:
+    """TITLE of images/loss-TITLE.png: report.title itself where no other curves of the run have that name."""
+    title = config.report.title
+    is_only = len(config.probe.kinds) == 1 and not config.probe.needs_encoder
+    return title if title is None or is_only else f"{title}-{kind}"

@@ -325,7 +325,7 @@ def test_a_linear_probe_on_images_sees_new_views_in_every_epoch_and_leaves_the_e
     _, fixed = probe_on_images(0, 1, trained, "augment.policy=none")
     assert torch.equal(varied["weight"], again["weight"])
     assert not torch.equal(varied["weight"], fixed["weight"])
-    assert [entry["input"] for entry in results] == ["features", "features"]
+    assert [(entry["input"], entry["trained_on"]) for entry in results] == [("features", "images")] * 2
     assert min(entry["test"]["accuracy"] for entry in results) > 0.2
     assert {path.name: path.read_bytes() for path in trained.glob("checkpoints/*/model.safetensors")} == before
 

@@ -11,7 +11,7 @@ from rich.table import Table
 
 import hpc_supcon
 from hpc_supcon import terminal
-from hpc_supcon.grid.report import draw
+from hpc_supcon.grid.charts import draw
 from hpc_supcon.grid.tables import TableData
 from hpc_supcon.training.metrics import ProgressLine
 from tests.unit.cli.test_app import FAST, run

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from .base import Count, Section
 from .names import MapMethodName, SpaceName
@@ -12,7 +13,23 @@ from .names import MapMethodName, SpaceName
 Perplexity = Annotated[float, Field(ge=1)]
 
 
+_TITLE = re.compile(r"\w(?:[\w .+=-]{0,98}[\w+=-])?")
+
+
+def _checked_title(title: str) -> str:
+    if not _TITLE.fullmatch(title):
+        raise ValueError(
+            f"report.title={title!r} cannot be part of a file's name; use at most 100 letters, digits, spaces and "
+            ". _ + = -, with a letter or digit first and no space or dot last"
+        )
+    return title
+
+
 class ReportConfig(Section):
+    title: Annotated[str, AfterValidator(_checked_title)] | None = Field(
+        description="draw the curves of training and validation as images/loss-TITLE.png and images/acc-TITLE.png "
+        "too; of each probe as TITLE-KIND, but for a run whose only probe reads pixels; null: only those in plots/"
+    )
     embeddings: bool = Field(description="draw maps of the embeddings at the end of `run`")
     html: bool = Field(description="write the page report.html at the end of `run`")
     split: Literal["train", "validation", "test"] = Field(description="the images that maps and neighbors are of")

@@ -52,7 +52,7 @@ def fit_head(
             fit_standardization(fitted.prepare, train[0])
         heads: Any = build_heads(in_dim, len(classes))
         trained = train_heads(heads.to(device), fitted.prepare, train, validation, fit_plan(settings), seed=seed)
-    return _outcome(fitted, trained)
+    return _outcome(fitted, trained, {})
 
 
 def _fit_on_views(task: ProbeTask, head: dict[str, Any], build_heads: Callable[[int, int], Heads]) -> ProbeOutcome:
@@ -68,13 +68,13 @@ def _fit_on_views(task: ProbeTask, head: dict[str, Any], build_heads: Callable[[
         heads: Any = build_heads(width, len(task.classes))
         rows = features_of_views(task, loader)
         trained = train_on_batches(heads.to(device), rows, loader.steps_per_epoch, validation, fit_plan(settings))
-    return _outcome(fitted, trained)
+    return _outcome(fitted, trained, {"trained_on": "images"})
 
 
-def _outcome(fitted: FittedProbe, trained: Trained) -> ProbeOutcome:
+def _outcome(fitted: FittedProbe, trained: Trained, facts: dict[str, Any]) -> ProbeOutcome:
     fitted.head = trained.head
     chosen = {"lr": trained.lr, "iteration": trained.iteration, "epoch": round(trained.epoch, 3)}
-    return ProbeOutcome(fitted.eval(), chosen, trained.history, {"iterations": trained.iterations})
+    return ProbeOutcome(fitted.eval(), chosen, trained.history, {"iterations": trained.iterations, **facts})
 
 
 def _check_linear(section: str, settings: Any, splits: Splits) -> None:

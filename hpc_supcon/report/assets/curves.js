@@ -156,10 +156,11 @@
   /** The chart of a table of a grid: the mean of the seeds and its interval, as lines where rows are numbers. */
   page.widgets.chart = (holder) => {
     const chart = data.charts[Number(holder.dataset.chart)];
-    const frame = element("div", { role: "img", "aria-label": `${chart.title}; see the table below` });
+    const label = `${chart.title}, ${chart.score}; see the table below`;
+    const frame = element("div", { role: "img", "aria-label": label });
     const legend = element("ul", { class: "legend" });
-    const paint = () => legend.replaceChildren(...chart.columns.map((column, i) =>
-      element("li", {}, line(color(i, chart.columns.length), ""), ` ${column.label}`)));
+    const paint = () => legend.replaceChildren(...chart.columns.map((column) =>
+      element("li", {}, line(color(column.color, chart.colors), column.dash), ` ${column.label}`)));
     holder.replaceChildren(frame, ...(chart.columns.length > 1 ? [legend] : []));
     drawChart(chart, frame);
     paint();
@@ -187,23 +188,26 @@
       axes: axes([chart.axis, chart.score]).map((axis, i) => (i ? axis : {
         ...axis, splits: () => xs, values: () => chart.rows, ...(log ? { filter: (u, splits) => splits } : {}),
       })),
-      series: [{}, ...chart.columns.map((_, i) => ({
-        stroke: () => color(i, n), width: chart.numeric ? 2 : 0, spanGaps: true, points: { show: false },
+      series: [{}, ...chart.columns.map((c) => ({
+        stroke: () => color(c.color, chart.colors), width: chart.numeric ? 2 : 0, spanGaps: true,
+        dash: c.dash ? c.dash.split(" ").map(Number) : [], points: { show: false },
       }))],
-      hooks: { draw: [(u) => whiskers(u, xs, chart.columns.map((c) => c.mean), low, high, shift)] },
+      hooks: { draw: [(u) => whiskers(u, xs, chart, low, high, shift)] },
     }, [xs, ...chart.columns.map((c) => c.mean)], frame);
     page.onTheme(() => plot.redraw());
     new ResizeObserver(() => plot.setSize({ width: frame.clientWidth, height: 280 })).observe(frame);
   }
 
-  function whiskers(u, xs, means, lows, highs, shift) {
+  /** Points of the test split are disks, those of another split rings. */
+  function whiskers(u, xs, chart, lows, highs, shift) {
     const context = u.ctx;
     const ratio = devicePixelRatio;
     context.save();
-    means.forEach((mean, i) => {
-      context.strokeStyle = context.fillStyle = color(i, means.length);
+    chart.columns.forEach((column, i) => {
+      context.strokeStyle = color(column.color, chart.colors);
+      context.fillStyle = column.dash ? style("--back") : context.strokeStyle;
       context.lineWidth = 2 * ratio;
-      mean.forEach((value, k) => {
+      column.mean.forEach((value, k) => {
         if (value === null) return;
         const x = u.valToPos(xs[k], "x", true) + shift(i) * ratio;
         const [y, a, b] = [value, lows[i][k], highs[i][k]].map((v) => u.valToPos(v, "y", true));
@@ -220,6 +224,7 @@
         context.beginPath();
         context.arc(x, y, 4 * ratio, 0, 2 * Math.PI);
         context.fill();
+        context.stroke();
       });
     });
     context.restore();

@@ -140,6 +140,8 @@ WRONG = {
         ["probe.linear.stopping.target=90"],
         "probe.linear.stopping.target=90: an accuracy is a fraction",
     ),
+    "a title that leaves the folder": (["report.title=../a"], "report.title='../a' cannot be part of a file's name"),
+    "a title that ends in a space": (["report.title='a '"], "report.title='a ' cannot be part of a file's name"),
     "maps of no kind": (["report.methods=[tsn]"], "unknown report.methods 'tsn'; did you mean 'tsne'?"),
     "a kind of map twice": (["report.methods=[pca, pca]"], "report.methods names one twice: pca, pca"),
     "no perplexity": (["report.perplexity=[]"], "report.perplexity is an empty list"),

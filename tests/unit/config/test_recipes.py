@@ -169,6 +169,7 @@ def test_the_triplet_assignment():
     assert (config.model.encoder, config.model.out_dim, config.data.batch_size) == ("vgg16_bn_embed", 64, 2048)
     assert (config.loss.name, config.loss.margin, config.loss.squared) == ("triplet", 1, True)
     assert (config.loss.mining, config.train.iterations, config.log.every_steps) == ("random", 2000, 10)
+    assert (config.report.title, config.validation.every_steps) == ("triplet", 10)
     assert config.probe.kinds == ("linear", "finetune", "softmax")
     probe = config.probe
     assert (probe.linear.batch_size, probe.linear.lrs, probe.linear.iterations) == (2048, (1e-4,), 4000)

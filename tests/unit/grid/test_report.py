@@ -16,9 +16,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from hpc_supcon.config import yaml12
 from hpc_supcon.errors import ConfigError, RunFolderError
 from hpc_supcon.grid.cells import load as load_grid
+from hpc_supcon.grid.charts import chart
 from hpc_supcon.grid.expand import Cell, expand
 from hpc_supcon.grid.folder import FrozenGrid, FrozenNode, freeze
-from hpc_supcon.grid.report import chart, latex, markdown, write_report
+from hpc_supcon.grid.folder import load as load_frozen_grid
+from hpc_supcon.grid.report import latex, markdown, to_csv, write_report
 from hpc_supcon.grid.schema import ClusterProfile, Resources, TableConfig
 from hpc_supcon.grid.tables import SCORES, TableData, build_tables
 
@@ -167,3 +169,121 @@ def test_the_tick_labels_of_the_shipped_grids_do_not_overlap(path, axis):
     boxes = [label.get_window_extent(canvas.get_renderer()) for label in labels]
     for (a, b), (left, right) in zip(itertools.combinations(boxes, 2), itertools.combinations(rows, 2), strict=True):
         assert not a.padded(2).overlaps(b.padded(2)), f"{left} and {right} touch"
+
+
+def write_results(frozen, cell, *entries, node=-1):
+    folder = frozen.run_folder(frozen.nodes[cell.nodes[node]])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "results.json").write_text(json.dumps({"results": list(entries)}))
+
+
+def probe_entry(**splits):
+    """Each split has its value as every score, F1 a tenth less."""
+    numbers = {s: {**dict.fromkeys(SCORES, value), "f1": value - 0.1} for s, value in splits.items()}
+    return {"stage": "probe", "probe": "linear", **numbers}
+
+
+def with_table(frozen, **config):
+    table = {"title": "t", "layout": "scores", "rows": "model.encoder", "columns": "loss.name"} | config
+    return FrozenGrid(**{**vars(frozen), "tables": (TableConfig.model_validate_json(json.dumps(table)),)})
+
+
+def test_splits_stand_beside_each_other_and_one_that_was_not_measured_is_no_missing_result(grid):
+    for cell in grid.cells:
+        if cell.labels["model.encoder"] == "conv":
+            value = 0.5 + 0.1 * cell.seed
+            splits = {"train": value + 0.3, "validation": value + 0.1, "test": value}
+            if cell.labels["loss.name"] == "tcl":
+                del splits["train"]
+            write_results(grid, cell, probe_entry(**splits))
+    one = with_table(grid, splits=["train", "validation", "test"], scores=["f1", "accuracy"])
+    (table,) = build_tables(one)
+    heading, _, conv, resnet = markdown(table).splitlines()
+    assert heading.startswith(
+        "| model.encoder | supcon_in training F1 | supcon_in validation F1 | supcon_in test F1 "
+        "| supcon_in training accuracy |"
+    )
+    cells = [cell.strip() for cell in conv.split("|")[2:-1]]
+    shown = [cell.partition(" ")[0] for cell in cells]
+    assert shown == [
+        "0.8000", "0.6000", "0.5000", "0.9000", "0.7000", "0.6000", "–", "0.6000", "0.5000", "–", "0.7000", "0.6000",
+    ]  # fmt: skip
+    assert resnet.count("missing") == 12
+    lines = list(csv.DictReader(io.StringIO(to_csv([table]))))
+    of_train = [line for line in lines if line["split"] == "train" and line["mean"]]
+    assert [(line["row"], line["column"], line["score"]) for line in of_train] == [
+        ("conv", "supcon_in", "f1"), ("conv", "supcon_in", "accuracy"),
+    ]  # fmt: skip
+    assert float(of_train[1]["mean"]) == pytest.approx(0.9)
+
+
+def test_the_chart_has_a_panel_for_each_score_and_a_bar_for_each_split(grid):
+    for cell in grid.cells:
+        value = 0.2 if cell.labels["loss.name"] == "tcl" else 0.4
+        write_results(grid, cell, probe_entry(validation=value + 0.05, test=value))
+    (table,) = build_tables(with_table(grid, splits=["validation", "test"], scores=["accuracy", "f1"]))
+    figure = chart(table)
+    assert [axes.get_ylabel() for axes in figure.axes] == ["accuracy", "F1"]
+    for axes, lower in zip(figure.axes, (0.0, 0.1), strict=True):
+        bars = sorted((bar.get_x(), bar.get_height() + lower, bar.get_hatch()) for bar in axes.patches)
+        assert [height for _, height, _ in bars] == pytest.approx([0.45, 0.4, 0.25, 0.2] * 2)
+        assert [hatch is None for _, _, hatch in bars] == [False, True] * 4
+    legend = [text.get_text() for text in figure.axes[0].get_legend().get_texts()]
+    assert legend == ["supcon_in", "tcl", "validation", "test"]
+
+
+def test_the_errors_of_an_autoencoder_stand_beside_the_accuracy_of_its_probe(grid):
+    """They are in the folder in which it was trained; a loss without a decoder has none."""
+    for cell in grid.cells:
+        entries = [probe_entry(test=0.9)]
+        if cell.labels["loss.name"] == "tcl":
+            errors = {"test": {"mae": 0.1 + cell.seed / 100, "mse": 0.03}, "validation": {"mae": 0.2, "mse": 0.04}}
+            entries.append({"stage": "reconstruction", "probe": None, **errors})
+        write_results(grid, cell, *entries)
+    (table,) = build_tables(with_table(grid, scores=["accuracy", "mae", "mse"]))
+    heading, _, conv, _ = markdown(table).splitlines()
+    assert heading.endswith("| tcl accuracy | tcl MAE | tcl MSE |")
+    assert [cell.strip().partition(" ")[0] for cell in conv.split("|")[2:-1]] == [
+        "0.9000", "–", "–", "0.9000", "0.1100", "0.0300",
+    ]  # fmt: skip
+    (table,) = build_tables(with_table(grid, scores=["mae"], splits=["train", "validation", "test"]))
+    assert table.scores == ("validation mae", "mae")
+    assert table.interval("conv", "tcl", "validation mae")[0] == pytest.approx(0.2)
+    assert [axes.get_ylabel() for axes in chart(table).axes] == ["MAE"]
+
+
+def test_the_errors_are_found_where_probes_share_a_pre_training(tmp_path):
+    nodes = {
+        "a.pretrain": FrozenNode("a.pretrain", "pretrain", "a", None, Resources(), ""),
+        "b.probe": FrozenNode("b.probe", "probe", "b", None, Resources(), ""),
+    }
+    cell = Cell("b", {"probe.kind": "mlp", "seed": "0"}, 0, ("a.pretrain", "b.probe"))
+    tables = (TableConfig(title="t", layout="scores", rows="probe.kind", scores=("mse",)),)
+    frozen = FrozenGrid(tmp_path, "g", "debug", ClusterProfile(cluster="debug"), "c", 1, (cell,), nodes, tables)
+    write_results(frozen, cell, {"stage": "reconstruction", "test": {"mae": 0.5, "mse": 0.25}}, node=0)
+    assert build_tables(frozen)[0].interval("mlp", "", "mse") is None  # its probe has not run
+    write_results(frozen, cell, probe_entry(test=0.5))
+    assert build_tables(frozen)[0].interval("mlp", "", "mse") == (0.25, 0.0)
+
+
+def test_a_split_or_score_that_is_named_twice_or_unknown_is_refused(tmp_path):
+    path = tmp_path / "grid.yaml"
+    for changed, told in (
+        ({"splits": ["test", "test"]}, r"tables.0.splits: 'test' is named twice"),
+        ({"scores": ["mae", "mae"]}, r"tables.0.scores: 'mae' is named twice"),
+        ({"scores": ["auc"]}, r"tables.0.scores.0: input should be 'f1', 'accuracy'"),
+        ({"splits": []}, r"tables.0.splits: .*at least 1 item"),
+    ):
+        table = {"title": "t", "layout": "matrix", "rows": "loss.name", **changed}
+        path.write_text(yaml12.dumps({"name": "g", "base": "quickstart", "axes": AXES, "tables": [table]}))
+        with pytest.raises(ConfigError, match=told):
+            load_grid(path)
+
+
+def test_a_grid_with_such_a_table_is_frozen_and_read_again(tmp_path):
+    table = {"title": "t", "layout": "matrix", "rows": "loss.name", "splits": ["train", "test"], "scores": ["f1"]}
+    path = tmp_path / "grid.yaml"
+    path.write_text(yaml12.dumps({"name": "g", "base": "quickstart", "axes": AXES, "tables": [table]}))
+    made = freeze(tmp_path / "out", expand(load_grid(path)), "", "debug", ClusterProfile(cluster="debug"))
+    assert load_frozen_grid(tmp_path / "out").tables == made.tables
+    assert made.tables[0].splits == ("train", "test")

@@ -13,8 +13,8 @@ from hpc_supcon.errors import LaunchError
 from hpc_supcon.grid import page as grid_page
 from hpc_supcon.grid.cells import load as load_grid
 from hpc_supcon.grid.expand import expand
-from hpc_supcon.grid.folder import NodeRecord, append_submission, freeze, write_record
-from hpc_supcon.grid.schema import ClusterProfile
+from hpc_supcon.grid.folder import FrozenGrid, NodeRecord, append_submission, freeze, write_record
+from hpc_supcon.grid.schema import ClusterProfile, TableConfig
 from hpc_supcon.report.page import render
 from tests.run_folders import full_run, write_run
 
@@ -57,7 +57,7 @@ def test_every_number_of_a_table_and_of_its_chart_is_the_mean_over_seeds(grid):
     page = grid_page.page_of_grid(grid)
     (table,) = next(section for section in page.sections if section.id == "tables").tables
     (chart,) = page.data["charts"]
-    assert (table.chart, chart["numeric"], chart["rows"]) == (0, True, SIZES)
+    assert (table.charts, chart["numeric"], chart["rows"]) == ([0], True, SIZES)
     for i, size in enumerate(SIZES):
         for j, loss in enumerate(LOSSES):
             seeds = range(SEEDS - 1) if (size, loss) == (SIZES[-1], LOSSES[-1]) else range(SEEDS)
@@ -123,6 +123,39 @@ def test_the_command_writes_the_page_into_the_grid_s_folder(grid, capsys):
         out, err = capsys.readouterr()
         assert ((stopped.value.code or 0), said in out + err) == (code, True)
     assert "<h1>g</h1>" in (grid.root / "report.html").read_text()
+
+
+def test_a_score_that_is_asked_for_has_a_chart_and_other_splits_are_dashed(grid):
+    table = {"title": "t", "layout": "scores", "rows": "data.batch_size", "columns": "loss.name",
+             "scores": ["accuracy", "f1", "mae"], "splits": ["validation", "test"]}  # fmt: skip
+    tables = (TableConfig.model_validate_json(json.dumps(table)),)
+    page = grid_page.page_of_grid(FrozenGrid(**{**vars(grid), "tables": tables}))
+    (shown,) = next(section for section in page.sections if section.id == "tables").tables
+    charts = page.data["charts"]
+    assert [charts[i]["score"] for i in shown.charts] == ["accuracy", "F1"]  # no run has any MAE
+    assert [(c["label"], c["color"], c["dash"]) for c in charts[0]["columns"]] == [
+        ("supcon_out, validation", 0, "6 4"), ("supcon_out, test", 0, ""), ("tcl, validation", 1, "6 4"),
+        ("tcl, test", 1, ""),
+    ]  # fmt: skip
+    assert shown.headings[5] == "supcon_out validation MAE"
+    assert [row[5].text for row in shown.rows] == ["–", "–"]
+    assert shown.numeric == [True] * 5 + [False] * 2 + [True] * 4 + [False] * 2
+    for i, row in enumerate(shown.rows):
+        assert row[1].value == pytest.approx(charts[0]["columns"][0]["mean"][i])
+    assert render(page).count('data-widget="chart"') == 2
+
+
+def test_where_all_runs_logged_responses_they_are_shown_first(grid):
+    folders = [grid.root / "runs" / node.folder for node in grid.nodes.values() if node.stage == "pretrain"]
+    folders = [folder for folder in folders if folder.is_dir()]
+    event = {"event": "train", "step": 2, "time": 1.0, "response_positives": 0.5, "response_negatives": 0.1}
+    for folder in folders:
+        if folder is folders[-1]:  # all but one have them
+            assert next(iter(grid_page.page_of_grid(grid).data["curves"]["series"])) == "loss"
+        with (folder / "metrics.jsonl").open("a") as log:
+            log.write(json.dumps(event) + "\n")
+    names = list(grid_page.page_of_grid(grid).data["curves"]["series"])
+    assert names[:3] == ["response_positives", "response_negatives", "loss"]
 
 
 def test_curves_of_many_runs_stay_small(grid):

@@ -379,3 +379,19 @@ def test_a_page_of_several_runs_shows_thumbnails_once(tmp_path):
     assert len(pictures) == 1
     write_scores(folders[0])
     assert page.title == "2 runs"
+
+
+def test_the_errors_of_an_autoencoder_are_among_the_scores_of_its_run(tmp_path):
+    folder = write_run(tmp_path / "r")
+    errors = {
+        "stage": "reconstruction",
+        "probe": None,
+        "checkpoint": "step-20",
+        "test": {"mae": 0.125, "mse": 0.0625},
+    }
+    run_folder.add_result(folder, errors)
+    (table,) = next(section for section in page_of_runs([folder]).sections if section.id == "results").tables
+    assert table.headings[-2:] == ["MAE", "MSE"]
+    rows = {(row[0].text, row[1].text): [cell.value for cell in row[-2:]] for row in table.rows}
+    assert rows["reconstruction", "test"] == [0.125, 0.0625]
+    assert rows["linear", "test"] == [None, None]
