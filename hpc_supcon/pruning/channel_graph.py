@@ -9,37 +9,23 @@ from __future__ import annotations
 
 import copy
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd
 
 from ..errors import ConfigError, first_line
-from .channel_shapes import Flow, Units, reshaped
+from .channel_shapes import OPERATIONS, Flow, Indices, Operation, Units
 
 SUPPORTED = (
     "convolutions (also grouped and depthwise) joined by BatchNorm, activations, pooling, flattening, additions, "
     "products, concatenations and linear layers"
 )
-ZERO_TO_ZERO = (
-    "relu relu6 silu gelu elu selu celu leaky_relu hardswish mish tanh neg abs dropout feature_dropout clone "
-    "contiguous detach to _to_copy alias"
-).split()
-POOLING = (
-    "max_pool2d avg_pool2d adaptive_avg_pool2d adaptive_max_pool2d upsample_nearest2d upsample_bilinear2d "
-    "upsample_bicubic2d"
-).split()
-ZERO_TO_OTHER = ("sigmoid", "hardsigmoid", "softplus", "log_sigmoid", "exp")
-RESHAPES = ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "squeeze", "unsqueeze")
-REDUCTIONS = ("mean", "sum", "amax", "amin", "max")
-BINARY = ("add", "sub", "mul", "div")
-IGNORED = ("_assert_tensor_metadata",)
 
 
 @dataclass(frozen=True)
@@ -82,31 +68,18 @@ class _Walk:
         self.model, self.program = model, program
         self.units = Units()
         self.flows: dict[fx.Node, Flow | None] = {}
-        self.axes: dict[tuple[str, int], npt.NDArray[np.int64]] = {}
+        self.axes: dict[tuple[str, int], Indices] = {}
         signature = program.graph_signature
         self.names = {**signature.inputs_to_parameters, **signature.inputs_to_buffers}
         self.foreign: set[str] = set()
         """Tensors that an operation reads which is not their layer's own."""
         self.handlers: dict[str, Callable[[fx.Node, str], Flow | None]] = {
-            **dict.fromkeys(ZERO_TO_ZERO, self._keep),
-            **dict.fromkeys(ZERO_TO_OTHER, self._keep),
-            **dict.fromkeys(POOLING, self._pool),
             **dict.fromkeys(("conv1d", "conv2d", "conv3d"), self._convolution),
-            **dict.fromkeys(RESHAPES, self._reshape),
-            **dict.fromkeys(REDUCTIONS, self._reduce),
-            **dict.fromkeys(BINARY, self._binary),
-            **dict.fromkeys(IGNORED, lambda node, op: None),
-            **dict.fromkeys(("pad", "constant_pad_nd"), self._pad),
+            **dict.fromkeys(("add", "sub", "mul", "div"), self._binary),
+            **dict.fromkeys(("cat", "stack"), self._cat),
             "batch_norm": self._batch_norm,
             "linear": self._linear,
-            "hardtanh": self._keep,
-            "permute": self._permute,
-            "transpose": self._permute,
-            "expand": self._expand,
-            "slice": self._slice,
-            "select": self._slice,
-            "cat": self._cat,
-            "stack": self._cat,
+            "_assert_tensor_metadata": lambda node, op: None,
         }
 
     def graph(self) -> ChannelGraph:
@@ -133,20 +106,24 @@ class _Walk:
         return ChannelGraph(axes, int(numbers.max(initial=0)), tuple(outputs))
 
     def _call(self, node: fx.Node) -> Flow | None:
-        if node.target is operator.getitem:
-            return self._item(node)
+        if node.target is operator.getitem:  # the first result of an operation with several: max.dim
+            return self.flows.get(_first(node)) if node.args[1] == 0 else self._freeze(node)
         op = str(node.target).split(".")[1].rstrip("_") if str(node.target).startswith("aten.") else ""
-        handler = self.handlers.get(op)
-        if handler is None:
+        if op in self.handlers:
+            return self.handlers[op](node, op)
+        flow = self.flows.get(_first(node)) if op in OPERATIONS else None
+        if flow is None:
             return self._freeze(node)
-        return handler(node, op)
+        after = OPERATIONS[op](flow, Operation(op, node.args, _shape(_first(node)), _shape(node)))
+        return self._freeze(node) if after is None else after
 
-    def _freeze(self, node: fx.Node) -> None:
-        """Keep all channels that `node` reads, and all tensors."""
+    def _freeze(self, node: fx.Node) -> Flow | None:
+        """Keep all channels that `node` reads, and all tensors: its result is not followed."""
         for source in node.all_input_nodes:
             self._read(source)
             if (flow := self.flows.get(source)) is not None:
                 self.units.freeze(flow.units)
+        return None
 
     def _read(self, source: Any) -> None:
         if isinstance(source, fx.Node) and source.name in self.names:
@@ -164,13 +141,13 @@ class _Walk:
         owner = self._owner(name)
         return (name, owner) if isinstance(owner, kind) else None
 
-    def _axis(self, tensor: Any, dim: int, units: npt.NDArray[np.int64]) -> None:
+    def _axis(self, tensor: Any, dim: int, units: Indices) -> None:
         """`units` are those along a dimension of a parameter or buffer, given by name or node."""
         name = tensor if isinstance(tensor, str) else self.names[tensor.name]
         if (known := self.axes.setdefault((name, dim), units)) is not units:
             self.units.tie(known, units)
 
-    def _channels(self, source: fx.Node, dim: int, size: int) -> npt.NDArray[np.int64]:
+    def _channels(self, source: fx.Node, dim: int, size: int) -> Indices:
         """The units of a layer's input channels, kept where a removed channel would not be zero."""
         flow = self.flows.get(source)
         if flow is None:
@@ -185,9 +162,7 @@ class _Walk:
         if found is None or found[1].transposed:
             return self._freeze(node)
         name, layer = found
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
-        inputs = self._channels(source, 1, layer.in_channels)
+        inputs = self._channels(_first(node), 1, layer.in_channels)
         outputs = self.axes[name, 0] if (name, 0) in self.axes else self.units.new(layer.out_channels)
         self._axis(name, 0, outputs)
         if layer.groups == 1:
@@ -200,9 +175,7 @@ class _Walk:
         return Flow(1, outputs, zero=True)
 
     def _batch_norm(self, node: fx.Node, op: str) -> Flow | None:
-        source, tensors = node.args[0], node.args[1:5]
-        assert isinstance(source, fx.Node)
-        flow = self.flows.get(source)
+        flow, tensors = self.flows.get(_first(node)), node.args[1:5]
         if flow is None or flow.dim != 1 or self._layer(node, _BatchNorm) is None:
             return self._freeze(node)
         for tensor in tensors:
@@ -214,92 +187,14 @@ class _Walk:
         found = self._layer(node, nn.Linear)
         if found is None:
             return self._freeze(node)
-        source = node.args[0]
-        assert isinstance(source, fx.Node)
+        source = _first(node)
         self._axis(found[0], 1, self._channels(source, len(_shape(source)) - 1, found[1].in_features))
         return None
 
-    def _keep(self, node: fx.Node, op: str) -> Flow | None:
-        flow = self._flow(node)
-        if flow is None:
-            return self._freeze(node)
-        zero = flow.zero and op not in ZERO_TO_OTHER
-        if op == "hardtanh" and len(node.args) > 1:
-            low, high = (*node.args[1:], 1)[:2]
-            zero = flow.zero and low <= 0 <= high  # type: ignore[operator]
-        return Flow(flow.dim, flow.units, zero)
-
-    def _pool(self, node: fx.Node, op: str) -> Flow | None:
-        flow = self._flow(node)
-        return self._freeze(node) if flow is None or flow.dim != len(_shape(node)) - 3 else flow
-
-    def _flow(self, node: fx.Node) -> Flow | None:
-        source = node.args[0]
-        return self.flows.get(source) if isinstance(source, fx.Node) else None
-
-    def _item(self, node: fx.Node) -> Flow | None:
-        """The first result of an operation with several: max.dim."""
-        return self._flow(node) if node.args[1] == 0 else self._freeze(node)
-
-    def _pad(self, node: fx.Node, op: str) -> Flow | None:
-        flow, pad = self._flow(node), node.args[1]
-        value = node.args[-1] if len(node.args) > 2 and not isinstance(node.args[-1], str) else 0
-        assert isinstance(pad, Sequence)
-        if flow is None or len(_shape(node)) - len(pad) // 2 <= flow.dim:
-            return self._freeze(node)
-        return Flow(flow.dim, flow.units, flow.zero and not value)
-
-    def _reshape(self, node: fx.Node, op: str) -> Flow | None:
-        flow, source = self._flow(node), node.args[0]
-        assert isinstance(source, fx.Node)
-        after = None if flow is None else reshaped(flow, _shape(source), _shape(node))
-        return after or self._freeze(node)
-
-    def _reduce(self, node: fx.Node, op: str) -> Flow | None:
-        flow, source = self._flow(node), node.args[0]
-        dims = node.args[1] if len(node.args) > 1 else None
-        if flow is None or dims is None or isinstance(dims, fx.Node):
-            return self._freeze(node)
-        assert isinstance(source, fx.Node)
-        reduced = {d % len(_shape(source)) for d in ([dims] if isinstance(dims, int) else dims)}  # type: ignore
-        if flow.dim in reduced or not reduced:
-            return self._freeze(node)
-        keep = len(node.args) > 2 and bool(node.args[2])
-        return Flow(flow.dim if keep else flow.dim - sum(d < flow.dim for d in reduced), flow.units, flow.zero)
-
-    def _permute(self, node: fx.Node, op: str) -> Flow | None:
-        flow = self._flow(node)
-        if flow is None:
-            return self._freeze(node)
-        order = list(range(len(_shape(node))))
-        if op == "permute":
-            order = [d % len(order) for d in node.args[1]]  # type: ignore[union-attr, operator]
-        else:
-            a, b = (d % len(order) for d in node.args[1:3])  # type: ignore[operator]
-            order[a], order[b] = order[b], order[a]
-        return Flow(order.index(flow.dim), flow.units, flow.zero)
-
-    def _expand(self, node: fx.Node, op: str) -> Flow | None:
-        flow, source = self._flow(node), node.args[0]
-        if flow is None:
-            return self._freeze(node)
-        assert isinstance(source, fx.Node)
-        dim = flow.dim + len(_shape(node)) - len(_shape(source))
-        return Flow(dim, flow.units, flow.zero) if _shape(node)[dim] == len(flow.units) else self._freeze(node)
-
-    def _slice(self, node: fx.Node, op: str) -> Flow | None:
-        """slice or select, along another dimension than that of the channels."""
-        flow, source = self._flow(node), node.args[0]
-        assert isinstance(source, fx.Node)
-        at = (node.args[1] if len(node.args) > 1 else 0) % len(_shape(source))  # type: ignore[operator]
-        if flow is None or (at == flow.dim and (op == "select" or _shape(node)[at] != len(flow.units))):
-            return self._freeze(node)
-        return Flow(flow.dim - (op == "select" and at < flow.dim), flow.units, flow.zero)
-
     def _cat(self, node: fx.Node, op: str) -> Flow | None:
-        sources: Any = node.args[0]
-        flows, ndim = [self.flows.get(source) for source in sources], len(_shape(node))
-        at = (node.args[1] if len(node.args) > 1 else 0) % ndim  # type: ignore[operator]
+        arguments: list[Any] = [*node.args, 0]
+        sources, position = arguments[:2]
+        flows, at = [self.flows.get(source) for source in sources], position % len(_shape(node))
         known = [flow for flow in flows if flow is not None]
         if not known or len({flow.dim for flow in known}) > 1:
             return self._freeze(node)
@@ -339,6 +234,12 @@ class _Walk:
         if op in ("mul", "div"):
             return Flow(dim, first.units, any(zeros))
         return Flow(dim, first.units, len(flows) == 2 and all(zeros))
+
+
+def _first(node: fx.Node) -> fx.Node:
+    """The first argument, a tensor."""
+    assert isinstance(node.args[0], fx.Node)
+    return node.args[0]
 
 
 def _shape(node: fx.Node) -> tuple[int, ...]:
