@@ -58,9 +58,11 @@ $(VENV)/.installed-dev: setup.cfg pyproject.toml
 	$(BIN)/python -m pip install -q --disable-pip-version-check -e .[dev]
 	touch $(VENV)/.installed $@
 
-$(VENV)/.installed-extras: $(VENV)/.installed-dev tests/loaders/install-extras.sh tests/slurm/install-slurm.sh
+$(VENV)/.installed-extras: $(VENV)/.installed-dev tests/loaders/install-extras.sh tests/slurm/install-slurm.sh \
+		tests/browser/install-browser.sh
 	tests/loaders/install-extras.sh $(BIN)
 	tests/slurm/install-slurm.sh
+	tests/browser/install-browser.sh
 	touch $@
 
 clean:

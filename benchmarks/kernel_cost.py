@@ -47,7 +47,7 @@ def compile_kernel(kernel: Any, form: str, dtype: str, dim: int, config: Any, ca
     }
     names = kernel.arg_names
     constants = {name: value for name, value in constants.items() if name in names}
-    types = {"own_u": f"*{number}", "u": f"*{number}", "bounds": "*i32", "weights": "*fp32", "temperature": "fp32"}
+    types = {"own_u": f"*{number}", "u": f"*{number}", "bounds": "*i32", "weights": "*fp32", "temperature": "*fp64"}
     types["out"] = f"*{number}" if kernel is kernels.pair_gradient_kernel else "*fp32"
     types |= dict.fromkeys(constants, "constexpr")
     signature = {name: types.get(name, "i32") for name in names}
@@ -75,15 +75,16 @@ def backward_kernel(dtype: str, dim: int) -> Any:
     return kernels.gradient_kernel if in_one_product else kernels.pair_gradient_kernel
 
 
-def cost(kernel: Any, form: str, dtype: str, dim: int, config: Any) -> tuple[LoopCost, float]:
+def cost(kernel: Any, form: str, dtype: str, dim: int, config: Any) -> tuple[LoopCost, int]:
     """The common loop's cost, and the pairs of a tile that one thread has."""
     depth = sizes.operand_depth(dim)
     compiled = compile_kernel(kernel, form, dtype, dim, config)
+    pairs = config.kwargs["ROWS"] * config.kwargs["COLS"] // (32 * config.num_warps)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        found = loop_cost(Path(file.name), depth // sizes.operand_chunk(depth, 2 if dtype == "bf16" else 4))
-    return found, config.kwargs["ROWS"] * config.kwargs["COLS"] / (32 * config.num_warps)
+        chunks = depth // sizes.operand_chunk(depth, 2 if dtype == "bf16" else 4)
+        return loop_cost(Path(file.name), pairs, chunks), pairs
 
 
 def main() -> None:

@@ -107,9 +107,10 @@ class _Code:
         return any(name.startswith(names) for name in self.names[loop.start : loop.end + 1])
 
 
-def loop_cost(cubin: Path, chunks: int = 1) -> LoopCost:
-    """The cost of the loop with exponentials and products that has the shortest way round.
+def loop_cost(cubin: Path, exponentials: int, chunks: int = 1) -> LoopCost:
+    """The cost of the loop with products and `exponentials` on its shortest way round; of several, the shortest.
 
+    The number tells the loop over whole tiles from the one over parts of tiles, which may be the shorter one.
     `chunks`: how often its inner loop runs, where it has one. Raises ValueError where there is no such loop.
     """
     used = re.search(r"REG:(\d+) STACK:(\d+)", _dump("-res-usage", str(cubin)))
@@ -127,7 +128,8 @@ def loop_cost(cubin: Path, chunks: int = 1) -> LoopCost:
         for o in inner:
             for i in code.way_round(o):
                 counts[code.names[i]] += chunks - 1 if i in way else chunks
-        costs.append(counts)
+        if counts["MUFU.EX2"] == exponentials:
+            costs.append(counts)
     if used is None or not costs:
-        raise ValueError(f"{cubin}: no loop with exponentials and products of matrices")
+        raise ValueError(f"{cubin}: no loop with {exponentials} exponentials and products of matrices")
     return LoopCost(int(used.group(1)), int(used.group(2)), min(costs, key=lambda c: c.total()))

@@ -2,6 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+from pathlib import Path
+
+from . import __version__
+
 CONCURRENT_RUNS = "HPC_SUPCON_CONCURRENT_RUNS"
 """Environment variable: how many runs of a grid, each with its ranks, share the cores at the same time."""
 LOCAL_JOB = "HPC_SUPCON_LOCAL_JOB"
@@ -29,3 +34,21 @@ def port_of_job(job: int, step: int = 0) -> int:
 def ports_from(port: int) -> list[int]:
     """The ports that rank 0 tries in this order, where `port` is the one that `port_of_job` gave."""
     return [_FIRST_PORT + (port - _FIRST_PORT + i) % _PORTS for i in range(_TRIED)]
+
+
+def code_commit() -> str:
+    """The package's git commit, with "+changes" if files differ from it; its version where there is no git."""
+    here = Path(__file__).parent
+    if not (here.parent / ".git").exists():  # installed, maybe into an environment inside of somebody's repository
+        return f"version {__version__}"
+    try:
+        commit = subprocess.run(
+            ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"],
+            capture_output=True,
+            text=True,
+            timeout=30,
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return f"version {__version__}"
+    return commit.stdout.strip()

@@ -84,6 +84,12 @@ def check_still_there(folder: Path) -> None:
         )
 
 
+def check_is_run(folder: Path) -> None:
+    """Raise RunFolderError if the folder is not a run folder."""
+    if not (folder / CONFIG).is_file():
+        raise RunFolderError(f"{folder}: no {CONFIG} in it, so this is not a run folder")
+
+
 def read_config(
     folder: Path, overrides: list[str] | tuple[str, ...] = (), *, stages: tuple[Stage, ...] = ()
 ) -> Config:
@@ -91,15 +97,19 @@ def read_config(
 
     Raises RunFolderError if the folder is not a run folder, ConfigError.
     """
-    if not (folder / CONFIG).is_file():
-        raise RunFolderError(f"{folder}: no {CONFIG} in it, so this is not a run folder")
+    check_is_run(folder)
     return load_config(folder / CONFIG, overrides, stages=stages)
 
 
 def check_results(folder: Path) -> None:
-    """Raise RunFolderError for a results.json to which nothing can be added; call it before the work."""
-    if (folder / RESULTS).exists():
-        _read_results(folder / RESULTS)
+    """Raise RunFolderError for a results.json or scores.json to which nothing can be added; call it before work."""
+    read_results(folder)
+    read_scores(folder)
+
+
+def read_results(folder: Path) -> list[dict[str, Any]]:
+    """The entries of results.json; none where there is no such file. Raises RunFolderError."""
+    return _read_results(folder / RESULTS) if (folder / RESULTS).exists() else []
 
 
 def add_result(folder: Path, result: dict[str, Any]) -> None:
@@ -110,7 +120,7 @@ def add_result(folder: Path, result: dict[str, Any]) -> None:
     path = folder / RESULTS
     key = ("stage", "probe", "checkpoint", "folder")
     with file_lock(folder / f".{RESULTS}.lock"):
-        results = _read_results(path) if path.exists() else []
+        results = read_results(folder)
         results = [r for r in results if any(r.get(k) != result.get(k) for k in key)] + [result]
         write_atomically(path, json.dumps({"results": results}, indent=2) + "\n")
 

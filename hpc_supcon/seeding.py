@@ -36,6 +36,9 @@ STREAMS = (
     "finetune views",  # random views for the same: rank
     "corruptions",  # corrupted test images: corruption, severity, image
     "bootstrap",  # resampled images of confidence intervals
+    "clusters",  # initial centers of k-means: restart
+    "maps",  # the images of the maps of embeddings, and how these are fitted: 0 sample, 1 queries, 2 fit, 3 drawing
+    "prune",  # random scores, and batches of the gradients that scores are made of: rank
 )
 """Every name, with the meaning of its indices. Append new names: the position is part of the derivation."""
 

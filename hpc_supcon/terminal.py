@@ -13,7 +13,7 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from .errors import RunFolderError
+from .errors import OutputError, RunFolderError
 
 WIDTH = 200
 """Columns of a table that is written to a file or a pipe."""
@@ -33,10 +33,10 @@ def warn(line: str) -> None:
 
 @contextmanager
 def only_told() -> Iterator[None]:
-    """A RunFolderError in the block is printed and nothing else: for what can be lost, such as a plot."""
+    """A RunFolderError or OutputError in the block is printed, no more: for what can be lost, such as a plot."""
     try:
         yield
-    except RunFolderError as error:
+    except (RunFolderError, OutputError) as error:
         warn(str(error))
 
 

@@ -22,9 +22,11 @@ from .bench import bench
 from .checkpoints import checkpoints
 from .common import Debug, Overrides, refused_together, started
 from .data import convert, verify
+from .embeddings import embeddings
 from .export import embed, export, predict
 from .grid import grid
 from .prune import prune
+from .report import compare, report, write_own_page
 from .streams import safe_streams
 
 if TYPE_CHECKING:
@@ -36,7 +38,7 @@ QUICKSTART = "quickstart"
 RUN: tuple[Stage, ...] = ("pretrain", "probe")
 """The stages of `hpc-supcon run`."""
 
-OF_ALL_RANKS = ("run", "pretrain", "probe", "prune")
+OF_ALL_RANKS = ("run", "pretrain", "probe", "prune", "embeddings")
 """The commands that several processes do together; all others are the work of one."""
 
 app = typer.Typer(
@@ -57,10 +59,13 @@ app.command("convert")(convert)
 app.command("verify")(verify)
 app.command("checkpoints")(checkpoints)
 app.command("prune")(prune)
+app.command("embeddings")(embeddings)
 app.command("export")(export)
 app.command("embed")(embed)
 app.command("predict")(predict)
 app.add_typer(grid, name="grid")
+app.command("report")(report)
+app.command("compare")(compare)
 
 ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A recipe's name or a YAML file.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Resume from the run folder's newest checkpoint.")]
@@ -70,16 +75,21 @@ Resume = Annotated[bool, typer.Option("--resume", help="Resume from the run fold
 def run(
     config: ConfigArgument = QUICKSTART, overrides: Overrides = None, resume: Resume = False, debug: Debug = False
 ) -> None:
-    """Pre-train an encoder, then evaluate it (pretrain + probe). Where all probes read pixels, none is trained."""
+    """Pre-train an encoder, evaluate it, and draw its embeddings (pretrain + probe + embeddings).
+
+    Where all probes read pixels, none is trained.
+    """
     with refused_together():
         settings = _settings(config, overrides, RUN)
     command = {"command": "run", "--resume": "yes" if resume else "no"}
     with started(settings, RUN, command, resume=resume) as (runtime, data):
+        from ..distributed.collectives import propagate_errors
         from ..evaluation.probes import check_probes
         from ..stages.probe import probe, start_without_encoder
         from ..stages.results import ResultWriter
 
-        check_probes(settings, data.splits)
+        with propagate_errors():
+            check_probes(settings, data.splits)
         writer = ResultWriter()
         if settings.probe.needs_encoder:
             folder = _pretrained(settings, runtime, data, resume, writer)
@@ -88,6 +98,12 @@ def run(
         results = probe(folder, settings, runtime, data, writer=writer)
         if runtime.is_main:
             _print_results(folder, results)
+        if settings.report.embeddings:
+            from ..stages.embeddings import draw_embeddings
+
+            draw_embeddings(folder, settings, runtime, data, writer=writer, required=False)
+        if runtime.is_main and settings.report.html:
+            write_own_page(folder)
         writer.check()
 
 

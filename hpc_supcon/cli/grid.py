@@ -182,12 +182,20 @@ def logs_command(
 def report_command(
     grid_dir: GridDir,
     out: Annotated[Path | None, typer.Option(help="Folder of the tables; by default GRID_DIR/report.")] = None,
+    html: Annotated[bool, typer.Option("--html", help="Write one page instead: GRID_DIR/report.html.")] = False,
     debug: Debug = False,
 ) -> None:
     """Tables (Markdown, LaTeX, CSV) and charts (PNG) of the results so far; missing cells are shown as missing."""
     from ..grid.folder import load
     from ..grid.report import write_report
 
+    if html:
+        from ..grid.page import write_grid_page
+
+        if out is not None:
+            raise ConfigError("--html writes GRID_DIR/report.html; drop --out")
+        sys.stdout.write(f"{write_grid_page(load(grid_dir))}\n")
+        return
     sys.stdout.write(f"{write_report(load(grid_dir), out or grid_dir / 'report')}\n")
 
 

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from ..run_folder import read_config
+from ..run_folder import RESULTS, read_config
 from ..terminal import output
 from .common import Debug, refused_together, started
+
+ABOUT = ("method", "scope", "schedule")
+HEADINGS = {key: key for key in (*ABOUT, "label", "loss", "rewind")}
+HEADINGS |= {"finetune_steps": "steps", "finetune_loss": "by loss"}
+"""What is told of each pruning where not all are alike -> the heading of its column."""
 
 
 def prune(
@@ -42,28 +48,62 @@ def prune(
 
 
 def _print(run_dir: Path, results: list[dict[str, Any]]) -> None:
-    """A row for each rate and probe; "x" is how many times smaller than the dense file."""
+    """A row for each rate and probe, those of earlier prunings of the same checkpoint included."""
     first = results[0]
     about = first["prune"]
+    rows = sorted(_with_earlier(run_dir, results), key=_order)
     table = Table(
-        title=f"{first['encoder']}, {first['loss']} ({about['dense_checkpoint']}): {about['method']}, "
-        f"{about['scope']}, of {about['weights']:,} weights",
-        caption=f"the encoder as dense safetensors: {first['size']['dense_bytes']:,} bytes",
+        title=f"{first['encoder']}, {read_config(run_dir).loss.label} ({about['dense_checkpoint']}): "
+        f"{_shared(rows)}of {about['weights']:,} weights",
+        caption=f"the encoder as dense safetensors: {first['size']['dense_bytes']:,} bytes; x: times smaller",
         caption_justify="left",
     )
-    for heading in ("rate", "zeros", "gzip bytes", "x", "sparse bytes", "x", "probe", "validation", "test"):
-        table.add_column(heading, justify="left" if heading == "probe" else "right", no_wrap=True)
-    for result in results:
-        size = result["size"]
-        scores = (result[split] for split in ("validation", "test"))
+    varying = [key for key in HEADINGS if len({row["prune"].get(key) for row in rows}) > 1]
+    headings = [HEADINGS[key] for key in varying]
+    headings += ["rate", "zeros", "gzip bytes", "x", "sparse bytes", "x", "probe", "validation", "test", "F1"]
+    for heading in headings:
+        table.add_column(heading, justify="left" if heading in ("probe", *varying) else "right", no_wrap=True)
+    for row in rows:
+        size, scores = row["size"], (row["validation"], row["test"])
         table.add_row(
-            f"{result['prune']['rate']:g}",
-            f"{result['prune']['zeros']:,}",
+            *(str(row["prune"].get(key) or "") for key in varying),
+            f"{row['prune']['rate']:g}",
+            f"{row['prune']['zeros']:,}",
             *(f"{size['gzip_bytes']:,}", f"{size['ratio_gzip']:.2f}"),
             *(f"{size['sparse_bytes']:,}", f"{size['ratio_sparse']:.2f}"),
-            result["probe"],
+            row["probe"],
             *("" if score is None else f"{score['accuracy']:.4f}" for score in scores),
+            "" if row["test"] is None else f"{row['test']['f1']:.4f}",
         )
     console = output()
     console.print(table)
-    console.print(f"results: {run_dir / 'results.json'}", soft_wrap=True)
+    console.print(f"results: {run_dir / RESULTS}", soft_wrap=True)
+
+
+def _with_earlier(run_dir: Path, results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """`results`, and the other entries of pruning in results.json that are of the same checkpoint and probes."""
+    about, probes = results[0]["prune"], {result["probe"] for result in results}
+    folders = {result["folder"] for result in results}
+    try:
+        entries = json.loads((run_dir / RESULTS).read_text(encoding="utf-8"))["results"]
+        earlier = [
+            entry
+            for entry in entries
+            if entry["stage"] == "prune"
+            and entry["folder"] not in folders
+            and entry["probe"] in probes
+            and entry["prune"]["dense_checkpoint"] == about["dense_checkpoint"]
+        ]
+    except (OSError, ValueError, KeyError, TypeError):
+        return results  # they could not be written, which the command tells
+    return [*results, *earlier]
+
+
+def _order(row: dict[str, Any]) -> tuple[Any, ...]:
+    return (*(str(row["prune"].get(key) or "") for key in ABOUT), row["prune"]["rate"], row["folder"], row["probe"])
+
+
+def _shared(rows: list[dict[str, Any]]) -> str:
+    """Method, scope and schedule, as far as all rows have the same."""
+    shared = [{row["prune"].get(key) for row in rows} for key in ABOUT]
+    return "".join(f"{values.pop()}, " for values in shared if len(values) == 1 and values != {None})

@@ -1,6 +1,7 @@
 """The configuration of a run: one typed schema, YAML recipes, `key.sub=value` overrides, rules between settings."""
 
 from .check import Stage, check_config, check_ranks
+from .check_evaluation import check_report
 from .load import load_config, merge, parse_override, recipe_names, resolve, validated
 from .schema import Config
 from .settings import (
@@ -23,6 +24,7 @@ __all__ = [
     "Stage",
     "check_config",
     "check_ranks",
+    "check_report",
     "differences",
     "digest",
     "flatten",

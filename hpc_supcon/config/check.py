@@ -10,7 +10,7 @@ from pathlib import PurePath
 from typing import Literal, get_args
 
 from ..errors import ConfigError
-from .check_evaluation import check_probes, check_pruning, check_target, has_no_validation
+from .check_evaluation import check_probes, check_pruning, check_report, check_target, has_no_validation
 from .deepspeed import check_own_keys
 from .encoders import OWN_ENCODERS, check_encoder
 from .schema import Config, names
@@ -23,7 +23,7 @@ CLASSIFYING = frozenset(get_args(names.ClassifierLossName))
 DECODING = frozenset(get_args(names.DecoderLossName))
 WITH_RESPONSE = frozenset(get_args(names.ResponseLossName))
 MIN_TEMPERATURE, MIN_TRITON_TEMPERATURE, MAX_TRITON_DIM = 0.002, 0.025, 2048
-"""What the contrastive losses take: see losses.pairwise."""
+"""What the contrastive losses take: see losses.temperature."""
 
 
 def check_config(
@@ -50,6 +50,8 @@ def check_config(
         _check_compilation(config)
     if "probe" in stages or "prune" in stages:
         check_probes(config)
+    if "probe" in stages:
+        check_report(config)
     if "prune" in stages:
         check_pruning(config)
     if world_size is not None:

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any, get_args
 
-from ..errors import ConfigError
+from ..errors import ConfigError, unknown_name
 from .schema import Config
-from .schema.names import ProbeName
+from .schema.names import ProbeName, SourceName, WeightPruningName
+from .schema.pruning import PruneConfig
+
+WITHOUT_FILES = ("digits", "synthetic")
+"""Sources that need no folder."""
 
 
 def has_no_validation(config: Config) -> bool:
@@ -32,6 +37,27 @@ def check_probes(config: Config) -> None:
     for kind in kinds:
         if kind != "knn":
             _check_fit(config, kind, getattr(config.probe, kind))
+    _check_ood(config)
+
+
+def _check_ood(config: Config) -> None:
+    """Whether the files are there, and can be converted, is known once they are opened."""
+    probe, data, sets = config.probe, config.data, config.probe.ood_sets
+    if sets and not probe.needs_encoder:
+        raise ConfigError(
+            f"probe.ood compares features of an encoder, but probe.kind={', '.join(probe.kinds)} reads pixels: use "
+            "probe.ood=[], or add a probe of features such as linear"
+        )
+    for text, source, path in sets:
+        if source not in get_args(SourceName):
+            raise ConfigError(unknown_name("probe.ood", source, get_args(SourceName)))
+        if path == "" or (source == "image_folder" and path is None):
+            raise ConfigError(f"probe.ood={text}: name its folder as {source}:PATH")
+        if source == data.source and (path in (None, data.root) or source in WITHOUT_FILES):
+            raise ConfigError(f"probe.ood={text}: that is the run's own data; name another data set")
+    names = [text for text, _, _ in sets]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"probe.ood names a data set twice: {', '.join(names)}")
 
 
 def _check_fit(config: Config, kind: ProbeName, settings: Any) -> None:
@@ -71,12 +97,117 @@ def _check_choices(kind: ProbeName, settings: Any) -> None:
             )
 
 
+def check_report(config: Config) -> None:
+    """Of the maps; whether an image folder has a validation split is known once it is loaded."""
+    report = config.report
+    for name in ("spaces", "methods"):
+        values = getattr(report, name)
+        if len(set(values)) < len(values):
+            raise ConfigError(f"report.{name} names one twice: {', '.join(values)}")
+    if report.perplexity == ():
+        raise ConfigError("report.perplexity is an empty list: give one or more numbers of neighbors")
+    if report.split == "validation" and has_no_validation(config):
+        raise ConfigError(
+            "report.split=validation but there is no validation split: choose test, or set data.validation_fraction"
+        )
+
+
 def check_pruning(config: Config) -> None:
+    """Whether fine-tuning is long enough, and what the layers allow, is known once data and encoder are loaded."""
+    prune = config.prune
     if not config.probe.needs_encoder:
         raise ConfigError(
             f"probe.kind={', '.join(config.probe.kinds)} reads pixels, which pruning does not change: choose "
             "probes of features, such as probe.kind=linear"
         )
-    rates = [f"{rate:g}" for rate in config.prune.rates]  # as they are written in the names of folders
+    rates = [f"{rate:g}" for rate in prune.rates]  # as they are written in the names of folders
     if len(set(rates)) < len(rates):
         raise ConfigError(f"prune.rate names a rate twice: {', '.join(rates)}")
+    if prune.pattern is not None:
+        _check_pattern(prune)
+    if prune.method == "layer_sensitive":
+        _check_scan(config)
+    if prune.fits_classifier:
+        _check_fit(config, "linear", config.probe.linear)
+    _check_schedule(prune)
+
+
+def _check_pattern(prune: PruneConfig) -> None:
+    if len(prune.rates) > 1:
+        raise ConfigError(
+            f"prune.scope={prune.scope} has a rate of its own, 1 - N/M, but prune.rate is a list: drop prune.rate"
+        )
+    if prune.method == "layer_sensitive":
+        raise ConfigError(
+            f"prune.scope={prune.scope} gives every layer one rate, which prune.method=layer_sensitive chooses by "
+            "layer: use another method"
+        )
+    if prune.schedule != "oneshot":
+        raise ConfigError(
+            f"prune.scope={prune.scope} has one rate, to which prune.schedule={prune.schedule} cannot grow: use "
+            "prune.schedule=oneshot"
+        )
+
+
+def _check_scan(config: Config) -> None:
+    prune = config.prune
+    if prune.scope != "global":
+        raise ConfigError(
+            "prune.scope=layer gives every layer one rate, which prune.method=layer_sensitive chooses by layer: use "
+            "prune.scope=global"
+        )
+    if has_no_validation(config):
+        raise ConfigError(
+            "prune.method=layer_sensitive scans the loss on the validation split: set data.validation_fraction"
+        )
+    rates = [f"{rate:g}" for rate in prune.scan.rates]
+    if len(set(rates)) < len(rates):
+        raise ConfigError(f"prune.scan.rates names a rate twice: {', '.join(rates)}")
+    if max(prune.rates) > max(prune.scan.rates):
+        raise ConfigError(
+            f"prune.rate={max(prune.rates):g} is above the largest of prune.scan.rates, {max(prune.scan.rates):g}, "
+            "at which a layer is scanned: add a larger one"
+        )
+
+
+def _check_schedule(prune: PruneConfig) -> None:
+    if prune.schedule == "iterative" and any(b <= a for a, b in pairwise(prune.rounds)):
+        raise ConfigError(
+            f"prune.schedule=iterative prunes more in every round, but prune.rate gives the rounds "
+            f"{', '.join(f'{rate:g}' for rate in prune.rounds)}: give increasing rates, or fewer prune.steps"
+        )
+    if prune.schedule != "gradual" and prune.interval is not None:
+        raise ConfigError(f"prune.interval={prune.interval} is for prune.schedule=gradual alone; use null")
+    if prune.schedule == "gradual":
+        _check_gradual(prune)
+    if prune.rewind is not None and not prune.finetunes:
+        raise ConfigError(
+            f"prune.rewind={prune.rewind} takes the weights back to be trained again: set prune.finetune.epochs"
+        )
+    if prune.rewind is not None and prune.schedule == "iterative" and not prune.finetune.between:
+        raise ConfigError(
+            f"prune.rewind={prune.rewind}: without prune.finetune.between, the next round would prune the weights as "
+            "they were, not as they were trained; set prune.finetune.between=true"
+        )
+
+
+def _check_gradual(prune: PruneConfig) -> None:
+    if not prune.finetunes:
+        raise ConfigError(
+            "prune.schedule=gradual prunes while it fine-tunes: set prune.finetune.epochs or iterations"
+        )
+    if prune.method not in get_args(WeightPruningName):
+        raise ConfigError(
+            f"prune.schedule=gradual scores weights during training, for which prune.method={prune.method} needs "
+            "other data: use prune.schedule=iterative"
+        )
+    if prune.rewind is not None:
+        raise ConfigError(
+            f"prune.rewind={prune.rewind}: prune.schedule=gradual prunes weights as they are trained; use iterative"
+        )
+    length = prune.finetune.iterations
+    if length is not None and prune.steps * (prune.interval or 1) > length:
+        raise ConfigError(
+            f"prune.steps={prune.steps} prunings, one every {prune.interval or 1} steps, end after "
+            f"prune.finetune.iterations={length}: the rate would not be reached; lower prune.steps or prune.interval"
+        )

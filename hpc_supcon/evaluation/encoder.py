@@ -61,9 +61,9 @@ def report_changed_data(folder: Path, found: checkpoint.Checkpoint, config: Conf
     )
 
 
-def load_model(folder: Path) -> tuple[PretrainingModel, checkpoint.Checkpoint]:
-    """The model of a run's best checkpoint, on the CPU. Collective. Raises RunFolderError, CheckpointCorrupt,
-    RanksDiffer.
+def load_model(folder: Path, *, step: int | None = None) -> tuple[PretrainingModel, checkpoint.Checkpoint]:
+    """The model of a run's best checkpoint, or of that of a step, on the CPU. Collective. Raises RunFolderError,
+    CheckpointCorrupt, RanksDiffer.
 
     With early stopping, the best is the checkpoint at which it saw its best value; otherwise it is the newest that
     verifies. Rank 0 chooses and the other ranks load its choice: if each chose by itself, they could differ.
@@ -72,7 +72,8 @@ def load_model(folder: Path) -> tuple[PretrainingModel, checkpoint.Checkpoint]:
     with propagate_errors():
         if rank() == 0:
             check_has_encoder(folder)
-            found = _choose(folder / run_folder.CHECKPOINTS)
+            checkpoints = folder / run_folder.CHECKPOINTS
+            found = _choose(checkpoints) if step is None else checkpoint.load_checkpoint(path_of(checkpoints, step))
     path = gather_objects(found.path if found else None)[0]
     assert path is not None
     with propagate_errors():

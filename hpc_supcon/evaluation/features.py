@@ -66,7 +66,7 @@ def extract_indexed(
         width = cast(int, encoder.feature_dim)
         none = torch.empty(0, dtype=torch.int64, device=runtime.device)
         return torch.empty(0, width, device=runtime.device), none, none
-    return torch.cat(features), torch.cat(labels), torch.cat(index)
+    return torch.cat(features), torch.cat(labels), torch.cat(index).to(runtime.device)
 
 
 def read_images(source: Source, runtime: Runtime, **serving: Any) -> LabeledRows:

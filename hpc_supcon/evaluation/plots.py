@@ -9,20 +9,39 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import RunFolderError, printable
 from ..files import atomic_path
-from ..training.metric_file import METRICS, read_events
+from ..metric_file import METRICS, read_events
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
     from torch import Tensor
 
+
 PLOTS = "plots"
 Curve = tuple[Sequence[float], Sequence[float]]
 """(steps, values)."""
 
-_COLORS = {"train": "#4477aa", "validation": "#cc3311"}
+_COLORS = {"train": "#4477aa", "validation": "#cc3311", "positives": "#228833", "negatives": "#aa3377"}
 _MAX_MARKERS = 40
 """A curve of at most this many points has a marker on each."""
+_PANELS: dict[str, dict[str, tuple[str, str]]] = {
+    "loss": {"train": ("train", "loss"), "validation": ("validation", "loss")},
+    "accuracy (fraction)": {"validation": ("validation", "accuracy")},
+    "alignment of positives": {"train": ("train", "alignment")},
+    "uniformity": {"train": ("train", "uniformity")},
+    "effective rank": {"train": ("train", "effective_rank")},
+    "mean cosine similarity": {"train": ("train", "mean_similarity")},
+    "gradient response": {
+        "positives": ("train", "response_positives"),
+        "negatives": ("train", "response_negatives"),
+    },
+    "gradient norm": {"train": ("train", "grad_norm")},
+    "learning rate": {"train": ("train", "lr")},
+    "throughput (images/s)": {"train": ("train", "images_per_s")},
+    "waiting for data (fraction)": {"train": ("train", "data_wait")},
+}
+"""Of plots/training.png: title -> curve -> (event of metrics.jsonl, number)."""
+_FROM_ZERO = {"gradient norm", "learning rate", "throughput (images/s)", "waiting for data (fraction)"}
 
 
 def draw_probe_curves(
@@ -41,7 +60,8 @@ def draw_probe_curves(
 
 
 def draw_training_curves(folder: Path) -> list[Path]:
-    """plots/loss-pretrain.png, and accuracy-pretrain.png where there is any accuracy, from metrics.jsonl.
+    """plots/loss-pretrain.png, accuracy-pretrain.png where there is any accuracy, and training.png, a small panel for
+    each number of the log, from metrics.jsonl; nothing where there are no steps.
 
     Reads the events "train" and "validation"; lines that are not whole are passed over. Of a step that was trained
     twice (after falling back to an older checkpoint) the last event counts. Returns the files drawn. Raises
@@ -54,13 +74,12 @@ def draw_training_curves(folder: Path) -> list[Path]:
                 events[event["event"]][event["step"]] = event
     except OSError as error:
         raise RunFolderError(f"{folder / METRICS}: cannot be read: {error.strerror}") from None
+    lines = {event: [found[step] for step in sorted(found)] for event, found in events.items()}
     paths = []
     for number in ("loss", "accuracy"):
-        curves = {
-            split: _curve([found[step] for step in sorted(found)], "step", number) for split, found in events.items()
-        }
+        curves = {split: _curve(lines[split], "step", number) for split in lines}
         paths += _draw(folder, number, "pretrain", "pre-training", curves, None)
-    return paths
+    return paths + _draw_panels(folder, lines)
 
 
 _MAX_MATRIX = 30
@@ -80,13 +99,13 @@ def draw_confusion(folder: Path, kind: str, confusion: Sequence[Sequence[int]], 
     # names are the user's: "$" in them starts no formula, and a letter that the font lacks is a box
     with mpl.rc_context({"text.parse_math": False}), warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="Glyph .* missing")
-        return _save(draw(f"{kind} probe: test", confusion, names), folder / PLOTS / f"confusion-{kind}.png")
+        return save_figure(draw(f"{kind} probe: test", confusion, names), folder / PLOTS / f"confusion-{kind}.png")
 
 
 def draw_image_rows(folder: Path, name: str, rows: Mapping[str, Tensor]) -> Path:
     """plots/NAME.png: one row of images [n, C, H, W] in -1..1 for each entry of `rows`. Raises RunFolderError."""
     columns = max(len(images) for images in rows.values())
-    figure = _figure((1.0 + columns * 1.1, 0.2 + len(rows) * 1.15))
+    figure = new_figure((1.0 + columns * 1.1, 0.2 + len(rows) * 1.15))
     axes = figure.subplots(len(rows), columns, squeeze=False)
     for row, (label, images) in zip(axes, rows.items(), strict=True):
         pixels = images.detach().float().cpu().add(1).div(2).clamp(0, 1).permute(0, 2, 3, 1).numpy()
@@ -95,7 +114,7 @@ def draw_image_rows(folder: Path, name: str, rows: Mapping[str, Tensor]) -> Path
         for axis, image in zip(row, pixels, strict=False):
             axis.imshow(image, cmap="gray", vmin=0, vmax=1, interpolation="nearest")
         row[0].set_title(label, loc="left", fontsize=9)
-    return _save(figure, folder / PLOTS / f"{name}.png")
+    return save_figure(figure, folder / PLOTS / f"{name}.png")
 
 
 def draw_corruptions(folder: Path, found: Mapping[str, Mapping[str, Any]]) -> Path:
@@ -106,7 +125,7 @@ def draw_corruptions(folder: Path, found: Mapping[str, Mapping[str, Any]]) -> Pa
     names = list(next(iter(found.values()))["errors"])
     columns = min(5, len(names))
     rows = -(-len(names) // columns)
-    figure = _figure((1.2 + 2.1 * columns, 1.1 + 1.75 * rows))
+    figure = new_figure((1.2 + 2.1 * columns, 1.1 + 1.75 * rows))
     axes = figure.subplots(rows, columns, squeeze=False, sharex=True, sharey=True)
     for axis in axes.flat[len(names) :]:
         axis.set_axis_off()
@@ -123,7 +142,7 @@ def draw_corruptions(folder: Path, found: Mapping[str, Mapping[str, Any]]) -> Pa
     figure.supylabel("test error (fraction)", fontsize=9)
     handles, kinds = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, kinds, loc="outside upper center", ncols=min(6, len(kinds)), fontsize=8, frameon=False)
-    return _save(figure, folder / PLOTS / "corruptions.png")
+    return save_figure(figure, folder / PLOTS / "corruptions.png")
 
 
 def _curve(lines: Sequence[Mapping[str, Any]], step: str, name: str) -> Curve:
@@ -137,13 +156,11 @@ def _draw(
     curves = {split: curve for split, curve in curves.items() if curve[0]}
     if not curves:
         return []
-    figure = _figure((7, 4.2))
+    figure = new_figure((7, 4.2))
     axis = figure.add_subplot()
-    for split, (steps, values) in curves.items():
-        marker = "o" if len(steps) <= _MAX_MARKERS else None
-        axis.plot(steps, values, label=split, color=_COLORS[split], marker=marker, markersize=3, linewidth=1.3)
+    _plot(axis, curves)
     _label(axis, number, title, kept)
-    return [_save(figure, folder / PLOTS / f"{number}-{name}.png")]
+    return [save_figure(figure, folder / PLOTS / f"{number}-{name}.png")]
 
 
 def _short(name: str) -> str:
@@ -154,7 +171,7 @@ def _short(name: str) -> str:
 def _matrix(title: str, confusion: Sequence[Sequence[int]], names: Sequence[str]) -> Figure:
     n = len(names)
     side = max(3.4, 0.42 * n if n > 12 else 0.5 * n)
-    figure = _figure((side + 2.2, side + 1.4))
+    figure = new_figure((side + 2.2, side + 1.4))
     axis = figure.add_subplot()
     shares = [[count / max(1, sum(row)) for count in row] for row in confusion]
     image = axis.imshow(shares, cmap="Blues", vmin=0, vmax=1)
@@ -180,7 +197,7 @@ def _pairs(title: str, confusion: Sequence[Sequence[int]], names: Sequence[str])
         if count and i != j
     ]
     shown = sorted(wrong, key=lambda pair: -pair[0])[:_MAX_PAIRS]
-    figure = _figure((7, 1.2 + 0.28 * max(4, len(shown))))
+    figure = new_figure((7, 1.2 + 0.28 * max(4, len(shown))))
     axis = figure.add_subplot()
     bars = axis.barh(range(len(shown)), [count for count, _, _ in shown], color=_COLORS["train"])
     axis.bar_label(bars, [f"{count} ({share:.0%})" for count, share, _ in shown], padding=3, fontsize=8)
@@ -196,7 +213,36 @@ def _pairs(title: str, confusion: Sequence[Sequence[int]], names: Sequence[str])
     return figure
 
 
-def _figure(size: tuple[float, float]) -> Figure:
+def _draw_panels(folder: Path, lines: Mapping[str, Sequence[Mapping[str, Any]]]) -> list[Path]:
+    """plots/training.png; only panels that have a curve."""
+    panels = {}
+    for title, parts in _PANELS.items():
+        curves = {name: _curve(lines[event], "step", number) for name, (event, number) in parts.items()}
+        if curves := {name: curve for name, curve in curves.items() if curve[0]}:
+            panels[title] = curves
+    if not panels:
+        return []
+    columns = min(4, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = new_figure((3.3 * columns, 0.4 + 2.3 * rows))
+    axes = figure.subplots(rows, columns, squeeze=False, sharex=True).ravel()
+    for axis, (title, curves) in zip(axes, panels.items(), strict=False):
+        _plot(axis, curves)
+        axis.set_title(title, fontsize=10)
+        axis.tick_params(labelsize=8)
+        if title in _FROM_ZERO:
+            axis.set_ylim(0, max(1e-3, 1.05 * max(max(values) for _, values in curves.values())))
+        if len(curves) > 1:
+            axis.legend(fontsize=8)
+    for i, axis in enumerate(axes):
+        axis.set_visible(i < len(panels))
+        if i < len(panels) <= i + columns:  # the lowest of its column
+            axis.tick_params(labelbottom=True)
+            axis.set_xlabel("iteration (optimizer steps)", fontsize=8)
+    return [save_figure(figure, folder / PLOTS / "training.png")]
+
+
+def new_figure(size: tuple[float, float]) -> Figure:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure  # no pyplot: it keeps every figure in a global list
 
@@ -205,7 +251,7 @@ def _figure(size: tuple[float, float]) -> Figure:
     return figure
 
 
-def _save(figure: Figure, path: Path) -> Path:
+def save_figure(figure: Figure, path: Path) -> Path:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path, durable=False) as partial:
@@ -215,9 +261,18 @@ def _save(figure: Figure, path: Path) -> Path:
     return path
 
 
-def _label(axis: Axes, number: str, title: str, kept: int | None) -> None:
+def _plot(axis: Axes, curves: Mapping[str, Curve]) -> None:
     from matplotlib.ticker import MaxNLocator
 
+    for name, (steps, values) in curves.items():
+        marker = "o" if len(steps) <= _MAX_MARKERS else None
+        style = "--" if name == "negatives" else "-"  # often on top of the positives' curve
+        axis.plot(steps, values, style, label=name, color=_COLORS[name], marker=marker, markersize=3, linewidth=1.3)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axis.grid(alpha=0.3)
+
+
+def _label(axis: Axes, number: str, title: str, kept: int | None) -> None:
     units = {"loss": "loss (mean over images)", "accuracy": "accuracy (fraction)"}
     axis.set(xlabel="iteration (optimizer steps)", ylabel=units[number], title=f"{title}: {number}")
     if number == "accuracy":
@@ -225,6 +280,4 @@ def _label(axis: Axes, number: str, title: str, kept: int | None) -> None:
         axis.set_ylim(min(low, 1.0), 1.0 + 0.02)
     if kept is not None:
         axis.axvline(kept, color="0.4", linestyle=":", linewidth=1, label=f"kept: iteration {kept:,}")
-    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axis.grid(alpha=0.3)
     axis.legend()

@@ -16,7 +16,6 @@ import fcntl
 import json
 import os
 import socket
-import subprocess
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -25,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..environment import code_commit
 from ..errors import RunFolderError
 from ..files import private_folder, write_atomically
 from .expand import Cell, GridPlan
@@ -259,19 +259,3 @@ def read_records(root: Path) -> dict[str, NodeRecord]:
 
 def write_record(root: Path, node: str, record: NodeRecord) -> None:
     write_atomically(root / "records" / f"{node}.json", json.dumps(asdict(record)))
-
-
-def code_commit() -> str:
-    """The package's git commit, with "+changes" if files differ from it; its version where there is no git."""
-    here = Path(__file__).parent.parent
-    try:
-        commit = subprocess.run(
-            ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"],
-            capture_output=True,
-            text=True,
-            timeout=30,
-            check=True,
-        )
-    except (OSError, subprocess.SubprocessError):
-        return f"version {__version__}"
-    return commit.stdout.strip()

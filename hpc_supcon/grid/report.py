@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import math
 from collections.abc import Sequence
@@ -11,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..files import atomic_path, write_atomically
+from ..report.formats import csv_text, markdown_table, tex
 from .cells import slug
 from .folder import FrozenGrid
 from .tables import TableData, build_tables, is_numeric
@@ -78,38 +77,25 @@ def shown(table: TableData, row: str, column: str, score: str) -> str:
     return text if count == expected else f"{text} ({count} of {expected})"
 
 
+def heading_of(table: TableData, column: str, score: str) -> str:
+    """Of a column of numbers: what it is of, and the score where that is not the only one."""
+    one_score, one_column = len(table.scores) == 1, table.columns == [""]
+    return " ".join([column] * (not one_column) + [HEADINGS[score]] * (not one_score or one_column))
+
+
 def _grid(table: TableData) -> tuple[list[str], list[list[str]]]:
     """Headings and rows of text."""
-    one_score, one_column = len(table.scores) == 1, table.columns == [""]
-    headings = [table.rows_axis]
-    for column in table.columns:
-        for score in table.scores:
-            parts = [column] * (not one_column) + [HEADINGS[score]] * (not one_score or one_column)
-            headings.append(" ".join(parts))
+    headings = [table.rows_axis, *(heading_of(table, c, s) for c in table.columns for s in table.scores)]
     rows = [[row, *(shown(table, row, c, s) for c in table.columns for s in table.scores)] for row in table.rows]
     return headings, rows
 
 
 def markdown(table: TableData) -> str:
-    headings, rows = _grid(table)
-
-    def line(cells: Sequence[str]) -> str:
-        return "| " + " | ".join(cell.replace("|", "\\|").replace("\n", " ") for cell in cells) + " |\n"
-
-    return line(headings) + "|" + "---|" + "---:|" * (len(headings) - 1) + "\n" + "".join(map(line, rows))
-
-
-_TEX = {
-    "\\": r"\textbackslash{}", "&": r"\&", "%": r"\%", "$": r"\$", "#": r"\#", "_": r"\_", "{": r"\{", "}": r"\}",
-    "~": r"\textasciitilde{}", "^": r"\textasciicircum{}", "±": r"$\pm$", "\n": " ",
-}  # fmt: skip
+    return markdown_table(*_grid(table))
 
 
 def latex(table: TableData) -> str:
     """A `table` for the booktabs package; if there are several scores, they are grouped by column."""
-
-    def tex(text: str) -> str:
-        return "".join(_TEX.get(character, character) for character in text)
 
     headings, rows = _grid(table)
     lines = [r"\begin{table}", r"\centering", rf"\caption{{{tex(table.title)}}}"]
@@ -127,16 +113,15 @@ def latex(table: TableData) -> str:
 
 def to_csv(tables: Sequence[TableData]) -> str:
     """One line for each number: table, row, column, score, mean, half_width, n, expected; empty where missing."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["table", "rows", "row", "column", "score", "mean", "half_width", "n", "expected"])
+    headings = ["table", "rows", "row", "column", "score", "mean", "half_width", "n", "expected"]
+    lines: list[list[str | float]] = []
     for table in tables:
         for (row, column), expected in table.expected.items():
             for score in table.scores:
                 mean, half = table.interval(row, column, score) or ("", "")
                 count = len(table.values.get((row, column, score), []))
-                writer.writerow([table.title, table.rows_axis, row, column, score, mean, half, count, expected])
-    return buffer.getvalue()
+                lines.append([table.title, table.rows_axis, row, column, score, mean, half, count, expected])
+    return csv_text(headings, lines)
 
 
 def draw(table: TableData, path: Path) -> None:

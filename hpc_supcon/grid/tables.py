@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ..errors import ConfigError, RunFolderError, unknown_name
+from ..report.statistics import mean_and_interval
 from .expand import Cell
 from .folder import FrozenGrid
 from .schema import TableConfig
@@ -45,20 +46,6 @@ class TableData:
     def interval(self, row: str, column: str, score: str) -> tuple[float, float] | None:
         """(mean, half width of the 95 % interval, which is 0 for one value), or None without values."""
         return mean_and_interval(self.values.get((row, column, score), []))
-
-
-def mean_and_interval(values: Sequence[float]) -> tuple[float, float] | None:
-    """Mean and half width of its 95 % confidence interval, Student's t with n - 1 degrees of freedom."""
-    if not values:
-        return None
-    n = len(values)
-    mean = math.fsum(values) / n
-    if n == 1:
-        return mean, 0.0
-    from scipy.stats import t
-
-    deviation = math.sqrt(math.fsum((v - mean) ** 2 for v in values) / (n - 1))
-    return mean, float(t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
 
 
 def results_of(frozen: FrozenGrid, cell: Cell) -> list[CellResult]:

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from ..environment import CONCURRENT_RUNS
+from ..environment import CONCURRENT_RUNS, code_commit
 from ..errors import LaunchError, Preempted
 from . import slurm
-from .folder import FrozenGrid, FrozenNode, NodeRecord, code_commit, load, read_record, write_record
+from .folder import FrozenGrid, FrozenNode, NodeRecord, load, read_record, write_record
 from .job_environment import JobEnvironment, read_job_environment
 
 LOCAL_REQUEUE = 144

@@ -3,7 +3,13 @@
 from __future__ import annotations
 
 from .contrastive import SimCLRLoss, SupConLoss, TCLLoss
-from .diagnostics import GradientResponse, gradient_response, mean_similarity
+from .diagnostics import (
+    GradientResponse,
+    alignment_and_uniformity,
+    effective_rank,
+    gradient_response,
+    mean_similarity,
+)
 from .pairwise import PairwiseStats, global_mean, pairwise_stats
 from .pointwise import CrossEntropyLoss, CrossEntropyMAELoss, ReconstructionLoss
 from .registry import LOSSES, LossSpec, loss_spec
@@ -21,6 +27,8 @@ __all__ = [
     "SupConLoss",
     "TCLLoss",
     "TripletLoss",
+    "alignment_and_uniformity",
+    "effective_rank",
     "global_mean",
     "gradient_response",
     "loss_spec",

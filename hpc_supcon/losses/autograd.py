@@ -58,21 +58,17 @@ class RowSums:
 
 
 class TiledBackend(Protocol):
-    """Computes sums over the columns of the similarity matrix tile by tile.
+    """Computes sums over the columns of the similarity matrix tile by tile."""
 
-    A backend whose products are of a narrower dtype than u names it as `row_dtype`: rows are then cast once, before
-    they travel to the other ranks.
-    """
-
-    def row_sums(self, gathered: GatheredRows, temperature: float | None) -> RowSums:
-        """The sums of the own rows. `temperature`: None where inv_pos and sim_inv_pos are not needed."""
+    def row_sums(self, gathered: GatheredRows, temperature: Tensor | None) -> RowSums:
+        """The sums of the own rows. `temperature`: 0-dim; None where inv_pos and sim_inv_pos are not needed."""
         ...
 
-    def row_gradients(self, gathered: GatheredRows, weights_M4: Tensor, temperature: float | None) -> Tensor:
+    def row_gradients(self, gathered: GatheredRows, weights_M4: Tensor, temperature: Tensor | None) -> Tensor:
         """dL / du of the own rows, [N, D].
 
         `weights_M4`: sim_weight, pos_weight, neg_weight, inv_weight of all rows; zero for the queue's.
-        `temperature`: None where every inv_weight is zero.
+        `temperature`: 0-dim; None where every inv_weight is zero.
         """
         ...
 
@@ -95,17 +91,8 @@ class _TiledLogSums(torch.autograd.Function):
         backend: TiledBackend,
         log_zero: float,
     ) -> tuple[Tensor, ...]:
-        ctx.temperature = None if temperature is None else float(temperature.detach())
-        sums = backend.row_sums(gathered, ctx.temperature)
-        counts = [gathered.n_pos, gathered.n_pos, gathered.n_neg]
-        sums_KN = [gathered.n_pos, sums.exp_pos, sums.exp_neg]
-        if sums.inv_pos is not None:
-            counts, sums_KN = [*counts, gathered.n_pos], [*sums_KN, sums.inv_pos]
-        empty_KN, divisors_KN = torch.stack(counts) == 0, torch.stack(sums_KN)
-        found = divisors_KN.log().masked_fill_(empty_KN, log_zero)
-        divisors_KN.masked_fill_(empty_KN, 1.0)
-        found[0] = sums.sim_pos / divisors_KN[0]
-        rows = torch.cat([gathered.n_pos[None], found]).to(u_ND.dtype)
+        sums = backend.row_sums(gathered, None if temperature is None else temperature.detach())
+        rows, empty_KN, divisors_KN = log_sums(gathered.n_pos, gathered.n_neg, sums, log_zero, u_ND.dtype)
         # The backward pass frees saved tensors; what else `ctx` refers to lives as long as the loss.
         ctx.gathered, ctx.backend, ctx.dtype = replace(gathered, u=u_ND.new_empty(0)), backend, u_ND.dtype
         ctx.save_for_backward(gathered.u, temperature, sums.sim_inv_pos, order_N, empty_KN, divisors_KN)
@@ -120,17 +107,32 @@ class _TiledLogSums(torch.autograd.Function):
         gathered = replace(ctx.gathered, u=u_MD)
         with torch.autocast(gathered.u.device.type, enabled=False):
             grads_KN = torch.stack(grads[1:]).index_select(1, order_N).to(divisors_KN.dtype)
-            weights_KN = _row_weights(grads_KN, empty_KN, divisors_KN)
+            weights_KN = row_weights(grads_KN, empty_KN, divisors_KN)
             grad_temperature = None
             if ctx.needs_input_grad[1]:
                 # With s fixed, dinv_pos / dtau = -sum_P s exp(-tau s); autograd adds the share that goes through u.
                 grad_temperature = -(weights_KN[3] * sim_inv_pos).sum().to(temperature)
-            weights_M4 = _of_all_rows(weights_KN.to(ctx.dtype), gathered)
-            grad_ND = ctx.backend.row_gradients(gathered, weights_M4, ctx.temperature)
+            weights_M4 = weights_of_columns(weights_KN.to(ctx.dtype), gathered.rows_per_rank, len(u_MD))
+            grad_ND = ctx.backend.row_gradients(gathered, weights_M4, temperature)
         return grad_ND, grad_temperature, None, None, None, None
 
 
-def _row_weights(grads_KN: Tensor, empty_KN: Tensor, divisors_KN: Tensor) -> Tensor:
+def log_sums(
+    n_pos: Tensor, n_neg: Tensor, sums: RowSums, log_zero: float, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(n_pos, mean_pos, log_pos, log_neg and, where it was summed, log_inv, [1 + K, N] of `dtype`; the arguments
+    `empty_KN` and `divisors_KN` of `row_weights`)."""
+    counts, sums_KN = [n_pos, n_pos, n_neg], [n_pos, sums.exp_pos, sums.exp_neg]
+    if sums.inv_pos is not None:
+        counts, sums_KN = [*counts, n_pos], [*sums_KN, sums.inv_pos]
+    empty_KN, divisors_KN = torch.stack(counts) == 0, torch.stack(sums_KN)
+    found = divisors_KN.log().masked_fill_(empty_KN, log_zero)
+    divisors_KN.masked_fill_(empty_KN, 1.0)
+    found[0] = sums.sim_pos / divisors_KN[0]
+    return torch.cat([n_pos[None], found]).to(dtype), empty_KN, divisors_KN
+
+
+def row_weights(grads_KN: Tensor, empty_KN: Tensor, divisors_KN: Tensor) -> Tensor:
     """sim_weight, pos_weight, neg_weight and, where it is needed, inv_weight of the own rows, [K, N].
 
     `grads_KN`: the loss's gradients by mean_pos, log_pos, log_neg and log_inv; `empty_KN`: where these are over no
@@ -142,17 +144,17 @@ def _row_weights(grads_KN: Tensor, empty_KN: Tensor, divisors_KN: Tensor) -> Ten
     return (grads_KN / divisors_KN).masked_fill_(empty_KN, 0.0)
 
 
-def _of_all_rows(weights_KN: Tensor, gathered: GatheredRows) -> Tensor:
-    """The four weights of the rows of all ranks and the queue, [M, 4], from `_row_weights`; missing ones are zero.
+def weights_of_columns(weights_KN: Tensor, rows_per_rank: list[int], columns: int) -> Tensor:
+    """The four weights of the rows of all ranks and the queue, [M, 4], from `row_weights`; missing ones are zero.
 
-    Without other ranks it is a transposed view: backends read one weight of many rows.
+    `columns`: M. Without other ranks it is a transposed view: backends read one weight of many rows. Collective.
     """
     weights = (
         torch.nn.functional.pad(weights_KN, (0, 0, 0, 4 - len(weights_KN))) if len(weights_KN) < 4 else weights_KN
     )
-    if len(gathered.rows_per_rank) > 1:
-        weights = collectives.gather_rows(weights.T.contiguous(), gathered.rows_per_rank).T
-    queue_rows = gathered.u.shape[0] - weights.shape[1]
+    if len(rows_per_rank) > 1:
+        weights = collectives.gather_rows(weights.T.contiguous(), rows_per_rank).T
+    queue_rows = columns - weights.shape[1]
     return (torch.nn.functional.pad(weights, (0, queue_rows)) if queue_rows else weights).T
 
 
@@ -169,7 +171,7 @@ def tiled_statistics(
 
     `scale` is 1 / sqrt(tau); `temperature` is tau, or None where log_inv is not needed; `log_zero` stands for log 0.
     """
-    u_ND, gathered, order_N = sort_and_gather(anchors, queue, scale, dtype, getattr(backend, "row_dtype", None))
+    u_ND, gathered, order_N = sort_and_gather(anchors, queue, scale, dtype)
     n_pos, *values = _TiledLogSums.apply(u_ND, temperature, gathered, order_N, backend, log_zero)
     log_inv = values[3] if len(values) > 3 else None
     return n_pos, values[0], values[1], values[2], log_inv, n_pos > 0

@@ -10,7 +10,9 @@ from torch import Tensor, nn
 
 from ..distributed import collectives
 from ..errors import ConfigError, unknown_name
-from .pairwise import PairwiseStats, check_choices, check_temperature, pairwise_stats
+from .formula import Formula
+from .pairwise import check_choices, prepare_call, statistics
+from .temperature import at_least, check_temperature, least_temperature
 from .validation import Queue
 
 FORMS = ("out", "in")
@@ -43,7 +45,7 @@ class _AnchorMean(torch.autograd.Function):
 
 
 class _ContrastiveLoss(nn.Module):
-    """Base of the contrastive losses: the temperature, the call of `pairwise_stats`, the mean over anchors.
+    """Base of the contrastive losses: the temperature, and the mean over anchors of a formula.
 
     After a call, `stats` holds two 0-dim tensors over all ranks, computed without waiting for the device:
     `anchors_without_positives` (a count) and `mean_positives` (per anchor).
@@ -61,7 +63,8 @@ class _ContrastiveLoss(nn.Module):
     ) -> None:
         """`backend`, `precision`, `gather`, `validate`: see `pairwise_stats`.
 
-        `learnable_temperature`: train the temperature, starting from `temperature`.
+        `learnable_temperature`: train the temperature, starting from `temperature`; it stays at or above 0.025,
+        or 0.002 where it starts below 0.025.
         """
         super().__init__()
         check_choices(backend, precision)
@@ -85,31 +88,39 @@ class _ContrastiveLoss(nn.Module):
 
     @property
     def temperature(self) -> float | Tensor:
-        return self._temperature if self.log_temperature is None else self.log_temperature.exp()
+        if self.log_temperature is None:
+            return self._temperature
+        return at_least(self.log_temperature.exp(), least_temperature(self._temperature))
 
-    def _pairwise_stats(
+    def _mean(
         self,
         features: Tensor,
         labels: Tensor | None,
         queue: Queue | None,
         rows_per_rank: list[int] | None,
-        inverse: bool = False,
-    ) -> PairwiseStats:
-        return pairwise_stats(
+        formula: Formula,
+    ) -> Tensor:
+        """The mean of the formula over the anchors of all ranks that have a positive."""
+        temperature = self._temperature if self.log_temperature is None else self.log_temperature.exp()
+        call = prepare_call(
             features,
             labels,
-            self.temperature,
-            inverse=inverse,
+            temperature,
             backend=self.backend,
             gather=self.gather,
             queue=queue,
             validate=self.validate,
             precision=self.precision,
             rows_per_rank=rows_per_rank,
+            least_temperature=least_temperature(self._temperature),
         )
+        if call.backend == "triton":
+            from .triton_loss import triton_mean_loss
 
-    def _mean(self, per_anchor: Tensor, stats: PairwiseStats, features: Tensor) -> Tensor:
-        mean, self._sums = _AnchorMean.apply(per_anchor, stats.valid, stats.n_pos, self.gather)
+            mean, self._sums = triton_mean_loss(call, formula)
+            return mean
+        stats = statistics(call, inverse=formula.inverse)
+        mean, self._sums = _AnchorMean.apply(formula.per_anchor(stats), stats.valid, stats.n_pos, self.gather)
         # Low temperatures are computed in fp64; the loss is fp32 unless the features are fp64.
         return mean if features.dtype == torch.float64 else mean.float()
 
@@ -164,16 +175,12 @@ class SupConLoss(_ContrastiveLoss):
         Without labels, the positives of a row are the other views of its image. `queue`: past embeddings [Q, D] and
         their labels [Q], compared with every anchor but without gradient. `rows_per_rank`: see `pairwise_stats`.
         """
-        stats = self._pairwise_stats(features, labels, queue, rows_per_rank)
-        per_anchor = torch.logaddexp(stats.log_pos, stats.log_neg)
-        if self.form == "out":
-            per_anchor = per_anchor - stats.mean_pos
-        else:
-            per_anchor = per_anchor - stats.log_pos + stats.n_pos.clamp(min=1).log()
-        loss = self._mean(per_anchor, stats, features)
+        loss = self._mean(features, labels, queue, rows_per_rank, Formula(inside=self.form == "in"))
         if self.base_temperature is None:
             return loss
-        temperature = self.temperature.detach() if isinstance(self.temperature, Tensor) else self.temperature
+        temperature = self.temperature
+        if isinstance(temperature, Tensor):
+            temperature = temperature.detach()
         return loss * (temperature / self.base_temperature)
 
 
@@ -220,18 +227,7 @@ class TCLLoss(_ContrastiveLoss):
         rows_per_rank: list[int] | None = None,
     ) -> Tensor:
         """As SupConLoss.forward."""
-        stats = self._pairwise_stats(features, labels, queue, rows_per_rank, inverse=self.k1 > 0)
-        return self._mean(_log_denominator(stats, self.k1, self.k2) - stats.mean_pos, stats, features)
-
-
-def _log_denominator(stats: PairwiseStats, k1: float, k2: float) -> Tensor:
-    """The logarithm of TCL's denominator, [n]. Terms with weight zero are left out."""
-    terms = [stats.log_pos]
-    if k2 > 0:
-        terms.append(stats.log_neg + math.log(k2))
-    if k1 > 0 and stats.log_inv is not None:
-        terms.append(stats.log_inv + math.log(k1))
-    return torch.logsumexp(torch.stack(terms), dim=0)
+        return self._mean(features, labels, queue, rows_per_rank, Formula(float(self.k1), float(self.k2)))
 
 
 class SimCLRLoss(_ContrastiveLoss):
@@ -269,5 +265,4 @@ class SimCLRLoss(_ContrastiveLoss):
         rows_per_rank: list[int] | None = None,
     ) -> Tensor:
         """features [B, V, D], V >= 2 -> 0-dim loss."""
-        stats = self._pairwise_stats(features, None, None if queue is None else (queue[0], None), rows_per_rank)
-        return self._mean(torch.logaddexp(stats.log_pos, stats.log_neg) - stats.mean_pos, stats, features)
+        return self._mean(features, None, None if queue is None else (queue[0], None), rows_per_rank, Formula())

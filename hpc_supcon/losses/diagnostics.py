@@ -1,4 +1,4 @@
-"""Numbers that describe a batch of embeddings: their mean similarity, and the gradient response of a loss (TCL)."""
+"""Numbers that describe a batch of embeddings: their spread, and the gradient response of a loss (TCL)."""
 
 from __future__ import annotations
 
@@ -7,10 +7,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..distributed.collectives import all_sum
+from ..distributed.collectives import all_sum, gather_rows, gather_sizes, rank
 from . import torch_tiled
 from .gathered import GatheredRows, sort_and_gather
-from .pairwise import check_temperature, compute_dtype, mean_and_sums
+from .pairwise import compute_dtype, mean_and_sums
+from .precision import float32_products
+from .temperature import check_temperature
 from .validation import Queue, prepare_anchors
 
 
@@ -25,6 +27,60 @@ def mean_similarity(features: Tensor) -> Tensor:
     # |sum of z|^2 is the sum over all pairs, including the pair of each row with itself
     sum_D, n = total[:-1], total[-1]
     return (sum_D.square().sum() - n) / (n * (n - 1)).clamp(min=1)
+
+
+@torch.no_grad()
+def alignment_and_uniformity(features: Tensor, groups: Tensor, *, tile_size: int = 1024) -> tuple[Tensor, Tensor]:
+    """(alignment, uniformity) of the unit rows of all ranks, 0-dim (Wang and Isola 2020, arXiv 2005.10242, t = 2).
+
+    features [..., D]; groups int64 [...]: rows of one group are positives of each other. alignment: mean squared
+    distance of positives, 0..4, 0 where there are none. uniformity: log of the mean of exp(-2 d^2) over all pairs of
+    different rows, of which there must be two, -8..0. Every rank must call this.
+    """
+    z = torch.nn.functional.normalize(features.detach().flatten(0, -2).float(), dim=-1)
+    sizes = gather_sizes(z)
+    columns, column_groups = gather_rows(z, sizes), gather_rows(groups.flatten(), sizes)
+    first, squares = sum(sizes[: rank()]), columns.square().sum(1)
+    totals = torch.zeros(3, dtype=torch.float64, device=z.device)
+    with torch.autocast(z.device.type, enabled=False), float32_products("fp32"):
+        for start in range(first, first + len(z), tile_size):
+            rows = slice(start, min(start + tile_size, first + len(z)))
+            distances = squared_distances(columns[rows] @ columns.T, squares[rows], squares)
+            distances.diagonal(start).zero_()
+            positive = column_groups[rows, None] == column_groups
+            totals[0] += (distances * positive).sum(dtype=torch.float64)
+            totals[1] += positive.sum() - len(positive)
+            totals[2] += distances.mul_(-2).exp_().sum(dtype=torch.float64) - len(positive)
+    total, pairs, potential = all_sum(totals)
+    return total / pairs.clamp(min=1), (potential / (len(columns) * (len(columns) - 1))).log()
+
+
+def squared_distances(products: Tensor, row_squares: Tensor, column_squares: Tensor) -> Tensor:
+    """|a_i - b_j|^2 [n, m] of rows whose products are a_i . b_j [n, m], and whose squared lengths are [n] and [m]."""
+    return products.mul(-2).add_(column_squares).add_(row_squares[:, None]).clamp_(min=0)
+
+
+@torch.no_grad()
+def effective_rank(features: Tensor) -> Tensor:
+    """RankMe (Garrido et al. 2023, arXiv 2210.02885, eq. 1) of the rows [..., D] of all ranks as one matrix, 0-dim.
+
+    exp of the entropy of the singular values' shares of their sum, 1..D. A value far below D means that the
+    embeddings fill few directions. Every rank must call this.
+    """
+    rows = features.detach().flatten(0, -2).double()
+    return effective_rank_of(all_sum(rows.T @ rows))
+
+
+def effective_rank_of(gram: Tensor) -> Tensor:
+    """`effective_rank` from the products of the columns [D, D], float64; NaN where they are all 0.
+
+    Eigenvalues below float64's rounding count as 0: singular values below about 1e-8 sqrt(D) of the largest.
+    """
+    eigenvalues = torch.linalg.eigvalsh(gram)
+    rounding = eigenvalues[-1] * len(gram) * torch.finfo(gram.dtype).eps
+    values = torch.where(eigenvalues > rounding, eigenvalues, 0.0).sqrt()
+    share = values / values.sum()
+    return torch.special.entr(share).sum().exp()
 
 
 @dataclass(frozen=True)
@@ -60,9 +116,9 @@ def gradient_response(
     check_temperature(temperature)
     anchors = prepare_anchors(features, labels, gather=gather, queue=queue)
     with torch.autocast(features.device.type, enabled=False):
-        scale = torch.tensor(temperature, dtype=torch.float64).rsqrt()
-        _, gathered, _ = sort_and_gather(anchors, queue, scale, compute_dtype(features, temperature))
-        sums = torch_tiled.TorchTiledBackend(tile_size).row_sums(gathered, temperature)
+        tau = torch.tensor(temperature, dtype=torch.float64)
+        _, gathered, _ = sort_and_gather(anchors, queue, tau.rsqrt(), compute_dtype(features, temperature))
+        sums = torch_tiled.TorchTiledBackend(tile_size).row_sums(gathered, tau)
         assert sums.inv_pos is not None
         denominator = sums.exp_pos + k1 * sums.inv_pos + k2 * sums.exp_neg
         positives = _positive_responses(gathered, denominator, temperature, k1, tile_size)

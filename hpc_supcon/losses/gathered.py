@@ -20,7 +20,7 @@ from ..distributed import collectives
 from .validation import Anchors, Queue
 
 # Rows whose largest entry is below this count as zero: their direction is rounding noise.
-_ZERO_ROW = 1e-30
+ZERO_ROW = 1e-30
 # Rows that the backward pass of the normalization processes at a time.
 _CHUNK = 8192
 # The class of queue rows without labels: equal to no anchor's label, so they are negatives only.
@@ -34,10 +34,10 @@ class _FusedNormalizeRows(torch.autograd.Function):
     def forward(ctx: Any, x_ND: Tensor, order_N: Tensor | None, scale: Tensor) -> Tensor:
         from . import triton_rows
 
-        on_device = scale if scale.device == x_ND.device else _constant(float(scale), x_ND.device)
-        u_ND, inverse_N1 = triton_rows.normalize(x_ND, order_N, on_device, _ZERO_ROW)
-        ctx.save_for_backward(u_ND, on_device, inverse_N1, order_N)
-        ctx.dtype, ctx.scale_device = x_ND.dtype, scale.device
+        on_device = scale if scale.device == x_ND.device else constant(float(scale), x_ND.device)
+        u_ND, inverse_N1 = triton_rows.normalize(x_ND, order_N, on_device, ZERO_ROW)
+        ctx.save_for_backward(x_ND, on_device, inverse_N1, order_N)
+        ctx.scale_device = scale.device
         return u_ND
 
     @staticmethod
@@ -45,17 +45,17 @@ class _FusedNormalizeRows(torch.autograd.Function):
     def backward(ctx: Any, *grads: Any) -> Any:
         from . import triton_rows
 
-        u_ND, scale, inverse_N1, order_N = ctx.saved_tensors
-        grad_ND, radial_N = triton_rows.normalize_backward(grads[0], u_ND, order_N, scale, inverse_N1, ctx.dtype)
-        # Only for a learned temperature.
+        x_ND, scale, inverse_N1, order_N = ctx.saved_tensors
+        learned = ctx.needs_input_grad[2]
+        grad_ND, radial_N = triton_rows.normalize_backward(grads[0], x_ND, order_N, scale, inverse_N1, radial=learned)
         grad_scale = None
-        if ctx.needs_input_grad[2]:
+        if radial_N is not None:
             grad_scale = (radial_N.sum(dtype=scale.dtype) / scale).to(ctx.scale_device)
         return grad_ND, None, grad_scale
 
 
 @lru_cache(maxsize=16)
-def _constant(value: float, device: torch.device) -> Tensor:
+def constant(value: float, device: torch.device) -> Tensor:
     """0-dim fp64 on the device; cached, because the copy of a number waits for the device."""
     return torch.tensor(value, dtype=torch.float64, device=device)
 
@@ -80,7 +80,7 @@ class _NormalizeRows(torch.autograd.Function):
         rows = (x_ND if order_N is None else x_ND.index_select(0, order_N)).to(dtype)
         # Divide by the largest entry first: squaring rows of 1e30, or of 1e-30, leaves the range of fp32.
         largest = torch.linalg.vector_norm(rows, ord=float("inf"), dim=1, keepdim=True)
-        largest = torch.where(largest > _ZERO_ROW, largest, 1.0)
+        largest = torch.where(largest > ZERO_ROW, largest, 1.0)
         u_ND = rows / largest
         length = torch.linalg.vector_norm(u_ND, dim=1, keepdim=True)
         length = torch.where(length > 0, length, 1.0)
@@ -128,8 +128,7 @@ def normalize_rows(x_ND: Tensor, scale: Tensor, dtype: torch.dtype, order_N: Ten
 class GatheredRows:
     """The rows that the anchors of one rank are compared with: one column of the similarity matrix each.
 
-    u [M, D]: normalized rows of all ranks in rank order, then those of the queue, in the backend's `row_dtype` where
-    it names one. class_ids [M] int64: equal where
+    u [M, D]: normalized rows of all ranks in rank order, then those of the queue. class_ids [M] int64: equal where
     the labels are equal, ascending within each of `blocks` (start, stop): one per rank, and one for the queue.
     The rank's own rows are u[own]. n_pos, n_neg [N] float64: the numbers of positives and negatives of each own
     row. rows_per_rank: as in Anchors.
@@ -145,22 +144,16 @@ class GatheredRows:
 
 
 def sort_and_gather(
-    anchors: Anchors,
-    queue: Queue | None,
-    scale: Tensor,
-    dtype: torch.dtype,
-    row_dtype: torch.dtype | None = None,
+    anchors: Anchors, queue: Queue | None, scale: Tensor, dtype: torch.dtype
 ) -> tuple[Tensor, GatheredRows, Tensor]:
     """(the own rows u [N, D], differentiable; all rows, gathered without gradient; the order of the own rows).
 
     The rows of u are anchors.rows[order], sorted by label: positive pairs then lie in few tiles of the similarity
-    matrix, and the other tiles need no comparison of labels. `row_dtype`: in which rows travel and are compared;
-    None: `dtype`.
+    matrix, and the other tiles need no comparison of labels.
     """
     labels_N, order_N = anchors.labels.sort(stable=True)
     u_ND = normalize_rows(anchors.rows, scale, dtype, order_N)
-    compared = u_ND.detach() if row_dtype is None else u_ND.detach().to(row_dtype)
-    return u_ND, _gather(compared, labels_N, anchors, queue, scale, dtype), order_N
+    return u_ND, _gather(u_ND.detach(), labels_N, anchors, queue, scale, dtype), order_N
 
 
 def _gather(
@@ -172,7 +165,7 @@ def _gather(
     if queue is not None:
         past, past_labels = normalize_queue(queue, scale, dtype)
         past_labels, order = past_labels.sort()
-        u_MD = torch.cat([u_MD, past.index_select(0, order).to(u_ND.dtype)])
+        u_MD = torch.cat([u_MD, past.index_select(0, order)])
         labels_M = torch.cat([labels_M, past_labels])
     class_ids_M = consecutive_ids(labels_M, is_sorted=labels_M is labels_N)
     own = slice(anchors.offset, anchors.offset + u_ND.shape[0])
@@ -183,15 +176,16 @@ def _gather(
 
 
 def normalize_queue(queue: Queue, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Past embeddings as further rows to compare with: (normalized, without gradient; their labels int64).
+    """Past embeddings as further rows to compare with: (normalized, without gradient; their labels int64)."""
+    return normalize_rows(queue[0].detach(), scale.detach(), dtype), queue_labels(queue)
 
-    Without labels, they are negatives of every anchor.
-    """
+
+def queue_labels(queue: Queue) -> Tensor:
+    """The labels of past embeddings, int64. Without labels, they are negatives of every anchor."""
     past, labels = queue
-    u = normalize_rows(past.detach(), scale.detach(), dtype)
     if labels is None:
         labels = torch.full((past.shape[0],), NO_CLASS, device=past.device)
-    return u, labels.to(past.device, torch.int64)
+    return labels.to(past.device, torch.int64)
 
 
 def consecutive_ids(labels: Tensor, *, is_sorted: bool = False) -> Tensor:

@@ -8,8 +8,6 @@ result is differentiable and exact over ranks: a loss needs no gradient code of 
 
 from __future__ import annotations
 
-import importlib.util
-import math
 from dataclasses import dataclass
 
 import torch
@@ -18,17 +16,14 @@ from torch import Tensor
 from ..distributed import collectives
 from ..errors import ConfigError, MissingExtra, unknown_name
 from . import torch_tiled
-from .autograd import TiledBackend, tiled_statistics
+from .autograd import tiled_statistics
 from .dense import dense_statistics
-from .gathered import normalize_rows
+from .gathered import has_triton, normalize_rows
 from .precision import PRECISIONS, tile_precision
+from .temperature import FP32_TEMPERATURE, at_least, check_temperature
 from .validation import Anchors, Queue, prepare_anchors
 
 BACKENDS = ("auto", "reference", "tiled", "triton")
-# Sums of exp(1 / temperature) over millions of columns stay in the range of fp32 down to the first, in that of fp64
-# down to the second.
-FP32_TEMPERATURE = 0.025
-MIN_TEMPERATURE = 0.002
 # Numbers of columns up to which the dense backend is the fastest. On CUDA the Triton kernels need many rows to fill
 # the device, and the tiled backend waits for it.
 _SMALL_ON_CPU, _SMALL_ON_CUDA = 128, 1023
@@ -75,13 +70,14 @@ def pairwise_stats(
     precision: str = "auto",
     tile_size: int = torch_tiled.TILE_SIZE,
     rows_per_rank: list[int] | None = None,
+    least_temperature: float = FP32_TEMPERATURE,
 ) -> PairwiseStats:
     """The statistics of every anchor of this rank that contrastive losses are computed from.
 
     Args:
         features: [B, V, D] or [N, D] of any float dtype; they are normalized here.
         labels: integers [B] or [N]. None: the positives of a row are the other views of its image.
-        temperature: a number, or a 0-dim tensor, which then receives a gradient.
+        temperature: a number, or a 0-dim tensor, which then receives a gradient and is never read on the host.
         inverse: compute `log_inv` too, which TCL needs.
         backend: "reference" (dense), "tiled" (PyTorch), "triton" (CUDA), or "auto".
         gather: under an initialized process group, compare with the rows of all ranks. Their numbers may differ;
@@ -95,6 +91,7 @@ def pairwise_stats(
         tile_size: rows and columns of the PyTorch backend's tiles.
         rows_per_rank: the rows (images times views) of every rank, where all ranks know them. This saves a message
             and a wait for the device in every call (see `prepare_anchors`).
+        least_temperature: to which a temperature that is a tensor is raised; below 0.025 all is computed in fp64.
 
     A new loss takes five lines. Here is decoupled contrastive learning (Yeh et al., ECCV 2022), which has no
     positives in the denominator:
@@ -107,47 +104,74 @@ def pairwise_stats(
     Raises LossInputError for input that no loss is defined on, the same on every rank; ConfigError for an
     unknown backend or precision; MissingExtra where Triton is asked for and not installed.
     """
+    call = prepare_call(
+        features, labels, temperature, backend=backend, gather=gather, queue=queue, validate=validate,
+        precision=precision, rows_per_rank=rows_per_rank, least_temperature=least_temperature,
+    )  # fmt: skip
+    return statistics(call, inverse=inverse, tile_size=tile_size)
+
+
+@dataclass(frozen=True)
+class Call:
+    """The checked arguments of `pairwise_stats`, with every "auto" replaced by a choice."""
+
+    anchors: Anchors
+    queue: Queue | None
+    temperature: float | Tensor
+    """A tensor is 0-dim, on the features' device."""
+    backend: str
+    precision: str
+    dtype: torch.dtype
+
+
+def prepare_call(
+    features: Tensor,
+    labels: Tensor | None,
+    temperature: float | Tensor,
+    *,
+    backend: str,
+    gather: bool,
+    queue: Queue | None,
+    validate: bool,
+    precision: str,
+    rows_per_rank: list[int] | None,
+    least_temperature: float,
+) -> Call:
+    """Arguments and errors as in `pairwise_stats`. Collective."""
     check_choices(backend, precision)
-    tau = _number(temperature)
-    check_temperature(tau)
+    least = least_temperature if isinstance(temperature, Tensor) else temperature
+    check_temperature(least)
     anchors = prepare_anchors(
         features, labels, gather=gather, validate=validate, queue=queue, rows_per_rank=rows_per_rank
     )
-    backend = choose_backend(backend, anchors, features, tau, precision)
+    backend = choose_backend(backend, anchors, features, least, precision)
     if backend == "triton":
         precision = tile_precision(precision, features)
-    with torch.autocast(features.device.type, enabled=False):
-        dtype = compute_dtype(features, tau)
-        exact = torch.as_tensor(temperature, dtype=torch.float64)
-        return _statistics(anchors, queue, exact, dtype, inverse, backend, precision, tile_size)
+    if isinstance(temperature, Tensor):
+        temperature = at_least(temperature.to(features.device), least)
+    return Call(anchors, queue, temperature, backend, precision, compute_dtype(features, least))
 
 
-def _statistics(
-    anchors: Anchors,
-    queue: Queue | None,
-    temperature: Tensor,
-    dtype: torch.dtype,
-    inverse: bool,
-    backend: str,
-    precision: str,
-    tile_size: int,
-) -> PairwiseStats:
-    """By the backend chosen; temperature: 0-dim float64."""
-    scale = temperature.rsqrt()  # the products of rows of this length are s_ij
-    for_inverse = temperature if inverse else None
-    if backend == "reference":
-        u_ND = normalize_rows(anchors.rows, scale, dtype)
-        exact = precision == "fp32"
-        found = dense_statistics(
-            u_ND, anchors.labels, anchors, queue, scale, for_inverse, log_zero(dtype), exact=exact
-        )
-        return PairwiseStats(*found, valid=found[0] > 0)
-    tiled: TiledBackend = torch_tiled.TorchTiledBackend(tile_size, exact=precision == "fp32")
-    if backend == "triton":
-        from . import triton_backend
+def statistics(call: Call, *, inverse: bool, tile_size: int = torch_tiled.TILE_SIZE) -> PairwiseStats:
+    """By the backend of the call. Collective."""
+    anchors, queue, dtype = call.anchors, call.queue, call.dtype
+    if call.backend == "triton":
+        from .triton_loss import triton_statistics
 
-        tiled = triton_backend.TritonBackend(precision)
-    return PairwiseStats(*tiled_statistics(anchors, queue, scale, for_inverse, dtype, tiled, log_zero(dtype)))
+        return PairwiseStats(*triton_statistics(call, inverse=inverse, log_zero=log_zero(dtype)))
+    with torch.autocast(anchors.rows.device.type, enabled=False):
+        temperature = torch.as_tensor(call.temperature, dtype=torch.float64)
+        scale = temperature.rsqrt()  # the products of rows of this length are s_ij
+        for_inverse = temperature if inverse else None
+        exact = call.precision == "fp32"
+        if call.backend == "reference":
+            u_ND = normalize_rows(anchors.rows, scale, dtype)
+            found = dense_statistics(
+                u_ND, anchors.labels, anchors, queue, scale, for_inverse, log_zero(dtype), exact=exact
+            )
+            return PairwiseStats(*found, valid=found[0] > 0)
+        tiled = torch_tiled.TorchTiledBackend(tile_size, exact=exact)
+        return PairwiseStats(*tiled_statistics(anchors, queue, scale, for_inverse, dtype, tiled, log_zero(dtype)))
 
 
 def global_mean(per_anchor: Tensor, valid: Tensor, *, gather: bool = True) -> Tensor:
@@ -180,14 +204,6 @@ def compute_dtype(features: Tensor, tau: float) -> torch.dtype:
     return torch.float64 if features.dtype == torch.float64 or tau < FP32_TEMPERATURE else torch.float32
 
 
-def check_temperature(tau: float) -> None:
-    """ConfigError unless tau is a finite number of at least MIN_TEMPERATURE."""
-    if not (math.isfinite(tau) and tau > 0):
-        raise ConfigError(f"temperature must be positive and finite; got {tau}")
-    if tau < MIN_TEMPERATURE:
-        raise ConfigError(f"temperature {tau} is below {MIN_TEMPERATURE}, where exp(1 / temperature) overflows")
-
-
 def choose_backend(backend: str, anchors: Anchors, features: Tensor, tau: float, precision: str = "auto") -> str:
     """The backend to use, with "auto" replaced by a choice. Raises ConfigError, MissingExtra.
 
@@ -207,14 +223,14 @@ def choose_backend(backend: str, anchors: Anchors, features: Tensor, tau: float,
             "precision 'fp32' with backend 'triton': its kernels multiply on tensor cores, which have no fp32; "
             "use precision 'tf32', or backend 'tiled' for exact products"
         )
-    if backend == "triton" and not _has_triton():
+    if backend == "triton" and not has_triton():
         raise MissingExtra("backend 'triton' needs the package triton: pip install triton")
     if backend != "auto":
         return backend
     if columns <= (_SMALL_ON_CUDA if features.is_cuda else _SMALL_ON_CPU):
         return "reference"
     fits_triton = fits_triton and features.is_cuda and not exact_on_cuda
-    return "triton" if fits_triton and _has_triton() else "tiled"
+    return "triton" if fits_triton and has_triton() else "tiled"
 
 
 def check_choices(backend: str, precision: str = "auto") -> None:
@@ -223,11 +239,3 @@ def check_choices(backend: str, precision: str = "auto") -> None:
         raise ConfigError(unknown_name("backend", backend, BACKENDS))
     if precision not in PRECISIONS:
         raise ConfigError(unknown_name("precision", precision, PRECISIONS))
-
-
-def _has_triton() -> bool:
-    return importlib.util.find_spec("triton") is not None
-
-
-def _number(value: float | Tensor) -> float:
-    return float(value.detach() if isinstance(value, Tensor) else value)

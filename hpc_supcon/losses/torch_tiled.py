@@ -108,15 +108,15 @@ class TorchTiledBackend:
         self.tile_size = tile_size
         self._precision = "fp32" if exact else None
 
-    def row_sums(self, gathered: GatheredRows, temperature: float | None) -> RowSums:
+    def row_sums(self, gathered: GatheredRows, temperature: Tensor | None) -> RowSums:
         with float32_products(self._precision):
             return self._row_sums(gathered, temperature)
 
-    def row_gradients(self, gathered: GatheredRows, weights_M4: Tensor, temperature: float | None) -> Tensor:
+    def row_gradients(self, gathered: GatheredRows, weights_M4: Tensor, temperature: Tensor | None) -> Tensor:
         with float32_products(self._precision):
             return self._row_gradients(gathered, weights_M4, temperature)
 
-    def _row_sums(self, gathered: GatheredRows, temperature: float | None) -> RowSums:
+    def _row_sums(self, gathered: GatheredRows, temperature: Tensor | None) -> RowSums:
         buffers = TileBuffers(gathered, self.tile_size)
         n = buffers.own_u.shape[0]
         sums = torch.zeros(5, n, dtype=torch.float64, device=gathered.u.device)
@@ -153,7 +153,7 @@ class TorchTiledBackend:
             return RowSums(sim_pos, exp_pos, exp_neg, None, None)
         return RowSums(sim_pos, exp_pos, exp_neg, inv_pos, sim_inv_pos)
 
-    def _row_gradients(self, gathered: GatheredRows, weights_M4: Tensor, temperature: float | None) -> Tensor:
+    def _row_gradients(self, gathered: GatheredRows, weights_M4: Tensor, temperature: Tensor | None) -> Tensor:
         buffers = TileBuffers(gathered, self.tile_size)
         grad_ND = torch.zeros_like(buffers.own_u)
         sim_weight, pos_weight, neg_weight, inv_weight = weights_M4.T.contiguous().unbind()
@@ -178,7 +178,7 @@ class TorchTiledBackend:
                 of_negatives = None if mask is None else exp_RC * both(neg_weight, tile, 1)
                 grad_RC = exp_RC.mul_(both(pos_weight, tile, 1)).add_(both(sim_weight, tile, 1))
                 if inv_RC is not None and temperature is not None:
-                    grad_RC.sub_(inv_RC, alpha=temperature)
+                    grad_RC.sub_(inv_RC.mul_(temperature))
                 if mask is not None and of_negatives is not None:
                     grad_RC = torch.where(mask, grad_RC, of_negatives)
                 if tile.diagonal:

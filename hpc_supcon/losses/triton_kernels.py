@@ -1,4 +1,4 @@
-"""The Triton kernels of the losses: the operands, the row sums, the gradient. TritonBackend launches them.
+"""The Triton kernels of the losses over all pairs: the row sums, the gradient. TritonBackend launches them.
 
 Columns are sorted by class, so the columns of a row's class are one range, and the tiles that hold a positive pair of
 a block of rows are one range too. Those, and a last tile that is not whole, are walked in a loop of their own: the
@@ -37,24 +37,14 @@ def _exp2(x):
 
 
 @triton.jit
-def operand_kernel(
-    u, order, out, m, D, scale, ORDERED: tl.constexpr, TF32: tl.constexpr, DEPTH: tl.constexpr, ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):  # fmt: skip
-    """out [m, DEPTH] = u[order] * scale in out's dtype, zero beyond D. TF32: rounded to 10 bits of mantissa.
-
-    The tensor cores ignore the other bits of fp32, which without rounding is an error of one sign.
-    """
+def arrange_kernel(u, order, out, m, D, DEPTH: tl.constexpr, ROWS: tl.constexpr, WIDTH: tl.constexpr):
+    """out [m, DEPTH] = u[order] [m, D], zero beyond D."""
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     d = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
-    source = rows
-    if ORDERED:
-        source = tl.load(order + rows, mask=rows < m, other=0)
+    source = tl.load(order + rows, mask=rows < m, other=0).to(tl.int64)
     inside = (rows < m)[:, None]
-    x = tl.load(u + source[:, None].to(tl.int64) * D + d[None, :], mask=inside & (d < D)[None, :], other=0.0) * scale
-    if TF32:
-        x = ((x.to(tl.int32, bitcast=True) + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
-    tl.store(out + rows[:, None].to(tl.int64) * DEPTH + d[None, :], x.to(out.dtype.element_ty), mask=inside)
+    x = tl.load(u + source[:, None] * D + d[None, :], mask=inside & (d < D)[None, :], other=0.0)
+    tl.store(out + rows[:, None].to(tl.int64) * DEPTH + d[None, :], x, mask=inside)
 
 
 @triton.jit
@@ -150,7 +140,8 @@ def sums_kernel(
 
     own_u [n, DEPTH] and u [m, DEPTH] are rows and columns, both sorted by class. bounds [3, n]: the range of columns
     of the row's class (first, stop), and the column that is the row itself. Split k sums over the columns k * span ..
-    (k + 1) * span. CHUNK: feature dimensions of one product. STEP: columns of one round of the loop for positives.
+    (k + 1) * span. temperature: a pointer to tau, read with INVERSE alone. CHUNK: feature dimensions of one product.
+    STEP: columns of one round of the loop for positives.
     M_BUCKET: m, rounded up so that the kernel is not tuned anew for every m.
     """
     first_row = tl.program_id(0) * ROWS
@@ -181,7 +172,7 @@ def sums_kernel(
         exp_pos += tl.sum(tl.where(positive, exp_s, 0.0), 1)
         exp_neg += tl.sum(tl.where(same | ~inside[None, :], 0.0, exp_s), 1)
         if INVERSE:
-            inverse = tl.where(positive, _exp2(-temperature * s), 0.0)
+            inverse = tl.where(positive, _exp2(-tl.load(temperature).to(tl.float32) * s), 0.0)
             inv_pos += tl.sum(inverse, 1)
             sim_inv_pos += tl.sum(inverse * s, 1)
     base = out + tl.program_id(1) * 5 * n + index
@@ -214,7 +205,8 @@ def _gradients(
     of_positives = exp_s * (pos_i[:, None] + pos_j[None, :]) + (sim_i[:, None] + sim_j[None, :])
     if INVERSE:
         inv_i, inv_j = tl.load(weights + 3 * m + itself), tl.load(weights + 3 * m + cols, mask=inside, other=0.0)
-        of_positives -= temperature * (inv_i[:, None] + inv_j[None, :]) * _exp2(-temperature * s)
+        tau = tl.load(temperature).to(tl.float32)
+        of_positives -= tau * (inv_i[:, None] + inv_j[None, :]) * _exp2(-tau * s)
     first, stop = tl.load(bounds + own), tl.load(bounds + n + own)
     same = (cols[None, :] >= first[:, None]) & (cols[None, :] < stop[:, None])
     gradients = tl.where(same, of_positives, exp_s * (neg_i[:, None] + neg_j[None, :]))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any
 
 import torch
@@ -23,9 +23,19 @@ _STEP = 32
 _MOST_ACCUMULATORS = 160
 
 
+def ceil_div(a: int, b: int) -> int:
+    """triton.cdiv and triton.next_power_of_2 are for kernels: on the host each call costs microseconds."""
+    return -(-a // b)
+
+
+def power_of_2(n: int) -> int:
+    """The least power of two that is at least n >= 1."""
+    return 1 << (n - 1).bit_length()
+
+
 def operand_depth(d: int) -> int:
     """D rounded up to what the kernels compute: a power of two, above 256 a multiple of 128."""
-    return max(16, triton.next_power_of_2(d)) if d <= 256 else triton.cdiv(d, 128) * 128
+    return max(16, power_of_2(d)) if d <= 256 else ceil_div(d, 128) * 128
 
 
 def operand_chunk(depth: int, itemsize: int) -> int:
@@ -33,13 +43,14 @@ def operand_chunk(depth: int, itemsize: int) -> int:
     return depth if depth * itemsize <= 512 else 256 // itemsize
 
 
+@lru_cache(maxsize=256)
 def column_span(n: int, m: int, device: torch.device, output_bytes: int = 0) -> int:
     """Columns of one split, of n rows and m columns; `output_bytes`: the memory that the results of a split take."""
     most = _MOST_SPLITS if not output_bytes else max(1, min(_MOST_SPLITS, _SCRATCH_BYTES // output_bytes))
     if INTERPRETED:
         return _span(m, min(2, most))
     processors = torch.cuda.get_device_properties(device).multi_processor_count
-    return _span(m, column_splits(triton.cdiv(n, 128), m, processors, most))
+    return _span(m, column_splits(ceil_div(n, 128), m, processors, most))
 
 
 def column_splits(row_blocks: int, m: int, processors: int, most: int = _MOST_SPLITS) -> int:
@@ -47,14 +58,14 @@ def column_splits(row_blocks: int, m: int, processors: int, most: int = _MOST_SP
 
     def columns_in_turn(splits: int) -> int:
         span = _span(m, splits)
-        waves = triton.cdiv(row_blocks * triton.cdiv(m, span), processors)
+        waves = ceil_div(row_blocks * ceil_div(m, span), processors)
         return int(waves * (span + _START_COLUMNS))
 
     return min(range(1, most + 1), key=columns_in_turn)
 
 
 def _span(m: int, splits: int) -> int:
-    return max(1, triton.cdiv(triton.cdiv(m, splits), _WIDEST_TILE)) * _WIDEST_TILE
+    return max(1, ceil_div(ceil_div(m, splits), _WIDEST_TILE)) * _WIDEST_TILE
 
 
 def strip_rows(m: int, itemsize: int) -> int:
@@ -84,22 +95,25 @@ def launch_kernel(kernel: Any, arguments: tuple[Any, ...], constants: dict[str, 
     `arguments` are those of sums_kernel or a kernel like it; `itemsize`: bytes of the products' operands.
     """
     named = dict(zip(kernel.arg_names, arguments, strict=False))
-    n, m, span, device = named["n"], named["m"], named["span"], named["u"].device
+    n, m, span = named["n"], named["m"], named["span"]
 
     def grid(tile: dict[str, Any]) -> tuple[int, int]:
-        return triton.cdiv(n, tile["ROWS"]), triton.cdiv(m, span)
+        return ceil_div(n, tile["ROWS"]), ceil_div(m, span)
 
     if INTERPRETED:
         # Small tiles, so that the small batches of the tests have several in each direction.
         rows, cols = (16, 32) if m <= 256 else (128, 128)
         kernel[grid](*arguments, **constants, ROWS=rows, COLS=cols, STEP=min(cols, _STEP))
         return
-    shared_bytes = _shared_bytes(device.index)
-    found, tuned = _choices(kernel, constants["DEPTH"], itemsize, shared_bytes)
-    if torch.are_deterministic_algorithms_enabled():
-        kernel[grid](*arguments, **constants, **found[0].all_kwargs())
-    else:
+    shared_bytes = _shared_bytes(named["u"].device.index)
+    found, tuned, fastest = _choices(kernel, constants["DEPTH"], itemsize, shared_bytes)
+    key = (named["M_BUCKET"], constants["INVERSE"], constants["PRECISION"])
+    config = found[0] if torch.are_deterministic_algorithms_enabled() else fastest.get(key)
+    if config is None:
         tuned[grid](*arguments, **constants)
+        fastest[key] = tuned.best_config
+    else:
+        kernel[grid(config.kwargs)](*arguments, **constants, **config.all_kwargs())
 
 
 @cache
@@ -109,7 +123,10 @@ def _shared_bytes(device: int) -> int:
 
 
 @cache
-def _choices(kernel: Any, depth: int, itemsize: int, shared_bytes: int) -> tuple[list[Any], Any]:
-    """The configurations, and the kernel in the one that was the fastest for sizes like these, timed once."""
+def _choices(kernel: Any, depth: int, itemsize: int, shared_bytes: int) -> tuple[list[Any], Any, dict[Any, Any]]:
+    """The configurations; the kernel that times them once for sizes like these; the fastest by what it is timed for.
+
+    The last spares the host the autotuner's work in every launch.
+    """
     found = configurations(depth, itemsize, shared_bytes, accumulates=kernel is gradient_kernel)
-    return found, triton.autotune(configs=found, key=["M_BUCKET", "INVERSE", "PRECISION"])(kernel)
+    return found, triton.autotune(configs=found, key=["M_BUCKET", "INVERSE", "PRECISION"])(kernel), {}

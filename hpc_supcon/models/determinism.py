@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -49,9 +50,15 @@ def raising_operations(encoder: nn.Module, in_channels: int, image_size: int) ->
     return sorted(seen.names & RAISING)
 
 
-def check_deterministic(encoder: nn.Module, name: str, in_channels: int, image_size: int) -> None:
-    """Raise ConfigError for an encoder whose training would raise on CUDA under deterministic algorithms."""
-    found = raising_operations(encoder, in_channels, image_size)
+def check_deterministic(encoder: nn.Module, name: str, description: Mapping[str, Any], device: torch.device) -> None:
+    """Raise ConfigError where training the encoder on `device` would raise under deterministic algorithms.
+
+    `description`: the encoder's, with "in_channels" and "image_size". Without CUDA, or where the process may use any
+    algorithm, there is nothing to check.
+    """
+    if device.type != "cuda" or not torch.are_deterministic_algorithms_enabled():
+        return
+    found = raising_operations(encoder, description["in_channels"], description["image_size"])
     if found:
         raise ConfigError(
             f"deterministic=true: model.encoder={name} uses {', '.join(found)}, which PyTorch has only as a "

@@ -1,4 +1,4 @@
-"""Unstructured pruning: scores of weights, masks from scores, weights kept at zero by masks, and sparse files."""
+"""Pruning: scores of weights, masks, rates that grow, channels that are removed, sparse files, and what is left to pay."""
 
 from .channel_graph import ChannelGraph, trace_channels
 from .channels import (
@@ -11,21 +11,33 @@ from .channels import (
     plan_digest,
 )
 from .cost import count_macs, measure_latency
-from .scores import PRUNERS
+from .gradual import GradualPruning, cubic_rate
+from .scores import PRUNERS, PrunerSpec, PruneTask, Scored, score_weights
+from .selection import SCOPES, build_masks, fully_pruned, misfits
+from .semi_structured import to_semi_structured
+from .sensitivity import Sensitivity, allocate, allocate_rates, scan_layers
 from .sparse import load_sparse, measure, save_sparse, write_sparse
-from .weight_masks import SCOPES, WeightMasks, build_masks, fully_pruned, masks_digest, pack, prunable, unpack
+from .weight_masks import WeightMasks, masks_digest, pack, prunable, unpack
 
 __all__ = [
     "PRUNERS",
     "SCOPES",
     "ChannelGraph",
+    "GradualPruning",
+    "PruneTask",
+    "PrunerSpec",
+    "Scored",
+    "Sensitivity",
     "WeightMasks",
+    "allocate",
+    "allocate_rates",
     "apply_plan",
     "build_masks",
     "channel_plan",
     "channel_scores",
     "check_plan",
     "count_macs",
+    "cubic_rate",
     "fully_pruned",
     "layer_widths",
     "load_sparse",
@@ -33,10 +45,14 @@ __all__ = [
     "masks_digest",
     "measure",
     "measure_latency",
+    "misfits",
     "pack",
     "plan_digest",
     "prunable",
     "save_sparse",
+    "scan_layers",
+    "score_weights",
+    "to_semi_structured",
     "trace_channels",
     "unpack",
     "write_sparse",

@@ -1,4 +1,4 @@
-"""Masks of pruned weights: built from scores, applied to a module during training, packed for checkpoints."""
+"""Masks of pruned weights: applied to a module during training, packed for checkpoints."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd
-
-from ..errors import ConfigError, NonFinite, unknown_name
 
 
 class WeightMasks:
@@ -61,9 +59,6 @@ class WeightMasks:
         torch._foreach_mul_(self._weights, self._keep)
 
 
-SCOPES = ("global", "layer")
-
-
 def prunable(encoder: nn.Module) -> dict[str, Tensor]:
     """Weights of the convolutions and linear layers by name, in the module's order, each once.
 
@@ -74,54 +69,6 @@ def prunable(encoder: nn.Module) -> dict[str, Tensor]:
         if isinstance(module, (_ConvNd, nn.Linear)) and all(module.weight is not p for p in found.values()):
             found[f"{name}.weight" if name else "weight"] = module.weight
     return found
-
-
-def build_masks(scores: Mapping[str, Tensor], rate: float, scope: str) -> dict[str, Tensor]:
-    """bool masks on the CPU, False where pruned: the round(rate x n) smallest scores (half to even, as torch rounds).
-
-    scope "global": all tensors are ranked together; "layer": each tensor by itself; n is the number of scores ranked
-    together. Among equal scores the first ones (in the dict's order, row-major within a tensor) are pruned. Without
-    ties the masks are those of torch.nn.utils.prune.
-
-    Raises ConfigError for an unknown scope, a rate outside [0, 1), nothing to prune or nothing left; NonFinite for
-    scores that cannot be ranked.
-    """
-    if scope not in SCOPES:
-        raise ConfigError("prune.scope: " + unknown_name("scope", scope, SCOPES))
-    if not 0 <= rate < 1:
-        raise ConfigError(f"prune.rate={rate:g}: the fraction of weights to prune must be at least 0 and below 1")
-    if not any(score.numel() for score in scores.values()):
-        raise ConfigError("nothing to prune: the encoder has no convolution and no linear layer")
-    for name, score in scores.items():
-        if not torch.isfinite(score).all():
-            raise NonFinite(f"pruning: scores of {name} are NaN or Inf")
-    if scope == "layer":
-        masks = {name: _keep_mask(score.flatten().cpu(), rate).view(score.shape) for name, score in scores.items()}
-    else:
-        kept = _keep_mask(torch.cat([score.flatten().cpu() for score in scores.values()]), rate)
-        parts = kept.split([score.numel() for score in scores.values()])
-        masks = {name: part.view(scores[name].shape) for name, part in zip(scores, parts, strict=True)}
-    if not any(mask.any() for mask in masks.values()):
-        raise ConfigError(f"prune.rate={rate:g} leaves no weight at all: lower it")
-    return masks
-
-
-def _keep_mask(scores: Tensor, rate: float) -> Tensor:
-    """bool [n] of scores [n]: False for the round(rate n) smallest; ties are pruned in order of their index."""
-    n = round(rate * len(scores))
-    if n == 0:
-        return torch.ones_like(scores, dtype=torch.bool)
-    # kthvalue gives the same result on every rank and device; so does a stable sort, but it takes five times as long
-    limit = scores.kthvalue(n).values
-    pruned = scores < limit
-    tied = (scores == limit).nonzero().flatten()
-    pruned[tied[: n - int(pruned.sum())]] = True
-    return ~pruned
-
-
-def fully_pruned(masks: Mapping[str, Tensor]) -> list[str]:
-    """Names of the tensors of which no weight is left."""
-    return [name for name, mask in masks.items() if not mask.any()]
 
 
 def masks_digest(masks: Mapping[str, Tensor]) -> str:

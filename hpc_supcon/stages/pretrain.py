@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import platform
+import shlex
+import sys
 import time
 from contextlib import closing, nullcontext
 from dataclasses import asdict
@@ -18,6 +20,7 @@ from ..distributed.folder_lock import locked
 from ..distributed.launch import Runtime
 from ..distributed.preemption import requested
 from ..distributed.watchdog import current_watchdog
+from ..environment import code_commit
 from ..errors import Preempted
 from ..terminal import console, warn
 from ..training.build import Start, build_training
@@ -104,8 +107,10 @@ def _report_start(
         "version": __version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
+        **({"commit": code_commit(), **_machine(runtime)} if runtime.is_main else {}),
         "parameters": sum(p.numel() for p in model.parameters()),
         "train_images": len(data.splits.train),
+        "steps_per_epoch": training.plan.steps_per_epoch,
         "loader": data.loader,
         "engine": config.train.engine,
         "peak_lr": peak_lr(config),
@@ -117,6 +122,19 @@ def _report_start(
         progress.print(training.weights.summary())
     if config.data.loader == "auto":
         progress.print(f"loader: {data.loader} ({data.reason})")
+
+
+def _machine(runtime: Runtime) -> dict[str, Any]:
+    """What a page tells of where and how this process was started."""
+    on_cuda = runtime.device.type == "cuda"
+    called = Path(sys.argv[0]).name
+    program = "python -m hpc_supcon" if called == "__main__.py" else called
+    return {
+        "command": f"{program} {shlex.join(sys.argv[1:])}",
+        "host": platform.node(),
+        "device": torch.cuda.get_device_name(runtime.device) if on_cuda else runtime.device.type,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def _build_profile(config: Config, training: Training, runtime: Runtime, log: MetricLog) -> StepProfile | None:

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from .. import run_folder
 from ..config import Config, digest
 from ..data import EvalTransform, Source, normalization_of
@@ -35,6 +37,7 @@ from ..training.data import Data
 from ..training.engine import place
 from ..training.metrics import MetricLog
 from .corruptions import add_corruptions
+from .feature_scores import score_features
 from .results import ResultWriter
 
 
@@ -44,6 +47,8 @@ class EncoderCheckpoint:
 
     name: str
     step: int
+    projection: nn.Module | None
+    """Its projection head, where it has one."""
 
 
 def start_without_encoder(config: Config, runtime: Runtime) -> Path:
@@ -81,7 +86,6 @@ def _probe(folder: Path, config: Config, runtime: Runtime, data: Data, writer: R
     with propagate_errors():
         check_probes(config, data.splits)
         run_folder.check_results(folder)
-        run_folder.read_scores(folder)
         _check_predictions(folder, runtime)
     tasks, encoder = _tasks(folder, config, runtime, data)
     results, fitted = [], []
@@ -100,6 +104,8 @@ def _probe(folder: Path, config: Config, runtime: Runtime, data: Data, writer: R
             log.log("probe", encoder.step if encoder else 0, **{name: result[name] for name in names})
             results.append(result)
             fitted.append(outcome.probe)
+        if encoder is not None:
+            score_features(folder, tasks[0], fitted, encoder.projection, encoder.step, log=log, writer=writer)
     add_corruptions(folder, tasks, fitted, results, writer)
     tell_left_out(results, data.splits, runtime)
     return results
@@ -117,7 +123,8 @@ def _tasks(
             if runtime.is_main:
                 report_changed_data(folder, found, config, data.fingerprint)
         encoder = place(model.encoder, runtime, channels_last=config.train.channels_last)
-        loaded, description = EncoderCheckpoint(found.name, found.state["step"]), found.state
+        description = found.state
+        loaded = EncoderCheckpoint(found.name, found.state["step"], dict(model.heads.items()).get("projection"))
         masks = found.tensors.get("masks")
         warning = changed_since(found.state)
         if warning is not None and runtime.is_main:

@@ -24,7 +24,7 @@ from ..models import (
     check_deterministic,
 )
 from ..models import load_weights as load_pretrained
-from ..pruning import WeightMasks
+from ..pruning import GradualPruning, WeightMasks
 from ..seeding import seed_global_generators, stream
 from .agreement import STATE_KEY
 from .data import Data, build_training_loader
@@ -46,6 +46,8 @@ class Start:
     """State of the objective; None: as the configuration says."""
     masks: Mapping[str, Tensor] | None = None
     """bool by the encoder's parameter, False where pruned: those weights stay zero. None: nothing is pruned."""
+    gradual: GradualPruning | None = None
+    """Prunes more while training; None: `masks` stay as they are."""
 
 
 def build_training(
@@ -59,18 +61,16 @@ def build_training(
     with propagate_errors():
         loader = build_training_loader(config, data, runtime)
         description = describe_model(config, data.splits) | {STATE_KEY: data.fingerprint.as_json()}
-        torch.manual_seed(stream(config.seed, "model"))  # the same on all ranks, so that their weights are equal
-        model = build_model(description) if start is None else start.model
-        if runtime.device.type == "cuda" and torch.are_deterministic_algorithms_enabled():
-            size = description["encoder"]["image_size"]
-            check_deterministic(model.encoder, config.model.encoder, description["encoder"]["in_channels"], size)
+        weights = None
+        if start is not None:
+            model = start.model
+        else:
+            model, weights = initial_model(config, description, load_weights=load_weights)
+        check_deterministic(model.encoder, config.model.encoder, description["encoder"], runtime.device)
         views = build_views(config, description)
         precision = loss_precision(runtime.device, config.loss.precision, config.train.precision)
         settings = {**config.loss.model_dump(), "precision": precision}
         objective = Objective(config.loss.weights, settings, denormalize=views.denormalize)
-        weights = None
-        if load_weights and config.model.weights is not None:
-            weights = load_pretrained(model.encoder, config.model.weights)
         if start is not None and start.objective is not None:
             objective.load_state_dict(start.objective)
         if start is not None and start.masks is not None:
@@ -81,8 +81,23 @@ def build_training(
     state = _build_state(config, model, objective, views, runtime)
     if start is not None and start.masks is not None:
         state.masks = WeightMasks(state.model.encoder, start.masks)
+    state.gradual = None if start is None else start.gradual
     plan = build_plan(config, loader.steps_per_epoch)
     return Training(state, _step_options(config, runtime), loader, plan, description, weights)
+
+
+def initial_model(
+    config: Config, description: Mapping[str, Any], *, load_weights: bool = True
+) -> tuple[PretrainingModel, LoadedWeights | None]:
+    """(the model that training starts from, on the CPU, what it got of `model.weights`). Seeds PyTorch's generators.
+
+    description: of `describe_model`, or of a checkpoint of the run. Raises ConfigError, UnsafeWeights.
+    """
+    torch.manual_seed(stream(config.seed, "model"))  # the same on all ranks, so that their weights are equal
+    model = build_model(description)
+    if not load_weights or config.model.weights is None:
+        return model, None
+    return model, load_pretrained(model.encoder, config.model.weights)
 
 
 def _check_same_weights(weights: LoadedWeights | None) -> None:

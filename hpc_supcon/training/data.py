@@ -18,6 +18,7 @@ from ..data import (
     build_order,
     choose_loader,
     load_splits,
+    open_source,
 )
 from ..distributed.collectives import gather_objects, propagate_errors
 from ..distributed.launch import Runtime
@@ -80,6 +81,29 @@ def load_data(config: Config, runtime: Runtime) -> Data:
     return Data(splits, name, reason, training, training.for_evaluation(), fingerprint)
 
 
+def open_ood(config: Config, splits: Splits) -> dict[str, Source]:
+    """The test split of each data set of `probe.ood`, converted to the size and channels of the run's images.
+
+    Raises DataError where one is missing or damaged.
+    """
+    data, made = config.data, config.data.synthetic
+    found: dict[str, Source] = {}
+    for text, name, root in config.probe.ood_sets:
+        try:
+            found[text] = open_source(
+                name,
+                data.root if root is None else root,
+                download=data.download,
+                image_size=splits.image_size,
+                channels=splits.channels,
+                exif=data.exif,
+                synthetic={"images": made.images, "classes": made.classes} if name == "synthetic" else None,
+            ).test
+        except DataError as error:
+            raise DataError(f"probe.ood={text}: {error} (in probe.ood, the folder follows a colon)") from None
+    return found
+
+
 def loader_options(config: Config) -> LoaderOptions:
     """Options of the training loader."""
     data, augment = config.data, config.augment
@@ -102,7 +126,7 @@ def check_classes_suffice(config: Config, splits: Splits) -> None:
 
 def build_training_loader(config: Config, data: Data, runtime: Runtime) -> Loader:
     """This rank's loader of the training split. Raises ConfigError, DataError, and what the loader raises."""
-    order = _build_order(config, data.splits)
+    order = build_training_order(config, data.splits)
     loader = build_loader(
         data.loader,
         data.splits.train,
@@ -117,7 +141,7 @@ def build_training_loader(config: Config, data: Data, runtime: Runtime) -> Loade
     return loader
 
 
-def _build_order(config: Config, splits: Splits) -> Order:
+def build_training_order(config: Config, splits: Splits) -> Order:
     data = config.data
     return build_order(
         data.sampler,

@@ -35,6 +35,11 @@ class WeightAverage:
         """Call after each optimizer step."""
         update_average(self._average.values(), self._model.parameters(), self.decay)
 
+    def prune(self, masks: Mapping[str, Tensor]) -> None:
+        """Set to zero where the masks, by parameter, are False: weights that were pruned in the model."""
+        for name, mask in masks.items():
+            self._average[name].masked_fill_(~mask.to(self._average[name].device), 0.0)
+
     @contextmanager
     def applied(self) -> Iterator[None]:
         """Inside, the model's parameters are the average: for an evaluation during training, without gradients."""

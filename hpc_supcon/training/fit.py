@@ -142,7 +142,7 @@ class _Loop:
         replaced = replaced_on_all_ranks(self.training.loader, state.device)
         numbers: dict[str, Tensor | float] = {"replaced_images": replaced} if replaced else {}
         numbers |= {**state.engine.statistics(), **state.objective.statistics()}
-        numbers |= state.objective.mean_similarity(result.outputs)
+        numbers |= state.objective.embedding_numbers(result.outputs, batch.labels)
         if torch.isfinite(result.gradient_norm):  # it is not in a step that was skipped because fp16 overflowed
             numbers["grad_norm"] = result.gradient_norm
         if self.training.plan.gradient_response:

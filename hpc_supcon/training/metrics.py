@@ -13,9 +13,9 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor
 
 from ..data import Batch
+from ..metric_file import METRICS, AppendedLines, rewind
 from ..phases import phase
 from ..terminal import console, note, warn
-from .metric_file import METRICS, AppendedLines, rewind
 from .tensorboard import TensorBoard
 
 

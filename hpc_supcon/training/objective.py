@@ -7,13 +7,16 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import reduce
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
-from ..distributed.collectives import all_sum, world_size
-from ..losses import gradient_response, loss_spec, mean_similarity
+from ..distributed.collectives import all_sum, gather_sizes, rank, world_size
+from ..losses import alignment_and_uniformity, effective_rank, gradient_response, loss_spec, mean_similarity
 
 # Losses that weigh positives and negatives as losses.gradient_response does.
 GRADIENT_RESPONSE_LOSSES = ("supcon_out", "tcl")
+MAX_RANK_WIDTH = 1024
+"""Widest embeddings whose effective rank is logged: it takes width^3, 1 ms for 128 and half a second for 2048."""
 
 
 class Objective(nn.Module):
@@ -120,20 +123,29 @@ class Objective(nn.Module):
         for name, loss in self.losses.items():
             own = dict(getattr(loss, "stats", {}))
             if getattr(loss, "log_temperature", None) is not None:
-                own["temperature"] = cast(Tensor, loss.log_temperature).detach().exp()
+                own["temperature"] = cast(Tensor, loss.temperature).detach()
             if len(self.losses) > 1:
                 own["loss"] = self._last[name]
             numbers |= {f"{name}_{key}" if len(self.losses) > 1 else key: value for key, value in own.items()}
         return numbers
 
-    def mean_similarity(self, outputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The mean cosine similarity of the embeddings; empty without a contrastive loss.
+    def embedding_numbers(self, outputs: Mapping[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
+        """Mean cosine similarity, alignment of positives, uniformity and effective rank (see MAX_RANK_WIDTH) of the
+        batch's embeddings; empty without a contrastive loss.
 
-        Every rank must call this.
+        labels [B]. Every rank must call this.
         """
         if not any(spec.contrastive for spec in self.specs.values()):
             return {}
-        return {"mean_similarity": mean_similarity(outputs["projection"])}
+        embeddings = outputs["projection"]
+        # of an unsupervised loss, the positives of a view are the other views of its image
+        groups = labels if self.supervised else torch.arange(len(labels), device=labels.device) + _before(labels)
+        groups = groups[:, None].expand(-1, embeddings.shape[1])
+        alignment, uniformity = alignment_and_uniformity(embeddings, groups)
+        numbers = {"mean_similarity": mean_similarity(embeddings), "alignment": alignment, "uniformity": uniformity}
+        if embeddings.shape[-1] <= MAX_RANK_WIDTH:
+            numbers["effective_rank"] = effective_rank(embeddings)
+        return numbers
 
     def gradient_response(self, outputs: Mapping[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
         """How strongly the loss attracts positives and repels negatives: see `losses.gradient_response`.
@@ -162,6 +174,11 @@ def gradient_response_loss(terms: Iterable[str]) -> str | None:
     """The one loss among `terms` that gradient responses are defined for; None unless there is exactly one."""
     found = [name for name in terms if name in GRADIENT_RESPONSE_LOSSES]
     return found[0] if len(found) == 1 else None
+
+
+def _before(labels: Tensor) -> int:
+    """How many images the ranks before this one have. Collective."""
+    return sum(gather_sizes(labels)[: rank()])
 
 
 def _mean_over_ranks(loss: Tensor) -> Tensor:

@@ -21,7 +21,7 @@ from ..terminal import warn
 
 WARM_UP, TRACED = 5, 3
 """Steps before the measured ones (allocations, compilation, tuning), and after them for the profiler's trace."""
-ORDER = ("data", "views", ENCODER, PROJECTION, "gather", LOSS, "optimizer", "finite check", "queue", REST)
+ORDER = ("data", "views", ENCODER, PROJECTION, "gather", LOSS, "optimizer", "finite check", "queue", "pruning", REST)
 """Order of the printed rows."""
 OUTSIDE = ("validation", "checkpoint")
 """Phases of the training loop that do not belong to a step."""
@@ -32,6 +32,7 @@ MEANING = {
     "gather": "collectives of the loss, and waiting for other ranks",
     "optimizer": "gradient norm and update",
     "finite check": "for NaN and Inf",
+    "pruning": "new masks, where they are due",
     REST: "logging, Python",
 }
 

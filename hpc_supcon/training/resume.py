@@ -8,7 +8,7 @@ from .. import checkpoint, run_folder
 from ..config import Config
 from ..distributed.collectives import gather_objects, propagate_errors
 from ..distributed.launch import Runtime
-from ..errors import WorldSizeMismatch
+from ..errors import ConfigError, WorldSizeMismatch
 from ..seeding import changed_since
 from ..terminal import note, warn
 from .agreement import check_same_checkpoint, check_unchanged
@@ -20,7 +20,7 @@ def resume_newest(state: TrainState, folder: Path, runtime: Runtime, config: Con
     """Load the newest checkpoint that verifies into `state`; False when the run has not saved one yet. Collective.
 
     Rank 0 chooses the checkpoint and the others load the same one: if each chose for itself, they could differ.
-    Raises CheckpointCorrupt, DataChanged, RanksDiffer, RunFolderError, WorldSizeMismatch.
+    Raises CheckpointCorrupt, ConfigError, DataChanged, RanksDiffer, RunFolderError, WorldSizeMismatch.
     """
     found: checkpoint.Checkpoint | None = None
     with propagate_errors():
@@ -40,6 +40,11 @@ def resume_newest(state: TrainState, folder: Path, runtime: Runtime, config: Con
             raise WorldSizeMismatch(
                 f"{path}: saved by {saved_world} ranks, resumed on {runtime.world_size}; start {saved_world} ranks, "
                 "or set train.allow_world_size_change=true"
+            )
+        if "masks" in found.tensors and config.train.engine == "deepspeed":
+            raise ConfigError(
+                f"{path}: is pruned, and train.engine=deepspeed keeps copies of the weights that its masks do not "
+                "reach: use train.engine=ddp"
             )
         with checkpoint.mismatch_is_corrupt(path):
             change = check_unchanged(config, found.state, data.fingerprint, path)

@@ -16,7 +16,7 @@ from ..data import Loader, Views
 from ..distributed.collectives import gather_objects
 from ..errors import NonFinite
 from ..models import LoadedWeights, PretrainingModel
-from ..pruning import WeightMasks
+from ..pruning import GradualPruning, WeightMasks
 from .ema import MomentumQueue, WeightAverage
 from .engine import Engine
 from .objective import Objective
@@ -101,6 +101,8 @@ class TrainState:
     stopping: EarlyStopping | None = None
     masks: WeightMasks | None = None
     """Keeps the encoder's pruned weights at zero; None where nothing was pruned."""
+    gradual: GradualPruning | None = None
+    """Prunes more while training; None: the masks stay as they are."""
     pending_check: FiniteCheck | None = None
     """The check of the last step for NaN and Inf, as long as it is not known to be finite."""
     step: int = 0
@@ -154,6 +156,8 @@ class TrainState:
             numbers["stopping"] = self.stopping.state()
         if self.engine.scaler is not None:
             numbers["loss_scale"] = self.engine.scaler.state()
+        if self.gradual is not None:
+            numbers["gradual"] = self.gradual.state()
         return numbers
 
     def best_steps(self) -> list[int]:
@@ -176,6 +180,8 @@ class TrainState:
             self.stopping.load_state(numbers["stopping"])
         if self.engine.scaler is not None and "loss_scale" in numbers:
             self.engine.scaler.load_state(numbers["loss_scale"])
+        if "gradual" in numbers:  # also in a run that was not told to prune
+            self.gradual = GradualPruning(**numbers["gradual"])
         self.step = numbers["step"]
         self.last_validated_step = numbers.get("last_validated_step", self.step)
 

@@ -21,6 +21,7 @@ from ..distributed.collectives import all_sum, world_size
 from ..models import frozen_running_statistics
 from ..phases import BACKWARD, ENCODER, LOSS, PROJECTION, on_gradient, phase
 from ..seeding import stream
+from .gradual import prune_gradually
 from .state import FiniteCheck, StepOptions, TrainState
 
 
@@ -64,6 +65,9 @@ def train_step(state: TrainState, batch: Batch, options: StepOptions) -> StepRes
             state.queue.update_key_model(state.model)
             state.queue.push(torch.cat(keys), batch.labels, options.images_per_rank)
     state.step += 1
+    if state.gradual is not None:
+        with phase("pruning"):
+            prune_gradually(state)
     return StepResult(loss, norm, outputs)
 
 

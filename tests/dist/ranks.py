@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import tempfile
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -39,19 +40,23 @@ def _one_rank(rank: int, world_size: int, folder: str, fn: Callable[..., Any], a
         dist.destroy_process_group()
 
 
-def run_ranks(fn: Callable[..., Any], world_size: int, *args: Any) -> list[Any]:
+def run_ranks(
+    fn: Callable[..., Any], world_size: int, *args: Any, environment: Mapping[str, str] | None = None
+) -> list[Any]:
     """`fn(rank, world_size, *args)` in `world_size` processes; their return values in rank order.
 
     `fn` must be a module-level function. A world of one has no process group. The first rank that
-    fails has its traceback raised here.
+    fails has its traceback raised here. `environment`: variables that are read when a module is imported; the ranks
+    are then new interpreters, which import everything anew.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    method = FORK_SERVER.get_start_method() if environment is None else "spawn"
+    with tempfile.TemporaryDirectory() as folder, mock.patch.dict(os.environ, environment or {}):
         try:
             mp.start_processes(
                 _one_rank,
                 args=(world_size, folder, fn, args),
                 nprocs=world_size,
-                start_method=FORK_SERVER.get_start_method(),
+                start_method=method,
             )
         except Exception as error:
             tracebacks = [p.read_text() for p in sorted(Path(folder).glob("error-*"))]

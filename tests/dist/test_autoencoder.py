@@ -19,6 +19,7 @@ from hpc_supcon.training.data import load_data
 from tests.dist.ranks import run_ranks
 
 SETTINGS = [
+    "report.embeddings=false",
     "data.views=1", "augment.policy=none", "model.encoder=conv", "model.out_dim=16", "loss.name=reconstruction",
     "train.epochs=1", "log.tensorboard=false", "log.progress=false", "runtime.threads=1", "probe.kind=knn",
 ]  # fmt: skip

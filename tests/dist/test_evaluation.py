@@ -25,6 +25,7 @@ from hpc_supcon.evaluation.probes.finetune import Classifier, train_classifier
 from hpc_supcon.evaluation.probes.knn import knn_accuracy
 from hpc_supcon.evaluation.probes.optimization import FitPlan
 from hpc_supcon.models import build_encoder
+from hpc_supcon.run_folder import read_scores
 from hpc_supcon.stages.pretrain import pretrain
 from hpc_supcon.stages.probe import probe
 from hpc_supcon.training.data import load_data
@@ -67,7 +68,15 @@ def trained(tmp_path_factory):
 
 
 def test_metrics_are_identical_on_1_2_and_3_ranks(trained):
-    results = [run_ranks(evaluate_odd, world, trained) for world in (1, 2, 3)]
+    results, scores = [], []
+    for world in (1, 2, 3):
+        (trained / "scores.json").unlink(missing_ok=True)
+        results.append(run_ranks(evaluate_odd, world, trained))
+        scores.append(read_scores(trained))
+    assert list(scores[0]["embedding"]) == ["encoder", "projection"]
+    assert list(scores[0]["ood"]) == ["synthetic"]
+    for section in ("embedding", "ood"):
+        assert scores[0][section] == scores[1][section] == scores[2][section]
     names = ("probe", "chosen", "iterations", "train", "validation", "test")
     want = [{k: entry[k] for k in names} for entry in results[0][0]]
     assert [entry["probe"] for entry in want] == KINDS
@@ -80,7 +89,7 @@ def test_metrics_are_identical_on_1_2_and_3_ranks(trained):
 
 def evaluate_odd(rank, world_size, folder):
     """353 test images and 143 for validation: divisible by neither 2 nor 3."""
-    config = settings(folder)
+    config = settings(folder, "probe.ood=synthetic", "data.synthetic.images=400")
     data = load_data(config, on_cpu(rank, world_size))
     splits = data.splits
     splits = type(splits)(splits.train, splits.validation, splits.test.subset(list(range(353))))

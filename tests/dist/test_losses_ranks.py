@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from functools import partial
+from itertools import product
+from unittest import mock
 
 import pytest
 import torch
@@ -11,9 +13,6 @@ import torch.distributed as dist
 from hpc_supcon import losses
 from hpc_supcon.distributed import collectives
 from hpc_supcon.errors import LossInputError
-from hpc_supcon.losses.autograd import tiled_statistics
-from hpc_supcon.losses.torch_tiled import TorchTiledBackend
-from hpc_supcon.losses.validation import prepare_anchors
 from tests.dist.ranks import run_ranks
 
 D, V = 6, 2
@@ -99,43 +98,98 @@ def test_value_and_gradient_of_ranks_with_unequal_rows_equal_one_process(world_s
     _compare(world_size)
 
 
-class HalfRows(TorchTiledBackend):
-    """A backend whose tiles are of bf16 products, as Triton's may be: of fp32 products of rows rounded to bf16."""
-
-    row_dtype = torch.bfloat16
-
-    def row_sums(self, gathered, temperature):
-        assert gathered.u.dtype == torch.bfloat16
-        return super().row_sums(replace(gathered, u=gathered.u.float()), temperature)
-
-    def row_gradients(self, gathered, weights_M4, temperature):
-        return super().row_gradients(replace(gathered, u=gathered.u.float()), weights_M4, temperature)
+def _triton_makers():
+    return {
+        "out": partial(losses.SupConLoss, 0.1),
+        "in": partial(losses.SupConLoss, 0.2, form="in"),
+        "tcl": partial(losses.TCLLoss, 0.1, k1=50.0, k2=1.5, learnable_temperature=True),
+        "simclr": partial(losses.SimCLRLoss, 0.5),
+        "statistics": _OfStatistics,
+    }
 
 
-def _with_half_rows(x, labels, queue=None, rows_per_rank=None):
-    """Value and gradient of SupCon out."""
-    x = x.float().requires_grad_()
-    anchors = prepare_anchors(x, labels, queue=queue, rows_per_rank=rows_per_rank)
-    scale = torch.tensor(0.1, dtype=torch.float64).rsqrt()
-    found = tiled_statistics(anchors, queue, scale, None, torch.float32, HalfRows(4), -1e30)
-    _, mean_pos, log_pos, log_neg, _, valid = found
-    value = losses.global_mean(torch.logaddexp(log_pos, log_neg) - mean_pos, valid)
-    value.backward()
-    return float(value.detach()), x.grad
+class _OfStatistics(torch.nn.Module):
+    """A formula that the kernels do not have: of the statistics, as anyone writes one."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.options, self.stats = options, {}
+
+    def forward(self, x, labels, queue=None):
+        stats = losses.pairwise_stats(x, labels, 0.1, queue=queue, **self.options)
+        per_anchor = stats.log_neg - stats.mean_pos
+        return losses.global_mean(per_anchor, stats.valid, gather=self.options["gather"])
 
 
-def _half_rows_of_ranks(rank, world_size):
-    return [_with_half_rows(*_shards(world_size, CLASSES, V)[rank], queue) for queue in (None, _half_queue())]
+TRITON = {"backend": "triton", "precision": "bf16"}
+D_TRITON = 20  # not the number of columns that the kernels compute, so that what travels is not what they read
 
 
-def _half_queue():
-    past, labels = _queue()
-    return past.float(), labels
+def _triton_shards(world_size):
+    generator = torch.Generator().manual_seed(4)
+    shards = []
+    for labels in [[0, 0, 1, 7, 2], [1, 2, 2, 2, 2, 2, 0, 5], []][:world_size]:  # the third has no rows
+        x = torch.randn(len(labels), V, D_TRITON, generator=generator) + torch.randn(D_TRITON, generator=generator)
+        shards.append((x, torch.tensor(labels, dtype=torch.int64)))
+    past = torch.randn(9, D_TRITON, generator=generator), torch.tensor([0, 1, 8, 2, 0, 5, 5, 7, 1])
+    return shards, past
 
 
-def _messages_of_half_rows(rank, world_size):
-    x, labels = torch.randn(10, V, D), torch.arange(10) % 3
-    return _bytes_sent(lambda: _with_half_rows(x, labels, rows_per_rank=[10 * V] * world_size))
+def _triton_results(x, labels, past, gather):
+    """Of every loss, without and with a queue: value, gradient, that of the temperature, statistics and operands."""
+    from hpc_supcon.losses.triton_backend import TritonBackend
+
+    operands, seen, results = TritonBackend.operands, [], {}
+
+    def recorded(*args):
+        seen.append(operands(*args))
+        return seen[-1]
+
+    with mock.patch.object(TritonBackend, "operands", recorded):
+        for (name, make), queue in product(_triton_makers().items(), (None, past)):
+            if queue is not None and name in ("out", "in"):
+                continue  # the interpreter takes its time
+            own, module = x.clone().requires_grad_(), make(gather=gather, **TRITON)
+            value = module(own, labels, queue=queue)
+            value.backward()
+            extra = [p.grad for p in module.parameters()]
+            stats = {key: float(number) for key, number in module.stats.items()}
+            results[name, queue is not None] = value.detach(), own.grad, extra, stats, seen[-1].u
+    return results
+
+
+def _triton_of_ranks(rank, world_size):
+    """The results of the rank's rows; on rank 0, those of all rows in this process; and the bytes of one step."""
+    shards, past = _triton_shards(world_size)
+    expected = None
+    if rank == 0:
+        expected = _triton_results(*(torch.cat(part) for part in zip(*shards, strict=True)), past, gather=False)
+    x, labels = torch.randn(10, V, D_TRITON, requires_grad=True), torch.arange(10) % 3
+    step = losses.SupConLoss(0.1, validate=False, **TRITON)
+    sent = _bytes_sent(lambda: step(x, labels, rows_per_rank=[10 * V] * world_size).backward())
+    return _triton_results(*shards[rank], past, gather=True), sent, expected
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_with_triton_values_and_gradients_of_ranks_are_those_of_one_process(world_size):
+    pytest.importorskip("triton")
+    ranks = run_ranks(_triton_of_ranks, world_size, environment={"TRITON_INTERPRET": "1"})
+    for key, (value, grad, extra, stats, u) in ranks[0][2].items():
+        # A formula of one's own is divided by the number of anchors before the weights of pairs are rounded to bf16.
+        close = 1 / 256 if key[0] == "statistics" else 1e-5
+        for results, _, _ in ranks:
+            torch.testing.assert_close(results[key][0], value, rtol=2e-6, atol=1e-6)
+            assert results[key][3] == pytest.approx(stats, rel=1e-12), key
+            assert torch.equal(results[key][4], u), key  # rounded once, and the same bits everywhere
+        got = torch.cat([results[key][1] for results, _, _ in ranks]) / world_size
+        torch.testing.assert_close(got, grad, rtol=0, atol=close * float(grad.abs().max()), msg=str(key))
+        for index, wanted in enumerate(extra):
+            mean = sum(results[key][2][index] for results, _, _ in ranks) / world_size
+            torch.testing.assert_close(mean, wanted, rtol=1e-5, atol=1e-6, msg=str(key))
+    for _, (rows_and_labels, sums, weights), _ in ranks:
+        assert rows_and_labels == 10 * V * (2 * D_TRITON + 8)  # bf16, and one int64
+        assert sums == 4 * 8
+        assert weights == 10 * V * 4 * 4
 
 
 def _bytes_in_backward(rank, world_size):
@@ -233,8 +287,6 @@ def _bad_inputs(rank, world_size):
 def _all_checks_in_one_process_group(rank, world_size):
     return {
         "bytes": _bytes_in_backward(rank, world_size),
-        "messages": _messages_of_half_rows(rank, world_size),
-        "half rows": _half_rows_of_ranks(rank, world_size),
         "together": _gathered_together(rank, world_size),
         "zero": _no_positive_on_any_rank(rank, world_size),
         "local": _not_gathered(rank, world_size),
@@ -267,26 +319,9 @@ def _gathered_together(rank, world_size):
     return found
 
 
-def test_rows_and_labels_travel_in_one_message_of_the_tiles_dtype(two_ranks):
-    for result in two_ranks:
-        rows_and_labels, sums, weights = result["messages"]
-        assert rows_and_labels == 10 * V * (2 * D + 8)
-        assert sums == 2 * 8
-        assert weights == 10 * V * 4 * 4
-
-
 def test_rows_of_any_dtypes_arrive_together_as_they_do_alone(two_ranks):
     for result in two_ranks:
         assert all(result["together"])
-
-
-def test_values_and_gradients_of_rounded_rows_over_ranks_are_those_of_one_process(two_ranks):
-    x, labels = (torch.cat(part) for part in zip(*_shards(2, CLASSES, V), strict=True))
-    for index, queue in enumerate((None, _half_queue())):
-        value, grad = _with_half_rows(x, labels, queue)
-        assert [result["half rows"][index][0] for result in two_ranks] == pytest.approx([value, value], rel=1e-6)
-        got = torch.cat([result["half rows"][index][1] for result in two_ranks]) / 2
-        torch.testing.assert_close(got, grad, rtol=1e-4, atol=1e-6)
 
 
 def test_without_a_positive_on_any_rank_the_loss_is_a_differentiable_zero(two_ranks):

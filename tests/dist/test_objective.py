@@ -97,3 +97,27 @@ def test_unsupervised_an_images_views_are_its_positives(name):
 def test_sums_that_contradict_other_settings_are_refused(terms, more, message):
     with pytest.raises(ConfigError, match=message):
         load_config("default", ["model.encoder=conv", f"loss.terms={terms}", *more], stages=("pretrain",))
+
+
+def numbers_of_views(rank, world_size, supervised):
+    objective = Objective({"supcon_out": 1.0}, SETTINGS | {"supervised": supervised})
+    generator = torch.Generator().manual_seed(3)
+    projection = torch.randn(12, 2, 8, generator=generator)
+    own = slice(0, 5) if rank == 0 and world_size > 1 else slice(5 if world_size > 1 else 0, 12)
+    numbers = objective.embedding_numbers({"projection": projection[own]}, LABELS[own])
+    return {name: float(value) for name, value in numbers.items()}
+
+
+@pytest.mark.parametrize("supervised", [True, False])
+def test_alignment_is_that_of_the_pairs_that_the_loss_pulls_together(supervised):
+    projection = torch.randn(12, 2, 8, generator=torch.Generator().manual_seed(3))
+    z = F.normalize(projection.double().flatten(0, 1), dim=1)
+    groups = (LABELS if supervised else torch.arange(12)).repeat_interleave(2)
+    distances = torch.cdist(z, z).square()
+    positive = (groups[:, None] == groups) & ~torch.eye(24, dtype=torch.bool)
+    want = float(distances[positive].mean())
+    for ranks in (1, 2):
+        found = run_ranks(numbers_of_views, ranks, supervised)
+        assert all(numbers == found[0] for numbers in found)
+        assert found[0]["alignment"] == pytest.approx(want, rel=1e-6)
+        assert set(found[0]) == {"mean_similarity", "alignment", "uniformity", "effective_rank"}

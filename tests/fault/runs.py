@@ -13,6 +13,7 @@ from ..processes import Ranks
 from . import injector
 
 SETTINGS = [
+    "report.embeddings=false",
     "data.source=synthetic", "data.synthetic={images: 90, classes: 3, channels: 3, image_size: 16}",
     "data.batch_size=12", "model.encoder=conv", "model.projection_hidden=32", "model.projection_dim=16",
     "train.epochs=4", "checkpoint.every_epochs=null", "checkpoint.every_steps=7", "log.every_steps=1",

@@ -16,6 +16,7 @@ require("ffcv", "apt-get install pkg-config libopencv-dev libturbojpeg0-dev g++;
 require("nvidia.dali", "pip install nvidia-dali-cuda130")
 
 SETTINGS = [
+    "report.embeddings=false",
     "data.source=image_folder", "data.image_size=32", "data.batch_size=8", "data.workers=2", "model.encoder=conv",
     "model.projection_hidden=16", "model.projection_dim=8", "train.epochs=2", "probe.linear.epochs=2",
     "log.every_steps=1", "log.tensorboard=false", "runtime.threads=1", "data.validation_fraction=0",

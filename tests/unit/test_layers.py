@@ -16,9 +16,10 @@ LAYERS = [
     {"errors", "renamed", "environment", "process"},
     {"terminal"},
     {"files"},
-    {"run_lock"},
+    {"run_lock", "metric_file"},
     {"config"},
     {"run_folder"},
+    {"report"},
     {"allocator", "phases", "seeding"},
     {"distributed"},
     {"checkpoint"},
@@ -34,17 +35,9 @@ NEVER_SEE_A_CONFIG = {
     "data", "models", "losses", "pruning", "checkpoint", "distributed", "phases", "allocator", "files", "seeding",
 }  # fmt: skip
 OPTIONAL = {
-    "ffcv",
-    "nvidia",
-    "deepspeed",
-    "submitit",
-    "triton",
-    "plotly",
-    "pyarrow",
-    "onnx",
-    "onnxruntime",
-    "onnxscript",
-}
+    "ffcv", "nvidia", "deepspeed", "submitit", "triton", "pyarrow", "onnx", "onnxruntime", "onnxscript",
+    "openTSNE", "umap",
+}  # fmt: skip
 
 
 def module_of(path: Path) -> tuple[str, ...]:

@@ -55,6 +55,12 @@ def test_a_file_that_is_not_of_results_is_named_before_the_work_and_left_alone(t
     assert (tmp_path / "results.json").read_text() == content
 
 
+def test_a_file_that_is_not_of_scores_is_named_before_the_work(tmp_path):
+    (tmp_path / "scores.json").write_text('{"embedding": 3}')
+    with pytest.raises(RunFolderError, match=r"scores\.json: damaged, or not a file of scores"):
+        check_results(tmp_path)
+
+
 def test_results_that_cannot_be_read_are_named(tmp_path):
     (tmp_path / "results.json").mkdir()
     with pytest.raises(RunFolderError, match=r"results\.json: cannot be read: Is a directory"):

@@ -101,6 +101,14 @@ class ProbeConfig(Section):
         description="test images that are corrupted, of every class in proportion to its size; null: all of them",
         json_schema_extra={"unit": "images"},
     )
+    embedding: bool = Field(
+        description="also score the test split's features without a classifier: alignment, uniformity, silhouette, "
+        "k-means, effective rank, retrieval (scores.json, section embedding)"
+    )
+    ood: str | tuple[str, ...] = Field(
+        description="the data set, or a list, that the encoder should tell from the run's own: SOURCE or SOURCE:PATH "
+        "(as data.source and data.root; without PATH: data.root). AUROC and FPR95 of three detectors, on test splits"
+    )
     linear: LinearConfig
     softmax: SoftmaxConfig
     logistic: LogisticConfig
@@ -132,6 +140,13 @@ class ProbeConfig(Section):
     def trains_on_images(self, kind: ProbeName) -> bool:
         """Whether fitting the probe `kind` takes batches of images, shared by the ranks."""
         return kind == "finetune" or getattr(self, kind).input == "images"
+
+    @property
+    def ood_sets(self) -> list[tuple[str, str, str | None]]:
+        """(its text, source, folder or None) of each data set of `ood`."""
+        texts = (self.ood,) if isinstance(self.ood, str) else self.ood
+        parts = [(text, *text.partition(":")) for text in texts]
+        return [(text, source, path if colon else None) for text, source, colon, path in parts]
 
     @property
     def needs_encoder(self) -> bool:

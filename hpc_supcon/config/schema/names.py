@@ -59,5 +59,14 @@ BenchmarkCorruptionName = Literal[
 ExtraCorruptionName = Literal["speckle_noise", "gaussian_blur", "saturate"]
 CorruptionName = Literal[BenchmarkCorruptionName, ExtraCorruptionName]
 
-PruningMethodName = Literal["l1"]
+SpaceName = Literal["pixels", "encoder", "projection"]
+"""Where the images of a map are points."""
+MapMethodName = Literal["pca", "tsne", "umap"]
+
+WeightPruningName = Literal["l1", "random", "l1_weighted", "lamp"]
+"""Pruning methods that need nothing but the weights."""
+PruningMethodName = Literal[WeightPruningName, "layer_sensitive"]
 PruningScopeName = Literal["global", "layer"]
+"""Scopes besides the patterns N:M."""
+PruningScheduleName = Literal["oneshot", "iterative", "gradual"]
+PruningLossName = Literal["run", "cross_entropy"]

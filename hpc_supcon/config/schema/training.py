@@ -56,7 +56,8 @@ class LossConfig(Section):
     )
     temperature: Positive = Field(description="tau: similarities are divided by it (contrastive losses)")
     learnable_temperature: bool = Field(
-        description="train tau as well, starting from `temperature` (contrastive losses)"
+        description="train tau as well, starting from `temperature`; it stays at or above 0.025, or 0.002 where it "
+        "starts below 0.025 (contrastive losses)"
     )
     base_temperature: Positive | None = Field(
         description="multiply the loss by temperature / this; null: no factor (SupContrast's default is 0.07)"

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ...config import Config
 from ...data import Splits
 from ...errors import ConfigError
+from ...training.data import open_ood
 from .base import FittedProbe, ProbeOutcome, ProbeSpec, ProbeTask
 from .finetune import FINETUNE
 from .heads import LINEAR, MLP, SOFTMAX
@@ -45,3 +46,4 @@ def check_probes(config: Config, splits: Splits) -> None:
     for kind in config.probe.kinds:
         splits.check_two_classes(f"probe.kind={kind}")
         PROBES[kind].check(f"probe.{kind}", getattr(config.probe, kind), splits)
+    open_ood(config, splits)  # so that one that is missing is told before training

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ...data import Batch, EvalTransform, Loader, Source
 from ...distributed.collectives import all_sum, propagate_errors
 from ...errors import NonFinite
-from ...models import Mlp
+from ...models import Mlp, check_deterministic
 from ...pruning import WeightMasks
 from ...seeding import stream
 from ...training.engine import autocast, distribute, unscaled
@@ -48,10 +48,16 @@ def build_head(in_dim: int, classes: int, *, hidden: Sequence[int] = ()) -> nn.M
 
 
 def _fit(task: ProbeTask) -> ProbeOutcome:
-    """Train a copy of the run's encoder with a new head. Raises NonFinite, and what the loader raises."""
+    """Train a copy of the run's encoder with a new head.
+
+    Raises ConfigError for an encoder that has no deterministic training where that is asked for, NonFinite, and what
+    the loader raises.
+    """
     config, runtime, settings = task.config, task.runtime, task.settings
     assert task.encoder is not None
     with propagate_errors():
+        encoder = task.description["encoder"]
+        check_deterministic(task.encoder, config.model.encoder, encoder, runtime.device)
         loader = open_loader(task, augment=settings.augment)
         preprocess = preprocessing(task, augment=settings.augment)
     with closing(loader), seeded(stream(config.seed, "probe"), runtime.device):
@@ -78,7 +84,7 @@ def _fit(task: ProbeTask) -> ProbeOutcome:
         width,
         head,
         classes=task.classes,
-        encoder=task.description["encoder"],
+        encoder=encoder,
     )
     fitted = FittedProbe(description, head=model.head, encoder=model.encoder).to(runtime.device)
     chosen = {

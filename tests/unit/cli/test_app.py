@@ -15,6 +15,7 @@ from hpc_supcon.evaluation.probes import PROBES
 from tests.processes import Ranks
 
 FAST = [
+    "report.embeddings=false",
     "data.source=synthetic", "data.synthetic={images: 64, classes: 4, channels: 1, image_size: 8}",
     "data.batch_size=16", "model.encoder=conv", "model.projection_hidden=16", "model.projection_dim=8",
     "train.epochs=2", "probe.linear.epochs=2", "probe.linear.lrs=[1e-2, 1e-1]", "log.tensorboard=false",
@@ -52,7 +53,8 @@ def test_run_trains_evaluates_and_says_where(capsys, tmp_path):
     assert {"stage", "encoder", "loss", "test", "validation"} <= set(result)
     assert set(result["test"]) == {"accuracy", "f1", "precision", "recall"}
     events = [json.loads(line) for line in (tmp_path / "r/metrics.jsonl").read_text().splitlines()]
-    assert [e["event"] for e in events if e["event"] != "train"] == ["start", "end", *["probe/linear"] * 2, "probe"]
+    told = ["start", "end", *["probe/linear"] * 2, "probe", *["embedding"] * 2]
+    assert [e["event"] for e in events if e["event"] != "train"] == told
     assert not list((tmp_path / "r").rglob("*.pkl")) + list((tmp_path / "r").rglob("*.pt"))
 
 

@@ -21,6 +21,8 @@ ARGUMENTS = {
     "predict": ["predict", "run", "images"],
     "bench": ["bench", "loss", "--size", "8"],
     "grid": ["grid", "expand", "grid.yaml"],
+    "report": ["report", "run"],
+    "compare": ["compare", "a", "b"],
 }
 
 

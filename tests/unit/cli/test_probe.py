@@ -22,14 +22,18 @@ from hpc_supcon.config import load_config
 from hpc_supcon.data import EvalTransform
 from hpc_supcon.distributed.launch import Launch, Runtime
 from hpc_supcon.errors import CheckpointCorrupt, RunFolderError
+from hpc_supcon.evaluation import plots
+from hpc_supcon.evaluation.embedding_scores import embedding_scores
 from hpc_supcon.evaluation.encoder import load_model
 from hpc_supcon.evaluation.fitted_probe import load_probe
 from hpc_supcon.evaluation.plots import draw_training_curves
 from hpc_supcon.files import write_atomically
 from hpc_supcon.run_folder import read_scores
+from hpc_supcon.seeding import stream
 from hpc_supcon.training.data import load_data
 
 FAST = [
+    "report.embeddings=false",
     "data.source=synthetic", "data.synthetic={images: 90, classes: 4, channels: 1, image_size: 8}",
     "data.validation_fraction=0.2", "data.batch_size=16", "model.encoder=conv", "model.projection_hidden=16",
     "model.projection_dim=8", "train.epochs=2", "log.tensorboard=false", "log.every_steps=1", "runtime.threads=1",
@@ -106,6 +110,52 @@ def test_every_evaluation_is_logged_and_plotted(whole):
                 assert len(image.convert("RGB").getcolors(1 << 20)) > 20, "curves, not an empty page"
     assert (whole / "plots/loss-pretrain.png").stat().st_size > 5000
     assert not list((whole / "plots").glob(".*"))
+
+
+def test_scores_of_the_embedding_are_those_of_the_test_split_s_features(whole):
+    config = load_config(whole / "config.yaml")
+    test = load_data(config, Runtime(Launch(), torch.device("cpu"))).splits.test
+    model, found = load_model(whole)
+    model.eval()
+    with torch.no_grad():
+        features = model.encoder(EvalTransform(**found.state["normalization"])(test.stack()))
+        spaces = {"encoder": features, "projection": model.heads["projection"](features)}
+    written = read_scores(whole)["embedding"]
+    assert list(written) == ["encoder", "projection"]
+    for space, rows in spaces.items():
+        assert written[space].pop("split") == "test"
+        want = embedding_scores(rows, test.labels, seed=stream(config.seed, "probe"))
+        assert written[space] == pytest.approx(want, rel=1e-4, abs=1e-6)
+    logged = [event["space"] for event in events_of(whole) if event["event"] == "embedding"]
+    assert logged == ["encoder", "projection"]
+
+
+def test_another_data_set_is_told_from_the_run_s_own(capsys, tmp_path, whole):
+    """Digits have one channel and 8x8 pixels as the run's images; the folder's are large and in color."""
+    for split in ("train", "test"):
+        (tmp_path / "noise" / split / "a").mkdir(parents=True)
+        for i in range(5):
+            pixels = torch.randint(256, (30, 40, 3), dtype=torch.uint8).numpy()
+            Image.fromarray(pixels).save(tmp_path / "noise" / split / "a" / f"{i}.png")
+    sets = ["digits", f"image_folder:{tmp_path}/noise"]
+    kinds = "probe.kind=[knn, logistic, linear]"
+    code, _, err = run(capsys, "probe", str(whole), kinds, f"probe.ood=[{', '.join(sets)}]", "probe.embedding=false")
+    assert code == 0, err
+    found = read_scores(whole)["ood"]
+    assert list(found) == sets
+    for scores in found.values():
+        assert list(scores) == ["knn", "mahalanobis", "max_softmax"]
+        assert scores["max_softmax"].pop("probe") == "linear", "logistic knows two classes only"
+        assert all(0 <= score <= 1 for detector in scores.values() for score in detector.values())
+    assert [event["data"] for event in events_of(whole) if event["event"] == "ood"] == sets
+    assert f"out of distribution ({sets[0]}), AUROC: knn" in err
+
+
+def test_another_data_set_that_is_missing_is_told_before_training(capsys, tmp_path):
+    code, _, err = run(capsys, "run", "default", *FAST, f"probe.ood=[mnist:{tmp_path}]", f"run_dir={tmp_path}/r")
+    assert (code, err.count("\n")) == (2, 1 + err.count("loader:")), err
+    assert f"probe.ood=mnist:{tmp_path}: mnist: {tmp_path}/MNIST/raw/train-images-idx3-ubyte does not exist" in err
+    assert not (tmp_path / "r").exists()
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -379,8 +429,24 @@ def test_training_curves_have_each_step_once_and_need_a_log(tmp_path):
     lines += [{"event": "train", "step": s, "loss": 5 - s / 10} for s in (1, 2, 3, 2, 3, 4)]
     lines += [{"event": "validation", "step": s, "loss": 5.0, "accuracy": 0.5 + s / 10} for s in (2, 4)]
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert [p.name for p in draw_training_curves(tmp_path)] == ["loss-pretrain.png", "accuracy-pretrain.png"]
+    drawn = ["loss-pretrain.png", "accuracy-pretrain.png", "training.png"]
+    assert [p.name for p in draw_training_curves(tmp_path)] == drawn
     assert (tmp_path / "plots/accuracy-pretrain.png").stat().st_size > 5000
     with (tmp_path / "metrics.jsonl").open("a") as file:
         file.write('{"event": "train", "step": 5, "lo')
-    assert len(draw_training_curves(tmp_path)) == 2, "a torn line is passed over"
+    assert len(draw_training_curves(tmp_path)) == 3, "a torn line is passed over"
+
+
+def test_the_panels_of_training_are_those_that_the_log_has_numbers_for(tmp_path, monkeypatch):
+    lines = [{"event": "train", "step": s, "loss": 5.0, "lr": 0.1, "effective_rank": 3.0 + s} for s in (1, 2, 3, 2)]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    shown = {}
+
+    def keep(figure, path):
+        axes = [axis for axis in figure.axes if axis.get_visible() and axis.get_title()]
+        shown[path.name] = {a.get_title(): [len(line.get_xdata()) for line in a.lines] for a in axes}
+        return path
+
+    monkeypatch.setattr(plots, "_save", keep)
+    draw_training_curves(tmp_path)
+    assert shown["training.png"] == {"loss": [3], "effective rank": [3], "learning rate": [3]}

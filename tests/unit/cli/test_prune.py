@@ -15,11 +15,14 @@ from hpc_supcon.evaluation.encoder import load_model
 from hpc_supcon.evaluation.fitted_probe import load_probe
 from hpc_supcon.pruning import load_sparse, prunable
 from hpc_supcon.run_folder import read_config, read_scores
-from hpc_supcon.stages.prune import SPARSE, _check_same_masks, pruned_config
+from hpc_supcon.stages.prune import SPARSE
+from hpc_supcon.stages.pruned_run import pruned_config
+from hpc_supcon.stages.pruned_weights import check_same_masks
 from tests.dist.ranks import run_ranks
 from tests.unit.pruning.test_pruning import assert_pruned, torch_masks
 
 FAST = [
+    "report.embeddings=false",
     "data.source=synthetic", "data.synthetic={images: 90, classes: 4, channels: 1, image_size: 8}",
     "data.validation_fraction=0.2", "data.batch_size=16", "model.encoder=conv", "model.projection_hidden=16",
     "model.projection_dim=8", "train.epochs=2", "train.ema=0.5", "loss.learnable_temperature=true",
@@ -72,8 +75,10 @@ def test_every_rate_is_a_run_folder_pruned_from_the_dense_encoder(capsys, dense)
         zeros = sum(round(rate * mask.numel()) for mask in masks.values())
         weights = sum(mask.numel() for mask in masks.values())
         assert entry["prune"] == {
-            "method": "l1", "rate": rate, "scope": "layer", "zeros": zeros, "weights": weights, "emptied": [],
-            "finetune_steps": 0, "dense_checkpoint": found.path.name,
+            "method": "l1", "rate": rate, "scope": "layer", "schedule": "oneshot", "label": None, "loss": None,
+            "rewind": None, "finetune_loss": None, "finetune_steps": 0, "zeros": zeros, "weights": weights,
+            "rates": {name: round(round(rate * mask.numel()) / mask.numel(), 4) for name, mask in masks.items()},
+            "emptied": [], "skipped": [], "dense_checkpoint": found.path.name,
         }  # fmt: skip
         sparse = folder / SPARSE
         assert entry["size"]["sparse_bytes"] == sparse.stat().st_size
@@ -248,7 +253,7 @@ def test_a_used_folder_needs_resume_and_the_same_settings(capsys, dense):
 def _different_masks(rank, world_size, folder):
     masks = {"w": torch.tensor([True, rank != 1, False])}
     with pytest.raises(RunFolderError) as raised:
-        _check_same_masks(folder, {0.5: masks})
+        check_same_masks(folder, {0.5: masks})
     return str(raised.value)
 
 

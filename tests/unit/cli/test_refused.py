@@ -13,6 +13,9 @@ from tests.processes import Ranks
 
 DEEPSPEED = ["train.engine=deepspeed", "train.deepspeed.zero=2"]
 VALIDATE = "validation.every_epochs=1"
+SCAN = ["prune.method=layer_sensitive"]
+RAMP = ["prune.schedule=gradual", "prune.finetune.iterations=10"]
+ROUNDS = ["prune.schedule=iterative", "prune.finetune.iterations=10"]
 NO_VALIDATION = ["data.source=mnist", "data.validation_fraction=0", "probe.linear.lrs=[0.1]"]
 
 # what is wrong: (overrides, part of the line that is shown)
@@ -33,8 +36,30 @@ WRONG = {
     "unknown engine": (["train.engine=dpp"], "unknown train.engine 'dpp'; did you mean 'ddp'?"),
     "unknown stem": (["model.stem=tiny"], "unknown model.stem 'tiny'; known: auto, small, standard"),
     "unknown probe": (["probe.kind=[knn, liner]"], "unknown probe.kind 'liner'; did you mean 'linear'?"),
+    "unknown other data": (["probe.ood=minst"], "unknown probe.ood 'minst'; did you mean 'mnist'"),
+    "other data that is the run's own": (
+        ["probe.ood=[mnist, digits]"],
+        "probe.ood=digits: that is the run's own data",
+    ),
+    "other data twice": (["probe.ood=[mnist, mnist]"], "probe.ood names a data set twice: mnist, mnist"),
+    "a folder without its path": (
+        ["probe.ood=[image_folder]"],
+        "probe.ood=image_folder: name its folder as image_folder:PATH",
+    ),
+    "other data and no features": (
+        ["probe.ood=[mnist]", "probe.kind=softmax"],
+        "probe.ood compares features of an encoder, but probe.kind=softmax reads pixels",
+    ),
     "unknown online probe": ([VALIDATE, "validation.probe.kind=kmn"], "unknown validation.probe.kind 'kmn'"),
     "unknown pruning": (["prune.method=l2"], "unknown prune.method 'l2'; did you mean 'l1'?"),
+    "unknown scope": (
+        ["prune.scope=layers"],
+        "unknown prune.scope 'layers'; did you mean 'layer'? known: global, layer",
+    ),
+    "a pattern that keeps all": (["prune.scope=4:4"], "prune.scope=4:4: N of every M weights are kept, so N must be"),
+    "unknown schedule": (["prune.schedule=oneshott"], "unknown prune.schedule 'oneshott'; did you mean 'oneshot'?"),
+    "a rate of 1": (["prune.rate=[0.5, 1]"], "prune.rate=1: the share of weights to prune is 0 or more and below 1"),
+    "a rewind to nowhere": (["prune.rewind=epoch 0"], "prune.rewind=epoch 0: must be null, initial, or `epoch N`"),
     "unknown input of a probe": (
         ["probe.linear.input=pixel"],
         "unknown probe.linear.input 'pixel'; did you mean 'pixels'?",
@@ -114,6 +139,13 @@ WRONG = {
     "a probe's target beyond 1": (
         ["probe.linear.stopping.target=90"],
         "probe.linear.stopping.target=90: an accuracy is a fraction",
+    ),
+    "maps of no kind": (["report.methods=[tsn]"], "unknown report.methods 'tsn'; did you mean 'tsne'?"),
+    "a kind of map twice": (["report.methods=[pca, pca]"], "report.methods names one twice: pca, pca"),
+    "no perplexity": (["report.perplexity=[]"], "report.perplexity is an empty list"),
+    "maps of a split that there is not": (
+        [*NO_VALIDATION, "report.split=validation"],
+        "report.split=validation but there is no validation split",
     ),
     "Nesterov of AdamW": (["optim.name=adamw", "optim.nesterov=true"], "optim.nesterov is for sgd and lars"),
 }
@@ -203,10 +235,45 @@ def test_a_batch_that_the_ranks_of_a_launch_cannot_share(tmp_path, command):
     [
         (["probe.kind=softmax"], "probe.kind=softmax reads pixels, which pruning does not change"),
         (["prune.rate=[0.5, 0.50]"], "prune.rate names a rate twice: 0.5, 0.5"),
+        (
+            ["prune.scope=2:4", "prune.rate=[0.5, 0.6]"],
+            "prune.scope=2:4 has a rate of its own, 1 - N/M, but prune.rate",
+        ),
+        (
+            [*SCAN, "prune.scope=1:4"],
+            "prune.scope=1:4 gives every layer one rate, which prune.method=layer_sensitive",
+        ),
+        (["prune.scope=2:4", "prune.schedule=iterative"], "prune.scope=2:4 has one rate, to which"),
+        ([*SCAN, "prune.scope=layer"], "prune.scope=layer gives every layer one rate"),
+        ([*SCAN, *NO_VALIDATION], "prune.method=layer_sensitive scans the loss on the validation split"),
+        ([*SCAN, "prune.scan.rates=[0.5, 0.50]", "prune.rate=0.3"], "prune.scan.rates names a rate twice"),
+        (
+            [*SCAN, "prune.scan.rates=[0.5]", "prune.rate=[0.3, 0.7]"],
+            "prune.rate=0.7 is above the largest of prune.scan",
+        ),
+        (
+            ["prune.schedule=iterative", "prune.rate=[0.5, 0.3]"],
+            "but prune.rate gives the rounds 0.5, 0.3: give increas",
+        ),
+        (["prune.schedule=iterative", "prune.rate=0"], "prunes more in every round, but prune.rate gives the rounds"),
+        (["prune.interval=5"], "prune.interval=5 is for prune.schedule=gradual alone; use null"),
+        (["prune.schedule=gradual"], "prune.schedule=gradual prunes while it fine-tunes: set prune.finetune.epochs"),
+        ([*RAMP, *SCAN], "scores weights during training, for which prune.method=layer_sensitive needs"),
+        ([*RAMP, "prune.rewind=initial"], "prune.schedule=gradual prunes weights as they are trained; use iterative"),
+        ([*RAMP, "prune.steps=4", "prune.interval=3"], "prune.steps=4 prunings, one every 3 steps, end after"),
+        (["prune.rewind=epoch 3"], "prune.rewind=epoch 3 takes the weights back to be trained again: set"),
+        (
+            ["prune.rewind=initial", *ROUNDS, "prune.finetune.between=false"],
+            "prune.rewind=initial: without prune.finetune.between, the next round",
+        ),
+        (
+            ["prune.finetune.loss=cross_entropy", "prune.finetune.epochs=1", *NO_VALIDATION[:2], "probe.kind=knn"],
+            "probe.linear.lrs has 6 learning rates but there is no validation split",
+        ),
     ],
 )
 def test_a_cell_that_cannot_be_pruned(capsys, tmp_path, overrides, said):
-    axes = {"pruning": {"some": {"prune.scope": "layer", **settings_of(overrides)}}}
+    axes = {"pruning": {"some": {"prune.label": "some", **settings_of(overrides)}}}
     code, out, err = run(capsys, "grid", "expand", grid(tmp_path, [], axes=axes))
     assert (code, out, err.count("\n")) == (2, "", 1), err
     assert said in err

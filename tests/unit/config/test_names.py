@@ -21,19 +21,20 @@ from hpc_supcon.data.views.policies import AUTOAUGMENT_NAMES
 from hpc_supcon.data.views.views import POLICIES
 from hpc_supcon.errors import ConfigError
 from hpc_supcon.evaluation import monitor
+from hpc_supcon.evaluation.maps import METHODS
 from hpc_supcon.evaluation.probes import PROBES
 from hpc_supcon.evaluation.probes.optimization import OPTIMIZERS as PROBE_OPTIMIZERS
 from hpc_supcon.grid.schema import STAGES
 from hpc_supcon.losses import LOSSES
-from hpc_supcon.losses.pairwise import BACKENDS, FP32_TEMPERATURE
-from hpc_supcon.losses.pairwise import MIN_TEMPERATURE as LEAST_OF_THE_LOSSES
+from hpc_supcon.losses.pairwise import BACKENDS
 from hpc_supcon.losses.precision import PRECISIONS
+from hpc_supcon.losses.temperature import FP32_TEMPERATURE
+from hpc_supcon.losses.temperature import MIN_TEMPERATURE as LEAST_OF_THE_LOSSES
 from hpc_supcon.losses.triplet import MINING
 from hpc_supcon.models.encoders import ENCODERS, build_encoder
 from hpc_supcon.models.heads import build_decoder
 from hpc_supcon.models.timm_encoders import STEMS
-from hpc_supcon.pruning import PRUNERS
-from hpc_supcon.pruning.weight_masks import SCOPES
+from hpc_supcon.pruning import PRUNERS, SCOPES
 from hpc_supcon.training.engine import ENGINES
 from hpc_supcon.training.objective import GRADIENT_RESPONSE_LOSSES
 from hpc_supcon.training.optim import OPTIMIZERS
@@ -67,7 +68,9 @@ def losses_by(fact) -> set[str]:
         (names.ProbeOptimizerName, PROBE_OPTIMIZERS),
         (names.CorruptionName, CORRUPTIONS),
         (names.BenchmarkCorruptionName, BENCHMARK),
+        (names.MapMethodName, METHODS),
         (names.PruningMethodName, PRUNERS),
+        (names.WeightPruningName, [name for name, spec in PRUNERS.items() if spec.needs == "weights"]),
         (names.PruningScopeName, SCOPES),
         (Stage, STAGES),
         # what the rules between settings know of the losses
@@ -83,7 +86,7 @@ def test_the_names_are_the_keys_of_the_registry(literal: Any, registry: Iterable
 
 
 def test_every_probe_has_a_section_of_its_name():
-    others = {"kind", "corruptions", "corruption_images"}
+    others = {"kind", "corruptions", "corruption_images", "embedding", "ood"}
     assert set(ProbeConfig.model_fields) == {*others, *get_args(names.ProbeName)}
 
 

@@ -27,6 +27,7 @@ from hpc_supcon.training.build import describe_model
 from hpc_supcon.training.data import load_data
 
 FAST = [
+    "report.embeddings=false",
     "data.batch_size=256", "model.encoder=conv", "model.projection_hidden=16", "model.projection_dim=8",
     "train.epochs=1", "log.tensorboard=false", "runtime.threads=1", "probe.linear.epochs=2",
     "probe.linear.lrs=[1e-2]", "probe.softmax.iterations=10", "probe.mlp.epochs=1", "probe.mlp.hidden=[16]",

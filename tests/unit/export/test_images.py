@@ -24,6 +24,7 @@ from hpc_supcon.export import embed, load_part, open_images
 from hpc_supcon.export.images import decode
 
 FAST = [
+    "report.embeddings=false",
     "data.batch_size=256", "model.encoder=conv", "model.projection_hidden=16", "model.projection_dim=8",
     "train.epochs=1", "log.tensorboard=false", "runtime.threads=1", "probe.linear.epochs=5",
     "probe.linear.lrs=[1e-2]",

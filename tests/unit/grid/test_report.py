@@ -12,7 +12,6 @@ from pathlib import Path
 
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from scipy import stats
 
 from hpc_supcon.config import yaml12
 from hpc_supcon.errors import ConfigError, RunFolderError
@@ -21,7 +20,7 @@ from hpc_supcon.grid.expand import Cell, expand
 from hpc_supcon.grid.folder import FrozenGrid, FrozenNode, freeze
 from hpc_supcon.grid.report import chart, latex, markdown, write_report
 from hpc_supcon.grid.schema import ClusterProfile, Resources, TableConfig
-from hpc_supcon.grid.tables import SCORES, TableData, build_tables, mean_and_interval
+from hpc_supcon.grid.tables import SCORES, TableData, build_tables
 
 AXES = {"model.encoder": ["conv", "resnet18"], "loss.name": ["supcon_in", "tcl"]}
 
@@ -41,19 +40,6 @@ def write_result(frozen, cell, **numbers):
     entry = {"stage": "probe", "probe": "linear", "test": dict.fromkeys(SCORES, 0.5) | numbers}
     other = {"stage": "autoencoder", "test": {"mse": 1.0}}
     (folder / "results.json").write_text(json.dumps({"results": [other, entry]}))
-
-
-@pytest.mark.parametrize("n", [2, 3, 7])
-def test_the_interval_equals_that_of_scipy(n):
-    values = [random.Random(i).random() for i in range(n)]
-    mean, half = mean_and_interval(values)
-    low, high = stats.t.interval(0.95, n - 1, loc=statistics.fmean(values), scale=stats.sem(values))
-    assert (mean - half, mean + half) == pytest.approx((low, high))
-
-
-def test_one_value_has_an_interval_of_zero_and_no_value_has_none():
-    assert mean_and_interval([0.25]) == (0.25, 0.0)
-    assert mean_and_interval([]) is None
 
 
 def test_every_number_of_the_csv_is_the_mean_over_seeds(grid, tmp_path):

@@ -6,7 +6,6 @@ on the CPU, such as a fixed temperature, may be read.
 
 from __future__ import annotations
 
-import sys
 from collections import Counter
 from contextlib import nullcontext
 
@@ -17,6 +16,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from hpc_supcon import losses
 from hpc_supcon.losses import gathered, pairwise
 from hpc_supcon.losses.autograd import RowSums
+
+triton_backend = pytest.importorskip("hpc_supcon.losses.triton_backend", exc_type=ImportError)
+from hpc_supcon.losses import triton_formula, triton_rows  # noqa: E402 - without triton, there is nothing to test
+
+BACKENDS = ["tiled", "reference", "triton"]
 
 
 class Operations(TorchDispatchMode):
@@ -29,8 +33,17 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class Kernels:
-    """In place of the Triton backend, whose kernels are not operations of PyTorch: numbers of the right shapes."""
+class NoNumberIsRead(TorchDispatchMode):
+    """Fails where the host reads a floating-point number of a tensor: on CUDA it would wait for the device."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        read = func.overloadpacket is torch.ops.aten._local_scalar_dense and args[0].is_floating_point()
+        assert not read, "the host reads a number"
+        return func(*args, **(kwargs or {}))
+
+
+class Tiles:
+    """In place of the tiled backend, which waits for the classes of its tiles: numbers of the right shapes."""
 
     def __init__(self, *_, **__):
         pass
@@ -43,32 +56,50 @@ class Kernels:
         return torch.empty(len(rows.n_pos), rows.u.shape[1], device="meta")
 
 
+class Launches(Counter):
+    """Counts the launches of Triton kernels, which are not operations of PyTorch, and computes nothing."""
+
+    def kernel(self, name):
+        launches = self
+
+        class Kernel:
+            def __getitem__(self, grid):
+                return lambda *_, **__: launches.update([name])
+
+        return Kernel()
+
+
 @pytest.fixture
-def kernels(monkeypatch):
+def launches(monkeypatch):
     """The path of a CUDA device: kernels for the tiles and for the normalization of rows."""
-
-    class Rows:
-        @staticmethod
-        def normalize(x, order, scale, zero_row):
-            return torch.empty(x.shape, device="meta"), torch.empty(len(x), 1, device="meta")
-
-        @staticmethod
-        def normalize_backward(grad_u, u, order, scale, inverse, dtype):
-            return torch.empty(u.shape, dtype=dtype, device="meta"), torch.empty(len(u), device="meta")
-
+    found = Launches()
+    for module, names in (
+        (triton_rows, ("_forward_kernel", "_backward_kernel", "_bounds_kernel")),
+        (triton_formula, ("_formula_kernel", "_mean_kernel")),
+        (triton_backend, ("arrange_kernel",)),
+    ):
+        for name in names:
+            monkeypatch.setattr(module, name, found.kernel(name))
+    monkeypatch.setattr(triton_backend, "launch_kernel", lambda kernel, *_: found.update([kernel.__name__]))
+    monkeypatch.setattr(triton_backend, "column_span", lambda n, m, *_, **__: m)
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())  # does not know the meta device
-    monkeypatch.setattr(pairwise.torch_tiled, "TorchTiledBackend", Kernels)
+    monkeypatch.setattr(pairwise.torch_tiled, "TorchTiledBackend", Tiles)
     monkeypatch.setattr(gathered, "_has_kernel", lambda *_: True)
-    monkeypatch.setattr(losses, "triton_rows", Rows, raising=False)
-    monkeypatch.setitem(sys.modules, "hpc_supcon.losses.triton_rows", Rows)
+    return found
 
 
 LOSSES = {
-    "out": lambda backend: losses.SupConLoss(0.1, backend=backend, validate=False),
-    "in": lambda backend: losses.SupConLoss(0.1, form="in", backend=backend, validate=False),
-    "tcl": lambda backend: losses.TCLLoss(0.1, backend=backend, validate=False),
-    "simclr": lambda backend: losses.SimCLRLoss(0.1, backend=backend, validate=False),
+    "out": lambda **options: losses.SupConLoss(0.1, **options),
+    "in": lambda **options: losses.SupConLoss(0.1, form="in", **options),
+    "tcl": lambda **options: losses.TCLLoss(0.1, **options),
+    "simclr": lambda **options: losses.SimCLRLoss(0.1, **options),
 }
+
+
+def make(name, backend, learned=False):
+    precision = "bf16" if backend == "triton" else "auto"  # for which autocast would be asked
+    loss = LOSSES[name](backend=backend, precision=precision, validate=False, learnable_temperature=learned)
+    return loss.to("meta") if learned else loss
 
 
 def operations_of(loss, rows, queue=None):
@@ -87,21 +118,42 @@ def test_the_meta_device_finds_waits(wait):
         wait(torch.ones(3, device="meta"))
 
 
-@pytest.mark.usefixtures("kernels")
+@pytest.mark.parametrize(("backend", "most"), [("tiled", 105), ("triton", 35)])
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_call_dispatches_as_few_operations_for_any_number_of_rows(name):
-    few, many = (operations_of(LOSSES[name]("tiled"), rows) for rows in (64, 40_000))
-    assert few == many
-    assert few.total() < 105, few
+def test_a_call_dispatches_as_few_operations_for_any_number_of_rows(launches, name, backend, most):
+    found = []
+    for rows in (64, 40_000):
+        operations_of(make(name, backend), rows)  # what is made once
+        launches.clear()
+        found.append((operations_of(make(name, backend), rows), dict(launches)))
+    assert found[0] == found[1]
+    operations, kernels = found[0]
+    assert operations.total() + sum(kernels.values()) <= most, found[0]
+    if backend == "triton":
+        assert all(count == 1 for count in kernels.values()), kernels
 
 
-@pytest.mark.usefixtures("kernels")
-@pytest.mark.parametrize("backend", ["tiled", "reference"])
+@pytest.mark.parametrize("learned", [False, True], ids=["fixed", "learned"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("name", LOSSES)
-def test_a_call_never_makes_the_host_wait(name, backend):
+@pytest.mark.usefixtures("launches")
+def test_a_call_never_makes_the_host_wait(name, backend, learned):
     past, labels = torch.empty(6, 8, device="meta"), torch.empty(6, dtype=torch.int64, device="meta")
     for queue in (None, (past, labels), (past, None)):
-        operations_of(LOSSES[name](backend), 24, queue)
+        operations_of(make(name, backend, learned), 24, queue)
+
+
+@pytest.mark.parametrize("backend", ["tiled", "reference"])
+@pytest.mark.parametrize("name", LOSSES)
+def test_the_host_reads_no_learned_temperature(name, backend):
+    """The same on the CPU with the real tiles, which on CUDA make the host wait for the classes alone."""
+    x, labels = torch.randn(12, 2, 5, requires_grad=True), torch.arange(12) % 3
+    loss = LOSSES[name](backend=backend, validate=False, learnable_temperature=True)
+    with NoNumberIsRead():
+        loss(x, labels).backward()
+    assert loss.log_temperature.grad.abs() > 0
+    with NoNumberIsRead(), pytest.raises(AssertionError, match="the host reads a number"):
+        float(loss.temperature)
 
 
 def test_the_statistics_for_the_log_are_computed_when_they_are_read():

@@ -15,6 +15,7 @@ ROOT = Path(__file__).parents[3]
 # Triton reads TRITON_INTERPRET when it is imported, so the checks run in a process of their own.
 RESULTS = """
 import torch
+from hpc_supcon.losses import triton_rows
 from hpc_supcon.losses.gathered import _NormalizeRows, normalize_rows
 
 torch.manual_seed(0)
@@ -41,6 +42,20 @@ for n, d, dtype in ((1, 3, torch.float32), (70, 5, torch.float32), (9, 2048, tor
         torch.testing.assert_close(got[1] / size, want[1] / size, rtol=close, atol=close)
         torch.testing.assert_close(got[2], want[2], rtol=1e-5, atol=1e-5)
 assert "Fused" in str(normalize_rows(torch.ones(2, 2, requires_grad=True), torch.tensor(1.0).double(), torch.float32))
+
+# The ranges of the classes, against two searches of PyTorch.
+for m, classes in ((1, 1), (700, 9), (300, 300), (600, 1)):
+    ids = torch.randint(0, classes, (m,)) * 2**40 - 2**61
+    for n in (0, 1, m // 2, m):
+        start = (m - n) // 2
+        labels, order = ids.sort(stable=True)
+        itself = torch.empty_like(order)
+        itself[order] = torch.arange(m)
+        wanted = [itself[start : start + n]]
+        wanted[:0] = [torch.searchsorted(labels, labels[wanted[0]], right=right) for right in (False, True)]
+        assert torch.equal(triton_rows.class_bounds(labels, order, start, n), torch.stack(wanted).int())
+    itself = torch.arange(m)
+    assert torch.equal(triton_rows.class_bounds(labels, None, 0, m)[2], itself.int())
 print("results agree")
 """
 
@@ -56,15 +71,27 @@ COMPILE = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 
-from hpc_supcon.losses import triton_rows
+from hpc_supcon.losses import triton_formula, triton_kernels, triton_rows
 
 POINTERS = {
-    "u": "*fp32", "order": "*i64", "scale": "*fp64", "inverse_length": "*fp32", "grad_u": "*fp32", "grad_x": "*bf16",
-    "radial_out": "*fp32", "x": "*bf16", "zero_row": "fp32",
+    "order": "*i64", "scale": "*fp64", "inverse_length": "*fp32", "grad_u": "*fp32", "grad_x": "*bf16",
+    "radial_out": "*fp32", "x": "*bf16", "zero_row": "fp32", "factor": "fp32", "u": "*bf16", "out": "*bf16",
+    "labels": "*i64", "bounds": "*i32", "sums": "*fp32", "weights": "*fp32", "partial": "*fp64",
+    "inverse_terms": "*fp64", "k1": "fp32", "k2": "fp32", "mean": "*fp32", "share": "*fp32",
 }
-for kernel in (triton_rows._forward_kernel, triton_rows._backward_kernel):
-    fixed = {"HAS_ORDER": True, "ROWS": 32, "DEPTH": 128}
-    types = {**POINTERS, **dict.fromkeys(fixed, "constexpr")}
+ROWS = {"HAS_ORDER": True, "ROWS": 32, "DEPTH": 128}
+KERNELS = [
+    (triton_rows._forward_kernel, {**ROWS, "TF32": False}, {}),
+    (triton_rows._forward_kernel, {**ROWS, "TF32": True}, {"u": "*fp32"}),
+    (triton_rows._backward_kernel, {**ROWS, "HAS_FACTOR": True, "HAS_RADIAL": True}, {"factor": "*fp32"}),
+    (triton_rows._bounds_kernel, {"HAS_ORDER": True, "COLUMNS": 256}, {}),
+    (triton_kernels.arrange_kernel, {"DEPTH": 128, "ROWS": 32, "WIDTH": 128}, {}),
+    (triton_formula._formula_kernel, {"INSIDE": False, "INVERSE": True, "ANCHORS": 256}, {}),
+    (triton_formula._formula_kernel, {"INSIDE": True, "INVERSE": False, "ANCHORS": 256}, {}),
+    (triton_formula._mean_kernel, {"PROGRAMS": 256}, {"sums": "*fp64"}),
+]
+for kernel, fixed, others in KERNELS:
+    types = {**POINTERS, **others, **dict.fromkeys(fixed, "constexpr")}
     source = ASTSource(
         fn=kernel,
         signature={name: types.get(name, "i32") for name in kernel.arg_names},

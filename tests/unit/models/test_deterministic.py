@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,13 +12,17 @@ from timm.models.vgg import ConvMlp
 from torch import nn
 
 import hpc_supcon
+from hpc_supcon.config import load_config
+from hpc_supcon.distributed.launch import Launch, Runtime
 from hpc_supcon.errors import ConfigError
+from hpc_supcon.evaluation.probes.finetune import FINETUNE
 from hpc_supcon.models import build_encoder, check_deterministic
 from hpc_supcon.models.determinism import raising_operations
 from hpc_supcon.models.encoders import ENCODERS
 from hpc_supcon.models.pooling import AveragePool2d, GlobalMaxPool2d
 from hpc_supcon.models.timm_encoders import _fill_kernel
 
+IMAGES = {"in_channels": 3, "image_size": 5}
 RECIPES = Path(hpc_supcon.__file__).parent / "config" / "recipes"
 # named in the comments of recipes, as alternatives
 ALSO = {"resnet34", "inception_v3", "inception_resnet_v2", "vgg16_bn"}
@@ -38,6 +43,13 @@ def test_training_an_encoder_of_a_recipe_has_a_deterministic_form_of_every_opera
     assert raising_operations(encoder, 3, size) == []
 
 
+@pytest.fixture
+def deterministic():
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize(
     ("encoder", "operation"),
     [
@@ -48,10 +60,36 @@ def test_training_an_encoder_of_a_recipe_has_a_deterministic_form_of_every_opera
         (ConvMlp(3, 4), "_adaptive_avg_pool2d_backward"),
     ],
 )
-def test_an_encoder_whose_training_would_raise_is_refused_with_the_operation(encoder, operation):
-    model = nn.Sequential(nn.Conv2d(3, 3, 1), encoder)
-    with pytest.raises(ConfigError, match=f"model.encoder=odd uses {operation}, .* or deterministic=false"):
-        check_deterministic(model, "odd", 3, 5)
+def test_operations_whose_training_would_raise_are_found(encoder, operation):
+    assert raising_operations(nn.Sequential(nn.Conv2d(3, 3, 1), encoder), 3, 5) == [operation]
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_an_encoder_whose_training_would_raise_is_refused_with_the_operation():
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), nn.ReflectionPad2d(1))
+    with pytest.raises(ConfigError, match=r"model.encoder=odd uses reflection_pad2d_backward, .* or deterministic=f"):
+        check_deterministic(model, "odd", IMAGES, torch.device("cuda"))
+
+
+def test_without_cuda_or_where_any_algorithm_may_be_used_no_encoder_is_refused(deterministic):
+    encoder = nn.AdaptiveMaxPool2d(1)
+    check_deterministic(encoder, "odd", IMAGES, torch.device("cpu"))
+    torch.use_deterministic_algorithms(False)
+    check_deterministic(encoder, "odd", IMAGES, torch.device("cuda"))
+
+
+@pytest.mark.usefixtures("deterministic")
+def test_fine_tuning_refuses_an_encoder_as_pre_training_does():
+    encoder = nn.Sequential(nn.Conv2d(3, 3, 1), nn.AdaptiveMaxPool2d(1))
+    task = SimpleNamespace(
+        config=load_config("default", ["model.encoder=odd"]),
+        runtime=Runtime(Launch(), torch.device("cuda")),
+        settings=None,
+        encoder=encoder,
+        description={"encoder": IMAGES},
+    )
+    with pytest.raises(ConfigError, match=r"deterministic=true: model.encoder=odd uses adaptive_max_pool2d_backward"):
+        FINETUNE.fit(task)
 
 
 @pytest.mark.parametrize("size", SIZES)

@@ -19,7 +19,8 @@ from hpc_supcon import checkpoint
 from hpc_supcon.errors import CheckpointCorrupt, ConfigError, NonFinite
 from hpc_supcon.models import build_encoder
 from hpc_supcon.pruning import (
-    PRUNERS,
+    GradualPruning,
+    PruneTask,
     WeightMasks,
     build_masks,
     fully_pruned,
@@ -29,6 +30,7 @@ from hpc_supcon.pruning import (
     pack,
     prunable,
     save_sparse,
+    score_weights,
     unpack,
     write_sparse,
 )
@@ -45,7 +47,7 @@ def net():
 
 
 def masks_of(model, rate, scope="global"):
-    return build_masks(PRUNERS["l1"](prunable(model)), rate, scope)
+    return build_masks(score_weights("l1", PruneTask(prunable(model))).scores, rate, scope)
 
 
 def torch_masks(model, rate, scope):
@@ -106,7 +108,7 @@ def test_only_weights_of_convolutions_and_linear_layers_are_pruned_each_once():
 
 
 def test_what_cannot_be_pruned_is_an_error():
-    scores = PRUNERS["l1"](prunable(net()))
+    scores = score_weights("l1", PruneTask(prunable(net()))).scores
     with pytest.raises(ConfigError, match="did you mean 'layer'"):
         build_masks(scores, 0.5, "layers")
     for rate in (-0.1, 1.0, float("nan")):
@@ -202,6 +204,43 @@ def test_pruned_weights_stay_zero_through_100_steps_and_a_resume(tmp_path, overr
                 assert not slot[~masks[name]].any(), "momentum of a pruned weight"
     path = checkpoint.save_checkpoint(tmp_path, 100, state.tensors(), state.numbers(), world_size=1, config_digest="")
     assert_pruned(checkpoint.load_checkpoint(path).tensors["model"], masks)
+
+
+def gradual_steps(overrides, steps, folder=None):
+    """The state after `steps` steps with a ramp to 0.8 until step 24; with a folder, saved and loaded at 14."""
+    state, options, batches = build(0, 1, overrides)
+    state.gradual = GradualPruning("lamp", "global", 0.0, 0.8, interval=4, updates=6, seed=3)
+    for step in range(steps):
+        if folder is not None and step == 14:
+            path = checkpoint.save_checkpoint(
+                folder, 14, state.tensors(), state.numbers(), world_size=1, config_digest=""
+            )
+            found = checkpoint.load_checkpoint(path)
+            state, _, _ = build(0, 1, overrides)  # knows of no pruning
+            state.load(found.tensors, found.state)
+        train_step(state, batches[step % len(batches)], options)
+    return state
+
+
+@pytest.mark.parametrize("overrides", RUNS)
+def test_gradual_pruning_is_exact_and_resumes_bit_for_bit(tmp_path, overrides):
+    whole, resumed = gradual_steps(overrides, 36), gradual_steps(overrides, 36, tmp_path)
+    for part, tensors in whole.tensors().items():
+        for name, tensor in tensors.items():
+            assert torch.equal(resumed.tensors()[part][name], tensor), (part, name)
+    encoder, packed = whole.model.encoder, whole.masks.packed()
+    masks = {name: unpack(packed[name], tuple(w.shape)) for name, w in prunable(encoder).items()}
+    total = sum(mask.numel() for mask in masks.values())
+    assert total - sum(int(mask.sum()) for mask in masks.values()) == round(0.8 * total)
+    assert_pruned(whole.model.state_dict(), masks)
+    copies = [whole.ema.state_dict()] if whole.ema else []
+    copies += [whole.queue.key_model.state_dict()] if whole.queue and whole.queue.key_model else []
+    for copied in copies:
+        assert_pruned(copied, masks)
+    for key, slot in whole.engine.tensors().items():
+        name = key.rpartition("/")[0].removeprefix("encoder.")
+        if name in masks and slot.shape == masks[name].shape:
+            assert not slot[~masks[name]].any(), f"{key}: momentum of a pruned weight"
 
 
 def test_steps_of_a_masked_model_equal_those_of_torchs_reparametrization():

@@ -10,8 +10,9 @@ import sys
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from hpc_supcon.training import metric_file, tensorboard
-from hpc_supcon.training.metric_file import AppendedLines, read_events, rewind
+from hpc_supcon import metric_file
+from hpc_supcon.metric_file import AppendedLines, read_events, rewind
+from hpc_supcon.training import tensorboard
 from hpc_supcon.training.metrics import MetricLog
 from hpc_supcon.training.tensorboard import TensorBoard
 

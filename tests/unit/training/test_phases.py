@@ -273,6 +273,7 @@ class FakeTiledBackend:
         ["optim.name=lars", "optim.clip_norm=1.0", "train.ema=0.99", "augment.blur=0.5"],
         ["optim.name=lamb", "train.micro_batch_size=5", "augment.policy=autoaugment"],
         ["loss.name=tcl", "loss.queue_size=30", "model.momentum_encoder=0.9", "augment.policy=randaugment"],
+        ["loss.name=tcl", "loss.learnable_temperature=true", "augment.policy=none"],
         ["loss.name=triplet", "loss.mining=semihard", "augment.policy=flip_crop"],
         ["loss.terms={supcon_in: 1, cross_entropy: 0.5}", "augment.policy=none"],
     ],

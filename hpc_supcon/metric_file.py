@@ -13,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from ..files import write_atomically
+from .files import write_atomically
 
 METRICS, TORN = "metrics.jsonl", "metrics.jsonl.torn"
 OF_TRAINING = ("train", "validation", "collapsed", "stopped", "profile")

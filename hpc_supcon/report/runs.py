@@ -1,0 +1,280 @@
+"""The page of one run folder or of several."""
+
+from __future__ import annotations
+
+import base64
+import io
+from collections.abc import Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from ..errors import printable
+from .blobs import Blobs
+from .compare import Comparison, compare, mean_text
+from .curves import breakdown_of, cost_of, curves_data
+from .formats import duration, shown
+from .maps import FOLDER, maps_data, thumbnails_data
+from .page import Headline, Page, Section
+from .read import Run, interval_of, mapping, number, numbers, read_runs, texts
+from .scores import split_scores
+from .statistics import fraction_interval
+from .tables import (
+    Table,
+    comparison_tables,
+    corruption_table,
+    facts_tables,
+    hours,
+    per_class_tables,
+    phases_table,
+    results_table,
+    section_tables,
+    settings_table,
+)
+
+PAGE = "report.html"
+MAX_PICTURE = 400_000
+"""Bytes of a PNG that goes into a page as it is; a larger one is compressed."""
+MAX_HEADLINES = 6
+
+
+def page_of_runs(folders: Sequence[Path]) -> Page:
+    """Read the folders and build their page. Raises RunFolderError for a folder that is not one of a run."""
+    runs = read_runs(folders)
+    comparison = compare(runs)
+    data = data_of(runs)
+    facts = [facts_of(run) for run in runs]
+    sections = result_sections(runs, comparison, data) + record_sections(runs, facts)
+    notices = [*comparison.notices, *(_unfinished(run) for run in runs), *(n for run in runs for n in run.notices)]
+    one = runs[0] if len(runs) == 1 else None
+    return Page(
+        title=runs[0].name if one else f"{len(runs)} runs",
+        kind="Run" if one else "Comparison",
+        summary=_summary(one) if one else _summary_of_several(runs),
+        headlines=_headlines(one) if one else headlines_of_groups(comparison),
+        facts=[(k, v) for k, v in facts[0].items() if k in FIRST_FACTS] if one else [],
+        sections=[section for section in sections if section.tables or section.widget or section.picture],
+        notices=[notice for notice in dict.fromkeys(notices) if notice],
+        data=data,
+        has_map=any(run["maps"] for run in data["runs"]),
+    )
+
+
+def data_of(runs: Sequence[Run]) -> dict[str, Any]:
+    """What the script of the page draws."""
+    blobs = Blobs()
+    found: list[dict[str, Any]] = [{"label": run.label, "maps": maps_data(run, blobs)} for run in runs]
+    for run, entry in zip(runs, found, strict=True):  # what matters more has been given its room
+        entry["thumbnails"] = thumbnails_data(run, blobs) if entry["maps"] else None
+    confusions = [one for i, run in enumerate(runs) for one in _confusions(run, i)]
+    return {"runs": found, "curves": curves_data(runs), "confusions": confusions, "blobs": blobs.texts}
+
+
+def result_sections(runs: Sequence[Run], comparison: Comparison, data: dict[str, Any]) -> list[Section]:
+    several = len(runs) > 1
+    tables = [table for table in (results_table(runs),) if table]
+    embedding = section_tables(runs, "embedding", "Quality of the embedding", "space")
+    ood = section_tables(runs, "out of distribution", "Images of other data sets", "data set, detector")
+    robust = [table for run in runs for table in _named(corruption_table(run), run, several)]
+    classes = [table for run in runs for table in _named(per_class_tables(run), run, several)]
+    neighbors = [_picture(run) for run in runs]
+    return [
+        Section("comparison", "Comparison", comparison_tables(comparison) if several else []),
+        Section("results", "Results", tables),
+        Section("curves", "Curves", widget="curves" if data["curves"]["series"] else ""),
+        Section("confusion", "Confusions", classes, widget="confusion" if data["confusions"] else "", closed=True),
+        Section("embedding", "Embedding", [embedding] if embedding else []),
+        Section("robustness", "Robustness", [*robust, *([ood] if ood else [])]),
+        *(
+            Section(f"neighbors-{i}", "Nearest neighbors" + (f", {run.label}" if several else ""), picture=picture)
+            for i, (run, picture) in enumerate(zip(runs, neighbors, strict=True))
+            if picture
+        ),
+    ]
+
+
+def record_sections(runs: Sequence[Run], facts: Sequence[dict[str, str]]) -> list[Section]:
+    settings = settings_table(runs)
+    phases = [table for run in runs if (table := phases_table(run, breakdown_of(run)))]
+    record = facts_tables("Machine, versions and cost", facts, runs)
+    return [
+        Section("record", "How it was run", [*record, *phases]),
+        Section("settings", "Configuration", [settings] if settings else []),
+    ]
+
+
+def _named(tables: list[Table], run: Run, several: bool) -> list[Table]:
+    for table in tables:
+        table.title += f", {run.label}" if several else ""
+    return tables
+
+
+FIRST_FACTS = ("state", "data", "images for training", "parameters", "device", "ranks", "training time", "started")
+
+
+def facts_of(run: Run) -> dict[str, str]:
+    """Everything that is recorded of how a run was made, as text."""
+    start, cost = run.start, cost_of(run)
+    ranks = number(start.get("world_size")) or 1.0
+    found: dict[str, Any] = {
+        "state": run.state,
+        "data": run.data,
+        "encoder": run.config.get("model.encoder"),
+        "loss": run.loss,
+        "seed": run.seed,
+        "images for training": _count(start.get("train_images")),
+        "parameters": _count(start.get("parameters")),
+        "command": start.get("command"),
+        "run folder": run.folder,
+        "machine": start.get("host"),
+        "device": start.get("device"),
+        "ranks": start.get("world_size"),
+        "threads of a rank": start.get("threads"),
+        "engine": start.get("engine"),
+        "loader": start.get("loader"),
+        "hpc-supcon": start.get("version"),
+        "commit": start.get("commit"),
+        "PyTorch": start.get("torch"),
+        "Python": start.get("python"),
+        "started": _date(start.get("time")),
+    }
+    if cost:
+        device = str(start.get("device") or "")
+        unit = "time on all ranks" if not device else "CPU time" if device == "cpu" else "GPU time"
+        cores = (number(start.get("threads")) or 1.0) if device == "cpu" else 1.0
+        found["training time"] = duration(cost["seconds"])
+        found[unit] = hours(cost["seconds"], ranks * cores)
+        found["waiting for data"] = f"{cost['data_wait']:.1%}" if "data_wait" in cost else None
+        found["processes that trained"] = f"{cost['processes']:.0f}" if cost["processes"] > 1 else None
+    probes = sum(number(result.get("seconds")) or 0.0 for result in run.results)
+    found["time of the probes"] = duration(probes) if probes else None
+    return {name: printable(value) for name, value in found.items() if value not in (None, "")}
+
+
+def _count(value: Any) -> str:
+    found = number(value)
+    return "" if found is None else f"{found:,.0f}"
+
+
+def _date(value: Any) -> str:
+    found = number(value)
+    try:
+        return "" if found is None else datetime.fromtimestamp(found, timezone.utc).strftime("%Y-%m-%d %H:%M UTC")
+    except (OverflowError, ValueError, OSError):
+        return ""
+
+
+def _summary(run: Run) -> str:
+    parts = [run.config.get("model.encoder"), run.loss, run.data, f"seed {run.seed}" if "seed" in run.config else ""]
+    return printable(" · ".join(str(part) for part in parts if part))
+
+
+def _summary_of_several(runs: Sequence[Run]) -> str:
+    shared = []
+    for key in ("model.encoder", "loss.name", "data.source"):
+        values = list(dict.fromkeys(str(run.config.get(key, "")) for run in runs))
+        shared.append(values[0] if len(values) == 1 else f"{len(values)} values of {key}")
+    return printable(" · ".join(shared))
+
+
+def _unfinished(run: Run) -> str:
+    if split_scores(run):
+        return ""
+    at = next((f", at step {event['step']}" for event in reversed(run.events) if event["event"] == "train"), "")
+    return f"{run.label}: no results yet ({run.state}{at})"
+
+
+def _headlines(run: Run) -> list[Headline]:
+    """The test accuracy of each probe, with its interval; where there is none, how far training is."""
+    found = []
+    for (kind, split), scores in split_scores(run).items():
+        accuracy = number(scores.get("accuracy"))
+        if split != "test" or accuracy is None:
+            continue
+        interval, samples = interval_of(scores.get("accuracy_interval")), _test_samples(run, scores)
+        if interval is None and samples and 0 <= accuracy <= 1:
+            interval = fraction_interval(accuracy, samples)
+        where = f"{samples:,} test images" if samples else "test images"
+        found.append(_headline(f"{kind} probe", accuracy, interval, where))
+    if not found:
+        last = next((e for e in reversed(run.events) if e["event"] == "train"), {})
+        loss = number(last.get("loss"))
+        value = "no results yet" if loss is None else f"loss {shown(loss)}"
+        found = [Headline(run.state, value, f"step {last['step']:,}" if last else "")]
+    return found[:MAX_HEADLINES]
+
+
+def _headline(label: str, accuracy: float, interval: tuple[float, float] | None, where: str) -> Headline:
+    detail = f"95 % interval {100 * interval[0]:.1f} – {100 * interval[1]:.1f} %, {where}" if interval else where
+    return Headline(printable(f"{label}, test accuracy"), f"{100 * accuracy:.1f} %", detail, accuracy, interval)
+
+
+def headlines_of_groups(comparison: Comparison) -> list[Headline]:
+    """The best groups by their test accuracy, in the first section that has one."""
+    section = next(
+        (s for s, scores in comparison.sections.items() if s.endswith(", test") and "accuracy" in scores), ""
+    )
+    found = []
+    for group in comparison.groups:
+        mean = group.interval(section, "accuracy")
+        if mean is not None:
+            interval = (mean[0] - mean[1], mean[0] + mean[1]) if mean[1] else None
+            n = len(group.values[section, "accuracy"])
+            probe, seeds = section.rpartition(", ")[0], f"{n} seed{'s' if n > 1 else ''}"
+            detail = f"test accuracy {mean_text(group, section, 'accuracy')}, {probe} probe, {seeds}"
+            found.append(Headline(group.label, f"{100 * mean[0]:.1f} %", detail, mean[0], interval))
+    best = sorted(found, key=lambda headline: -(headline.fraction or 0.0))[:MAX_HEADLINES]
+    return best or [Headline("runs", "no results yet")]
+
+
+def _test_samples(run: Run, scores: dict[str, Any]) -> int | None:
+    told = number(scores.get("samples"))
+    if told is not None:
+        return int(told)
+    split = mapping(mapping(mapping(run.checkpoint.get("data")).get("splits")).get("test"))
+    counts = [n for n in numbers(split.get("counts")) if n is not None]
+    return int(sum(counts)) or None
+
+
+def _confusions(run: Run, of: int) -> list[dict[str, Any]]:
+    """For the script: the counts that are not zero, as [row, column, count, row, ...]; the test split first."""
+    found = []
+    for kind, entry in mapping(run.scores.get("probes")).items():
+        for split, scores in mapping(mapping(entry).get("splits")).items():
+            given = mapping(scores).get("confusion")
+            if given is None:
+                continue
+            rows = [numbers(row) for row in given] if isinstance(given, list) else []
+            if not rows or any(len(row) != len(rows) or None in row for row in rows):
+                run.notices.append(
+                    f"{run.folder}: the confusion matrix of {kind}, {split} is not a square of numbers"
+                )
+                continue
+            classes = texts(mapping(entry).get("classes"))
+            classes = classes if len(classes) == len(rows) else [str(i) for i in range(len(rows))]
+            counts = [x for i, row in enumerate(rows) for j, n in enumerate(row) if n for x in (i, j, n)]
+            found.append({"run": of, "probe": kind, "split": split, "classes": classes, "counts": counts})
+    return sorted(found, key=lambda one: one["split"] != "test")
+
+
+def _picture(run: Run) -> tuple[str, str] | None:
+    """neighbors.png as a data URI, compressed where it is large."""
+    path = run.folder / FOLDER / "neighbors.png"
+    try:
+        payload, kind = path.read_bytes(), "png"
+        with Image.open(io.BytesIO(payload), formats=["PNG"]) as picture:
+            if len(payload) > MAX_PICTURE:
+                buffer, kind = io.BytesIO(), "webp"
+                picture.convert("RGB").save(buffer, "WEBP", quality=80)
+                payload = buffer.getvalue()
+            else:
+                picture.verify()
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        run.notices.append(f"{path}: cannot be shown: {error}")
+        return None
+    uri = f"data:image/{kind};base64,{base64.b64encode(payload).decode('ascii')}"
+    return uri, f"Test images of {run.label} with the nearest images in the embedding"
