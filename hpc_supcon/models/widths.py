@@ -25,9 +25,9 @@ def set_widths(module: nn.Module, widths: Mapping[str, Sequence[int]]) -> None:
         try:
             layer: Any = module.get_submodule(name)
         except AttributeError:
-            raise ConfigError(f"channels of {name}: the encoder has no such layer") from None
+            raise ConfigError(f"model.channels: {name}: the encoder has no such layer") from None
         if not isinstance(layer, (_ConvNd, nn.Linear, _BatchNorm)):
-            raise ConfigError(f"channels of {name}: only convolutions, linear layers and BatchNorm have them")
+            raise ConfigError(f"model.channels: {name}: only convolutions, linear layers and BatchNorm have them")
         own = tuple(layer.weight.shape[:2])
         group = 1
         if isinstance(layer, _ConvNd) and layer.groups > 1:
@@ -36,7 +36,7 @@ def set_widths(module: nn.Module, widths: Mapping[str, Sequence[int]]) -> None:
             isinstance(n, int) and 1 <= n <= limit for n, limit in zip(sizes, own, strict=True)
         )
         if not fits or sizes[0] % group or (isinstance(layer, _ConvNd) and layer.groups > 1 and sizes[1] != own[1]):
-            raise ConfigError(f"channels of {name}: {list(sizes)} does not fit the layer's {list(own)}")
+            raise ConfigError(f"model.channels: {name}: {list(sizes)} does not fit the layer's {list(own)}")
         _narrow(layer, tuple(sizes), group)
 
 

@@ -1,7 +1,8 @@
-"""Pruning: scores of weights, masks, rates that grow, channels that are removed, sparse files, and what is left to pay."""
+"""Pruning: scores of weights, masks, rates that grow, removed channels, sparse files, and costs that are left."""
 
 from .channel_graph import ChannelGraph, trace_channels
 from .channels import (
+    Plan,
     apply_plan,
     channel_plan,
     channel_scores,
@@ -12,18 +13,21 @@ from .channels import (
 )
 from .cost import count_macs, measure_latency
 from .gradual import GradualPruning, cubic_rate
-from .scores import PRUNERS, PrunerSpec, PruneTask, Scored, score_weights
+from .scores import CHANNEL_SCORES, PRUNERS, PrunerSpec, PruneTask, Scored, score_weights
 from .selection import SCOPES, build_masks, fully_pruned, misfits
 from .semi_structured import to_semi_structured
 from .sensitivity import Sensitivity, allocate, allocate_rates, scan_layers
-from .sparse import load_sparse, measure, save_sparse, write_sparse
+from .sparse import VALUES, load_sparse, measure, save_sparse, write_sparse
 from .weight_masks import WeightMasks, masks_digest, pack, prunable, unpack
 
 __all__ = [
+    "CHANNEL_SCORES",
     "PRUNERS",
     "SCOPES",
+    "VALUES",
     "ChannelGraph",
     "GradualPruning",
+    "Plan",
     "PruneTask",
     "PrunerSpec",
     "Scored",

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError, NonFinite, PruningError, unknown_name
 from .channel_graph import ChannelGraph
+from .selection import SCOPES
 
 Plan = dict[str, list[list[int] | None]]
 TOLERANCE = 1e-5
 """Largest allowed difference of the smaller model from the masked one in float64, relative to the largest output if
 that is above 1."""
-SCOPES = ("global", "layer")
 
 
 def channel_scores(graph: ChannelGraph, scores: Mapping[str, Tensor], *, relative: bool) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from statistics import median, quantiles
 from typing import Any
@@ -14,6 +14,7 @@ from torch.nn.modules.conv import _ConvNd
 from ..phases import REST, Clock
 
 MIN_CALLS = 9
+"""Fewest timed calls of each model."""
 
 
 @torch.no_grad()
@@ -59,7 +60,8 @@ def measure_latency(
 
     The models are called in turn, so that all of them see the same load of the machine, for `seconds` per batch size
     and at least MIN_CALLS times each, after two calls that are not counted. low and high: the first and the ninth
-    decile. None: the device's memory did not suffice for one of the models.
+    decile. None, for a batch size at which the device's memory does not suffice for one of the models, or one of its
+    calls takes longer than `seconds`.
 
     models: in eval mode, each on its device and in its dtype. shape: (C, H, W) of an image. On CUDA the time is the
     device's.
@@ -69,35 +71,41 @@ def measure_latency(
         try:
             taken = _alternate(models, (batch, *shape), seconds, seed)
         except torch.OutOfMemoryError:
-            taken = {}
+            taken = None
         for name in models:
-            results[name][batch] = _summary(taken[name]) if taken else None
+            results[name][batch] = None if taken is None else _summary(taken[name])
     return results
 
 
 def _alternate(
     models: Mapping[str, nn.Module], shape: tuple[int, ...], seconds: float, seed: int
-) -> dict[str, list[float]]:
-    """Seconds of every call by model."""
+) -> dict[str, list[float]] | None:
+    """Seconds of every call by model; None where one takes longer than `seconds`."""
     generator = torch.Generator().manual_seed(seed)
     images, calls = torch.randn(shape, generator=generator), {}
     for name, model in models.items():
         parameter = next(model.parameters())
         own = images.to(parameter.device, parameter.dtype)
         calls[name] = partial(model, own), parameter.device
-        for _ in range(2):
-            model(own)
+        model(own)  # allocates memory and chooses kernels
+        if _seconds_of(*calls[name]) > seconds:
+            return None
     taken: dict[str, list[float]] = {name: [] for name in models}
     spent = 0.0
     while spent < seconds * len(models) or len(next(iter(taken.values()))) < MIN_CALLS:
         for name, (call, device) in calls.items():
-            clock = Clock(device)
-            clock.switch("call")
-            call()
-            clock.switch(REST)
-            taken[name].append(clock.read()["call"])
+            taken[name].append(_seconds_of(call, device))
             spent += taken[name][-1]
     return taken
+
+
+def _seconds_of(call: Callable[[], object], device: torch.device) -> float:
+    """On CUDA of the device's work."""
+    clock = Clock(device)
+    clock.switch("call")
+    call()
+    clock.switch(REST)
+    return clock.read()["call"]
 
 
 def _summary(taken: list[float]) -> dict[str, float]:

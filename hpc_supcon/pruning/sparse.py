@@ -159,33 +159,43 @@ def _sha256(stored: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def measure(state: Mapping[str, Tensor], values: str = "same") -> tuple[dict[str, Any], bytes]:
+def measure(
+    state: Mapping[str, Tensor], values: str = "same", *, original: Mapping[str, Tensor] | None = None
+) -> tuple[dict[str, Any], bytes]:
     """Sizes of the safetensors file, of that file compressed, and of the sparse file; and the latter's content.
 
     {"dense_bytes", "gzip_bytes" (gzip -6), "zstd_bytes" (zstd -3), "sparse_bytes", "sparse_fp16_bytes",
-    "sparse_int8_bytes", "ratio_gzip", ..., "nonzero_share", "values", "error_fp16", "error_int8"}. A ratio is dense
-    bytes / those bytes; nonzero_share is of all weights (see VALUES); an error is the root of the sum of squared
-    differences of the weights over that of their squares. The content has its values as `values` says.
+    "sparse_int8_bytes", "original_bytes", "ratio_dense", "ratio_gzip", ..., "nonzero_share", "values", "error_fp16",
+    "error_int8"}. original: the state dict before channels were removed, by default `state`; a ratio is original
+    bytes (its safetensors file) / those bytes. nonzero_share is of all weights (see VALUES); an error is the root of
+    the sum of squared differences of the weights over that of their squares. The content has its values as `values`
+    says.
     """
     import zstandard
 
-    # copies, because safetensors refuses tensors that share memory
-    payload = safetensors.torch.save({name: t.detach().cpu().contiguous().clone() for name, t in state.items()})
+    payload = _dense(state)
     files = {how: to_sparse(state, how) for how in VALUES}
     sizes = {
+        "dense": len(payload),
         "gzip": len(gzip.compress(payload, GZIP_LEVEL, mtime=0)),
         "zstd": len(zstandard.ZstdCompressor(level=ZSTD_LEVEL).compress(payload)),
         "sparse": len(files["same"]),
         "sparse_fp16": len(files["fp16"]),
         "sparse_int8": len(files["int8"]),
     }
-    facts: dict[str, Any] = {"dense_bytes": len(payload)} | {f"{name}_bytes": n for name, n in sizes.items()}
-    facts |= {f"ratio_{name}": round(len(payload) / n, 4) for name, n in sizes.items()}
+    before = len(payload) if original is None else len(_dense(original))
+    facts: dict[str, Any] = {f"{name}_bytes": n for name, n in sizes.items()} | {"original_bytes": before}
+    facts |= {f"ratio_{name}": round(before / n, 4) for name, n in sizes.items()}
     weights = [t.detach().cpu() for t in state.values() if t.is_floating_point() and t.ndim > 1]
     nonzero, total = sum(int(t.count_nonzero()) for t in weights), sum(t.numel() for t in weights)
     facts |= {"nonzero_share": round(nonzero / max(1, total), 6), "values": values}
     facts |= {f"error_{how}": _error(weights, how) for how in VALUES[1:]}
     return facts, files[values]
+
+
+def _dense(state: Mapping[str, Tensor]) -> bytes:
+    # copies, because safetensors refuses tensors that share memory
+    return safetensors.torch.save({name: t.detach().cpu().contiguous().clone() for name, t in state.items()})
 
 
 def _error(weights: Sequence[Tensor], values: str) -> float:
