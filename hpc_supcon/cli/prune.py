@@ -54,7 +54,7 @@ def _print(run_dir: Path, results: list[dict[str, Any]]) -> None:
     rows = sorted(_with_earlier(run_dir, results), key=_order)
     table = Table(
         title=f"{first['encoder']}, {read_config(run_dir).loss.label} ({about['dense_checkpoint']}): "
-        f"{_shared(rows)}of {about['weights']:,} weights",
+        f"{_shared(rows)}{_weights(rows)}",
         caption=f"the encoder as dense safetensors: {_original(first):,} bytes; x: times smaller",
         caption_justify="left",
     )
@@ -88,6 +88,12 @@ def _print(run_dir: Path, results: list[dict[str, Any]]) -> None:
     for line in _times(results):
         console.print(line, soft_wrap=True)
     console.print(f"results: {run_dir / RESULTS}", soft_wrap=True)
+
+
+def _weights(rows: list[dict[str, Any]]) -> str:
+    """How many weights there are, where all rows have the same number."""
+    numbers = {row["prune"]["weights"] for row in rows}
+    return f"of {numbers.pop():,} weights" if len(numbers) == 1 else "of the encoder"
 
 
 def _original(row: dict[str, Any]) -> int:
