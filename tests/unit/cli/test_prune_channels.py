@@ -14,6 +14,7 @@ from hpc_supcon.evaluation.encoder import load_model
 from hpc_supcon.export import load_part
 from hpc_supcon.pruning import load_sparse, mask_channels
 from hpc_supcon.run_folder import read_config
+from hpc_supcon.stages import prune as prune_stage
 from hpc_supcon.stages import pruned_channels
 from hpc_supcon.stages.prune import SPARSE
 from tests.unit.cli.test_prune import FAST, results_of, run
@@ -59,9 +60,8 @@ def widths_of(folder):
 @torch.no_grad()
 def test_the_run_folder_has_a_smaller_model_with_the_outputs_of_the_masked_one(capsys, dense, monkeypatch):
     plans = []
-    monkeypatch.setattr(
-        "hpc_supcon.stages.prune.narrowed", lambda trained, plan: plans.append(plan) or pruned_channels.narrowed(trained, plan)
-    )  # fmt: skip
+    narrowed = pruned_channels.narrowed
+    monkeypatch.setattr(prune_stage, "narrowed", lambda trained, plan: plans.append(plan) or narrowed(trained, plan))
     entries, out = prune(capsys, dense, "prune.rate=0.5", "prune.latency={batch_sizes: [1, 7], seconds: 0.01}")
     (entry,) = entries
     folder = dense / entry["folder"]
@@ -97,7 +97,7 @@ def test_every_command_reads_the_smaller_model(capsys, dense, tmp_path):
     code, _, err = run(capsys, "probe", folder, "probe.kind=[linear, finetune]", "probe.linear.iterations=5",
                        "probe.finetune.epochs=1")  # fmt: skip
     assert code == 0, err
-    assert {r["probe"] for r in results_of(folder, "probe")} == {"linear", "finetune"}
+    assert {r["probe"] for r in results_of(folder, "probe")} >= {"linear", "finetune"}
     onnx = tmp_path / "small.onnx"
     code, _, err = run(capsys, "export", folder, "--format", "onnx", "--out", onnx)
     assert code == 0, err
@@ -117,7 +117,7 @@ def test_every_command_reads_the_smaller_model(capsys, dense, tmp_path):
 
 
 def test_fine_tuning_goes_on_where_it_stopped(capsys, dense):
-    tune = ["prune.rate=0.5", "prune.finetune.iterations=6", "checkpoint.every_steps=3", "checkpoint.keep_last=2"]
+    tune = ["prune.rate=0.5", "prune.finetune.iterations=6", "checkpoint.every_steps=3", "checkpoint.keep=2"]
     entries, _ = prune(capsys, dense, *tune)
     folder = dense / entries[0]["folder"]
     assert (entries[0]["prune"]["finetune_steps"], widths_of(folder)) == (6, WIDTHS)
@@ -160,7 +160,7 @@ def test_taylor_scores_choose_by_the_loss(capsys, dense):
 
 def test_rewinding_takes_the_channels_of_an_earlier_checkpoint(capsys, dense):
     entries, _ = prune(capsys, dense, "prune.rate=0.5", "prune.rewind=step 4", "prune.finetune.iterations=1",
-                       "prune.finetune.lr=1e-12", "optim.weight_decay=0")  # fmt: skip
+                       "prune.finetune.lr=1e-12")  # fmt: skip
     folder = dense / entries[0]["folder"]
     first = checkpoint.load_checkpoint(dense / "checkpoints/step-4").tensors["model"]["encoder.convs.0.weight"]
     rewound = checkpoint.load_newest(folder / "checkpoints")[0].tensors["model"]["encoder.convs.0.weight"]
@@ -173,13 +173,13 @@ def test_pruned_weights_stay_pruned_in_the_smaller_model(capsys, dense):
     assert code == 0, err
     sparse = dense / "pruned/l1-global-0.6"
     entries, _ = prune(capsys, sparse, "prune.rate=0.5", "prune.finetune.iterations=2")
-    model, found = load_model(sparse / entries[0]["folder"])
-    assert widths_of(sparse / entries[0]["folder"]) == WIDTHS
+    model, found = load_model(sparse / entries[-1]["folder"])
+    assert widths_of(sparse / entries[-1]["folder"]) == WIDTHS
     assert "masks" in found.tensors
     zeros = sum(int((w == 0).sum()) for w in model.encoder.parameters() if w.ndim > 1)
-    assert zeros == entries[0]["prune"]["zeros"] > 0
+    assert zeros == entries[-1]["prune"]["zeros"] > 0
     # and weights of a smaller model can be pruned
-    code, _, err = run(capsys, "prune", sparse / entries[0]["folder"], "prune.method=l1", "prune.scope=global",
+    code, _, err = run(capsys, "prune", sparse / entries[-1]["folder"], "prune.method=l1", "prune.scope=global",
                        "prune.rate=0.9", "probe.kind=[knn]")  # fmt: skip
     assert code == 0, err
 
