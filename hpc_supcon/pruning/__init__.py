@@ -1,4 +1,8 @@
-"""Pruning: scores of weights, masks, rates that grow, removed channels, sparse files, and costs that are left."""
+"""Pruning: scores of weights, masks, rates that grow, removed channels, sparse files, and costs that are left.
+
+Second-order scores and the changes that compensate for removed weights come from an inverse Fisher matrix:
+BlockFisher (diagonal or in blocks) or InverseFisher (learned), of products and gradients of ModelFisher.
+"""
 
 from .channel_graph import ChannelGraph, trace_channels
 from .channels import (
@@ -12,7 +16,18 @@ from .channels import (
     plan_digest,
 )
 from .cost import count_macs, measure_latency
+from .fisher import (
+    Categorical,
+    Gaussian,
+    ModelFisher,
+    contrastive_outputs,
+    contrastive_targets,
+    mean_diagonal,
+    mean_over_ranks,
+)
+from .fishleg import InverseFisher
 from .gradual import GradualPruning, cubic_rate
+from .obs import BlockFisher, BlockInverse, improve_compensation, removal_scores
 from .scores import CHANNEL_SCORES, PRUNERS, PrunerSpec, PruneTask, Scored, score_weights
 from .selection import SCOPES, build_masks, fully_pruned, misfits
 from .semi_structured import to_semi_structured
@@ -25,8 +40,14 @@ __all__ = [
     "PRUNERS",
     "SCOPES",
     "VALUES",
+    "BlockFisher",
+    "BlockInverse",
+    "Categorical",
     "ChannelGraph",
+    "Gaussian",
     "GradualPruning",
+    "InverseFisher",
+    "ModelFisher",
     "Plan",
     "PruneTask",
     "PrunerSpec",
@@ -40,19 +61,25 @@ __all__ = [
     "channel_plan",
     "channel_scores",
     "check_plan",
+    "contrastive_outputs",
+    "contrastive_targets",
     "count_macs",
     "cubic_rate",
     "fully_pruned",
+    "improve_compensation",
     "layer_widths",
     "load_sparse",
     "mask_channels",
     "masks_digest",
+    "mean_diagonal",
+    "mean_over_ranks",
     "measure",
     "measure_latency",
     "misfits",
     "pack",
     "plan_digest",
     "prunable",
+    "removal_scores",
     "save_sparse",
     "scan_layers",
     "score_weights",

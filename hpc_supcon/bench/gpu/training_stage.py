@@ -182,6 +182,7 @@ def _train(work: Work, size: Size, folder: Path, step_s: float | None) -> None:
         return
     settings = ["data.source=image_folder", f"data.root={work.data}", *size.long]
     epochs = 1
+    settings += ["report.embeddings=false", "report.html=false", "probe.embedding=false"]
     if not work.is_small:
         images = sum(1 for _ in (work.data / "train").rglob("*.*"))
         epoch_s = images / size.batch_size * step_s
