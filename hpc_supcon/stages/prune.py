@@ -20,7 +20,7 @@ from ..terminal import warn
 from ..training.data import Data
 from .pretrain import pretrain
 from .probe import probe
-from .pruned_channels import narrowed, select_channels, with_widths
+from .pruned_channels import narrowed, select_channels, settle, with_widths
 from .pruned_cost import cost_of
 from .pruned_run import (
     PRUNED,
@@ -94,13 +94,12 @@ def _prune(
         if rate not in selected:  # iterative: of the round before
             selected = _select(folder, config, (rate,), runtime, data, trained, removed)
         chosen, base = selected[rate], trained
-        if chosen.plan is not None:
-            with propagate_errors():
-                base = narrowed(trained, chosen.plan)
-            pruned = with_widths(pruned, base)
-        elif runtime.is_main:
+        if runtime.is_main and chosen.plan is None:
             warn_of_masks(config, rate, trained, chosen.masks)
         with locked(pruned.folder, runtime, warn):
+            if chosen.plan is not None:
+                chosen, base = settle(pruned.folder, chosen.plan, trained, runtime, resume=resume)
+                pruned = with_widths(pruned, base)
             _build_run_folder(folder, pruned, base, dense, chosen, runtime, data, resume=resume)
             probed = probe(pruned.folder, pruned, runtime, data, writer=writer)
             after = Trained(*load_model(pruned.folder))

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from ..config import Config
-from ..distributed.collectives import propagate_errors
+from ..distributed.collectives import gather_objects, propagate_errors
 from ..distributed.launch import Runtime
+from ..errors import ConfigError, RunFolderError, first_line
 from ..evaluation.prune_task import prune_task, spec_of
+from ..files import write_atomically
 from ..models import build_model
 from ..pruning import (
     Plan,
@@ -25,6 +28,9 @@ from ..pruning import (
 )
 from ..training.data import Data
 from .pruned_weights import Selection, Trained, check_same
+
+PLAN = "channels.json"
+"""In the run folder: the entries of each tensor of the encoder before that are kept."""
 
 
 def select_channels(
@@ -52,10 +58,51 @@ def select_channels(
         for rate in rates:
             share = max(0.0, 1 - (1 - rate) / (1 - removed))
             plan = channel_plan(graph, scores, share, settings.scope)
-            masks = apply_plan(trained.masks, plan) if "masks" in trained.found.tensors else {}
-            selected[rate] = Selection(masks, {}, plan)
+            selected[rate] = Selection({}, {}, plan)
     check_same(folder, [plan_digest(chosen.plan or {}) for chosen in selected.values()])
     return selected
+
+
+def settle(
+    folder: Path, plan: Plan, trained: Trained, runtime: Runtime, *, resume: bool
+) -> tuple[Selection, Trained]:
+    """(what is removed, the narrower model) of the pruning in `folder`: `plan`, which is written to PLAN; with
+    `resume`, the plan of that file. Collective.
+
+    Taylor scores of a GPU are not the same each time. Raises RunFolderError, PruningError.
+    """
+    path = folder / PLAN
+    with propagate_errors():
+        if runtime.is_main and resume and path.exists():
+            plan = _read(path)
+        elif runtime.is_main:
+            _write(path, plan)
+    plan = gather_objects(plan if runtime.is_main else None)[0] or {}
+    with propagate_errors():
+        try:
+            smaller = narrowed(trained, plan)
+            masks = apply_plan(trained.masks, plan) if "masks" in trained.found.tensors else {}
+        except (IndexError, TypeError, ValueError, AttributeError, RuntimeError, ConfigError) as error:
+            raise RunFolderError(f"{path}: does not fit the run's encoder: {first_line(error)}") from None
+    return Selection(masks, {}, plan), smaller
+
+
+def _read(path: Path) -> Plan:
+    try:
+        plan: Plan = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise RunFolderError(f"{path}: cannot be read: {first_line(error)}") from None
+    if not isinstance(plan, dict):
+        raise RunFolderError(f"{path}: is no plan of channels")
+    return plan
+
+
+def _write(path: Path, plan: Plan) -> None:
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps(plan) + "\n")
+    except OSError as error:
+        raise RunFolderError(f"{path}: not written: {error.strerror}") from None
 
 
 def narrowed(trained: Trained, plan: Plan) -> Trained:

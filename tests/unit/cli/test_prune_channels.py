@@ -14,9 +14,8 @@ from hpc_supcon.evaluation.encoder import load_model
 from hpc_supcon.export import load_part
 from hpc_supcon.pruning import load_sparse, mask_channels
 from hpc_supcon.run_folder import read_config
-from hpc_supcon.stages import prune as prune_stage
-from hpc_supcon.stages import pruned_channels
 from hpc_supcon.stages.prune import SPARSE
+from hpc_supcon.stages.pruned_channels import PLAN
 from tests.unit.cli.test_prune import FAST, results_of, run
 
 CHANNELS = ["prune.method=channels", "prune.scope=layer", "probe.kind=[knn]", "prune.latency.batch_sizes=[]"]
@@ -58,10 +57,7 @@ def widths_of(folder):
 
 
 @torch.no_grad()
-def test_the_run_folder_has_a_smaller_model_with_the_outputs_of_the_masked_one(capsys, dense, monkeypatch):
-    plans = []
-    narrowed = pruned_channels.narrowed
-    monkeypatch.setattr(prune_stage, "narrowed", lambda trained, plan: plans.append(plan) or narrowed(trained, plan))
+def test_the_run_folder_has_a_smaller_model_with_the_outputs_of_the_masked_one(capsys, dense):
     entries, out = prune(capsys, dense, "prune.rate=0.5", "prune.latency={batch_sizes: [1, 7], seconds: 0.01}")
     (entry,) = entries
     folder = dense / entry["folder"]
@@ -70,7 +66,7 @@ def test_the_run_folder_has_a_smaller_model_with_the_outputs_of_the_masked_one(c
     assert {name: list(sizes) for name, sizes in read_config(folder).model.channels.items()} == WIDTHS
     model, found = load_model(dense)
     smaller, _ = load_model(folder)
-    mask_channels(model.encoder, plans[0])
+    mask_channels(model.encoder, json.loads((folder / PLAN).read_text()))
     images = images_of(found)
     torch.testing.assert_close(smaller.eval().encoder(images), model.eval().encoder(images), rtol=1e-5, atol=1e-5)
     size, cost = entry["size"], entry["cost"]
@@ -135,6 +131,30 @@ def test_fine_tuning_goes_on_where_it_stopped(capsys, dense):
     assert all(torch.equal(t, again.tensors["model"][name]) for name, t in whole.items())
     said, _ = prune(capsys, dense, *tune, "prune.channels.batches=9", "--resume", code=2)
     assert "was pruned with other settings (prune.channels.batches: 8 -> 9)" in said
+
+
+def test_resuming_keeps_the_channels_that_were_chosen(capsys, dense):
+    """Scores that differ in the last bit, as gradients of a GPU may, must not change the shapes of a training."""
+    tune = ["prune.rate=0.5", "prune.finetune.iterations=4", "checkpoint.every_steps=2", "checkpoint.keep=2"]
+    entries, _ = prune(capsys, dense, *tune)
+    folder = dense / entries[0]["folder"]
+    shutil.rmtree(folder / "checkpoints/step-4")
+    plan = json.loads((folder / PLAN).read_text())
+    kept = plan["convs.0.weight"][0]
+    other = sorted(set(range(32)) - set(kept))[:16]
+    text = json.dumps({name: [other if d == kept else d for d in dims] for name, dims in plan.items()})
+    (folder / PLAN).write_text(text)
+    entries, _ = prune(capsys, dense, *tune, "--resume")
+    assert entries[0]["prune"]["finetune_steps"] == 4
+    assert (folder / PLAN).read_text() == text
+    for wrong, said in (
+        ("{", "cannot be read"),
+        ("[]", "is no plan"),
+        ('{"latent.weight": [[999]]}', "does not fit"),
+    ):
+        (folder / PLAN).write_text(wrong)
+        err, _ = prune(capsys, dense, *tune, "--resume", code=2)
+        assert f"{PLAN}: {said}" in err
 
 
 def test_rounds_remove_channels_of_the_round_before(capsys, dense):
