@@ -63,7 +63,10 @@ WRONG = {
         "unknown prune.channels.score 'l2'; did you mean 'l1'?",
     ),
     "unknown values": (["prune.values=int4"], "unknown prune.values 'int4'"),
-    "a layer without channels": (["model.channels={conv1: [0, 3]}"], "model.channels.conv1"),
+    "a layer without channels": (
+        ["model.channels={conv1: [0, 3]}"],
+        "model.channels: input should be greater than or",
+    ),
     "unknown schedule": (["prune.schedule=oneshott"], "unknown prune.schedule 'oneshott'; did you mean 'oneshot'?"),
     "a rate of 1": (["prune.rate=[0.5, 1]"], "prune.rate=1: the share of weights to prune is 0 or more and below 1"),
     "a rewind to nowhere": (["prune.rewind=epoch 0"], "prune.rewind=epoch 0: must be null, initial, or `epoch N`"),
