@@ -190,7 +190,7 @@ def test_predictions_give_the_scores_of_both_files(whole):
     """scikit-learn's scores of the file's rows are those of scores.json and results.json."""
     results, scores = results_of(whole), read_scores(whole)["probes"]
     table = pq.read_table(whole / "predictions.parquet").to_pylist()
-    assert list(scores) == list(results) == KINDS
+    assert set(scores) == set(results) == set(KINDS)
     assert {row["probe"] for row in table} == set(KINDS)
     for kind in KINDS:
         classes = scores[kind]["classes"]
@@ -262,7 +262,9 @@ def test_without_pyarrow_everything_else_is_written_and_one_line_says_it(whole, 
     before = (folder / "predictions.parquet").read_bytes()
     (folder / "scores.json").unlink()
     monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
-    code, _, err = run(capsys, "probe", str(folder), "probe.kind=[knn, linear]", "probe.linear.lrs=[1e-2]")
+    code, _, err = run(
+        capsys, "probe", str(folder), "probe.kind=[knn, linear]", "probe.linear.lrs=[1e-2]", "probe.embedding=false"
+    )
     assert code == 0, err
     assert err.count("\n") == 1
     assert "predictions.parquet is not written: it needs pyarrow" in err
@@ -296,7 +298,9 @@ def test_scores_that_cannot_be_written_are_told_and_the_exit_code_is_1(whole, tm
 
     monkeypatch.setattr("hpc_supcon.run_folder.write_atomically", write)
     monkeypatch.setattr(pq.ParquetWriter, "write_table", full)
-    code, out, err = run(capsys, "probe", str(folder), "probe.kind=[linear]", "probe.linear.iterations=1")
+    code, out, err = run(
+        capsys, "probe", str(folder), "probe.kind=[linear]", "probe.linear.iterations=1", "probe.embedding=false"
+    )
     assert code == 1
     for name in before:
         assert err.splitlines().count(f"{folder / name}: not written: No space left on device") == 1, err
@@ -361,7 +365,7 @@ def test_probes_of_pixels_train_no_encoder(capsys, tmp_path):
     assert "synthetic, pixels" in out
     assert sorted(p.name for p in folder.iterdir()) == [
         ".lock", ".predictions.parquet.lock", ".results.json.lock", ".scores.json.lock", "config.yaml",
-        "metrics.jsonl", "plots", "predictions.parquet", "probes", "results.json", "scores.json",
+        "metrics.jsonl", "plots", "predictions.parquet", "probes", "report.html", "results.json", "scores.json",
     ]  # fmt: skip
     code, out, err = run(capsys, "probe", str(folder), "probe.kind=linear")
     assert (code, out, err.count("\n")) == (2, "", 1)
@@ -447,6 +451,6 @@ def test_the_panels_of_training_are_those_that_the_log_has_numbers_for(tmp_path,
         shown[path.name] = {a.get_title(): [len(line.get_xdata()) for line in a.lines] for a in axes}
         return path
 
-    monkeypatch.setattr(plots, "_save", keep)
+    monkeypatch.setattr(plots, "save_figure", keep)
     draw_training_curves(tmp_path)
     assert shown["training.png"] == {"loss": [3], "effective rank": [3], "learning rate": [3]}

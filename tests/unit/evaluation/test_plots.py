@@ -17,13 +17,13 @@ from hpc_supcon.evaluation.plots import draw_confusion
 def drawn(monkeypatch):
     """Figures that were saved."""
     figures: list[Figure] = []
-    save = plots._save
+    save = plots.save_figure
 
     def kept(figure, path):
         figures.append(figure)
         return save(figure, path)
 
-    monkeypatch.setattr(plots, "_save", kept)
+    monkeypatch.setattr(plots, "save_figure", kept)
     return figures
 
 
