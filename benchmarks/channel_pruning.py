@@ -39,7 +39,7 @@ def compare(name: str, size: int, rate: float, args: argparse.Namespace) -> list
     state = dense.state_dict()
     small = build_encoder(name, image_size=size, channels=layer_widths(state, plan)).eval()
     small.load_state_dict(apply_plan(state, plan))
-    difference = check_plan(dense, small, plan, example)
+    check_plan(dense, small, plan, example)
     models = {"dense": dense.to(args.device), "pruned": small.to(args.device)}
     times = measure_latency(models, (3, size, size), batch_sizes=args.batch, seconds=args.seconds)
     macs = [count_macs(model, torch.zeros(1, 3, size, size, device=args.device))["macs"] for model in models.values()]
@@ -54,7 +54,6 @@ def compare(name: str, size: int, rate: float, args: argparse.Namespace) -> list
             "batch": batch,
             "parameters left": f"{parameters[1] / parameters[0]:.3f}",
             "MACs left": f"{macs[1] / macs[0]:.3f}",
-            "difference": f"{difference:.1e}",
         }
         if before is not None and after is not None:
             row |= {f"dense {key}": value for key, value in before.items()}
