@@ -89,7 +89,7 @@ ENCODERS = [
     "conv",
     "resnet9_small",
     "resnet18",
-    "vgg11_bn",
+    "vgg16_bn_embed",
     "densenet121",
     "resnext50_32x4d",
     "mobilenetv3_small_050",
