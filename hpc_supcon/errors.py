@@ -98,6 +98,12 @@ class ResultsNotWritten(OutputError):
     exit_code = 1
 
 
+class PruningError(HpcSupconError):
+    """A pruned model is not what was asked for; nothing is written."""
+
+    exit_code = 1
+
+
 class ExportError(HpcSupconError):
     """A model cannot be exported to a format, or its exported file gives other outputs; no file is left."""
 

@@ -54,13 +54,17 @@ def _print(run_dir: Path, results: list[dict[str, Any]]) -> None:
     rows = sorted(_with_earlier(run_dir, results), key=_order)
     table = Table(
         title=f"{first['encoder']}, {read_config(run_dir).loss.label} ({about['dense_checkpoint']}): "
-        f"{_shared(rows)}of {about['weights']:,} weights",
-        caption=f"the encoder as dense safetensors: {first['size']['dense_bytes']:,} bytes; x: times smaller",
+        f"{_shared(rows)}{_weights(rows)}",
+        caption=f"the encoder as dense safetensors: {_original(first):,} bytes; x: times smaller",
         caption_justify="left",
     )
     varying = [key for key in HEADINGS if len({row["prune"].get(key) for row in rows}) > 1]
     headings = [HEADINGS[key] for key in varying]
-    headings += ["rate", "zeros", "gzip bytes", "x", "sparse bytes", "x", "probe", "validation", "test", "F1"]
+    sizes = ["gzip", "sparse"]
+    if any(_original(row) != row["size"]["dense_bytes"] for row in rows):
+        sizes.insert(0, "dense")  # some have fewer channels
+    headings += ["rate", "zeros", "MACs left", *(h for size in sizes for h in (f"{size} bytes", "x"))]
+    headings += ["probe", "validation", "test", "F1"]
     for heading in headings:
         table.add_column(heading, justify="left" if heading in ("probe", *varying) else "right", no_wrap=True)
     for row in rows:
@@ -69,15 +73,51 @@ def _print(run_dir: Path, results: list[dict[str, Any]]) -> None:
             *(str(row["prune"].get(key) or "") for key in varying),
             f"{row['prune']['rate']:g}",
             f"{row['prune']['zeros']:,}",
-            *(f"{size['gzip_bytes']:,}", f"{size['ratio_gzip']:.2f}"),
-            *(f"{size['sparse_bytes']:,}", f"{size['ratio_sparse']:.2f}"),
+            f"{cost['nonzero_macs'] / cost['dense_macs']:.1%}" if (cost := row.get("cost")) else "",
+            *(
+                t
+                for key in sizes
+                for t in (f"{size[f'{key}_bytes']:,}", f"{_original(row) / size[f'{key}_bytes']:.2f}")
+            ),
             row["probe"],
             *("" if score is None else f"{score['accuracy']:.4f}" for score in scores),
             "" if row["test"] is None else f"{row['test']['f1']:.4f}",
         )
     console = output()
     console.print(table)
+    for line in _times(results):
+        console.print(line, soft_wrap=True)
     console.print(f"results: {run_dir / RESULTS}", soft_wrap=True)
+
+
+def _weights(rows: list[dict[str, Any]]) -> str:
+    """How many weights there are, where all rows have the same number."""
+    numbers = {row["prune"]["weights"] for row in rows}
+    return f"of {numbers.pop():,} weights" if len(numbers) == 1 else "of the encoder"
+
+
+def _original(row: dict[str, Any]) -> int:
+    """Bytes of the encoder's safetensors file before channels were removed; entries of before there was such a method
+    do not say it."""
+    return int(row["size"].get("original_bytes", row["size"]["dense_bytes"]))
+
+
+def _times(results: list[dict[str, Any]]) -> list[str]:
+    """A line for each rate whose encoder was timed: milliseconds of a pass, of the dense and of the pruned one."""
+    lines = {}
+    for row in results:
+        if row["cost"]["latency"] is None:
+            continue
+        before, after = row["cost"]["latency"].values()
+        parts = [
+            f"{batch} image{'s' * (batch != '1')} {a['median_ms']:.3g} -> {b['median_ms']:.3g} ms "
+            f"({a['median_ms'] / b['median_ms']:.2f} times faster)"
+            if (a := before[batch]) and (b := after[batch])
+            else f"{batch} images: not timed, too slow or too large"
+            for batch in before
+        ]
+        lines[row["folder"]] = f"{row['folder']}: {'; '.join(parts)}"
+    return list(lines.values())
 
 
 def _with_earlier(run_dir: Path, results: list[dict[str, Any]]) -> list[dict[str, Any]]:

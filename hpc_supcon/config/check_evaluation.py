@@ -123,6 +123,8 @@ def check_pruning(config: Config) -> None:
     rates = [f"{rate:g}" for rate in prune.rates]  # as they are written in the names of folders
     if len(set(rates)) < len(rates):
         raise ConfigError(f"prune.rate names a rate twice: {', '.join(rates)}")
+    if prune.method == "channels":
+        _check_channels(prune)
     if prune.pattern is not None:
         _check_pattern(prune)
     if prune.method == "layer_sensitive":
@@ -130,6 +132,24 @@ def check_pruning(config: Config) -> None:
     if prune.fits_classifier:
         _check_fit(config, "linear", config.probe.linear)
     _check_schedule(prune)
+
+
+def _check_channels(prune: PruneConfig) -> None:
+    if prune.pattern is not None:
+        raise ConfigError(
+            f"prune.scope={prune.scope} keeps N of every M weights, but prune.method=channels removes whole "
+            "channels: use prune.scope=global or layer"
+        )
+    if prune.schedule == "gradual":
+        raise ConfigError(
+            "prune.schedule=gradual prunes weights while they are trained, but prune.method=channels changes their "
+            "shapes: use prune.schedule=iterative"
+        )
+    if prune.schedule == "iterative" and prune.rewind is not None:
+        raise ConfigError(
+            f"prune.rewind={prune.rewind}: with prune.schedule=iterative, prune.method=channels prunes weights of "
+            "the round before, which the run's checkpoints do not have: use prune.schedule=oneshot"
+        )
 
 
 def _check_pattern(prune: PruneConfig) -> None:

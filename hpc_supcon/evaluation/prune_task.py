@@ -23,7 +23,7 @@ from ..distributed.launch import Runtime
 from ..errors import ConfigError, RunFolderError
 from ..files import write_atomically
 from ..models import PretrainingModel
-from ..pruning import PRUNERS, PruneTask, Sensitivity, prunable, scan_layers
+from ..pruning import CHANNEL_SCORES, PRUNERS, PrunerSpec, PruneTask, Sensitivity, prunable, scan_layers
 from ..seeding import stream
 from ..terminal import note, only_told
 from ..training.build import Start, build_training
@@ -37,9 +37,15 @@ from .prune_figures import draw_sensitivity
 FOLDER = "sensitivity"
 
 
+def spec_of(config: Config) -> PrunerSpec:
+    """Of `prune.method`: what it needs, and its scores of weights."""
+    prune = config.prune
+    return CHANNEL_SCORES[prune.channels.score] if prune.method == "channels" else PRUNERS[prune.method]
+
+
 def check_data(config: Config, data: Data) -> None:
     """Raise ConfigError where the data have no validation split, and the method scans it."""
-    if PRUNERS[config.prune.method].needs == "scan" and data.splits.validation is None:
+    if spec_of(config).needs == "scan" and data.splits.validation is None:
         raise ConfigError(
             f"prune.method={config.prune.method} scans the loss on the validation split: set data.validation_fraction"
         )
@@ -53,7 +59,7 @@ def prune_task(
 
     The task has a copy of the encoder. folder: the run folder, which keeps the scans.
     """
-    needs, seed = PRUNERS[config.prune.method].needs, stream(config.seed, "prune")
+    needs, seed = spec_of(config).needs, stream(config.seed, "prune")
     if needs == "weights":
         yield PruneTask(prunable(model.encoder), seed)
         return
@@ -64,7 +70,8 @@ def prune_task(
             training.state.parallel.eval()
             batches = _Batches(training, config.seed, runtime.rank)
             gradients = _Gradients(training, batches, config.seed, runtime.rank)
-            yield PruneTask(weights, seed, training.state.model, batches, gradients)
+            n_batches = config.prune.channels.batches
+            yield PruneTask(weights, seed, training.state.model, batches, gradients, n_batches=n_batches)
         else:
             yield PruneTask(weights, seed, scan=partial(_scan, folder, own, runtime, data, training, found))
 

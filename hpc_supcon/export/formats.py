@@ -71,7 +71,7 @@ def _rebuild_expressions(part: ModelPart) -> dict[str, str]:
     options = ", ".join(f"{key}={value!r}" for key, value in encoder.items() if key != "name" and value is not None)
     name, stem = encoder["name"], part.module.stem_kind
     expressions = {"rebuild": f"hpc_supcon.models.build_encoder({name!r}, {options})"}
-    if name in timm.list_models() and stem != "small":
+    if name in timm.list_models() and stem != "small" and not encoder.get("channels"):
         cfg = timm.get_pretrained_cfg(name)
         fixed_size = cfg is not None and cfg.fixed_input_size
         size = f", img_size={encoder['input_size'] or encoder['image_size']}" if fixed_size else ""

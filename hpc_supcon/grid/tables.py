@@ -104,10 +104,12 @@ def _result(cell: Cell, entry: dict[str, Any]) -> CellResult:
     labels, numbers = dict(cell.labels), _numbers(entry, SCORES)
     if "prune" in entry:
         size = entry["size"]
+        # of before channels were removed; entries of before there was such a method have one dense size
+        original = size.get("original_bytes", size["dense_bytes"])
         labels["prune.rate"] = f"{entry['prune']['rate']:g}"
         numbers["sparse_mb"] = size["sparse_bytes"] / 1e6
-        numbers["ratio"] = size["dense_bytes"] / size["sparse_bytes"]
-        numbers["dense_mb"] = size["dense_bytes"] / 1e6
+        numbers["ratio"] = original / size["sparse_bytes"]
+        numbers["dense_mb"] = original / 1e6
     return CellResult(labels, str(entry.get("probe", "")), numbers)
 
 

@@ -7,6 +7,7 @@ from .encoders import ENCODERS, build_encoder
 from .heads import ConvDecoder, Heads, LinearHeads, Logistic, Mlp, Projection, SingleHead, build_decoder
 from .sync_batchnorm import synchronize_batchnorm
 from .weights import LoadedWeights, load_weights
+from .widths import set_widths
 
 __all__ = [
     "ENCODERS",
@@ -27,5 +28,6 @@ __all__ = [
     "check_deterministic",
     "frozen_running_statistics",
     "load_weights",
+    "set_widths",
     "synchronize_batchnorm",
 ]

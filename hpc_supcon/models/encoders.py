@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, cast
 
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError, unknown_name
 from .pooling import AveragePool2d, GlobalMaxPool2d
 from .timm_encoders import STEMS, build_timm_encoder, only_its_own_stem, resize_inputs, too_small
+from .widths import set_widths
 
 
 def _conv_bn_relu(c_in: int, c_out: int, *, stride: int = 1, pool: bool = False) -> list[nn.Module]:
@@ -132,6 +133,7 @@ def build_encoder(
     stem: str = "auto",
     out_dim: int | None = None,
     input_size: int | None = None,
+    channels: Mapping[str, Sequence[int]] | None = None,
 ) -> nn.Module:
     """An encoder with random weights: images [N, C, H, W] -> features [N, feature_dim].
 
@@ -151,9 +153,12 @@ def build_encoder(
             architecture's own.
         input_size: px. The encoder resizes the images to it, and its stem and smallest size depend on it in place
             of `image_size`.
+        channels: layers that are narrower than the architecture's, as pruning of channels leaves them (see
+            `set_widths`).
 
     Raises:
-        ConfigError: unknown name or stem, images that the encoder cannot take, or a stem that it does not have.
+        ConfigError: unknown name or stem, images that the encoder cannot take, a stem that it does not have, or
+            channels that do not fit.
     """
     size = input_size or image_size
     if stem not in STEMS:
@@ -171,4 +176,6 @@ def build_encoder(
         raise ConfigError("model.encoder: " + unknown_name("encoder", name, every, listed=listed))
     if input_size is not None:
         resize_inputs(encoder, input_size)
+    if channels:
+        set_widths(encoder, channels)
     return encoder

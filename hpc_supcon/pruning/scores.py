@@ -43,6 +43,8 @@ class PruneTask:
     """gradients(n): for each of n global batches of train, the gradients of its mean loss by weight, averaged over
     ranks. New batches on every call, from batch 0 on."""
     scan: Callable[[], Sensitivity] | None = None
+    n_batches: int = 1
+    """How many batches a method takes that does not choose itself."""
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,17 @@ def score_weights(method: str, task: PruneTask) -> Scored:
 def _l1(task: PruneTask) -> Scored:
     """The absolute value of each weight (Han et al. 2015; torch.nn.utils.prune's L1Unstructured)."""
     return Scored({name: weight.detach().abs() for name, weight in task.weights.items()})
+
+
+def _taylor(task: PruneTask) -> Scored:
+    """|w g|, the mean over batches: the first-order change of the loss without w (Molchanov et al. 2019,
+    arXiv 1906.10771, equation 6, here without the square)."""
+    assert task.gradients is not None
+    totals = {name: torch.zeros_like(weight, dtype=torch.float64) for name, weight in task.weights.items()}
+    for gradients in task.gradients(task.n_batches):
+        for name, gradient in gradients.items():
+            totals[name] += (task.weights[name].detach() * gradient).abs()
+    return Scored({name: total / task.n_batches for name, total in totals.items()})
 
 
 def _random(task: PruneTask) -> Scored:
@@ -126,4 +139,10 @@ PRUNERS: dict[str, PrunerSpec] = {
     "lamp": PrunerSpec(_lamp),
     "layer_sensitive": PrunerSpec(_layer_sensitive, needs="scan"),
 }
-"""`prune.method` -> its spec."""
+"""`prune.method` -> its spec; not `channels`, which removes no single weights."""
+
+CHANNEL_SCORES: dict[str, PrunerSpec] = {
+    "l1": PrunerSpec(_l1),
+    "taylor": PrunerSpec(_taylor, needs="gradients"),
+}
+"""`prune.channels.score` -> the spec of the scores of weights, of which a channel's are summed."""

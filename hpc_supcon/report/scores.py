@@ -47,7 +47,10 @@ def split_scores(run: Run) -> dict[tuple[str, str], dict[str, Any]]:
             scores = mapping(result.get(split))
             if scores:
                 size = mapping(result.get("size"))
-                dense, sparse = number(size.get("dense_bytes")), number(size.get("sparse_bytes"))
+                dense, sparse = (
+                    number(size.get("original_bytes", size.get("dense_bytes"))),
+                    number(size.get("sparse_bytes")),
+                )
                 extra = {"sparse_mb": sparse / 1e6, "ratio": dense / sparse} if dense and sparse else {}
                 found.setdefault((probe_label(result), split), {}).update(scores | extra)
     for kind, entry in mapping(run.scores.get("probes")).items():

@@ -15,11 +15,13 @@ from ..evaluation.encoder import check_classes, load_model, report_changed_data
 from ..evaluation.monitor import online_probe
 from ..evaluation.probes import PROBES, check_probes
 from ..evaluation.prune_task import check_data
-from ..pruning import PRUNERS, WeightMasks, measure, misfits, prunable, write_sparse
+from ..pruning import WeightMasks, measure, misfits, prunable, write_sparse
 from ..terminal import warn
 from ..training.data import Data
 from .pretrain import pretrain
 from .probe import probe
+from .pruned_channels import narrowed, select_channels, settle, with_widths
+from .pruned_cost import cost_of
 from .pruned_run import (
     PRUNED,
     check_folder,
@@ -85,20 +87,23 @@ def _prune(
             report_changed_data(folder, dense.found, config, data.fingerprint)
     rounds, selected = config.prune.rounds, dict[float, Selection]()
     if config.prune.schedule != "iterative":
-        selected = select(folder, config, rounds, runtime, data, dense)
-    results, trained = [], dense
+        selected = _select(folder, config, rounds, runtime, data, dense)
+    results, trained, removed = [], dense, 0.0
     for rate in rounds:
         pruned = pruned_config(folder, config, rate)
         if rate not in selected:  # iterative: of the round before
-            selected = select(folder, config, (rate,), runtime, data, trained)
-        chosen = selected[rate]
-        if runtime.is_main:
+            selected = _select(folder, config, (rate,), runtime, data, trained, removed)
+        chosen, base = selected[rate], trained
+        if runtime.is_main and chosen.plan is None:
             warn_of_masks(config, rate, trained, chosen.masks)
         with locked(pruned.folder, runtime, warn):
-            _build_run_folder(folder, pruned, trained, dense, chosen, runtime, data, resume=resume)
+            if chosen.plan is not None:
+                chosen, base = settle(pruned.folder, chosen.plan, trained, runtime, resume=resume)
+                pruned = with_widths(pruned, base)
+            _build_run_folder(folder, pruned, base, dense, chosen, runtime, data, resume=resume)
             probed = probe(pruned.folder, pruned, runtime, data, writer=writer)
             after = Trained(*load_model(pruned.folder))
-            facts = _facts(pruned, after, dense.found, writer) if runtime.is_main else {}
+            facts = _facts(pruned, after, dense, writer, runtime) if runtime.is_main else {}
             entries = [{**entry, **facts, "stage": "prune"} for entry in probed]
             if runtime.is_main:
                 for entry in entries:
@@ -106,8 +111,23 @@ def _prune(
                     writer.add(folder, entry)
         results += entries
         if config.prune.schedule == "iterative":
-            trained = after
+            trained, removed = after, rate
     return results
+
+
+def _select(
+    folder: Path,
+    config: Config,
+    rates: tuple[float, ...],
+    runtime: Runtime,
+    data: Data,
+    trained: Trained,
+    removed: float = 0.0,
+) -> dict[float, Selection]:
+    """removed: the share of channels that the rounds before have removed."""
+    if config.prune.method == "channels":
+        return select_channels(folder, config, rates, runtime, data, trained, removed)
+    return select(folder, config, rates, runtime, data, trained)
 
 
 def _check(folder: Path, config: Config, runtime: Runtime, data: Data, *, resume: bool) -> None:
@@ -148,6 +168,10 @@ def _build_run_folder(
     model, found, masks, gradual = trained.model, trained.found, chosen.masks, None
     if pruned.prune.rewind is not None:
         model, found = rewound(folder, pruned, dense.found, steps_per_epoch, runtime)
+        if chosen.plan is not None:
+            with propagate_errors():
+                early = narrowed(Trained(model, found), chosen.plan)
+            model, found = early.model, early.found
     if pruned.prune.schedule == "gradual":
         masks = trained.masks
         total = sum(mask.numel() for mask in masks.values())
@@ -160,7 +184,9 @@ def _build_run_folder(
 def _save_pruned(pruned: Config, trained: Trained, chosen: Selection, runtime: Runtime) -> None:
     model = copy.deepcopy(trained.model)
     set_weights(model, chosen.values)
-    tensors = {"masks": WeightMasks(model.encoder, chosen.masks).packed(), "model": dict(model.state_dict())}
+    tensors = {"model": dict(model.state_dict())}
+    if chosen.masks:
+        tensors = {"masks": WeightMasks(model.encoder, chosen.masks).packed(), "model": dict(model.state_dict())}
     if "objective" in trained.found.tensors:  # for a round, or a pruning, that starts from this one
         tensors["objective"] = trained.found.tensors["objective"]
     run_folder.create(pruned.folder, pruned)
@@ -174,12 +200,14 @@ def _save_pruned(pruned: Config, trained: Trained, chosen: Selection, runtime: R
     )
 
 
-def _facts(pruned: Config, after: Trained, dense: checkpoint.Checkpoint, writer: ResultWriter) -> dict[str, Any]:
+def _facts(pruned: Config, after: Trained, dense: Trained, writer: ResultWriter, runtime: Runtime) -> dict[str, Any]:
     """What results.json says about one pruning besides the scores. Writes its sparse file."""
     weights, settings = prunable(after.model.encoder), pruned.prune
     zeros = {name: int((weight == 0).sum()) for name, weight in weights.items()}
     total = sum(weight.numel() for weight in weights.values())
-    sizes, sparse = measure(after.model.encoder.state_dict())
+    sizes, sparse = measure(
+        after.model.encoder.state_dict(), settings.values, original=dense.model.encoder.state_dict()
+    )
     with writer.may_fail():
         write_sparse(pruned.folder / SPARSE, sparse)
     return {
@@ -191,7 +219,7 @@ def _facts(pruned: Config, after: Trained, dense: checkpoint.Checkpoint, writer:
             "scope": settings.scope,
             "schedule": settings.schedule,
             "label": settings.label,
-            "loss": None if PRUNERS[settings.method].needs == "weights" else settings.loss,
+            "loss": settings.loss if settings.measures else None,
             "rewind": settings.rewind,
             "finetune_loss": settings.finetune.loss if settings.finetunes else None,
             "finetune_steps": after.found.state["step"],
@@ -200,7 +228,8 @@ def _facts(pruned: Config, after: Trained, dense: checkpoint.Checkpoint, writer:
             "rates": {name: round(zeros[name] / weight.numel(), 4) for name, weight in weights.items()},
             "emptied": [name for name, weight in weights.items() if zeros[name] == weight.numel()],
             "skipped": [] if settings.pattern is None else misfits(weights, settings.pattern[1]),
-            "dense_checkpoint": dense.name,
+            "dense_checkpoint": dense.found.name,
         },
         "size": sizes,
+        "cost": cost_of(pruned, dense.model, after, runtime),
     }

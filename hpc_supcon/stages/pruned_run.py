@@ -116,6 +116,9 @@ def check_folder(pruned: Config, *, resume: bool) -> None:
             f"{folder}: was pruned with other settings ({'; '.join(changed)}); resume with the same ones, or choose "
             "another folder with prune.label=TEXT"
         )
+    if pruned.prune.method == "channels":  # its widths are known once the channels are chosen
+        model = pruned.model.model_copy(update={"channels": run_folder.read_config(folder).model.channels})
+        pruned = pruned.model_copy(update={"model": model})
     run_folder.check_usable(folder, pruned, resume=True)
 
 
@@ -177,7 +180,7 @@ def starting_point(
     WeightMasks(model.encoder, masks)
     if pruned.prune.finetune.loss == "cross_entropy":
         model, objective = with_classifier(model, found.state, pruned, runtime, data), None
-    return Start(model, objective, masks, gradual)
+    return Start(model, objective, masks or None, gradual)
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from ..distributed.launch import Runtime
 from ..errors import RunFolderError
 from ..evaluation.prune_task import prune_task
 from ..models import PretrainingModel
-from ..pruning import build_masks, fully_pruned, masks_digest, misfits, prunable, score_weights, unpack
+from ..pruning import Plan, build_masks, fully_pruned, masks_digest, misfits, prunable, score_weights, unpack
 from ..terminal import warn
 from ..training.data import Data
 
@@ -48,6 +48,8 @@ class Selection:
     masks: Masks
     values: Masks
     """New values of weights, by a method that compensates for those that are pruned."""
+    plan: Plan | None = None
+    """The channels that are kept, by prune.method=channels; `masks` are then those of the narrower model."""
 
 
 def select(
@@ -71,8 +73,13 @@ def select(
 
 
 def check_same_masks(folder: Path, masks_by_rate: dict[float, Masks]) -> None:
-    digests = gather_objects([masks_digest(masks) for masks in masks_by_rate.values()])
-    different = [str(rank) for rank, own in enumerate(digests) if own != digests[0]]
+    check_same(folder, [masks_digest(masks) for masks in masks_by_rate.values()])
+
+
+def check_same(folder: Path, digests: list[str]) -> None:
+    """Raise RunFolderError, on all ranks, where one has other digests than rank 0. Collective."""
+    gathered = gather_objects(digests)
+    different = [str(rank) for rank, own in enumerate(gathered) if own != gathered[0]]
     if different:
         raise RunFolderError(
             f"{folder}: ranks {', '.join(different)} read other weights than rank 0: nothing was pruned"

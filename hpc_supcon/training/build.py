@@ -120,6 +120,8 @@ def describe_model(config: Config, splits: Splits) -> dict[str, Any]:
             "stem": model.stem,
             "out_dim": model.out_dim,
             "input_size": model.input_size,
+            # left out where there are none, as in checkpoints from before there were any
+            **({} if model.channels is None else {"channels": {k: list(v) for k, v in model.channels.items()}}),
         },
         "projection": {"hidden": model.projection_hidden, "out_dim": model.projection_dim},
         "heads": heads_of(config.loss.weights),

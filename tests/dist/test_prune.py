@@ -165,3 +165,20 @@ def test_gradients_of_two_ranks_equal_those_of_one_process(dense):
     assert all(torch.equal(alone[1][name], weight) for name, weight in weights.items()), (
         "the weights are as they were"
     )
+
+
+def test_two_ranks_remove_the_same_channels_and_killed_fine_tuning_resumes_bit_for_bit(dense):
+    channels = ["prune.method=channels", "prune.channels={score: taylor, batches: 2}", "prune.rate=0.5",
+                "probe.kind=knn", "prune.latency.batch_sizes=[]"]  # fmt: skip
+    run_ranks(stage, 2, dense, "whole", False, None, channels)
+    with pytest.raises(AssertionError, match="SIGKILL"):
+        run_ranks(stage, 2, dense, "killed", False, 14, channels)
+    run_ranks(stage, 2, dense, "killed", True, None, channels)
+    whole, killed = (
+        checkpoint.load_checkpoint(dense / f"pruned/channels-global-0.5-{label}/checkpoints/step-{STEPS}")
+        for label in ("whole", "killed")
+    )
+    assert whole.state["encoder"]["channels"] == killed.state["encoder"]["channels"] != {}
+    for part, named in whole.tensors.items():
+        for name, tensor in named.items():
+            assert torch.equal(killed.tensors[part][name], tensor), (part, name)

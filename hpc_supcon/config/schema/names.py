@@ -65,7 +65,9 @@ MapMethodName = Literal["pca", "tsne", "umap"]
 
 WeightPruningName = Literal["l1", "random", "l1_weighted", "lamp"]
 """Pruning methods that need nothing but the weights."""
-PruningMethodName = Literal[WeightPruningName, "layer_sensitive"]
+PruningMethodName = Literal[WeightPruningName, "layer_sensitive", "channels"]
+ChannelScoreName = Literal["l1", "taylor"]
+SparseValuesName = Literal["same", "fp16", "int8"]
 PruningScopeName = Literal["global", "layer"]
 """Scopes besides the patterns N:M."""
 PruningScheduleName = Literal["oneshot", "iterative", "gradual"]

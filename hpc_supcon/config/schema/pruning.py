@@ -10,10 +10,12 @@ from pydantic import Field, field_validator
 from ...errors import unknown_name
 from .base import Count, NonNegative, Positive, Section
 from .names import (
+    ChannelScoreName,
     PruningLossName,
     PruningMethodName,
     PruningScheduleName,
     PruningScopeName,
+    SparseValuesName,
     WeightPruningName,
 )
 
@@ -53,16 +55,40 @@ class ScanConfig(Section):
     )
 
 
+class ChannelsConfig(Section):
+    score: ChannelScoreName = Field(
+        description="channels: those go first whose weights have the smallest sum of |w| (relative to the layer's "
+        "mean), or of |w x gradient of `prune.loss`|, the first-order Taylor expansion of the loss"
+    )
+    batches: Count = Field(
+        description="taylor: global batches of the training split whose gradients are taken",
+        json_schema_extra={"unit": "batches"},
+    )
+
+
+class LatencyConfig(Section):
+    batch_sizes: tuple[Count, ...] = Field(
+        description="channels, and scope 2:4 on CUDA: images per forward pass of dense and pruned encoder, which are "
+        "timed in turn on this device; []: not timed",
+        json_schema_extra={"unit": "images"},
+    )
+    seconds: Positive = Field(
+        description="time for each batch size and encoder; a batch size is left out where one pass takes longer",
+        json_schema_extra={"unit": "s"},
+    )
+
+
 class PruneConfig(Section):
     method: PruningMethodName = Field(
         description="which weights go first: the smallest |w|; at random; the smallest |w| / norm of the layer's "
         "weights; the smallest w^2 / sum of the layer's squares that are not smaller (Lee et al. 2021); the smallest "
-        "|w|, at rates of the layers that a scan of the loss on validation predicts to be the best"
+        "|w|, at rates of the layers that a scan of the loss on validation predicts to be the best; channels: whole "
+        "output channels of convolutions, which leaves a smaller dense encoder"
     )
     rate: float | tuple[float, ...] = Field(
         description="share of the encoder's convolution and linear weights to prune, 0 to below 1, those counted "
         "that are pruned already; or a list of shares, each pruned from the dense encoder (iterative: each from the "
-        "one before). Not used with scope N:M"
+        "one before). Not used with scope N:M. channels: share of the channels that can be removed"
     )
     scope: str = Field(
         description="global: `rate` is the share of all these weights together; layer: of the weights of each layer; "
@@ -94,6 +120,12 @@ class PruneConfig(Section):
         description="added to the folder's name, RUN_DIR/pruned/METHOD-SCOPE-RATE-SCHEDULE-LABEL, to keep two "
         "prunings apart that differ in another setting; null: nothing"
     )
+    values: SparseValuesName = Field(
+        description="numbers in model.sparse.safetensors: as they are; in half precision; or in 8 bits with a scale "
+        "for each tensor"
+    )
+    channels: ChannelsConfig
+    latency: LatencyConfig
     scan: ScanConfig
     finetune: PruneFinetuneConfig
 
@@ -160,10 +192,18 @@ class PruneConfig(Section):
         return found[1], int(found[2])
 
     @property
+    def measures(self) -> bool:
+        """Whether the method measures `loss`."""
+        if self.method == "channels":
+            return self.channels.score == "taylor"
+        return self.method not in get_args(WeightPruningName)
+
+    @property
     def fits_classifier(self) -> bool:
         """Whether a linear probe is fitted, for a cross-entropy that is measured or trained."""
-        measures = self.method not in get_args(WeightPruningName) and self.loss == "cross_entropy"
-        return measures or (self.finetunes and self.finetune.loss == "cross_entropy")
+        return (self.measures and self.loss == "cross_entropy") or (
+            self.finetunes and self.finetune.loss == "cross_entropy"
+        )
 
     @property
     def finetunes(self) -> bool:

@@ -36,6 +36,12 @@ class ModelConfig(Section):
         "null: random"
     )
     out_dim: Count | None = Field(description="size of the features; null is the encoder's own")
+    channels: dict[str, tuple[Count, ...]] | None = Field(
+        min_length=1,
+        description="layers of the encoder that are narrower than the architecture's, as prune.method=channels "
+        "writes them: sizes of the weight's first two dimensions (BatchNorm: of its one), such as "
+        "{layer1.0.conv1: [32, 64], layer1.0.bn1: [32], layer1.0.conv2: [64, 32]}; null: none",
+    )
     projection_hidden: Count = Field(description="width of the projection's hidden layer")
     projection_dim: Count = Field(description="size of the embeddings the loss sees")
     momentum_encoder: Annotated[float, Field(ge=0, lt=1)] | None = Field(

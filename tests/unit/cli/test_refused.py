@@ -14,6 +14,7 @@ from tests.processes import Ranks
 DEEPSPEED = ["train.engine=deepspeed", "train.deepspeed.zero=2"]
 VALIDATE = "validation.every_epochs=1"
 SCAN = ["prune.method=layer_sensitive"]
+CHANNELS = ["prune.method=channels"]
 RAMP = ["prune.schedule=gradual", "prune.finetune.iterations=10"]
 ROUNDS = ["prune.schedule=iterative", "prune.finetune.iterations=10"]
 NO_VALIDATION = ["data.source=mnist", "data.validation_fraction=0", "probe.linear.lrs=[0.1]"]
@@ -57,6 +58,15 @@ WRONG = {
         "unknown prune.scope 'layers'; did you mean 'layer'? known: global, layer",
     ),
     "a pattern that keeps all": (["prune.scope=4:4"], "prune.scope=4:4: N of every M weights are kept, so N must be"),
+    "unknown score of channels": (
+        ["prune.channels.score=l2"],
+        "unknown prune.channels.score 'l2'; did you mean 'l1'?",
+    ),
+    "unknown values": (["prune.values=int4"], "unknown prune.values 'int4'"),
+    "a layer without channels": (
+        ["model.channels={conv1: [0, 3]}"],
+        "model.channels: input should be greater than or",
+    ),
     "unknown schedule": (["prune.schedule=oneshott"], "unknown prune.schedule 'oneshott'; did you mean 'oneshot'?"),
     "a rate of 1": (["prune.rate=[0.5, 1]"], "prune.rate=1: the share of weights to prune is 0 or more and below 1"),
     "a rewind to nowhere": (["prune.rewind=epoch 0"], "prune.rewind=epoch 0: must be null, initial, or `epoch N`"),
@@ -244,6 +254,12 @@ def test_a_batch_that_the_ranks_of_a_launch_cannot_share(tmp_path, command):
         (
             [*SCAN, "prune.scope=1:4"],
             "prune.scope=1:4 gives every layer one rate, which prune.method=layer_sensitive",
+        ),
+        ([*CHANNELS, "prune.scope=2:4"], "but prune.method=channels removes whole channels: use"),
+        ([*CHANNELS, *RAMP], "but prune.method=channels changes their shapes: use prune.schedule=iterative"),
+        (
+            [*CHANNELS, *ROUNDS, "prune.rewind=initial"],
+            "which the run's checkpoints do not have: use prune.schedule=one",
         ),
         (["prune.scope=2:4", "prune.schedule=iterative"], "prune.scope=2:4 has one rate, to which"),
         ([*SCAN, "prune.scope=layer"], "prune.scope=layer gives every layer one rate"),

@@ -34,7 +34,7 @@ from hpc_supcon.losses.triplet import MINING
 from hpc_supcon.models.encoders import ENCODERS, build_encoder
 from hpc_supcon.models.heads import build_decoder
 from hpc_supcon.models.timm_encoders import STEMS
-from hpc_supcon.pruning import PRUNERS, SCOPES
+from hpc_supcon.pruning import CHANNEL_SCORES, PRUNERS, SCOPES, VALUES
 from hpc_supcon.training.engine import ENGINES
 from hpc_supcon.training.objective import GRADIENT_RESPONSE_LOSSES
 from hpc_supcon.training.optim import OPTIMIZERS
@@ -69,7 +69,9 @@ def losses_by(fact) -> set[str]:
         (names.CorruptionName, CORRUPTIONS),
         (names.BenchmarkCorruptionName, BENCHMARK),
         (names.MapMethodName, METHODS),
-        (names.PruningMethodName, PRUNERS),
+        (names.PruningMethodName, [*PRUNERS, "channels"]),
+        (names.ChannelScoreName, CHANNEL_SCORES),
+        (names.SparseValuesName, VALUES),
         (names.WeightPruningName, [name for name, spec in PRUNERS.items() if spec.needs == "weights"]),
         (names.PruningScopeName, SCOPES),
         (Stage, STAGES),
