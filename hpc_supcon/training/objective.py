@@ -84,18 +84,19 @@ class Objective(nn.Module):
     ) -> Tensor:
         spec = self.specs[name]
         if spec.pairwise:
-            return self.pairwise(name, outputs[spec.head], labels, queue, images_per_rank)
+            return self.pairwise(name, outputs, labels, queue, images_per_rank)
         return _mean_over_ranks(self.pointwise(name, outputs[spec.head], views, labels))
 
     def pairwise(
         self,
         name: str,
-        output: Tensor,
+        outputs: Mapping[str, Tensor],
         labels: Tensor,
         queue: Any = None,
         images_per_rank: list[int] | None = None,
     ) -> Tensor:
-        """A contrastive or triplet loss over the images of all ranks. Every rank must call this."""
+        """A loss over the images of all ranks. Every rank must call this."""
+        output = outputs[self.specs[name].head]
         pair_labels = labels if self.supervised else None
         rows = None if images_per_rank is None else [n * output.shape[1] for n in images_per_rank]
         if not self.specs[name].contrastive:
