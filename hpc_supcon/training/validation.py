@@ -162,7 +162,7 @@ def _pairwise_losses(
     for images, labels in batches:
         x = views(images)
         with training.options.autocast():
-            outputs = state.model(x)
+            outputs = state.model(x) | state.objective.momentum_outputs(state.model, x)
         for name in names:
             sums[name] += float(state.objective.pairwise(name, outputs, labels))
         steps += 1
