@@ -180,10 +180,6 @@ def _check_views(config: Config) -> None:
     for name in sorted(terms & OF_VIEWS):
         if config.data.views < 2:
             raise ConfigError(f"loss.name={name} compares an image's views: it needs data.views of 2 or more")
-        if config.data.batch_size < 2:
-            raise ConfigError(
-                f"data.batch_size={config.data.batch_size}: {name} compares the images of a batch, at least 2"
-            )
         if others := sorted(terms & (OF_VIEWS | CONTRASTIVE) - {name}):
             raise ConfigError(
                 f"loss.terms: {name} and {others[0]} would shape one projection in two ways; use one of them"
