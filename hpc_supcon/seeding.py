@@ -37,7 +37,7 @@ STREAMS = (
     "corruptions",  # corrupted test images: corruption, severity, image
     "bootstrap",  # resampled images of confidence intervals
     "clusters",  # initial centers of k-means: restart
-    "queue",  # the first keys of a queue
+    "loss",  # the first keys of a queue, prototypes
 )
 """Every name, with the meaning of its indices. Append new names: the position is part of the derivation."""
 

@@ -158,3 +158,23 @@ def moco(q, k, queue, tau):
             negatives = sum(torch.exp((query * past).sum() / tau) for past in queue[1 - v])
             losses.append(-torch.log(positive / (positive + negatives)))
     return _mean(losses)
+
+
+def swav(z, prototypes, tau, epsilon=0.05, iterations=3):
+    """Mean over both views of -sum_k q_k log p_k, q by rounds of Sinkhorn-Knopp (Caron et al., equation 2)."""
+    n, views, _ = z.shape
+    k = len(prototypes)
+    loss, scores = (
+        0.0,
+        [[[(_unit(z[b, v]) * _unit(c)).sum() for c in prototypes] for b in range(n)] for v in range(2)],
+    )
+    for v in range(views):
+        q = [[math.exp(float(s.detach()) / epsilon) for s in row] for row in scores[v]]
+        for _ in range(iterations):
+            shares = [sum(row[j] for row in q) for j in range(k)]
+            q = [[row[j] / shares[j] / k for j in range(k)] for row in q]
+            q = [[x / sum(row) / n for x in row] for row in q]
+        for b in range(n):
+            exps = [torch.exp(s / tau) for s in scores[1 - v][b]]
+            loss = loss - sum(n * q[b][j] * torch.log(exps[j] / sum(exps)) for j in range(k)) / views / n
+    return loss

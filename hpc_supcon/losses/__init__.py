@@ -17,6 +17,7 @@ from .pointwise import CrossEntropyLoss, CrossEntropyMAELoss, ReconstructionLoss
 from .predictive import BYOLLoss, SimSiamLoss
 from .redundancy import BarlowTwinsLoss, VICRegLoss
 from .registry import LOSSES, LossSpec, loss_spec
+from .swav import SwAVLoss
 from .triplet import TripletLoss
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "SimCLRLoss",
     "SimSiamLoss",
     "SupConLoss",
+    "SwAVLoss",
     "TCLLoss",
     "TripletLoss",
     "VICRegLoss",

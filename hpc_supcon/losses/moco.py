@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import permutations
 
 import torch
@@ -70,7 +71,7 @@ class MoCoLoss(nn.Module):
         return torch.logsumexp(logits, dim=1) - logits[:, 0]
 
     @torch.no_grad()
-    def after_step(self, keys: Tensor, images_per_rank: list[int] | None = None) -> None:
-        """Replace the oldest keys by those of all ranks, [B, V, D]. Collective."""
-        newest = gather_rows(F.normalize(keys.float(), dim=-1), images_per_rank)
+    def after_step(self, outputs: Mapping[str, Tensor], images_per_rank: list[int] | None = None) -> None:
+        """Replace the oldest keys by outputs["target"] [B, V, D] of all ranks. Collective."""
+        newest = gather_rows(F.normalize(outputs["target"].float(), dim=-1), images_per_rank)
         self.keys.copy_(torch.cat([newest.transpose(0, 1), self.keys], dim=1)[:, : self.keys.shape[1]])

@@ -89,10 +89,11 @@ def _build_objective(
     settings = {
         **config.loss.model_dump(),
         "precision": loss_precision(runtime.device, config.loss.precision, config.train.precision),
-        # of MoCo's queue
+        # of MoCo's queue and SwAV's prototypes
         "projection_dim": config.model.projection_dim,
         "views": config.data.views,
-        "seed": stream(config.seed, "queue"),
+        "seed": stream(config.seed, "loss"),
+        "frozen_steps": round(config.loss.frozen_epochs * plan.steps_per_epoch),
     }
     target = None
     if needs_target(config.loss.weights):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..distributed.collectives import all_sum, gather_sizes, rank, world_size
 from ..losses import (
     MoCoLoss,
+    SwAVLoss,
     alignment_and_uniformity,
     effective_rank,
     embedding_std,
@@ -84,15 +85,15 @@ class Objective(nn.Module):
     def after_step(
         self, model: PretrainingModel, outputs: Mapping[str, Tensor], step: int, images_per_rank: list[int] | None
     ) -> None:
-        """Move the target towards `model`, and put its embeddings into a loss's queue, after the optimizer step
+        """Move the target towards `model`, and let losses keep what they need of this step, after the optimizer step
         number `step`, counted from 0. Collective."""
-        if self.target is None:
-            return
-        with phase("target"):
-            self.target.update(model, step)
-            for loss in self.losses.values():
-                if isinstance(loss, MoCoLoss):
-                    loss.after_step(outputs["target"], images_per_rank)
+        if self.target is not None:
+            with phase("target"):
+                self.target.update(model, step)
+        for loss in self.losses.values():
+            if isinstance(loss, (MoCoLoss, SwAVLoss)):
+                with phase("queue"):
+                    loss.after_step(outputs, images_per_rank)
 
     def forward(
         self,

@@ -27,15 +27,15 @@ def shards(world_size):
 
 def value_and_gradient(name, first, second, images_per_rank=None):
     factory = losses.LOSSES[name].factory
-    loss = (factory(0.3, 7, projection_dim=D, seed=3) if name == "moco_v2" else factory()).double()
+    loss = (factory(0.3, 7, projection_dim=D, seed=3) if name in ("moco_v2", "swav") else factory()).double()
     first = first.clone().requires_grad_()
     read = [first] if losses.LOSSES[name].other is None else [first, second]
     value = loss(*read, images_per_rank=images_per_rank)
     value.backward()
     if name == "moco_v2":
-        loss.after_step(second, images_per_rank)
+        loss.after_step({"target": second}, images_per_rank)
     stats = {key: float(number) for key, number in getattr(loss, "stats", {}).items()}
-    return value.detach(), first.grad, stats, dict(loss.state_dict())
+    return value.detach(), first.grad, stats, dict(loss.state_dict()), [p.grad for p in loss.parameters()]
 
 
 def all_losses(rank, world_size, known):
@@ -61,12 +61,15 @@ def test_value_and_gradient_of_unequal_ranks_equal_one_process(world_size, known
     ranks = run_ranks(all_losses, world_size, known)
     everything = [torch.cat(parts) for parts in zip(*shards(world_size), strict=True)]
     for name in NAMES:
-        value, grad, stats, state = value_and_gradient(name, *everything)
+        value, grad, stats, state, own = value_and_gradient(name, *everything)
         for result in ranks:
             torch.testing.assert_close(result[name][0], value, rtol=1e-10, atol=0)
             assert result[name][2] == pytest.approx(stats, rel=1e-10), name
             for key, held in state.items():
                 torch.testing.assert_close(result[name][3][key], held, rtol=0, atol=0)
+        for index, wanted in enumerate(own):
+            mean = sum(result[name][4][index] for result in ranks) / world_size
+            torch.testing.assert_close(mean, wanted, rtol=1e-10, atol=1e-12, msg=name)
         got = torch.cat([result[name][1] for result in ranks]) / world_size
         torch.testing.assert_close(got, grad, rtol=1e-10, atol=1e-10 * float(grad.abs().max()), msg=name)
 

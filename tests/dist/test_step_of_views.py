@@ -22,6 +22,7 @@ FORMS = {
     "simsiam": ["model.projection_norm=all", "model.predictor_hidden=6"],
     "byol": ["model.momentum_encoder=0.9", "model.momentum_final=1.0", "model.predictor_hidden=6"],
     "moco_v2": ["model.momentum_encoder=0.9", "loss.queue_size=40"],
+    "swav": ["loss.prototypes=5", "loss.frozen_epochs=0.4"],
 }
 
 
@@ -51,7 +52,7 @@ def five_steps(rank, world_size, name, *more, frozen=False):
 def double_start(config):
     torch.manual_seed(config.seed)
     model, encoder = config.model, DoubleEncoder()
-    unit = config.loss.name == "moco_v2"
+    unit = config.loss.name in ("moco_v2", "swav")
     heads = {"projection": Projection(12, 16, 8, model.projection_layers, model.projection_norm, unit=unit).double()}
     if config.loss.name in ("simsiam", "byol"):
         heads["prediction"] = Predictor(8, model.predictor_hidden).double()

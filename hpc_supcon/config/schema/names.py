@@ -17,7 +17,7 @@ StemName = Literal["auto", "small", "standard"]
 
 ContrastiveName = Literal["supcon_out", "supcon_in", "tcl", "simclr"]
 """Losses over the embeddings of all ranks, and of a queue."""
-OfViewsName = Literal["barlow_twins", "vicreg", "simsiam", "byol", "moco_v2"]
+OfViewsName = Literal["barlow_twins", "vicreg", "simsiam", "byol", "moco_v2", "swav"]
 """Losses that compare the views of images, without labels, and shape a projection of their own."""
 TargetName = Literal["byol", "moco_v2"]
 """Those that aim at the embeddings of a momentum target."""

@@ -64,7 +64,9 @@ class LossConfig(Section):
     supervised: bool = Field(
         description="false: an image's views are its positives, whatever its label (contrastive losses, triplet)"
     )
-    temperature: Positive = Field(description="tau: similarities are divided by it (contrastive losses, moco_v2)")
+    temperature: Positive = Field(
+        description="tau: similarities are divided by it (contrastive losses, moco_v2, swav)"
+    )
     learnable_temperature: bool = Field(
         description="train tau as well, starting from `temperature`; it stays at or above 0.025, or 0.002 where it "
         "starts below 0.025 (contrastive losses)"
@@ -84,6 +86,14 @@ class LossConfig(Section):
     invariance_weight: NonNegative = Field(description="vicreg: lambda, the weight of the distance of views")
     variance_weight: NonNegative = Field(description="vicreg: mu, the weight of the variance of each dimension")
     covariance_weight: NonNegative = Field(description="vicreg: nu, the weight of the covariances of dimensions")
+    prototypes: Count = Field(description="swav: number of prototypes that embeddings are assigned to")
+    frozen_epochs: NonNegative = Field(
+        description="swav: prototypes keep their first values for so long", json_schema_extra={"unit": "epochs"}
+    )
+    sinkhorn_epsilon: Annotated[float, Field(ge=0.005)] = Field(
+        description="swav: how soft assignments are; cosines are divided by it"
+    )
+    sinkhorn_iterations: Count = Field(description="swav: rounds in which the prototypes' shares are made equal")
     queue_size: Annotated[int, Field(ge=0)] = Field(
         description="past embeddings kept as extra columns of a contrastive loss, or as moco_v2's negatives; 0: none",
         json_schema_extra={"unit": "images"},

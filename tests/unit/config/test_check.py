@@ -48,7 +48,7 @@ PRETRAIN = [
     (["model.momentum_encoder=0.9"], r"model\.momentum_encoder .* set loss\.queue_size as well"),
     *[
         (["loss.name=" + name, "data.views=1"], rf"loss\.name={name} .* data\.views of 2 or more")
-        for name in ("barlow_twins", "vicreg", "simsiam", "byol", "moco_v2")
+        for name in ("barlow_twins", "vicreg", "simsiam", "byol", "moco_v2", "swav")
     ],
     (["loss.name=byol"], r"loss\.name=byol aims at a momentum target: set model\.momentum_encoder"),
     (

@@ -47,6 +47,7 @@ RIVALS = {
     "vicreg": ("vicreg", 1, "lars", 0.3, 1e-4, "weights", (2048, 3, "hidden", 2048), 0.2, 0.2, 0),
     "simsiam": ("simsiam", 1, "sgd", 0.5, 1e-5, "all", (2048, 3, "all", 2048), 0.08, 0.4, 0.5),
     "byol": ("byol", 1, "lars", 1.0, 1e-5, "weights", (4096, 2, "hidden", 256), 0.08, 0.2, 0),
+    "swav": ("swav", 1, "lars", 0.6, 1e-6, "weights", (2048, 2, "hidden", 128), 0.08, 0.8, 0.5),
     "moco-v2": ("moco_v2", 1, "sgd", 0.3, 1e-4, "all", (2048, 2, "none", 256), 0.08, 0.4, 0.5),
 }
 """As in solo-learn's scripts for CIFAR-10."""
@@ -182,7 +183,9 @@ def test_rivals_without_labels(method):
     assert (optim.momentum, optim.lars_eta, optim.lars_clip) == (0.9, 0.02, True)
     assert (optim.schedule, optim.warmup_epochs, config.train.epochs) == ("cosine", 10, 1000)
     assert (augment.policy, augment.crop_scale) == ("simaugment", (crop, 1))
-    assert (augment.brightness, augment.contrast, augment.saturation, augment.hue) == (0.4, 0.4, saturation, 0.1)
+    strong = loss == "swav"
+    assert (augment.brightness, augment.contrast, augment.hue) == ((0.8, 0.8, 0.2) if strong else (0.4, 0.4, 0.1))
+    assert augment.saturation == saturation
     assert (augment.jitter_probability, augment.grayscale, augment.blur) == (0.8, 0.2, blur)
     if loss in ("byol", "simsiam"):
         assert model.predictor_hidden == {"byol": 4096, "simsiam": 512}[loss]
@@ -190,6 +193,9 @@ def test_rivals_without_labels(method):
     assert (model.momentum_encoder, model.momentum_final) == momentum
     if loss == "moco_v2":
         assert (config.loss.queue_size, config.loss.temperature) == (32768, 0.2)
+    if loss == "swav":
+        assert (config.loss.prototypes, config.loss.temperature, config.loss.frozen_epochs) == (3000, 0.1, 2)
+        assert (config.loss.sinkhorn_epsilon, config.loss.sinkhorn_iterations) == (0.05, 3)
     if loss == "vicreg":
         weights = config.loss.invariance_weight, config.loss.variance_weight, config.loss.covariance_weight
         assert weights == (25, 25, 1)

@@ -146,6 +146,7 @@ RIVALS = {
     "SimSiam": "simsiam",
     "Barlow Twins": "barlow-twins",
     "VICReg": "vicreg",
+    "SwAV": "swav",
 }
 
 

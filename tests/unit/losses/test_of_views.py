@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 from hpc_supcon import losses
 from hpc_supcon.errors import LossInputError
+from hpc_supcon.losses.swav import sinkhorn
 from tests import brute_force
 
 N, D, TAU = 5, 4, 0.3
@@ -21,6 +22,8 @@ def rows(seed, n=N, views=2, dtype=torch.float64):
 def make(name):
     if name == "moco_v2":
         return losses.MoCoLoss(TAU, 7, projection_dim=D, seed=3).double()
+    if name == "swav":
+        return losses.SwAVLoss(TAU, 3, projection_dim=D, seed=3).double()
     return losses.LOSSES[name].factory()
 
 
@@ -31,6 +34,8 @@ def formula(name, first, second=None, loss=None):
         return brute_force.vicreg(first, 25.0, 25.0, 1.0)
     if name == "moco_v2":
         return brute_force.moco(first, second, loss.keys, TAU)
+    if name == "swav":
+        return brute_force.swav(first, loss.prototypes.detach(), TAU)
     return getattr(brute_force, name)(first, second)
 
 
@@ -55,7 +60,7 @@ def test_value_and_gradient_are_the_formulas(name):
     assert all(x.grad is None for x in read[1:])  # targets get no gradient
 
 
-@pytest.mark.parametrize("name", OF_VIEWS)
+@pytest.mark.parametrize("name", [name for name in OF_VIEWS if name != "swav"])  # its codes are constants
 def test_gradients_pass_gradcheck(name):
     loss, read = make(name), arguments(name, seed=5)
     assert torch.autograd.gradcheck(lambda x: loss(x, *(other.detach() for other in read[1:])), read[0])
@@ -135,12 +140,35 @@ def test_the_queue_holds_the_newest_keys_of_each_view():
     assert torch.equal(loss.keys, losses.MoCoLoss(TAU, 7, projection_dim=D).keys)
     torch.testing.assert_close(loss.keys.norm(dim=-1), torch.ones(2, 7))
     first, second, many = (rows(seed, n=n, dtype=torch.float32) for seed, n in ((1, 3), (2, 5), (3, 9)))
-    loss.after_step(first)
-    loss.after_step(second)
+    loss.after_step({"target": first})
+    loss.after_step({"target": second})
     held = F.normalize(torch.cat([second, first[:2]]), dim=-1).transpose(0, 1)
     torch.testing.assert_close(loss.keys, held)
-    loss.after_step(many)
+    loss.after_step({"target": many})
     torch.testing.assert_close(loss.keys, F.normalize(many[:7], dim=-1).transpose(0, 1))
+
+
+def test_prototypes_are_trained_after_their_frozen_steps():
+    loss = losses.SwAVLoss(TAU, 3, projection_dim=D, seed=3, frozen_steps=2).double()
+    free = make("swav")
+    for step in range(3):
+        x, y = rows(4).requires_grad_(), rows(4).requires_grad_()
+        loss.zero_grad(), free.zero_grad()
+        torch.testing.assert_close(loss(x), free(y))
+        loss(x).backward(), free(y).backward()
+        torch.testing.assert_close(x.grad, y.grad)
+        want = free.prototypes.grad if step == 2 else torch.zeros_like(free.prototypes)
+        torch.testing.assert_close(loss.prototypes.grad, want)
+        loss.after_step({})
+    want = rows(4), free.prototypes.detach().requires_grad_()
+    brute_force.swav(want[0], want[1], TAU).backward()
+    torch.testing.assert_close(free.prototypes.grad, want[1].grad)
+
+
+def test_codes_sum_to_one_and_share_the_prototypes():
+    codes = sinkhorn(F.cosine_similarity(rows(1, n=40)[:, :1], rows(2, n=5)[:, 0][None], dim=-1), 0.05, 50)
+    torch.testing.assert_close(codes.sum(1), torch.ones(40, dtype=torch.float64))
+    torch.testing.assert_close(codes.sum(0), torch.full((5,), 8.0, dtype=torch.float64), rtol=1e-3, atol=0)
 
 
 def test_the_std_of_embeddings_tells_collapse_from_spread():

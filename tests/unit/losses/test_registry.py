@@ -11,11 +11,11 @@ from hpc_supcon.errors import ConfigError
 from hpc_supcon.training.objective import GRADIENT_RESPONSE_LOSSES, Objective
 
 # Settings of the loss section that say which losses there are and what they are given, not how one is computed.
-NOT_OF_A_LOSS = {"name", "terms", "supervised"}
+NOT_OF_A_LOSS = {"name", "terms", "supervised", "frozen_epochs"}
 # Parameters for those who use the losses without a configuration.
 NOT_SETTINGS = {"gather", "validate"}
-# What the queue of moco_v2 is built from.
-FROM_OTHER_SECTIONS = {"projection_dim", "views", "seed"}
+# What the queue of moco_v2 and the prototypes of swav are built from.
+FROM_OTHER_SECTIONS = {"projection_dim", "views", "seed", "frozen_steps"}
 
 
 def test_every_loss_can_be_built_by_its_name():
@@ -30,6 +30,7 @@ def test_every_loss_can_be_built_by_its_name():
         "simsiam",
         "supcon_in",
         "supcon_out",
+        "swav",
         "tcl",
         "triplet",
         "vicreg",
