@@ -40,6 +40,7 @@ def five_steps(rank, world_size, name, *more, frozen=False):
     """(losses, weights, state of the objective) after five steps; frozen: BatchNorm with its running statistics."""
     state, options, batches = build(rank, world_size, overrides_of(name, *more), start=double_start)
     state.views.render = two_views
+    state.objective.double()  # prototypes
     if frozen:
         for part in (*state.model.modules(), *state.objective.modules()):
             if isinstance(part, nn.modules.batchnorm._BatchNorm):
