@@ -90,3 +90,91 @@ def responses(features, labels, tau, k1, k2):
         ]
         out.append((pulls, [k2 * math.exp(dots[n] / tau) / d for n in negatives]))
     return out
+
+
+def _column(z, v, i):
+    """Dimension i of view v of every image, as a list."""
+    return [z[b, v, i] for b in range(len(z))]
+
+
+def _mean(values):
+    return sum(values) / len(values)
+
+
+def _products(a, b):
+    """The sum over images of the product of two dimensions, each less its mean."""
+    return sum((x - _mean(a)) * (y - _mean(b)) for x, y in zip(a, b, strict=True))
+
+
+def barlow_twins(z, weight):
+    """Sum of (1 - C_ii)^2 + weight sum of C_ij^2 (Zbontar et al., equations 1 and 2), eps of the authors 1e-5."""
+    n, _, dim = z.shape
+    loss = 0.0
+    for i in range(dim):
+        for j in range(dim):
+            a, b = _column(z, 0, i), _column(z, 1, j)
+            c = _products(a, b) / n / ((_products(a, a) / n + 1e-5) * (_products(b, b) / n + 1e-5)).sqrt()
+            loss = loss + ((1 - c) ** 2 if i == j else weight * c**2)
+    return loss
+
+
+def vicreg(z, invariance, variance, covariance):
+    """lambda s(Z, Z') + mu [v(Z) + v(Z')] + nu [c(Z) + c(Z')] (Bardes et al., equation 6)."""
+    n, _, dim = z.shape
+    loss = invariance * _mean([(z[b, 0, i] - z[b, 1, i]) ** 2 for b in range(n) for i in range(dim)])
+    for v in range(2):
+        columns = [_column(z, v, i) for i in range(dim)]
+        stds = [(_products(a, a) / (n - 1) + 1e-4).sqrt() for a in columns]
+        loss = loss + variance * _mean([torch.relu(1 - s) for s in stds])
+        pairs = [(a, b) for a in range(dim) for b in range(dim) if a != b]
+        loss = loss + covariance * sum((_products(columns[a], columns[b]) / (n - 1)) ** 2 for a, b in pairs) / dim
+    return loss
+
+
+def _unit(row):
+    return row / row.pow(2).sum().sqrt()
+
+
+def simsiam(p, z):
+    """D(p1, stopgrad z2) / 2 + D(p2, stopgrad z1) / 2 (Chen and He, equation 4)."""
+    z = z.detach()
+    halves = [-(_unit(p[b, v]) * _unit(z[b, 1 - v])).sum() / 2 for b in range(len(p)) for v in range(2)]
+    return sum(halves) / len(p)
+
+
+def byol(p, z):
+    """|p1 - z2|^2 + |p2 - z1|^2 of unit rows (Grill et al., equation 2 and the symmetric loss)."""
+    z = z.detach()
+    return _mean([sum((_unit(p[b, v]) - _unit(z[b, 1 - v])).pow(2).sum() for v in range(2)) for b in range(len(p))])
+
+
+def moco(q, k, queue, tau):
+    """Mean over views of -log(exp(q.k / tau) / (exp(q.k / tau) + sum_queue exp(q.k_j / tau))) (He et al., eq. 1)."""
+    k, losses = k.detach(), []
+    for b in range(len(q)):
+        for v in range(2):
+            query = _unit(q[b, v])
+            positive = torch.exp((query * _unit(k[b, 1 - v])).sum() / tau)
+            negatives = sum(torch.exp((query * past).sum() / tau) for past in queue[1 - v])
+            losses.append(-torch.log(positive / (positive + negatives)))
+    return _mean(losses)
+
+
+def swav(z, prototypes, tau, epsilon=0.05, iterations=3):
+    """Mean over both views of -sum_k q_k log p_k, q by rounds of Sinkhorn-Knopp (Caron et al., equation 2)."""
+    n, views, _ = z.shape
+    k = len(prototypes)
+    loss, scores = (
+        0.0,
+        [[[(_unit(z[b, v]) * _unit(c)).sum() for c in prototypes] for b in range(n)] for v in range(2)],
+    )
+    for v in range(views):
+        q = [[math.exp(float(s.detach()) / epsilon) for s in row] for row in scores[v]]
+        for _ in range(iterations):
+            shares = [sum(row[j] for row in q) for j in range(k)]
+            q = [[row[j] / shares[j] / k for j in range(k)] for row in q]
+            q = [[x / sum(row) / n for x in row] for row in q]
+        for b in range(n):
+            exps = [torch.exp(s / tau) for s in scores[1 - v][b]]
+            loss = loss - sum(n * q[b][j] * torch.log(exps[j] / sum(exps)) for j in range(k)) / views / n
+    return loss

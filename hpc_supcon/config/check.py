@@ -18,6 +18,8 @@ from .schema import Config, names
 Stage = Literal["pretrain", "probe", "prune"]
 
 CONTRASTIVE = frozenset(get_args(names.ContrastiveName))
+OF_VIEWS = frozenset(get_args(names.OfViewsName))
+WITH_TARGET = frozenset(get_args(names.TargetName))
 PAIRWISE = frozenset(get_args(names.PairwiseName))
 CLASSIFYING = frozenset(get_args(names.ClassifierLossName))
 DECODING = frozenset(get_args(names.DecoderLossName))
@@ -41,6 +43,7 @@ def check_config(
     if _pretrains(config, stages):
         _check_encoder_options(config)
         _check_loss(config)
+        _check_views(config)
         _check_queue(config)
         _check_sampler(config)
         _check_validation(config)
@@ -173,12 +176,40 @@ def _check_loss(config: Config) -> None:
         )
 
 
+def _check_views(config: Config) -> None:
+    """The losses that compare views without labels."""
+    terms = config.loss.weights.keys()
+    for name in sorted(terms & OF_VIEWS):
+        if config.data.views < 2:
+            raise ConfigError(f"loss.name={name} compares an image's views: it needs data.views of 2 or more")
+        if others := sorted(terms & (OF_VIEWS | CONTRASTIVE) - {name}):
+            raise ConfigError(
+                f"loss.terms: {name} and {others[0]} would shape one projection in two ways; use one of them"
+            )
+
+
 def _check_queue(config: Config) -> None:
-    loss = config.loss
-    if loss.queue_size and not CONTRASTIVE & loss.weights.keys():
+    loss, model, terms = config.loss, config.model, config.loss.weights.keys()
+    with_target = sorted(terms & WITH_TARGET)
+    if loss.queue_size and not terms & (CONTRASTIVE | {"moco_v2"}):
         raise ConfigError(f"loss.queue_size={loss.queue_size}: {loss.label} takes no queue; use 0")
-    if config.model.momentum_encoder is not None and not loss.queue_size:
+    if "moco_v2" in terms and not loss.queue_size:
+        raise ConfigError("loss.name=moco_v2 compares with a queue of keys: set loss.queue_size (published: 65536)")
+    if "moco_v2" in terms and not model.sync_bn:
+        raise ConfigError(
+            "model.sync_bn=false: BatchNorm per rank tells moco_v2 which key belongs to an image; use true"
+        )
+    if with_target and model.momentum_encoder is None:
+        raise ConfigError(
+            f"loss.name={with_target[0]} aims at a momentum target: set model.momentum_encoder "
+            "(BYOL: 0.996, MoCo: 0.999)"
+        )
+    if model.momentum_encoder is not None and not with_target and not loss.queue_size:
         raise ConfigError("model.momentum_encoder makes the keys of a queue: set loss.queue_size as well")
+    if model.momentum_final is not None and not with_target:
+        raise ConfigError(
+            f"model.momentum_final is for {' and '.join(sorted(WITH_TARGET))}, not for {loss.label}; use null"
+        )
 
 
 def _check_sampler(config: Config) -> None:

@@ -48,6 +48,25 @@ def all_sum(value: Tensor) -> Tensor:
     return total
 
 
+class _SumWithGrad(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return all_sum(x)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0] * world_size()
+
+
+def sum_with_grad(x: Tensor) -> Tensor:
+    """Differentiable `all_sum` of x (any shape), for sums from which every rank computes the same loss.
+
+    Its incoming gradient is then equal on all ranks, and the gradient of x is that of the sum of all ranks' losses
+    without another message.
+    """
+    return x if world_size() == 1 else _SumWithGrad.apply(x)
+
+
 def gather_rows(x: Tensor, rows: list[int] | None = None) -> Tensor:
     """Concatenation of x [n_r, ...] over ranks along dim 0, in rank order, without gradient.
 

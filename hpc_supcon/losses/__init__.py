@@ -7,28 +7,40 @@ from .diagnostics import (
     GradientResponse,
     alignment_and_uniformity,
     effective_rank,
+    embedding_std,
     gradient_response,
     mean_similarity,
 )
+from .moco import MoCoLoss
 from .pairwise import PairwiseStats, global_mean, pairwise_stats
 from .pointwise import CrossEntropyLoss, CrossEntropyMAELoss, ReconstructionLoss
+from .predictive import BYOLLoss, SimSiamLoss
+from .redundancy import BarlowTwinsLoss, VICRegLoss
 from .registry import LOSSES, LossSpec, loss_spec
+from .swav import SwAVLoss
 from .triplet import TripletLoss
 
 __all__ = [
     "LOSSES",
+    "BYOLLoss",
+    "BarlowTwinsLoss",
     "CrossEntropyLoss",
     "CrossEntropyMAELoss",
     "GradientResponse",
     "LossSpec",
+    "MoCoLoss",
     "PairwiseStats",
     "ReconstructionLoss",
     "SimCLRLoss",
+    "SimSiamLoss",
     "SupConLoss",
+    "SwAVLoss",
     "TCLLoss",
     "TripletLoss",
+    "VICRegLoss",
     "alignment_and_uniformity",
     "effective_rank",
+    "embedding_std",
     "global_mean",
     "gradient_response",
     "loss_spec",

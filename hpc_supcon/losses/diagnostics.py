@@ -30,6 +30,19 @@ def mean_similarity(features: Tensor) -> Tensor:
 
 
 @torch.no_grad()
+def embedding_std(features: Tensor) -> Tensor:
+    """Mean over dimensions of the standard deviation of the unit rows [..., D] of all ranks, times sqrt(D); 0-dim.
+
+    0 where all embeddings are equal, and 1 where they are spread evenly over the sphere (Chen and He 2021, arXiv
+    2011.10566, section 4.1). Every rank must call this.
+    """
+    rows = torch.nn.functional.normalize(features.detach().flatten(0, -2).double(), dim=-1)
+    n, mean = all_sum(rows.new_tensor(len(rows))), all_sum(rows.sum(0))
+    squares = all_sum((rows - mean / n).square().sum(0))
+    return (squares / n).sqrt().mean() * rows.shape[-1] ** 0.5
+
+
+@torch.no_grad()
 def alignment_and_uniformity(features: Tensor, groups: Tensor, *, tile_size: int = 1024) -> tuple[Tensor, Tensor]:
     """(alignment, uniformity) of the unit rows of all ranks, 0-dim (Wang and Isola 2020, arXiv 2005.10242, t = 2).
 

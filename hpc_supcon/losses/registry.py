@@ -12,11 +12,18 @@ from torch import nn
 
 from ..errors import ConfigError, unknown_name
 from .contrastive import SimCLRLoss, SupConLoss, TCLLoss
+from .moco import MoCoLoss
 from .pointwise import CrossEntropyLoss, CrossEntropyMAELoss, ReconstructionLoss
+from .predictive import BYOLLoss, SimSiamLoss
+from .redundancy import BarlowTwinsLoss, VICRegLoss
+from .swav import SwAVLoss
 from .triplet import TripletLoss
 
-Head = Literal["projection", "features", "classifier", "decoder"]
-"""Outputs of a pre-training model: embeddings of unit length, the encoder's features, logits, images in -1..1."""
+Head = Literal["projection", "prediction", "features", "classifier", "decoder"]
+"""Outputs of a pre-training model: embeddings (of unit length, unless a loss reads them raw), the predictor's
+embeddings, the encoder's features, logits, images in -1..1."""
+Output = Literal[Head, "target"]
+"""What a loss may read: a head, or the projection of the momentum target."""
 
 
 @dataclass(frozen=True)
@@ -33,11 +40,18 @@ class LossSpec:
     """Tells the classes of images apart, unless loss.supervised is false."""
     needs_pairs: bool = False
     """An image needs a second view, or another image of its class in the batch."""
+    of_views: bool = False
+    """Compares the views of images, without labels and without `pairwise_stats`."""
+    other: Output | None = None
+    """A second output that the loss reads."""
+    raw: bool = False
+    """Reads the projection as its last layer leaves it, not scaled to unit length."""
 
     @property
     def pairwise(self) -> bool:
-        """Whether the loss compares images with each other; the others (pointwise) average over single images."""
-        return self.head in ("projection", "features")
+        """Whether the loss compares images or views with each other; the others (pointwise) average over single
+        images."""
+        return self.head in ("projection", "prediction", "features")
 
     @property
     def parameters(self) -> tuple[str, ...]:
@@ -54,6 +68,12 @@ LOSSES: dict[str, LossSpec] = {
     "supcon_in": LossSpec(partial[Any](SupConLoss, form="in"), "projection", contrastive=True, needs_pairs=True),
     "tcl": LossSpec(TCLLoss, "projection", contrastive=True, needs_pairs=True),
     "simclr": LossSpec(SimCLRLoss, "projection", contrastive=True, uses_labels=False),
+    "barlow_twins": LossSpec(BarlowTwinsLoss, "projection", uses_labels=False, of_views=True, raw=True),
+    "vicreg": LossSpec(VICRegLoss, "projection", uses_labels=False, of_views=True, raw=True),
+    "simsiam": LossSpec(SimSiamLoss, "prediction", uses_labels=False, of_views=True, other="projection", raw=True),
+    "byol": LossSpec(BYOLLoss, "prediction", uses_labels=False, of_views=True, other="target", raw=True),
+    "moco_v2": LossSpec(MoCoLoss, "projection", uses_labels=False, of_views=True, other="target"),
+    "swav": LossSpec(SwAVLoss, "projection", uses_labels=False, of_views=True),
     "triplet": LossSpec(TripletLoss, "features", needs_pairs=True),
     "cross_entropy": LossSpec(CrossEntropyLoss, "classifier"),
     "cross_entropy_mae": LossSpec(CrossEntropyMAELoss, "classifier"),

@@ -4,19 +4,32 @@ from .activation_checkpointing import apply_activation_checkpointing, frozen_run
 from .build import PretrainingModel, build_head, build_model
 from .determinism import check_deterministic
 from .encoders import ENCODERS, build_encoder
-from .heads import ConvDecoder, Heads, LinearHeads, Logistic, Mlp, Projection, SingleHead, build_decoder
+from .heads import (
+    NORMS,
+    ConvDecoder,
+    Heads,
+    LinearHeads,
+    Logistic,
+    Mlp,
+    Predictor,
+    Projection,
+    SingleHead,
+    build_decoder,
+)
 from .sync_batchnorm import synchronize_batchnorm
 from .weights import LoadedWeights, load_weights
 from .widths import set_widths
 
 __all__ = [
     "ENCODERS",
+    "NORMS",
     "ConvDecoder",
     "Heads",
     "LinearHeads",
     "LoadedWeights",
     "Logistic",
     "Mlp",
+    "Predictor",
     "PretrainingModel",
     "Projection",
     "SingleHead",

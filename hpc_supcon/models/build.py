@@ -8,11 +8,14 @@ from typing import Any, cast
 from torch import Tensor, nn
 
 from .encoders import build_encoder
-from .heads import Projection, build_decoder
+from .heads import Predictor, Projection, build_decoder
 
 
 class PretrainingModel(nn.Module):
-    """An encoder with named heads: views [B, V, C, H, W] -> {head: its output [B, V, ...]}."""
+    """An encoder with named heads: views [B, V, C, H, W] -> {head: its output [B, V, ...]}.
+
+    A head named "prediction" takes the output of "projection", which comes before it; all others take the features.
+    """
 
     encoder: nn.Module
 
@@ -24,14 +27,18 @@ class PretrainingModel(nn.Module):
     def forward(self, views: Tensor) -> dict[str, Tensor]:
         # All views in one forward pass, so that BatchNorm computes one set of statistics over all of them.
         features = self.encoder(views.flatten(0, 1))
-        return {name: head(features).unflatten(0, views.shape[:2]) for name, head in self.heads.items()}
+        outputs: dict[str, Tensor] = {}
+        for name, head in self.heads.items():
+            outputs[name] = head(outputs["projection"] if name == "prediction" else features)
+        return {name: output.unflatten(0, views.shape[:2]) for name, output in outputs.items()}
 
 
 def build_model(description: Mapping[str, Any]) -> PretrainingModel:
     """A model whose weights are initialized from the global random generator. Raises ConfigError.
 
     `description` is what a checkpoint stores about its model: `encoder` (arguments of `build_encoder`), `heads`
-    (their names), `projection` (`hidden` and `out_dim`) and `classes` (their names).
+    (their names), `projection` (arguments of `Projection`), `predictor` (of `Predictor`, where there is one) and
+    `classes` (their names).
     """
     encoder = build_encoder(**description["encoder"])
     width = cast(int, encoder.feature_dim)
@@ -39,9 +46,12 @@ def build_model(description: Mapping[str, Any]) -> PretrainingModel:
 
 
 def build_head(name: str, description: Mapping[str, Any], feature_dim: int) -> nn.Module:
-    """One head of `build_model`: "projection", "features" (the identity), "classifier" or "decoder"."""
+    """One head of `build_model`: "projection", "prediction" (from the projection's output, so it comes after it),
+    "features" (the identity), "classifier" or "decoder"."""
     if name == "projection":
         return Projection(feature_dim, **description["projection"])
+    if name == "prediction":
+        return Predictor(description["projection"]["out_dim"], **description["predictor"])
     if name == "features":
         return nn.Identity()
     if name == "classifier":

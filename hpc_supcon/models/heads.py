@@ -12,21 +12,54 @@ from torch import Tensor, nn
 
 from ..errors import ConfigError
 
+NORMS = ("none", "hidden", "all")
+
 
 class Projection(nn.Module):
-    """Two linear layers with a ReLU between them; the output rows have unit length: [N, in_dim] -> [N, out_dim] fp32.
+    """Linear layers with a ReLU between them; the output rows have unit length: [N, in_dim] -> [N, out_dim] fp32.
 
-    SimCLR (Chen et al. 2020, section 2.1) and SupCon (Khosla et al. 2020, section 3.1).
+    SimCLR (Chen et al. 2020, section 2.1) and SupCon (Khosla et al. 2020, section 3.1). `layers`: 2 or more. `norm`:
+    BatchNorm after every layer but the last ("hidden"), or after the last as well ("all", there without weights, as
+    in SimSiam). `unit`: scale the rows to unit length.
     """
 
-    def __init__(self, in_dim: int, hidden: int, out_dim: int) -> None:
+    def __init__(
+        self, in_dim: int, hidden: int, out_dim: int, layers: int = 2, norm: str = "none", *, unit: bool = True
+    ) -> None:
         super().__init__()
+        assert norm in NORMS
+        self.unit = unit
         self.hidden = nn.Linear(in_dim, hidden)
+        parts = _activation(hidden, norm)
+        for _ in range(layers - 2):
+            parts += [nn.Linear(hidden, hidden), *_activation(hidden, norm)]
+        self.middle = nn.Sequential(*parts)
         self.out = nn.Linear(hidden, out_dim)
+        self.last = nn.BatchNorm1d(out_dim, affine=False) if norm == "all" else nn.Identity()
 
     def forward(self, features: Tensor) -> Tensor:
-        z = self.out(F.relu(self.hidden(features)))
-        return F.normalize(z if z.dtype == torch.float64 else z.float(), dim=1)
+        z = self.last(self.out(self.middle(self.hidden(features))))
+        z = z if z.dtype == torch.float64 else z.float()
+        return F.normalize(z, dim=1) if self.unit else z
+
+
+def _activation(width: int, norm: str) -> list[nn.Module]:
+    return [nn.ReLU()] if norm == "none" else [nn.BatchNorm1d(width), nn.ReLU()]
+
+
+class Predictor(nn.Module):
+    """Predicts embeddings of other views: a linear layer, BatchNorm, ReLU, a linear layer; [N, dim] -> [N, dim] fp32.
+
+    BYOL (Grill et al. 2020, section 3.3) and SimSiam (Chen and He 2021, section 3).
+    """
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(nn.Linear(dim, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Linear(hidden, dim))
+
+    def forward(self, embeddings: Tensor) -> Tensor:
+        p: Tensor = self.layers(embeddings)
+        return p if p.dtype == torch.float64 else p.float()
 
 
 class Mlp(nn.Sequential):

@@ -99,7 +99,10 @@ class GlobalBatchNorm(nn.modules.batchnorm._BatchNorm):
         if not self.training or not dist.is_initialized() or dist.get_world_size() == 1:
             return super().forward(input)
         self._check_input_dim(input)
-        y, mean, var, count = _GlobalBatchNorm.apply(input, self.weight, self.bias, self.eps)
+        weight, bias = self.weight, self.bias
+        if weight is None or bias is None:  # affine=False
+            weight, bias = input.new_ones(input.shape[1]), input.new_zeros(input.shape[1])
+        y, mean, var, count = _GlobalBatchNorm.apply(input, weight, bias, self.eps)
         if not self.track_running_stats:
             return y
         if self.running_mean is not None and self.running_var is not None and self.num_batches_tracked is not None:

@@ -16,6 +16,7 @@ from ..distributed.agreement import ranks_that_differ
 from ..distributed.collectives import propagate_errors
 from ..distributed.launch import Runtime
 from ..errors import RanksDiffer
+from ..losses import loss_spec
 from ..models import (
     LoadedWeights,
     PretrainingModel,
@@ -28,11 +29,11 @@ from ..pruning import GradualPruning, WeightMasks
 from ..seeding import seed_global_generators, stream
 from .agreement import STATE_KEY
 from .data import Data, build_training_loader
-from .ema import MomentumQueue, WeightAverage
+from .ema import MomentumQueue, MomentumTarget, WeightAverage, momentum_at
 from .engine import ENGINES, EngineParts, LossScale, autocast, compiler, loss_precision, place
-from .objective import Objective, heads_of
+from .objective import Objective, heads_of, needs_target
 from .optim import OPTIMIZER_SETTINGS, build_optimizer
-from .plan import build_plan, build_stopping, peak_lr
+from .plan import TrainingPlan, build_plan, build_stopping, peak_lr
 from .state import StepOptions, Training, TrainState
 
 
@@ -68,9 +69,8 @@ def build_training(
             model, weights = initial_model(config, description, load_weights=load_weights)
         check_deterministic(model.encoder, config.model.encoder, description["encoder"], runtime.device)
         views = build_views(config, description)
-        precision = loss_precision(runtime.device, config.loss.precision, config.train.precision)
-        settings = {**config.loss.model_dump(), "precision": precision}
-        objective = Objective(config.loss.weights, settings, denormalize=views.denormalize)
+        plan = build_plan(config, loader.steps_per_epoch)
+        objective = _build_objective(config, model, views, plan, runtime)
         if start is not None and start.objective is not None:
             objective.load_state_dict(start.objective)
         if start is not None and start.masks is not None:
@@ -82,7 +82,6 @@ def build_training(
     if start is not None and start.masks is not None:
         state.masks = WeightMasks(state.model.encoder, start.masks)
     state.gradual = None if start is None else start.gradual
-    plan = build_plan(config, loader.steps_per_epoch)
     return Training(state, _step_options(config, runtime), loader, plan, description, weights)
 
 
@@ -98,6 +97,28 @@ def initial_model(
     if not load_weights or config.model.weights is None:
         return model, None
     return model, load_pretrained(model.encoder, config.model.weights)
+
+
+def _build_objective(
+    config: Config, model: PretrainingModel, views: Views, plan: TrainingPlan, runtime: Runtime
+) -> Objective:
+    """What `model` is trained to minimize; a momentum target starts as its copy."""
+    settings = {
+        **config.loss.model_dump(),
+        "precision": loss_precision(runtime.device, config.loss.precision, config.train.precision),
+        # of MoCo's queue and SwAV's prototypes
+        "projection_dim": config.model.projection_dim,
+        "views": config.data.views,
+        "seed": stream(config.seed, "loss"),
+        "frozen_steps": round(config.loss.frozen_epochs * plan.steps_per_epoch),
+    }
+    target = None
+    if needs_target(config.loss.weights):
+        base = config.model.momentum_encoder
+        assert base is not None  # see config.check
+        momentum = partial(momentum_at, base=base, final=config.model.momentum_final, steps=plan.steps)
+        target = MomentumTarget(model, momentum)
+    return Objective(config.loss.weights, settings, target=target, denormalize=views.denormalize)
 
 
 def _check_same_weights(weights: LoadedWeights | None) -> None:
@@ -123,7 +144,14 @@ def describe_model(config: Config, splits: Splits) -> dict[str, Any]:
             # left out where there are none, as in checkpoints from before there were any
             **({} if model.channels is None else {"channels": {k: list(v) for k, v in model.channels.items()}}),
         },
-        "projection": {"hidden": model.projection_hidden, "out_dim": model.projection_dim},
+        "projection": {
+            "hidden": model.projection_hidden,
+            "out_dim": model.projection_dim,
+            "layers": model.projection_layers,
+            "norm": model.projection_norm,
+            "unit": not any(loss_spec(name).raw for name in config.loss.weights),
+        },
+        "predictor": {"hidden": model.predictor_hidden},
         "heads": heads_of(config.loss.weights),
         "classes": list(splits.classes),
         "normalization": normalization_of(splits.train),
@@ -147,13 +175,14 @@ def _build_state(
 ) -> TrainState:
     """The state of a run at its start. Collective. Raises ConfigError for what the engine refuses."""
     train, optim = config.train, config.optim
-    placed = place(
-        model, runtime, channels_last=train.channels_last, sync_bn=config.model.sync_bn, compiled=train.compile
-    )
+    put = partial(place, runtime=runtime, channels_last=train.channels_last, sync_bn=config.model.sync_bn)
+    placed = put(model, compiled=train.compile)
     objective = objective.to(runtime.device)
+    if objective.target is not None:
+        objective.target.network = put(objective.target.network)
     # copies of the model are made before it is wrapped, and before its blocks are changed to recompute activations
     queue = None
-    if config.loss.queue_size:
+    if config.loss.queue_size and any(spec.contrastive for spec in objective.specs.values()):
         queue = MomentumQueue(
             placed, config.loss.queue_size, config.model.projection_dim, config.model.momentum_encoder
         )

@@ -1,9 +1,11 @@
-"""Exponential moving averages of a model's weights: for evaluation, and as the momentum encoder of a queue (MoCo)."""
+"""Exponential moving averages of a model's weights: for evaluation, as the momentum encoder of a queue, and as the
+momentum target of BYOL and MoCo."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -60,6 +62,46 @@ class WeightAverage:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         for name, average in self._average.items():
             average.copy_(state[name])
+
+
+class MomentumTarget(nn.Module):
+    """A copy of the encoder and its projection that follows the model, and whose embeddings a loss aims at.
+
+    target = m target + (1 - m) model after every step, m = `momentum(step)`. It gets no gradient; its BatchNorm
+    statistics are its own.
+    """
+
+    def __init__(self, model: PretrainingModel, momentum: Callable[[int], float]) -> None:
+        """`momentum`: of a step, counted from 0, in 0..1."""
+        super().__init__()
+        projection = model.heads["projection"]
+        self.network = copy.deepcopy(PretrainingModel(model.encoder, {"projection": projection})).requires_grad_(
+            False
+        )
+        self._momentum = momentum
+
+    @torch.no_grad()
+    def embeddings(self, model: nn.Module, views: Tensor) -> Tensor:
+        """Projections [B, V, D] of views [B, V, C, H, W], with BatchNorm in the mode in which `model` is."""
+        if self.network.training != model.training:
+            self.network.train(model.training)
+        projections: Tensor = self.network(views)["projection"]
+        return projections
+
+    def update(self, model: PretrainingModel, step: int) -> None:
+        """Call after the optimizer step number `step`, counted from 0."""
+        online = [*model.encoder.parameters(), *model.heads["projection"].parameters()]
+        update_average(self.network.parameters(), online, self._momentum(step))
+
+
+def momentum_at(step: int, *, base: float, final: float | None, steps: int) -> float:
+    """The momentum of a step, counted from 0: from `base` to `final` by half a cosine over `steps`.
+
+    Grill et al. 2020, BYOL, section 3.3. With `final` None it is `base` in every step.
+    """
+    if final is None:
+        return base
+    return final - (final - base) * (math.cos(math.pi * min(step / steps, 1.0)) + 1) / 2
 
 
 class MomentumQueue(nn.Module):

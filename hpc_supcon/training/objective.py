@@ -11,7 +11,19 @@ import torch
 from torch import Tensor, nn
 
 from ..distributed.collectives import all_sum, gather_sizes, rank, world_size
-from ..losses import alignment_and_uniformity, effective_rank, gradient_response, loss_spec, mean_similarity
+from ..losses import (
+    MoCoLoss,
+    SwAVLoss,
+    alignment_and_uniformity,
+    effective_rank,
+    embedding_std,
+    gradient_response,
+    loss_spec,
+    mean_similarity,
+)
+from ..models import PretrainingModel
+from ..phases import phase
+from .ema import MomentumTarget
 
 # Losses that weigh positives and negatives as losses.gradient_response does.
 GRADIENT_RESPONSE_LOSSES = ("supcon_out", "tcl")
@@ -24,20 +36,25 @@ class Objective(nn.Module):
 
     The value is the same on every rank; the average over ranks of the gradients is the gradient of one process
     that has the whole batch.
+
+    What a loss keeps from step to step is part of it and of its state: a momentum target, a queue of keys.
     """
+
+    target: MomentumTarget | None
 
     def __init__(
         self,
         terms: Mapping[str, float],
         settings: Mapping[str, Any],
         *,
+        target: MomentumTarget | None = None,
         denormalize: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         """Raises ConfigError for a loss that does not exist, or for settings that it refuses.
 
         `terms`: loss -> its weight. `settings`: the configuration's loss section as a dict. Each loss is given
-        those settings that are parameters of it; `supervised` is for all of them. `denormalize`: views -> images
-        in 0..1, needed for a decoder.
+        those settings that are parameters of it; `supervised` is for all of them. `target`: needed where a loss
+        reads it (see `needs_target`). `denormalize`: views -> images in 0..1, needed for a decoder.
         """
         super().__init__()
         self.weights = dict(terms)
@@ -49,12 +66,34 @@ class Objective(nn.Module):
             if "validate" in spec.parameters:
                 arguments["validate"] = False  # the training step checks its numbers itself
             self.losses[name] = spec.factory(**arguments)
+        self.target = target
         self._denormalize = denormalize
         self._last: dict[str, Tensor] = {}
 
     @property
     def heads(self) -> list[str]:
         return heads_of(self.weights)
+
+    def momentum_outputs(self, model: PretrainingModel, views: Tensor) -> dict[str, Tensor]:
+        """What losses read beside the outputs of `model` for views [B, V, C, H, W]: the target's embeddings
+        "target" [B, V, D], without gradient; empty without a target."""
+        if self.target is None:
+            return {}
+        with phase("target"):
+            return {"target": self.target.embeddings(model, views)}
+
+    def after_step(
+        self, model: PretrainingModel, outputs: Mapping[str, Tensor], step: int, images_per_rank: list[int] | None
+    ) -> None:
+        """Move the target towards `model`, and let losses keep what they need of this step, after the optimizer step
+        number `step`, counted from 0. Collective."""
+        if self.target is not None:
+            with phase("target"):
+                self.target.update(model, step)
+        for loss in self.losses.values():
+            if isinstance(loss, (MoCoLoss, SwAVLoss)):
+                with phase("queue"):
+                    loss.after_step(outputs, images_per_rank)
 
     def forward(
         self,
@@ -84,21 +123,26 @@ class Objective(nn.Module):
     ) -> Tensor:
         spec = self.specs[name]
         if spec.pairwise:
-            return self.pairwise(name, outputs[spec.head], labels, queue, images_per_rank)
+            return self.pairwise(name, outputs, labels, queue, images_per_rank)
         return _mean_over_ranks(self.pointwise(name, outputs[spec.head], views, labels))
 
     def pairwise(
         self,
         name: str,
-        output: Tensor,
+        outputs: Mapping[str, Tensor],
         labels: Tensor,
         queue: Any = None,
         images_per_rank: list[int] | None = None,
     ) -> Tensor:
-        """A contrastive or triplet loss over the images of all ranks. Every rank must call this."""
+        """A loss over the images of all ranks. Every rank must call this."""
+        spec = self.specs[name]
+        output = outputs[spec.head]
+        if spec.of_views:
+            read = [output] if spec.other is None else [output, outputs[spec.other]]
+            return self.losses[name](*read, images_per_rank=images_per_rank)
         pair_labels = labels if self.supervised else None
         rows = None if images_per_rank is None else [n * output.shape[1] for n in images_per_rank]
-        if not self.specs[name].contrastive:
+        if not spec.contrastive:
             return self.losses[name](output, pair_labels, rows_per_rank=rows)
         if queue is not None and not self.supervised:
             queue = (queue[0], None)
@@ -130,19 +174,21 @@ class Objective(nn.Module):
         return numbers
 
     def embedding_numbers(self, outputs: Mapping[str, Tensor], labels: Tensor) -> dict[str, Tensor]:
-        """Mean cosine similarity, alignment of positives, uniformity and effective rank (see MAX_RANK_WIDTH) of the
-        batch's embeddings; empty without a contrastive loss.
+        """Mean cosine similarity, alignment of positives, uniformity, standard deviation (`losses.embedding_std`) and
+        effective rank (see MAX_RANK_WIDTH) of the batch's embeddings; empty for a loss that reads no projection.
 
         labels [B]. Every rank must call this.
         """
-        if not any(spec.contrastive for spec in self.specs.values()):
+        if "projection" not in outputs:
             return {}
         embeddings = outputs["projection"]
         # of an unsupervised loss, the positives of a view are the other views of its image
-        groups = labels if self.supervised else torch.arange(len(labels), device=labels.device) + _before(labels)
+        supervised = self.supervised and not any(spec.of_views for spec in self.specs.values())
+        groups = labels if supervised else torch.arange(len(labels), device=labels.device) + _before(labels)
         groups = groups[:, None].expand(-1, embeddings.shape[1])
         alignment, uniformity = alignment_and_uniformity(embeddings, groups)
         numbers = {"mean_similarity": mean_similarity(embeddings), "alignment": alignment, "uniformity": uniformity}
+        numbers["embedding_std"] = embedding_std(embeddings)
         if embeddings.shape[-1] <= MAX_RANK_WIDTH:
             numbers["effective_rank"] = effective_rank(embeddings)
         return numbers
@@ -166,8 +212,15 @@ class Objective(nn.Module):
 
 
 def heads_of(terms: Iterable[str]) -> list[str]:
-    """The heads that the losses read, each once, in the order of `terms`."""
-    return list(dict.fromkeys(loss_spec(name).head for name in terms))
+    """The heads that the losses need, each once, in the order of `terms`; a projection comes before its predictor."""
+    specs = [loss_spec(name) for name in terms]
+    before = {"prediction": ["projection", "prediction"]}
+    return list(dict.fromkeys(head for spec in specs for head in before.get(spec.head, [spec.head])))
+
+
+def needs_target(terms: Iterable[str]) -> bool:
+    """Whether a loss reads the embeddings of a momentum target."""
+    return any(loss_spec(name).other == "target" for name in terms)
 
 
 def gradient_response_loss(terms: Iterable[str]) -> str | None:

@@ -64,6 +64,7 @@ def train_step(state: TrainState, batch: Batch, options: StepOptions) -> StepRes
         with phase("queue"):
             state.queue.update_key_model(state.model)
             state.queue.push(torch.cat(keys), batch.labels, options.images_per_rank)
+    state.objective.after_step(state.model, outputs, state.step, options.images_per_rank)
     state.step += 1
     if state.gradual is not None:
         with phase("pruning"):
@@ -100,7 +101,7 @@ def _one_pass(
 ) -> Passed:
     x = views(pieces[0])
     with options.autocast():
-        outputs = _forward(state.engine.forward, x)
+        outputs = _forward(state.engine.forward, x) | state.objective.momentum_outputs(state.model, x)
         keys = _keys(state, x, outputs)
     loss = _loss(state, options, outputs, x, batch.labels, state.engine.backward)
     return loss.detach(), {name: out.detach() for name, out in outputs.items()}, keys
@@ -114,7 +115,7 @@ def _two_passes(
         for piece in pieces:
             rng_states.append(_rng_states(state.device))
             x = views(piece)
-            parts.append(_forward(state.model, x))
+            parts.append(_forward(state.model, x) | state.objective.momentum_outputs(state.model, x))
             keys += _keys(state, x, parts[-1])
     outputs = {name: torch.cat([p[name] for p in parts]).requires_grad_() for name in parts[0]}
     loss = _loss(state, options, outputs, None, batch.labels, Tensor.backward)
@@ -156,7 +157,7 @@ def _loss(
     backward: Callable[[Tensor], None],
 ) -> Tensor:
     """The loss over all ranks; `backward` puts its gradients into the weights or (two passes) into `outputs`."""
-    if next(state.objective.parameters(), None) is not None:
+    if any(p.requires_grad for p in state.objective.parameters()):
         with phase("finite check"):
             # losses refuse a learned temperature that is NaN; the host reads it in every step anyway
             state.confirm_finite()

@@ -162,10 +162,9 @@ def _pairwise_losses(
     for images, labels in batches:
         x = views(images)
         with training.options.autocast():
-            outputs = state.model(x)
+            outputs = state.model(x) | state.objective.momentum_outputs(state.model, x)
         for name in names:
-            output = outputs[state.objective.specs[name].head]
-            sums[name] += float(state.objective.pairwise(name, output, labels))
+            sums[name] += float(state.objective.pairwise(name, outputs, labels))
         steps += 1
     return {name: total / steps for name, total in sums.items()}
 

@@ -22,6 +22,7 @@ FORMS = {
     "two passes": [*LEARNED, "train.micro_batch_size=5"],
     "recomputed": ["train.activation_checkpointing=true"],
     "averaged weights and a queue": ["train.ema=0.9", "model.momentum_encoder=0.9", "loss.queue_size=30"],
+    "a momentum target": ["loss.name=byol", "model.momentum_encoder=0.9", "model.momentum_final=1.0"],
 }
 
 

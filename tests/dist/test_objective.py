@@ -120,4 +120,5 @@ def test_alignment_is_that_of_the_pairs_that_the_loss_pulls_together(supervised)
         found = run_ranks(numbers_of_views, ranks, supervised)
         assert all(numbers == found[0] for numbers in found)
         assert found[0]["alignment"] == pytest.approx(want, rel=1e-6)
-        assert set(found[0]) == {"mean_similarity", "alignment", "uniformity", "effective_rank"}
+        assert set(found[0]) == {"mean_similarity", "alignment", "uniformity", "embedding_std", "effective_rank"}
+        assert found[0]["embedding_std"] == pytest.approx(float(z.std(0, correction=0).mean()) * 8**0.5, rel=1e-6)

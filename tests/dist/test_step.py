@@ -47,8 +47,11 @@ def in_memory(splits):
     return Data(splits, "resident", "", LoaderOptions(), LoaderOptions(), fingerprint(splits))
 
 
-def build(rank, world_size, overrides, *, encoder=None, runtime=None):
-    """(state, options of the step, this rank's batches): 5 global batches with another class mix on every rank."""
+def build(rank, world_size, overrides, *, encoder=None, runtime=None, start=None):
+    """(state, options of the step, this rank's batches): 5 global batches with another class mix on every rank.
+
+    encoder: trained in place of that of SETTINGS; start(config): what training starts from.
+    """
     config = load_config("default", [*SETTINGS, *overrides], stages=("pretrain",))
     generator = torch.Generator().manual_seed(3)
     images = torch.randint(0, 256, (120, 3, 8, 8), dtype=torch.uint8, generator=generator)
@@ -57,7 +60,7 @@ def build(rank, world_size, overrides, *, encoder=None, runtime=None):
     source = ArraySource(images, labels, tuple("abcde"))
     data = in_memory(Splits(source, source, source))
     runtime = runtime or Runtime(Launch(rank=rank, world_size=world_size), torch.device("cpu"))
-    start = None
+    start = None if start is None else start(config)
     if encoder is not None:
         torch.manual_seed(config.seed)
         heads = {"projection": Projection(encoder.feature_dim, 16, 8).to(next(encoder.parameters()).dtype)}

@@ -12,12 +12,17 @@ AutoAugmentName = Literal["cifar10", "imagenet", "svhn"]
 
 OwnEncoderName = Literal["conv", "resnet9", "resnet9_small", "vgg16_bn_embed"]
 """Encoders of this package; every other name is timm's."""
+ProjectionNormName = Literal["none", "hidden", "all"]
 StemName = Literal["auto", "small", "standard"]
 
 ContrastiveName = Literal["supcon_out", "supcon_in", "tcl", "simclr"]
 """Losses over the embeddings of all ranks, and of a queue."""
-PairwiseName = Literal[ContrastiveName, "triplet"]
-"""Losses that compare images; all others take one image at a time."""
+OfViewsName = Literal["barlow_twins", "vicreg", "simsiam", "byol", "moco_v2", "swav"]
+"""Losses that compare the views of images, without labels, and shape a projection of their own."""
+TargetName = Literal["byol", "moco_v2"]
+"""Those that aim at the embeddings of a momentum target."""
+PairwiseName = Literal[ContrastiveName, OfViewsName, "triplet"]
+"""Losses that compare images or views; all others take one image at a time."""
 ClassifierLossName = Literal["cross_entropy", "cross_entropy_mae"]
 """Losses that train a classifier beside the encoder."""
 DecoderLossName = Literal["reconstruction"]

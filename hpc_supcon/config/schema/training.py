@@ -17,6 +17,7 @@ from .names import (
     OnlineProbeName,
     OptimizerName,
     OwnEncoderName,
+    ProjectionNormName,
     ScheduleName,
     StemName,
 )
@@ -42,11 +43,20 @@ class ModelConfig(Section):
         "writes them: sizes of the weight's first two dimensions (BatchNorm: of its one), such as "
         "{layer1.0.conv1: [32, 64], layer1.0.bn1: [32], layer1.0.conv2: [64, 32]}; null: none",
     )
-    projection_hidden: Count = Field(description="width of the projection's hidden layer")
+    projection_hidden: Count = Field(description="width of the projection's hidden layers")
     projection_dim: Count = Field(description="size of the embeddings the loss sees")
+    projection_layers: Annotated[int, Field(ge=2)] = Field(description="linear layers of the projection")
+    projection_norm: ProjectionNormName = Field(
+        description="BatchNorm in the projection: none; after its hidden layers; after all (the last without weights)"
+    )
+    predictor_hidden: Count = Field(description="byol, simsiam: width of the predictor's hidden layer")
     momentum_encoder: Annotated[float, Field(ge=0, lt=1)] | None = Field(
-        description="the queue's keys come from a copy of the model that follows with this momentum (MoCo: 0.999); "
-        "null: from the model itself"
+        description="keys of a queue and targets (byol, moco_v2) come from a copy of the model that follows with "
+        "this momentum per step (MoCo: 0.999); null: keys from the model itself"
+    )
+    momentum_final: Annotated[float, Field(gt=0, le=1)] | None = Field(
+        description="byol, moco_v2: the momentum at the end of training, reached by half a cosine (BYOL: 1); null: "
+        "momentum_encoder in every step"
     )
     sync_bn: bool = Field(description="BatchNorm statistics over all ranks (with more than one rank)")
 
@@ -60,7 +70,9 @@ class LossConfig(Section):
     supervised: bool = Field(
         description="false: an image's views are its positives, whatever its label (contrastive losses, triplet)"
     )
-    temperature: Positive = Field(description="tau: similarities are divided by it (contrastive losses)")
+    temperature: Positive = Field(
+        description="tau: similarities are divided by it (contrastive losses, moco_v2, swav)"
+    )
     learnable_temperature: bool = Field(
         description="train tau as well, starting from `temperature`; it stays at or above 0.025, or 0.002 where it "
         "starts below 0.025 (contrastive losses)"
@@ -74,8 +86,22 @@ class LossConfig(Section):
     mining: MiningName = Field(description="triplet: how positive and negative are chosen")
     squared: bool = Field(description="triplet: squared Euclidean distance (else the distance itself)")
     alpha: Probability = Field(description="reconstruction: alpha x MSE + (1 - alpha) x MAE")
+    redundancy_weight: NonNegative = Field(
+        description="barlow_twins: lambda, the weight of the correlations between different dimensions"
+    )
+    invariance_weight: NonNegative = Field(description="vicreg: lambda, the weight of the distance of views")
+    variance_weight: NonNegative = Field(description="vicreg: mu, the weight of the variance of each dimension")
+    covariance_weight: NonNegative = Field(description="vicreg: nu, the weight of the covariances of dimensions")
+    prototypes: Count = Field(description="swav: number of prototypes that embeddings are assigned to")
+    frozen_epochs: NonNegative = Field(
+        description="swav: prototypes keep their first values for so long", json_schema_extra={"unit": "epochs"}
+    )
+    sinkhorn_epsilon: Annotated[float, Field(ge=0.005)] = Field(
+        description="swav: how soft assignments are; cosines are divided by it"
+    )
+    sinkhorn_iterations: Count = Field(description="swav: rounds in which the prototypes' shares are made equal")
     queue_size: Annotated[int, Field(ge=0)] = Field(
-        description="past embeddings kept as extra columns of a contrastive loss; 0: none",
+        description="past embeddings kept as extra columns of a contrastive loss, or as moco_v2's negatives; 0: none",
         json_schema_extra={"unit": "images"},
     )
     backend: BackendName = Field(

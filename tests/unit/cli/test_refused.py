@@ -21,7 +21,7 @@ NO_VALIDATION = ["data.source=mnist", "data.validation_fraction=0", "probe.linea
 
 # what is wrong: (overrides, part of the line that is shown)
 WRONG = {
-    "unknown loss": (["loss.name=nonsense"], "unknown loss.name 'nonsense'; known: cross_entropy,"),
+    "unknown loss": (["loss.name=nonsense"], "unknown loss.name 'nonsense'; known: barlow_twins,"),
     "unknown loss in a sum": (["loss.terms={tcl: 1.0, tcll: 1.0}"], "unknown loss.terms 'tcll'; did you mean 'tcl'?"),
     "unknown encoder": (["model.encoder=resnet19"], "unknown model.encoder 'resnet19'; did you mean 'resnet9'"),
     "unknown data": (["data.source=imagenet"], "unknown data.source 'imagenet'"),
@@ -85,6 +85,19 @@ WRONG = {
     "a queue without a contrastive term": (
         ["loss.name=triplet", "loss.queue_size=64"],
         "loss.queue_size=64: triplet",
+    ),
+    "vicreg of one image": (
+        ["loss.name=vicreg", "data.batch_size=1"],
+        "data.batch_size: input should be greater than or equal to 2",
+    ),
+    "byol without a target": (["loss.name=byol"], "loss.name=byol aims at a momentum target"),
+    "moco without a queue": (
+        ["loss.name=moco_v2", "model.momentum_encoder=0.9"],
+        "loss.name=moco_v2 compares with a queue of keys",
+    ),
+    "two losses that shape one projection": (
+        ["loss.terms={byol: 1.0, tcl: 1.0}"],
+        "loss.terms: byol and tcl would shape one projection in two ways",
     ),
     "a momentum encoder without a queue": (["model.momentum_encoder=0.9"], "set loss.queue_size as well"),
     "responses of another loss": (

@@ -46,6 +46,29 @@ PRETRAIN = [
     ),
     (["loss.name=triplet", "loss.queue_size=10"], r"loss\.queue_size=10: triplet takes no queue; use 0"),
     (["model.momentum_encoder=0.9"], r"model\.momentum_encoder .* set loss\.queue_size as well"),
+    *[
+        (["loss.name=" + name, "data.views=1"], rf"loss\.name={name} .* data\.views of 2 or more")
+        for name in ("barlow_twins", "vicreg", "simsiam", "byol", "moco_v2", "swav")
+    ],
+    (["loss.name=byol"], r"loss\.name=byol aims at a momentum target: set model\.momentum_encoder"),
+    (
+        ["loss.name=moco_v2", "model.momentum_encoder=0.9"],
+        r"moco_v2 compares with a queue of keys: set loss\.queue_size",
+    ),
+    (
+        ["loss.name=moco_v2", "model.momentum_encoder=0.9", "loss.queue_size=8", "model.sync_bn=false"],
+        r"model\.sync_bn=false: .* which key belongs to an image",
+    ),
+    (
+        ["loss.name=simsiam", "model.momentum_final=1"],
+        r"model\.momentum_final is for byol and moco_v2, not for simsiam",
+    ),
+    (["loss.name=simsiam", "model.momentum_encoder=0.9"], r"model\.momentum_encoder makes the keys of a queue"),
+    (["loss.terms={simsiam: 1.0, tcl: 1.0}"], r"loss\.terms: simsiam and tcl would shape one projection in two ways"),
+    (
+        ["loss.name=byol", "model.momentum_encoder=0.99", "loss.queue_size=8"],
+        r"loss\.queue_size=8: byol takes no queue",
+    ),
     # the data
     (["data.sampler=class_balanced"], r"data\.sampler=class_balanced needs data\.classes_per_batch and"),
     (
@@ -150,6 +173,8 @@ def test_refused(stage, overrides, message):
     [
         [],
         ["loss.name=simclr", "loss.queue_size=64", "model.momentum_encoder=0.99"],
+        ["loss.name=moco_v2", "loss.queue_size=64", "model.momentum_encoder=0.99", "model.momentum_final=0.999"],
+        ["loss.terms={byol: 1.0, cross_entropy: 0.5}", "model.momentum_encoder=0.99", "train.micro_batch_size=8"],
         ["loss.terms={supcon_out: 1.0, cross_entropy: 0.5}", "log.gradient_response=true", "loss.queue_size=8"],
         ["loss.name=triplet", "data.views=1"],
         ["loss.name=triplet", "loss.temperature=1e-3", "loss.backend=triton"],

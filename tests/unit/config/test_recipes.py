@@ -40,6 +40,18 @@ SELFSUP = {
     "imagenet100": ("image_folder", 400, 4096),
 }
 
+RIVALS = {
+    # recipe: (loss, its weight, optimizer, learning rate, weight decay, what decays,
+    # projection (hidden width, layers, norms, size), crops from, saturation, blur)
+    "barlow-twins": ("barlow_twins", 0.1, "lars", 0.3, 1e-4, "weights", (2048, 3, "hidden", 2048), 0.08, 0.2, 0),
+    "vicreg": ("vicreg", 1, "lars", 0.3, 1e-4, "weights", (2048, 3, "hidden", 2048), 0.2, 0.2, 0),
+    "simsiam": ("simsiam", 1, "sgd", 0.5, 1e-5, "all", (2048, 3, "all", 2048), 0.08, 0.4, 0.5),
+    "byol": ("byol", 1, "lars", 1.0, 1e-5, "weights", (4096, 2, "hidden", 256), 0.08, 0.2, 0),
+    "swav": ("swav", 1, "lars", 0.6, 1e-6, "weights", (2048, 2, "hidden", 128), 0.08, 0.8, 0.5),
+    "moco-v2": ("moco_v2", 1, "sgd", 0.3, 1e-4, "all", (2048, 2, "none", 256), 0.08, 0.4, 0.5),
+}
+"""As in solo-learn's scripts for CIFAR-10."""
+
 
 def lines_of(name):
     return (FOLDER / f"{name}.yaml").read_text(encoding="utf-8").splitlines()
@@ -55,6 +67,7 @@ def test_the_list_is_complete():
     want = {"deck-supcon", "deck-ce", "assignment-triplet", "assignment-logistic"}
     want |= {f"tcl-selfsup-{data}" for data in SELFSUP}
     want |= {f"{loss}-{data}" for loss in ("tcl", "supcon", "ce") for data in DATA_SETS}
+    want |= {f"{method}-cifar10" for method in RIVALS}
     want |= {f"latent-{m}-{d}" for m in ("autoencoder", "guided", "supcon") for d in ("mnist", "cifar10")}
     assert set(FULL) == want
     assert {f"{name}-small" for name in want} == set(PUBLISHED) - want
@@ -149,6 +162,44 @@ def test_self_supervised_tuned_contrastive_learning(data):
     assert (augment.crop_scale, is_padded(config)) == ((0.08, 1), "resized")
     assert (augment.brightness, augment.contrast, augment.saturation, augment.hue) == (0.8, 0.8, 0.8, 0.2)
     assert augment.blur > 0
+    assert (config.probe.linear.epochs, config.probe.linear.lrs) == (100, (0.5,))
+
+
+@pytest.mark.parametrize("method", RIVALS)
+def test_rivals_without_labels(method):
+    config = cfg.load_config(f"{method}-cifar10")
+    loss, weight, optimizer, lr, weight_decay, decay, projection, crop, saturation, blur = RIVALS[method]
+    model, optim, augment = config.model, config.optim, config.augment
+    assert config.loss.weights == {loss: weight}
+    assert (config.data.source, config.data.views, config.data.batch_size) == ("cifar10", 2, 256)
+    assert (model.encoder, model.sync_bn) == ("resnet18", True)
+    assert (
+        model.projection_hidden,
+        model.projection_layers,
+        model.projection_norm,
+        model.projection_dim,
+    ) == projection
+    assert (optim.name, optim.lr, optim.weight_decay, optim.decay) == (optimizer, lr, weight_decay, decay)
+    assert (optim.momentum, optim.lars_eta, optim.lars_clip) == (0.9, 0.02, True)
+    assert (optim.schedule, optim.warmup_epochs, config.train.epochs) == ("cosine", 10, 1000)
+    assert (augment.policy, augment.crop_scale) == ("simaugment", (crop, 1))
+    strong = loss == "swav"
+    assert (augment.brightness, augment.contrast, augment.hue) == ((0.8, 0.8, 0.2) if strong else (0.4, 0.4, 0.1))
+    assert augment.saturation == saturation
+    assert (augment.jitter_probability, augment.grayscale, augment.blur) == (0.8, 0.2, blur)
+    if loss in ("byol", "simsiam"):
+        assert model.predictor_hidden == {"byol": 4096, "simsiam": 512}[loss]
+    momentum = {"byol": (0.99, 1), "moco_v2": (0.99, 0.999)}.get(loss, (None, None))
+    assert (model.momentum_encoder, model.momentum_final) == momentum
+    if loss == "moco_v2":
+        assert (config.loss.queue_size, config.loss.temperature) == (32768, 0.2)
+    if loss == "swav":
+        assert (config.loss.prototypes, config.loss.temperature, config.loss.frozen_epochs) == (3000, 0.1, 2)
+        assert (config.loss.sinkhorn_epsilon, config.loss.sinkhorn_iterations) == (0.05, 3)
+    if loss == "vicreg":
+        weights = config.loss.invariance_weight, config.loss.variance_weight, config.loss.covariance_weight
+        assert weights == (25, 25, 1)
+    assert config.loss.redundancy_weight == 0.005
     assert (config.probe.linear.epochs, config.probe.linear.lrs) == (100, (0.5,))
 
 

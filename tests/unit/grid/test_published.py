@@ -140,11 +140,33 @@ def test_interval(grid):
         assert (config.optim.lr, config.model.encoder, config.train.epochs) == (0.1, "resnet50", 100)
 
 
+RIVALS = {
+    "MoCo v2": "moco-v2",
+    "BYOL": "byol",
+    "SimSiam": "simsiam",
+    "Barlow Twins": "barlow-twins",
+    "VICReg": "vicreg",
+    "SwAV": "swav",
+}
+
+
+def test_rivals_without_labels(grid):
+    cells, _ = grid("selfsup")
+    found = {(labels["data"], labels["method"]): config for labels, config in cells if labels["method"] in RIVALS}
+    assert set(found) == {(data, method) for data in ("cifar10", "cifar100") for method in RIVALS}
+    for (data, method), config in found.items():
+        recipe = load_config(f"{RIVALS[method]}-cifar10")
+        assert (config.loss, config.optim, config.model) == (recipe.loss, recipe.optim, recipe.model)
+        assert (config.data.source, config.train.epochs) == (data, 1000)
+
+
 def test_without_labels(grid):
     cells, _ = grid("selfsup")
     by_method = {(labels["data"], labels["method"]): config for labels, config in cells}
+    by_method = {key: config for key, config in by_method.items() if key[1] not in RIVALS}
     assert {data for data, _ in by_method} == {"cifar10", "cifar100", "imagenet100"}
     for (data, method), config in by_method.items():
+        assert config.data.source == ("image_folder" if data == "imagenet100" else data)
         assert config.model.encoder == "resnet18"
         assert config.data.batch_size == 256
         if method == "TCL with labels":

@@ -11,21 +11,29 @@ from hpc_supcon.errors import ConfigError
 from hpc_supcon.training.objective import GRADIENT_RESPONSE_LOSSES, Objective
 
 # Settings of the loss section that say which losses there are and what they are given, not how one is computed.
-NOT_OF_A_LOSS = {"name", "terms", "supervised", "queue_size"}
+NOT_OF_A_LOSS = {"name", "terms", "supervised", "frozen_epochs"}
 # Parameters for those who use the losses without a configuration.
 NOT_SETTINGS = {"gather", "validate"}
+# What the queue of moco_v2 and the prototypes of swav are built from.
+FROM_OTHER_SECTIONS = {"projection_dim", "views", "seed", "frozen_steps"}
 
 
 def test_every_loss_can_be_built_by_its_name():
     assert sorted(losses.LOSSES) == [
+        "barlow_twins",
+        "byol",
         "cross_entropy",
         "cross_entropy_mae",
+        "moco_v2",
         "reconstruction",
         "simclr",
+        "simsiam",
         "supcon_in",
         "supcon_out",
+        "swav",
         "tcl",
         "triplet",
+        "vicreg",
     ]
     assert losses.LOSSES["supcon_in"].factory(temperature=0.2).form == "in"
     assert losses.LOSSES["supcon_out"].factory().form == "out"
@@ -43,13 +51,15 @@ def test_parameters_are_those_of_the_factory_without_the_preset_ones():
 def test_settings_of_the_loss_section_and_parameters_of_the_losses_have_the_same_names():
     settings = set(load_config().loss.model_dump()) - NOT_OF_A_LOSS
     parameters = {name for spec in losses.LOSSES.values() for name in spec.parameters}
-    assert parameters - NOT_SETTINGS == settings
+    assert parameters - NOT_SETTINGS - FROM_OTHER_SECTIONS == settings
 
 
 def test_what_a_loss_reads_and_needs_follows_from_its_kind():
     for name, spec in losses.LOSSES.items():
-        assert spec.pairwise == (spec.head in ("projection", "features")), name
-        assert spec.contrastive == (spec.head == "projection"), name
+        assert spec.pairwise == (spec.head in ("projection", "prediction", "features")), name
+        assert (spec.contrastive or spec.of_views) == (spec.head in ("projection", "prediction")), name
+        assert not (spec.contrastive and spec.of_views), name
+        assert not (spec.of_views and spec.uses_labels), name
         assert spec.pairwise or not spec.needs_pairs, name
     assert all(losses.LOSSES[name].contrastive for name in GRADIENT_RESPONSE_LOSSES)
 
