@@ -151,9 +151,9 @@ def probe_command(
     With data.source=... data.root=..., or probe.transfer=[...], on other labeled data than the run's own.
     """
     with refused_together():
-        settings, is_other = settings_of_probe(run_dir, overrides or [])
+        settings, of_run = settings_of_probe(run_dir, overrides or [])
     command = {"command": "probe", "RUN_DIR": run_dir.absolute()}
-    with started(settings, ("probe",), command, resume=True, folder=run_dir) as (runtime, data):
+    with started(settings, ("probe",), command, resume=True, folder=run_dir, of_run=of_run) as (runtime, data):
         from ..distributed.collectives import propagate_errors
         from ..evaluation.probes import check_probes
         from ..stages.probe import probe
@@ -162,7 +162,7 @@ def probe_command(
         with propagate_errors():
             check_probes(settings, data.splits)
         writer = ResultWriter()
-        results = probe(run_dir, settings, runtime, data, writer=writer, is_other=is_other)
+        results = probe(run_dir, settings, runtime, data, writer=writer, is_other=of_run is not None)
         if runtime.is_main:
             _print_results(run_dir, results)
         writer.check()

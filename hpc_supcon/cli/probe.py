@@ -9,8 +9,8 @@ from ..errors import ConfigError
 from ..run_folder import read_config
 
 
-def settings_of_probe(run_dir: Path, overrides: list[str]) -> tuple[Config, bool]:
-    """(the settings, whether they name other data than the run's own). Raises what the settings alone tell, before
+def settings_of_probe(run_dir: Path, overrides: list[str]) -> tuple[Config, Config | None]:
+    """(the settings, and the same with the run's own data where they name others, else None). Raises what the settings alone tell, before
     minutes of decoding."""
     own = read_config(run_dir)
     from ..evaluation.encoder import check_has_encoder
@@ -27,4 +27,4 @@ def settings_of_probe(run_dir: Path, overrides: list[str]) -> tuple[Config, bool
             f"{run_dir}: its images have no labels (data.labels=none) to probe: name labeled data, such as "
             "data.source=cifar10 data.root=PATH, or probe.transfer=[cifar10:PATH]"
         )
-    return settings, is_other
+    return settings, settings.model_copy(update={"data": own.data}) if is_other else None

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 SAME, OTHER, DASHED = "#1b7837", "#c51b1b", (0, (2.5, 1.2))
 """Frames of neighbors of the query's class, and of others."""
-PLAIN = "#b0b4b8"
+PLAIN = "#717581"
 
 
 @dataclass(frozen=True)

@@ -58,8 +58,8 @@ def verify(
 
     Every image is decoded, by `workers` threads (None: one per processor); progress(images decoded, all images);
     note: see listing.list_splits. image_size, channels, exif, labels: as training would read the set, see
-    `load_splits`. Raises DataError where the set as a whole is wrong: its layout, sizes that need image_size, a .beton that differs
-    from its manifest.
+    `load_splits`. Raises DataError where the set as a whole is wrong: its layout, sizes that need image_size, a
+    .beton that differs from its manifest.
     """
     path = Path(path)
     given: dict[str, Any] = {"image_size": image_size, "channels": channels, "exif": exif}

@@ -46,8 +46,8 @@ def check_probes(config: Config, splits: Splits) -> None:
     images = config.probe.corruption_images if config.probe.corruption_names else None
     if images is not None and images > len(splits.labeled_test):
         raise ConfigError(
-            f"probe.corruption_images={images} but the test split has {len(splits.labeled_test)} images: lower it, or "
-            "null for all"
+            f"probe.corruption_images={images} but the test split has {len(splits.labeled_test)} images: lower it, "
+            "or null for all"
         )
     for kind in config.probe.kinds:
         splits.check_two_classes(f"probe.kind={kind}")
