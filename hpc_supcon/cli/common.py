@@ -52,8 +52,8 @@ def started(
 ) -> Iterator[tuple[Runtime, Data]]:
     """The process group, the lock of the run folder, and the data, for as long as a command runs these stages.
 
-    folder: the run folder, where it need not be the one that the settings name. of_run: the settings that must be those
-    of the run in it, where `settings` may name other data. command: its name and arguments,
+    folder: the run folder, where it need not be the one that the settings name. of_run: the settings that must be
+    those of the run in it, where `settings` may name other data. command: its name and arguments,
     which all ranks must have in common as they have the settings. Raises RanksDiffer on all of them where they have
     not, before any of them does more.
     """

@@ -10,8 +10,10 @@ from ..run_folder import read_config
 
 
 def settings_of_probe(run_dir: Path, overrides: list[str]) -> tuple[Config, Config | None]:
-    """(the settings, and the same with the run's own data where they name others, else None). Raises what the settings alone tell, before
-    minutes of decoding."""
+    """(the settings, and the same with the run's own data where they name others, else None).
+
+    Raises what the settings alone tell, before minutes of decoding.
+    """
     own = read_config(run_dir)
     from ..evaluation.encoder import check_has_encoder
     from ..evaluation.transfer import as_encoder_reads, is_other_data, overrides_of_probe
