@@ -146,10 +146,8 @@ def probe_command(
     overrides: Overrides = None,
     debug: Debug = False,
 ) -> None:
-    """Evaluate a run folder's encoder, or the pixels, by the probes of probe.kind; writes results.json there.
-
-    With data.source=... data.root=..., or probe.transfer=[...], on other labeled data than the run's own.
-    """
+    """Evaluate a run folder's encoder, or the pixels, by the probes of probe.kind; also on other data: data.source,
+    probe.transfer. Writes results.json there."""
     with refused_together():
         settings, of_run = settings_of_probe(run_dir, overrides or [])
     command = {"command": "probe", "RUN_DIR": run_dir.absolute()}

@@ -27,6 +27,6 @@ def settings_of_probe(run_dir: Path, overrides: list[str]) -> tuple[Config, Conf
     if settings.data.labels == "none" and not settings.probe.transfer:
         raise ConfigError(
             f"{run_dir}: its images have no labels (data.labels=none) to probe: name labeled data, such as "
-            "data.source=cifar10 data.root=PATH, or probe.transfer=[cifar10:PATH]"
+            "data.source=image_folder data.root=PATH, or probe.transfer=[cifar10:PATH]"
         )
     return settings, settings.model_copy(update={"data": own.data}) if is_other else None

@@ -41,9 +41,11 @@ def data_name(config: Config) -> str:
 
 
 def overrides_of_probe(own: Config, overrides: Sequence[str]) -> list[str]:
-    """The overrides of `hpc-supcon probe`, with RESET before them where they name another data.source."""
+    """The overrides of `hpc-supcon probe`, with RESET before them where they name another data.source, or the source
+    of labeled images for a run of images without labels."""
     named = {override.partition("=")[2].strip() for override in overrides if override.startswith("data.source=")}
-    return [*(RESET if named - {own.data.source} else ()), *overrides]
+    is_named = bool(named) and (own.data.labels == "none" or named != {own.data.source})
+    return [*(RESET if is_named else ()), *overrides]
 
 
 def is_other_data(own: Config, config: Config) -> bool:

@@ -99,9 +99,7 @@ def test_a_folder_without_labels_is_trained_on_probed_on_labeled_data_and_transf
     folder = tmp_path / "r"
     shutil.copytree(unlabeled_run, folder)
     assert not results_of(folder)
-    code, _, err = run(
-        capsys, "probe", folder, "data.source=image_folder", f"data.root={labeled}", "data.labels=folders"
-    )
+    code, _, err = run(capsys, "probe", folder, "data.source=image_folder", f"data.root={labeled}")
     assert code == 0, err
     assert "2 classes, read as RGB images of 12 x 12 pixels and normalized as it was trained" in err
     code, _, err = run(capsys, "probe", folder, "probe.transfer=[digits]")
