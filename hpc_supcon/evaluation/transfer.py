@@ -22,9 +22,11 @@ from ..training.agreement import saved_fingerprint
 from ..training.data import splits_of
 from .encoder import check_has_encoder
 
-RESET = ("data.labels=folders", "data.beton=null", "data.loader=auto", "data.train_images=null",
-         "data.crop_while_decoding=false")  # fmt: skip
-"""Of the settings of a run's own data, those that another data.source does not take over."""
+RESET = (
+    "data.labels=folders", "data.beton=null", "data.loader=auto", "data.train_images=null",
+    "data.crop_while_decoding=false", "probe.transfer=[]", "probe.ood=[]", "probe.corruptions=[]",
+)  # fmt: skip
+"""Of a run's settings, those that are of its own data, which another data.source does not take over."""
 _NAME = 40
 
 

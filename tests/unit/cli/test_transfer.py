@@ -192,7 +192,7 @@ def test_both_ways_to_name_other_data_give_the_same(capsys, labeled_run, tmp_pat
     folder = tmp_path / "r"
     shutil.copytree(labeled_run, folder)
     before = results_of(folder)
-    code, _, err = run(capsys, "probe", folder, "data.source=digits", "probe.transfer=[]")
+    code, _, err = run(capsys, "probe", folder, "data.source=digits")
     assert code == 0, err
     after = results_of(folder)
     assert list(after) == list(before)
