@@ -16,7 +16,7 @@ from .. import __version__
 from ..config import Config, Stage, load_config, schema_rows, to_yaml
 from ..distributed.resolve import check_one_process
 from ..errors import HpcSupconError, Preempted
-from ..run_folder import read_config, read_scores
+from ..run_folder import read_scores
 from ..terminal import only_told, output
 from .bench import bench
 from .checkpoints import checkpoints
@@ -25,6 +25,7 @@ from .data import convert, verify
 from .embeddings import embeddings
 from .export import embed, export, predict
 from .grid import grid
+from .probe import settings_of_probe
 from .prune import prune
 from .report import compare, report, write_own_page
 from .streams import safe_streams
@@ -96,7 +97,7 @@ def run(
         else:
             folder = start_without_encoder(settings, runtime)
         results = probe(folder, settings, runtime, data, writer=writer)
-        if runtime.is_main:
+        if runtime.is_main and results:
             _print_results(folder, results)
         if settings.report.embeddings:
             from ..stages.embeddings import draw_embeddings
@@ -145,20 +146,21 @@ def probe_command(
     overrides: Overrides = None,
     debug: Debug = False,
 ) -> None:
-    """Evaluate a run folder's encoder, or the pixels, by the probes of probe.kind; writes results.json there."""
+    """Evaluate a run folder's encoder, or the pixels, by the probes of probe.kind; also on other data: data.source,
+    probe.transfer. Writes results.json there."""
     with refused_together():
-        settings = read_config(run_dir, overrides or [], stages=("probe",))
-        if settings.probe.needs_encoder:
-            from ..evaluation.encoder import check_has_encoder
-
-            check_has_encoder(run_dir)  # before minutes of decoding
+        settings, of_run = settings_of_probe(run_dir, overrides or [])
     command = {"command": "probe", "RUN_DIR": run_dir.absolute()}
-    with started(settings, ("probe",), command, resume=True, folder=run_dir) as (runtime, data):
+    with started(settings, ("probe",), command, resume=True, folder=run_dir, of_run=of_run) as (runtime, data):
+        from ..distributed.collectives import propagate_errors
+        from ..evaluation.probes import check_probes
         from ..stages.probe import probe
         from ..stages.results import ResultWriter
 
+        with propagate_errors():
+            check_probes(settings, data.splits)
         writer = ResultWriter()
-        results = probe(run_dir, settings, runtime, data, writer=writer)
+        results = probe(run_dir, settings, runtime, data, writer=writer, is_other=of_run is not None)
         if runtime.is_main:
             _print_results(run_dir, results)
         writer.check()

@@ -48,10 +48,12 @@ def started(
     *,
     resume: bool,
     folder: Path | None = None,
+    of_run: Config | None = None,
 ) -> Iterator[tuple[Runtime, Data]]:
     """The process group, the lock of the run folder, and the data, for as long as a command runs these stages.
 
-    folder: the run folder, where it need not be the one that the settings name. command: its name and arguments,
+    folder: the run folder, where it need not be the one that the settings name. of_run: the settings that must be
+    those of the run in it, where `settings` may name other data. command: its name and arguments,
     which all ranks must have in common as they have the settings. Raises RanksDiffer on all of them where they have
     not, before any of them does more.
     """
@@ -91,7 +93,7 @@ def started(
     ):
         with propagate_errors():
             check_ranks(settings, runtime.world_size, stages=stages)
-            run_folder.check_usable(settings.folder, settings, resume=resume)  # before minutes of decoding
+            run_folder.check_usable(settings.folder, of_run or settings, resume=resume)  # before minutes of decoding
         with locked(folder, runtime, warn):
             yield runtime, load_data(settings, runtime)
 

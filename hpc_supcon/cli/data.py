@@ -60,6 +60,7 @@ def convert(
         image_size=own.image_size or 1 if is_folder else own.image_size,
         channels=own.channels,
         exif=own.exif,
+        labels=own.labels,
         synthetic=own.synthetic.model_dump() if name == "synthetic" else None,
         note=warn,
     )
@@ -69,7 +70,8 @@ def convert(
     for split, manifest in manifests.items():
         sys.stdout.write(f"{split}: {manifest['samples']} images, {manifest['bytes']:,} bytes\n")
     exif = f" data.exif={own.exif}" if is_folder and own.exif != "transpose" else ""
-    sys.stdout.write(f"use: data.source={name} data.beton={printable(out)}{exif}\n")
+    labels = " data.labels=none" if own.labels == "none" else ""
+    sys.stdout.write(f"use: data.source={name} data.beton={printable(out)}{exif}{labels}\n")
 
 
 def verify(
@@ -82,6 +84,7 @@ def verify(
     from ..data.sources.verify import verify as verify_images
 
     given: dict[str, Any] = {"image_size": own.image_size, "channels": own.channels, "exif": own.exif}
+    given["labels"] = own.labels
     with progress_bars() as update:
         reports = verify_images(
             path, progress=lambda done, total: update(printable(path.name), done, total), note=warn, **given
@@ -90,7 +93,8 @@ def verify(
     for name, report in reports.items():
         sizes = ", ".join(f"{w}x{h}: {n}" for (w, h), n in sorted(report.sizes.items(), key=lambda x: -x[1])[:5])
         more = f" and {len(report.sizes) - 5} more sizes" if len(report.sizes) > 5 else ""
-        sys.stdout.write(f"{printable(name)}: {report.images} images, {len(report.classes)} classes, {sizes}{more}\n")
+        classes = f"{len(report.classes)} classes" if report.classes else "no labels"
+        sys.stdout.write(f"{printable(name)}: {report.images} images, {classes}, {sizes}{more}\n")
         for problem in report.problems:
             sys.stdout.write(f"  index {problem.index}: {problem.message}\n")
         broken += len(report.problems)

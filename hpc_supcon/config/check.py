@@ -11,6 +11,7 @@ from typing import Literal, get_args
 
 from ..errors import ConfigError
 from .check_evaluation import check_probes, check_pruning, check_report, check_target, has_no_validation
+from .check_labels import check_labels
 from .deepspeed import check_own_keys
 from .encoders import OWN_ENCODERS, check_encoder
 from .schema import Config, names
@@ -38,6 +39,7 @@ def check_config(
     """
     if stages:
         _check_loader(config)
+        check_labels(config, stages)
     if "pretrain" in stages:
         check_encoder(config.model.encoder)
     if _pretrains(config, stages):

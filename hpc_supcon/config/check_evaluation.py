@@ -37,27 +37,33 @@ def check_probes(config: Config) -> None:
     for kind in kinds:
         if kind != "knn":
             _check_fit(config, kind, getattr(config.probe, kind))
-    _check_ood(config)
+    _check_sets(config, "probe.ood", config.probe.ood_sets, "compares features of an encoder")
+    _check_sets(config, "probe.transfer", config.probe.transfer_sets, "measures an encoder on other data")
 
 
-def _check_ood(config: Config) -> None:
+def _check_sets(config: Config, setting: str, sets: list[tuple[str, str, str | None]], what: str) -> None:
     """Whether the files are there, and can be converted, is known once they are opened."""
-    probe, data, sets = config.probe, config.data, config.probe.ood_sets
+    probe, data = config.probe, config.data
     if sets and not probe.needs_encoder:
         raise ConfigError(
-            f"probe.ood compares features of an encoder, but probe.kind={', '.join(probe.kinds)} reads pixels: use "
-            "probe.ood=[], or add a probe of features such as linear"
+            f"{setting} {what}, but probe.kind={', '.join(probe.kinds)} reads pixels: use "
+            f"{setting}=[], or add a probe of features such as linear"
         )
     for text, source, path in sets:
         if source not in get_args(SourceName):
-            raise ConfigError(unknown_name("probe.ood", source, get_args(SourceName)))
+            raise ConfigError(unknown_name(setting, source, get_args(SourceName)))
         if path == "" or (source == "image_folder" and path is None):
-            raise ConfigError(f"probe.ood={text}: name its folder as {source}:PATH")
-        if source == data.source and (path in (None, data.root) or source in WITHOUT_FILES):
-            raise ConfigError(f"probe.ood={text}: that is the run's own data; name another data set")
-    names = [text for text, _, _ in sets]
+            raise ConfigError(f"{setting}={text}: name its folder as {source}:PATH")
+        is_transfer = setting == "probe.transfer"
+        # a folder whose labels the run did not use may be read with them; of other sources there is only one
+        is_own = path in (None, data.root) and not (is_transfer and data.labels == "none")
+        if source == data.source and (
+            is_own or source in WITHOUT_FILES or (is_transfer and source != "image_folder")
+        ):
+            raise ConfigError(f"{setting}={text}: that is the run's own data; name another data set")
+    names = [text if source == "image_folder" else source for text, source, _ in sets]
     if len(set(names)) < len(names):
-        raise ConfigError(f"probe.ood names a data set twice: {', '.join(names)}")
+        raise ConfigError(f"{setting} names a data set twice: {', '.join(names)}")
 
 
 def _check_fit(config: Config, kind: ProbeName, settings: Any) -> None:

@@ -7,6 +7,7 @@ from .loaders.base import Batch, Loader
 from .order import EvalOrder, Order, TrainOrder
 from .samplers import SAMPLERS, ClassBalanced, LongTailAware, build_order
 from .sources.beton import BetonSource, open_beton
+from .sources.listing import Note
 from .sources.source import ArraySource, Source, channel_statistics, normalization_of
 from .sources.splits import SOURCES, Splits, convert_splits, load_splits, open_source
 from .sources.stratify import stratified_sample, stratified_split
@@ -32,6 +33,7 @@ __all__ = [
     "Loader",
     "LoaderOptions",
     "LongTailAware",
+    "Note",
     "Order",
     "Source",
     "Splits",

@@ -113,6 +113,8 @@ class DataFingerprint:
 
     def _count_differences(self, name: str, other: DataFingerprint) -> str:
         """`; cat: 28, not 32` for the classes that both have in other numbers."""
+        if not (self.classes and other.classes):
+            return ""
         theirs = dict(zip(other.classes, other.splits[name].counts, strict=True))
         pairs = zip(self.classes, self.splits[name].counts, strict=True)
         parts = [f"{c}: {n:,}, not {theirs[c]:,}" for c, n in pairs if c in theirs and n != theirs[c]]
@@ -121,6 +123,8 @@ class DataFingerprint:
 
 def class_differences(mine: Sequence[str], theirs: Sequence[str]) -> list[str]:
     """How the classes `mine` differ from `theirs`, one phrase each; empty where they and their order are the same."""
+    if bool(mine) != bool(theirs):
+        return ["labels added" if mine else "no labels"]
     parts = []
     for what, names, others in (("added", mine, theirs), ("missing", theirs, mine)):
         known = set(others)

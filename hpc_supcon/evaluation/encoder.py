@@ -42,7 +42,7 @@ def check_classes(folder: Path, found: checkpoint.Checkpoint, splits: Splits) ->
     if different := class_differences(splits.classes, found.state["classes"]):
         raise DataError(
             f"{folder}: the data have other classes than its encoder was trained on: {'; '.join(different)}; give "
-            "the run's own data, or train an encoder on these"
+            "the run's own data, name these in probe.transfer, or train an encoder on them"
         )
 
 

@@ -79,7 +79,10 @@ class Classes:
 
     @classmethod
     def of(cls, labels: Array, names: Sequence[str]) -> Classes:
-        """Of at most 20 classes, each has a color and marker. Of more, eight evenly spaced ones have a color."""
+        """Of at most 20 classes, each has a color and marker. Of more, eight evenly spaced ones have a color. Without
+        names there are no labels: one color, and no legend."""
+        if not names:
+            return cls(labels, dict.fromkeys(np.unique(labels).tolist(), (COLORS[0], MARKERS[0])), [])
         present = [int(label) for label in np.unique(labels)]
         if len(present) <= MAX_NAMED:
             styles = {c: (COLORS[i % len(COLORS)], MARKERS[i // len(COLORS)]) for i, c in enumerate(present)}

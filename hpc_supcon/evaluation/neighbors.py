@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
 SAME, OTHER, DASHED = "#1b7837", "#c51b1b", (0, (2.5, 1.2))
 """Frames of neighbors of the query's class, and of others."""
+PLAIN = "#717581"
 
 
 @dataclass(frozen=True)
@@ -99,7 +100,7 @@ def neighbors_figure(
     """A row for each query: the query, then its neighbors, nearest first, with their similarities.
 
     images: uint8 [C, H, W] by index. labels: int64 [N], of the source. Neighbors of the query's class have a solid
-    green frame; others a dashed red one, a cross, and their class's name.
+    green frame; others a dashed red one, a cross, and their class's name. No classes: no labels, and plain frames.
     """
     from matplotlib.figure import Figure
 
@@ -112,8 +113,12 @@ def neighbors_figure(
     axis.set_axis_off()
     for row, (query, neighbors) in enumerate(zip(found.queries.tolist(), found.index.tolist(), strict=True)):
         top, own = 1.15 * row, int(labels[query])
-        _show(axis, images[query], 0, top, shortened(classes[own], 12), INK, "-")
+        _show(axis, images[query], 0, top, shortened(classes[own], 12) if classes else "query", INK, "-")
         for column, neighbor in enumerate(neighbors):
+            if not classes:
+                similarity = f"{found.similarities[row, column]:.2f}"
+                _show(axis, images[neighbor], 1.3 + column, top, similarity, PLAIN, "-")
+                continue
             name, same = shortened(classes[int(labels[neighbor])], 10), int(labels[neighbor]) == own
             below = f"{found.similarities[row, column]:.2f}" if same else f"× {name}"
             _show(axis, images[neighbor], 1.3 + column, top, below, SAME if same else OTHER, "-" if same else DASHED)

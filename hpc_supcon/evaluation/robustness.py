@@ -87,7 +87,7 @@ def worst(scores: Mapping[str, Any]) -> tuple[str, float]:
 
 def _chosen_images(task: ProbeTask) -> tuple[Source, Tensor]:
     """(the test images to corrupt, int64 [n]: their indices in the test split)."""
-    test, count = task.data.splits.test, task.config.probe.corruption_images
+    test, count = task.data.splits.labeled_test, task.config.probe.corruption_images
     if count is None or count == len(test):
         return test, torch.arange(len(test))
     chosen = stratified_sample(test.labels, count=count, seed=SEED)

@@ -16,8 +16,8 @@ from torch import Tensor
 from ..data import BetonSource, Source, open_beton
 from ..data.sources.folder import FolderSource
 from ..data.sources.image_file import SUFFIXES, Exif, ImageFormat
-from ..data.sources.listing import PassedOver, check_regular, is_ignored
-from ..errors import DataError, printable
+from ..data.sources.listing import check_regular, list_images
+from ..errors import DataError
 
 AHEAD = 2
 """Batches that are decoded in advance while the model computes one."""
@@ -69,7 +69,7 @@ def open_images(
     notes: list[str] = []
     for path in paths:
         if path.is_dir():
-            listed, lines = _list_folder(path)
+            listed, lines = list_images(path, SUFFIXES)
             if not listed:
                 raise DataError(f"{path} holds no images ({', '.join(SUFFIXES)}), at any depth")
             files.update(listed)
@@ -93,8 +93,10 @@ def _open_beton(path: Path, shape: tuple[int, int, int], classes: Sequence[str],
     beton = open_beton(path, image_size=shape[1], exif=exif)
     if beton.channels != shape[0]:
         beton = BetonSource(path, beton.columns, beton.rows, beton.labels, beton.classes, shape[0], shape[1])
-    names = [beton.classes[label] for label in beton.labels.tolist()]
     positions = tuple(f"{path}#{i}" for i in range(len(beton)))
+    if not beton.classes:  # made of images without labels
+        return ImageSet(beton, positions, None, ())
+    names = [beton.classes[label] for label in beton.labels.tolist()]
     return ImageSet(beton, positions, _labels(names, classes), (), _unknown(names, classes))
 
 
@@ -107,35 +109,6 @@ def _unknown(names: Sequence[str], classes: Sequence[str]) -> tuple[str, ...]:
     """The names that are no classes where others are; folders of which none is one are not meant as classes."""
     unknown = set(names) - set(classes)
     return tuple(sorted(unknown)) if unknown < set(names) else ()
-
-
-def _list_folder(root: Path) -> tuple[list[Path], list[str]]:
-    """(image files, lines about others) under a folder; links are followed, each folder is listed once."""
-    found: list[Path] = []
-    others, seen, passed = 0, set(), PassedOver(root)
-    for folder, folders, files in os.walk(root, followlinks=True, onerror=_raise):
-        real = os.path.realpath(folder)
-        if real in seen:  # a link to a parent folder would never end
-            folders.clear()
-            continue
-        seen.add(real)
-        for name in sorted(name for name in (*folders, *files) if is_ignored(name)):
-            passed.add(Path(folder, name), is_folder=name in folders)
-        folders[:] = sorted(name for name in folders if not is_ignored(name))
-        names = [name for name in files if not is_ignored(name)]
-        images = [name for name in names if name.lower().endswith(SUFFIXES)]
-        for name in images:
-            check_regular(Path(folder, name))
-            found.append(Path(folder, name))
-        others += len(names) - len(images)
-    lines = [passed.line()]
-    if others:
-        lines.append(f"{printable(root)}: left out {others} files that do not have the ending of an image file")
-    return found, [line for line in lines if line is not None]
-
-
-def _raise(error: OSError) -> None:
-    raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
 
 
 def decode(

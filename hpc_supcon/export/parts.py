@@ -126,7 +126,7 @@ def _load_classifier(folder: Path, kind: str | None) -> ModelPart:
                 f"{folder}: its {kind} probe was fitted on step {description['step']}, but the best checkpoint is "
                 f"step {found.state['step']}: run `hpc-supcon probe {folder} probe.kind={kind}` again"
             )
-        if unknown := sorted(set(description["classes"]) - set(found.state["classes"])):
+        if "@" not in kind and (unknown := sorted(set(description["classes"]) - set(found.state["classes"]))):
             raise RunFolderError(
                 f"{folder}: its {kind} probe was fitted on classes that its encoder was not trained on: "
                 f"{', '.join(unknown[:3])}{' ...' * (len(unknown) > 3)}; run `hpc-supcon probe {folder} "
@@ -193,12 +193,17 @@ def _classifier(encoder: nn.Module | None, probe: FittedProbe) -> nn.Sequential:
 
 def _choose_probe(folder: Path, wanted: str | None) -> str:
     saved = [kind for kind in PROBES if checkpoint.list_steps(folder / FOLDER / kind)]
+    of_other_data = sorted(path.name for path in (folder / FOLDER).glob("*@*") if checkpoint.list_steps(path))
+    if wanted is None and not saved:
+        saved = of_other_data
     if wanted is None:
         if not saved:
             raise RunFolderError(f"{folder}: no fitted probe in it; run `hpc-supcon probe {folder}` first")
         if len(saved) > 1:
             raise ConfigError(f"{folder} has several fitted probes; choose one with --probe: {', '.join(saved)}")
         return saved[0]
+    if wanted in of_other_data:
+        return wanted
     if wanted not in PROBES:
         raise ConfigError("--probe: " + unknown_name("probe", wanted, PROBES))
     if wanted not in saved:

@@ -41,7 +41,8 @@ class Comparison:
     def difference(self, group: Group, section: str, score: str) -> tuple[float, float, int] | None:
         """(mean of group - first, half width of its 95 % interval, pairs), over the seeds that both have."""
         first = self.groups[0]
-        if group is first or not _same_test_set(first.runs[0], group.runs[0]):
+        # the test images of a probe of other data are those that its name tells, whatever the run was trained on
+        if group is first or not ("@" in section or _same_test_set(first.runs[0], group.runs[0])):
             return None
         return paired_difference(first.values.get((section, score), {}), group.values.get((section, score), {}))
 
@@ -108,7 +109,7 @@ def _notices(groups: list[Group]) -> list[str]:
     if len(sources) > 1:
         notices.append(
             f"runs of different data sets ({', '.join(sources)}): their scores say nothing about each other, and no "
-            "differences are given"
+            "differences are given, but for probes of one other data set (PROBE@DATA)"
         )
     elif not all(_same_test_set(first, run) for group in groups for run in group.runs):
         notices.append("not all runs have the same test images: no differences are given between those")

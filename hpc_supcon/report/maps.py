@@ -21,6 +21,8 @@ SPACES, METHODS = ("projection", "encoder", "pixels"), ("tsne", "umap", "pca")
 MAX_POINTS = 20_000
 """Points of a map in a page; of more, every n-th is taken."""
 _NAME = re.compile(rf"(?:(initial)-|step-(\d{{1,12}})-)?({'|'.join(SPACES)})-({'|'.join(METHODS)})")
+NO_LABELS = "no labels"
+"""In place of classes."""
 _LEVELS = 65535
 
 
@@ -38,6 +40,7 @@ class Map:
     classes: list[str]
     total: int
     shape: float
+    labeled: bool = True
 
 
 def read_maps(run: Run) -> list[Map]:
@@ -59,6 +62,7 @@ def _read(path: Path, space: str, method: str, step: int | None, run: Run) -> Ma
     with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
         points, index, labels = (np.asarray(file[key]) for key in ("points", "index", "labels"))
         classes = [str(name) for name in file["classes"]] if "classes" in file else []
+        labeled = "classes" not in file or bool(classes)
     total = len(points)
     if points.shape != (total, 2) or index.shape != (total,) or labels.shape != (total,) or not total:
         raise ValueError(f"points {points.shape}, index {index.shape}, labels {labels.shape}")
@@ -76,9 +80,12 @@ def _read(path: Path, space: str, method: str, step: int | None, run: Run) -> Ma
     low = points.min(axis=0)
     extent = np.maximum(points.max(axis=0) - low, 1e-12)
     scaled = np.rint((points - low) / extent * _LEVELS).astype(np.uint16)
+    if not labeled:
+        classes, labels = [NO_LABELS], np.zeros_like(labels)
     classes += [str(i) for i in range(len(classes), int(labels.max()) + 1)]
     shape = float(np.clip(extent[0] / extent[1], 0.2, 5.0))
-    return Map(space, method, step, scaled, index.astype(np.uint32), labels.astype(np.uint16), classes, total, shape)
+    found = scaled, index.astype(np.uint32), labels.astype(np.uint16)
+    return Map(space, method, step, *found, classes, total, shape, labeled)
 
 
 def maps_data(run: Run, blobs: Blobs) -> list[dict[str, Any]]:
@@ -97,7 +104,7 @@ def maps_data(run: Run, blobs: Blobs) -> list[dict[str, Any]]:
             {
                 "space": one.space, "method": one.method, "step": one.step, "points": points, "index": index,
                 "labels": labels, "classes": one.classes, "n": len(one.points), "total": one.total,
-                "shape": one.shape,
+                "shape": one.shape, "labeled": one.labeled,
             }
         )  # fmt: skip
     return found

@@ -58,6 +58,10 @@ class Run:
         return str(self.config.get("data.source", ""))
 
     @property
+    def is_unlabeled(self) -> bool:
+        return self.config.get("data.labels") == "none"
+
+    @property
     def test_set(self) -> tuple[str, ...]:
         """By which test images and labels can be told from those of other runs: empty where that is unknown."""
         split = mapping(mapping(self.checkpoint.get("data")).get("splits")).get("test")

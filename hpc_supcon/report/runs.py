@@ -16,7 +16,7 @@ from .blobs import Blobs
 from .compare import Comparison, compare, mean_text
 from .curves import breakdown_of, cost_of, curves_data
 from .formats import duration, shown
-from .maps import FOLDER, maps_data, thumbnails_data
+from .maps import FOLDER, NO_LABELS, maps_data, thumbnails_data
 from .page import Headline, Page, Section
 from .read import Run, interval_of, mapping, number, numbers, read_runs, texts
 from .scores import split_scores
@@ -120,7 +120,7 @@ def facts_of(run: Run) -> dict[str, str]:
     ranks = number(start.get("world_size")) or 1.0
     found: dict[str, Any] = {
         "state": run.state,
-        "data": run.data,
+        "data": run.data + (f" ({NO_LABELS})" if run.is_unlabeled else ""),
         "encoder": run.config.get("model.encoder"),
         "loss": run.loss,
         "seed": run.seed,
@@ -167,7 +167,8 @@ def _date(value: Any) -> str:
 
 
 def _summary(run: Run) -> str:
-    parts = [run.config.get("model.encoder"), run.loss, run.data, f"seed {run.seed}" if "seed" in run.config else ""]
+    data = run.data + (f" ({NO_LABELS})" if run.is_unlabeled else "")
+    parts = [run.config.get("model.encoder"), run.loss, data, f"seed {run.seed}" if "seed" in run.config else ""]
     return printable(" · ".join(str(part) for part in parts if part))
 
 
@@ -182,6 +183,10 @@ def _summary_of_several(runs: Sequence[Run]) -> str:
 def _unfinished(run: Run) -> str:
     if split_scores(run):
         return ""
+    if run.is_unlabeled and run.state == "finished":
+        return (
+            f"{run.label}: {NO_LABELS}, so no probes: probe.transfer, or data.source=... of probe, names labeled data"
+        )
     at = next((f", at step {event['step']}" for event in reversed(run.events) if event["event"] == "train"), "")
     return f"{run.label}: no results yet ({run.state}{at})"
 
@@ -193,7 +198,7 @@ def _headlines(run: Run) -> list[Headline]:
         accuracy = number(scores.get("accuracy"))
         if split != "test" or accuracy is None:
             continue
-        interval, samples = interval_of(scores.get("accuracy_interval")), _test_samples(run, scores)
+        interval, samples = interval_of(scores.get("accuracy_interval")), _test_samples(run, kind, scores)
         if interval is None and samples and 0 <= accuracy <= 1:
             interval = fraction_interval(accuracy, samples)
         where = f"{samples:,} test images" if samples else "test images"
@@ -229,10 +234,12 @@ def headlines_of_groups(comparison: Comparison) -> list[Headline]:
     return best or [Headline("runs", "no results yet")]
 
 
-def _test_samples(run: Run, scores: dict[str, Any]) -> int | None:
+def _test_samples(run: Run, kind: str, scores: dict[str, Any]) -> int | None:
     told = number(scores.get("samples"))
     if told is not None:
         return int(told)
+    if "@" in kind:  # of other data
+        return None
     split = mapping(mapping(mapping(run.checkpoint.get("data")).get("splits")).get("test"))
     counts = [n for n in numbers(split.get("counts")) if n is not None]
     return int(sum(counts)) or None

@@ -77,7 +77,8 @@ def draw_embeddings(
 def _draw(
     folder: Path, config: Config, runtime: Runtime, data: Data, writer: ResultWriter, required: bool
 ) -> list[FittedMap]:
-    began, report = time.perf_counter(), config.report
+    began, config = time.perf_counter(), _with_drawn_split(config, data)
+    report = config.report
     with propagate_errors():
         check_has_checkpoint(folder, config)
         source: Source | None = getattr(data.splits, report.split)
@@ -113,6 +114,14 @@ def _draw(
         seconds = time.perf_counter() - began
         note(f"embeddings: {len(maps)} maps of {len(index):,} {report.split} images ({seconds:.0f} s)")
     return maps
+
+
+def _with_drawn_split(config: Config, data: Data) -> Config:
+    """With the images that are not trained on in place of a test split, which images without labels need not have."""
+    if config.report.split != "test" or data.splits.test is not None:
+        return config
+    split = "train" if data.splits.validation is None else "validation"
+    return config.model_copy(update={"report": config.report.model_copy(update={"split": split})})
 
 
 def _fit(config: Config, versions: Sequence[Version], methods: Sequence[str]) -> list[FittedMap]:
@@ -188,7 +197,8 @@ def _write_maps(
     with only_told(), drawing():
         for drawn in maps:
             save_figure(map_figure(drawn, classes, about), folder / FOLDER / drawn.name)
-        title = f"{run}\n{len(index):,} {config.report.split} images, {len(np.unique(labels)):,} classes"
+        labeled = f"{len(np.unique(labels)):,} classes" if source.classes else "no labels"
+        title = f"{run}\n{len(index):,} {config.report.split} images, {labeled}"
         overview = overview_figure(maps, classes, title, {"tsne": f" (perplexity {perplexities})"})
         save_figure(overview, folder / FOLDER / "overview")
 
@@ -242,10 +252,11 @@ def _neighbors(
             _save_neighbors(folder / FOLDER / "neighbors.json", config, source, found, trained.found.name)
         shown = {int(i): source.read(int(i)) for i in torch.cat([found.queries, found.index.flatten()]).unique()}
         same = int((source.labels[found.index] == source.labels[found.queries][:, None]).sum())
-        title = (
-            f"{config.name}: nearest {report.split} images by the encoder's features ({trained.found.name})\n"
-            f"{same} of {found.index.numel()} neighbors have the query's class (green; others: dashed red, ×)"
-        )
+        title = f"{config.name}: nearest {report.split} images by the encoder's features ({trained.found.name})"
+        if source.classes:
+            title += (
+                f"\n{same} of {found.index.numel()} neighbors have the query's class (green; others: dashed red, ×)"
+            )
         with only_told(), drawing():
             figure = neighbors_figure(shown, found, source.labels, source.classes, title)
             save_figure(figure, folder / FOLDER / "neighbors")

@@ -50,6 +50,8 @@ def score_features(
     head of pre-training, where the run has one. Raises what embedding_scores, ood_scores and open_ood raise.
     """
 
+    of_data = f"@{task.other_data}" if task.other_data else ""
+
     def write(section: str, key: str, scores: dict[str, Any]) -> None:
         if task.runtime.is_main:
             with writer.may_fail():
@@ -57,11 +59,11 @@ def score_features(
 
     if task.config.probe.embedding:
         for space, scores in _embeddings(task, projection).items():
-            write("embedding", space, {"split": "test", **scores})
-            log.log("embedding", step, space=space, **scores)
+            write("embedding", space + of_data, {"split": "test", **scores})
+            log.log("embedding", step, space=space + of_data, **scores)
             if task.runtime.is_main:
                 shown = (f"{title} {_text(scores[name])}" for name, title in SHOWN.items())
-                note(f"embedding ({space}): {'  '.join(shown)}")
+                note(f"embedding ({space}{of_data}): {'  '.join(shown)}")
     if task.config.probe.ood:
         for name, found in _ood(task, fitted).items():
             write("ood", name, found)
@@ -97,7 +99,7 @@ def _ood(task: ProbeTask, fitted: Sequence[FittedProbe]) -> dict[str, dict[str, 
     own = {name: detect(test[0]) for name, detect in detectors.items()}
     classifier = _classifier(task, fitted)
     if classifier is not None:
-        own["max_softmax"] = _uncertainties(task, classifier, task.data.splits.test, test[0])
+        own["max_softmax"] = _uncertainties(task, classifier, task.data.splits.labeled_test, test[0])
     scores: dict[str, dict[str, Any]] = {}
     for text, source in sources.items():
         agreed_fingerprint(type(task.data.splits)(source, None, source))

@@ -32,9 +32,10 @@ from ..evaluation.probes import (
 )
 from ..evaluation.scored_probe import ScoredProbe, score_probe
 from ..evaluation.scores import headline_entry
+from ..evaluation.transfer import check_scores, data_name, is_copy, transfer_configs, without_transfer
 from ..seeding import changed_since
 from ..terminal import note, only_told, warn
-from ..training.data import Data
+from ..training.data import Data, load_data
 from ..training.engine import place
 from ..training.metrics import MetricLog
 from .corruptions import add_corruptions
@@ -67,28 +68,47 @@ def start_without_encoder(config: Config, runtime: Runtime) -> Path:
 
 
 def probe(
-    folder: Path, config: Config, runtime: Runtime, data: Data, *, writer: ResultWriter | None = None
+    folder: Path,
+    config: Config,
+    runtime: Runtime,
+    data: Data,
+    *,
+    writer: ResultWriter | None = None,
+    is_other: bool = False,
 ) -> list[dict[str, Any]]:
     """Fit every probe of `probe.kind` in turn; returns the entries written into results.json. Collective.
 
     Every choice (learning rate, iteration) is made on validation; the test set is read once, at the end of each
-    probe. writer: of a caller that calls its `check`. Raises ConfigError, DataError, RunFolderError and
-    CheckpointCorrupt before any fit, NonFinite during one, ResultsNotWritten after the last.
+    probe. Then the same with each set of `probe.transfer` in place of `data`. Images without labels have no probes of
+    their own. writer: of a caller that calls its `check`. is_other: the settings name other data than the run's own
+    (see transfer.is_other_data); all is then filed under its name, unless it is a copy. The caller has called
+    `check_probes`. Raises ConfigError, DataError, RunFolderError and CheckpointCorrupt before any fit, NonFinite
+    during one, ResultsNotWritten after the last.
     """
     own = writer or ResultWriter()
     with locked(folder, runtime, warn):
-        results = _probe(folder, config, runtime, data, own)
+        results = []
+        if data.splits.has_labels:
+            results += _probe(folder, without_transfer(config), runtime, data, own, is_other)
+        elif runtime.is_main:
+            note(f"{folder}: the images have no labels (data.labels=none): no probe is fitted on them")
+        for text, other in transfer_configs(config, data.splits.image_size, data.splits.channels):
+            if runtime.is_main:
+                note(f"probe.transfer={text}:")
+            results += _probe(folder, other, runtime, load_data(other, runtime), own, is_other=True)
     if writer is None:
         own.check()
     return results
 
 
-def _probe(folder: Path, config: Config, runtime: Runtime, data: Data, writer: ResultWriter) -> list[dict[str, Any]]:
+def _probe(
+    folder: Path, config: Config, runtime: Runtime, data: Data, writer: ResultWriter, is_other: bool
+) -> list[dict[str, Any]]:
     with propagate_errors():
         check_probes(config, data.splits)
         run_folder.check_results(folder)
         _check_predictions(folder, runtime)
-    tasks, encoder = _tasks(folder, config, runtime, data)
+    tasks, encoder = _tasks(folder, config, runtime, data, is_other)
     results, fitted = [], []
     with MetricLog(folder if runtime.is_main else None, tensorboard=config.log.tensorboard) as log:
         for task in tasks:
@@ -96,7 +116,7 @@ def _probe(folder: Path, config: Config, runtime: Runtime, data: Data, writer: R
             outcome = PROBES[task.kind].fit(task)
             for line in outcome.history:
                 numbers = {name: value for name, value in line.items() if name != "iteration"}
-                log.log(f"probe/{task.kind}", line["iteration"], **numbers)
+                log.log(f"probe/{task.name}", line["iteration"], **numbers)
             scored = score_probe(task, outcome.probe)
             result = _result(task, outcome, encoder, scored) | {"seconds": round(time.perf_counter() - began, 2)}
             if runtime.is_main:
@@ -113,16 +133,19 @@ def _probe(folder: Path, config: Config, runtime: Runtime, data: Data, writer: R
 
 
 def _tasks(
-    folder: Path, config: Config, runtime: Runtime, data: Data
+    folder: Path, config: Config, runtime: Runtime, data: Data, is_other: bool
 ) -> tuple[list[ProbeTask], EncoderCheckpoint | None]:
     """A task for each of `probe.kind`; they share the encoder and the rows computed with it. Collective."""
-    loaded, encoder, description, masks = None, None, None, None
+    loaded, encoder, description, masks, other_data = None, None, None, None, ""
     if config.probe.needs_encoder:
         model, found = load_model(folder)
         with propagate_errors():
-            check_classes(folder, found, data.splits)
-            if runtime.is_main:
-                report_changed_data(folder, found, config, data.fingerprint)
+            if is_other and not is_copy(run_folder.read_config(folder), config, found, data.fingerprint):
+                other_data = _check_other(folder, config, runtime, data)
+            else:
+                check_classes(folder, found, data.splits)
+                if runtime.is_main:
+                    report_changed_data(folder, found, config, data.fingerprint)
         encoder = place(model.encoder, runtime, channels_last=config.train.channels_last)
         description = found.state
         loaded = EncoderCheckpoint(found.name, found.state["step"], dict(model.heads.items()).get("projection"))
@@ -132,6 +155,8 @@ def _tasks(
             warn(f"{folder}: {warning}")
     else:
         with propagate_errors():
+            if is_other:
+                other_data = _check_other(folder, config, runtime, data)
             normalization = normalization_of(data.splits.train)
         description = {"classes": list(data.splits.classes), "normalization": normalization}
     transform = EvalTransform(**description["normalization"]).to(runtime.device)
@@ -145,10 +170,26 @@ def _tasks(
 
     rows = SplitRows(data.splits, read)
     tasks = [
-        ProbeTask(kind, config.probe.input_of(kind), config, runtime, data, rows, description, encoder, masks)
+        ProbeTask(
+            kind, config.probe.input_of(kind), config, runtime, data, rows, description, encoder, masks, other_data
+        )
         for kind in config.probe.kinds
     ]
     return tasks, loaded
+
+
+def _check_other(folder: Path, config: Config, runtime: Runtime, data: Data) -> str:
+    """The name of data that are not the run's own. Tells how they are read. Raises ConfigError."""
+    name, splits = data_name(config), data.splits
+    check_scores(config, name)
+    if runtime.is_main:
+        channels = "RGB" if splits.channels == 3 else "gray"
+        normalized = " and normalized as it was trained" if config.probe.needs_encoder else ""
+        note(
+            f"{folder}: other data, {name}: {len(splits.classes)} classes, read as {channels} images of "
+            f"{splits.image_size} x {splits.image_size} pixels{normalized}; results are filed under KIND@{name}"
+        )
+    return name
 
 
 def _check_predictions(folder: Path, runtime: Runtime) -> None:
@@ -168,13 +209,13 @@ def _result(
     pixels = fitted.input == "pixels"
     return {
         "stage": "probe",
-        "probe": fitted.kind,
+        "probe": task.name,
         "input": fitted.input,
         "encoder": None if pixels else config.model.encoder,
         "loss": None if pixels else config.loss.label,
         "checkpoint": None if pixels or encoder is None else encoder.name,
         "seed": config.seed,
-        "data": config.data.source,
+        "data": task.other_data or config.data.source,
         "classes": len(fitted.classes),
         "parameters": fitted.head_parameters,
         **outcome.facts,
@@ -202,22 +243,22 @@ def _write(
     writer.add(folder, result)
     scores = {"checkpoint": result["checkpoint"], "classes": list(fitted.classes), "splits": scored.scores}
     with writer.may_fail():
-        run_folder.add_scores(folder, "probes", fitted.kind, scores)
+        run_folder.add_scores(folder, "probes", task.name, scores)
     with writer.may_fail(), suppress(MissingExtra):  # which was told before
         write_predictions(
             folder,
-            fitted.kind,
+            task.name,
             scored.predictions,
             paths={split: getattr(task.data.splits, split).paths for split in scored.predictions},
             root=None if config.data.root is None else Path(config.data.root).expanduser(),
         )
     with writer.may_fail():
-        path = folder / FOLDER / fitted.kind
+        path = folder / FOLDER / task.name
         save_probe(fitted, path, step, world_size=runtime.world_size, config_digest=digest(config))
     with only_told():
-        kept, title = outcome.chosen.get("iteration"), _title(config, fitted.kind)
-        draw_probe_curves(folder, fitted.kind, outcome.history, kept=kept, title=title)
-        draw_confusion(folder, fitted.kind, scored.scores["test"]["confusion"], fitted.classes)
+        kept, title = outcome.chosen.get("iteration"), _title(config, task.name)
+        draw_probe_curves(folder, task.name, outcome.history, kept=kept, title=title)
+        draw_confusion(folder, task.name, scored.scores["test"]["confusion"], fitted.classes)
 
 
 def _title(config: Config, kind: str) -> str | None:

@@ -84,7 +84,7 @@ def _evaluate(folder: Path, config: Config, runtime: Runtime, data: Data, writer
         if runtime.is_main:
             writer.add(folder, result)
             with only_told():
-                _draw(folder, model, data.splits.test, transform)
+                _draw(folder, model, data.splits.test or data.splits.validation or data.splits.train, transform)
     with MetricLog(folder if runtime.is_main else None, tensorboard=False) as log:
         log.log("reconstruction", found.state["step"], validation=result["validation"], test=result["test"])
     return result

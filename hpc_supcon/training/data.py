@@ -11,6 +11,7 @@ from ..data import (
     DataFingerprint,
     Loader,
     LoaderOptions,
+    Note,
     Order,
     Source,
     Splits,
@@ -54,21 +55,7 @@ def load_data(config: Config, runtime: Runtime) -> Data:
     data = config.data
     with propagate_errors():
         training = loader_options(config)
-        splits = load_splits(
-            data.source,
-            root=data.root,
-            download=data.download,
-            image_size=data.image_size,
-            channels=data.channels,
-            exif=data.exif,
-            validation_fraction=data.validation_fraction,
-            train_images=data.train_images,
-            seed=config.seed,
-            synthetic=data.synthetic.model_dump() if data.source == "synthetic" else None,
-            beton=data.beton,
-            check_hash=runtime.launch.local_rank == 0,
-            note=warn if runtime.is_main else None,
-        )
+        splits = splits_of(config, check_hash=runtime.launch.local_rank == 0, note=warn if runtime.is_main else None)
     fingerprint = agreed_fingerprint(splits)
     name: str = data.loader
     reason = "as configured"
@@ -77,8 +64,30 @@ def load_data(config: Config, runtime: Runtime) -> Data:
     if name == "resident" and data.on_corrupt == "fail":
         with propagate_errors():
             validation = None if splits.validation is None else _decoded(splits.validation)
-            splits = Splits(_decoded(splits.train), validation, _decoded(splits.test))
+            test = None if splits.test is None else _decoded(splits.test)
+            splits = Splits(_decoded(splits.train), validation, test)
     return Data(splits, name, reason, training, training.for_evaluation(), fingerprint)
+
+
+def splits_of(config: Config, *, check_hash: bool = False, note: Note | None = None) -> Splits:
+    """The splits that a configuration describes; arguments and errors as of load_splits."""
+    data = config.data
+    return load_splits(
+        data.source,
+        root=data.root,
+        download=data.download,
+        image_size=data.image_size,
+        channels=data.channels,
+        exif=data.exif,
+        labels=data.labels,
+        validation_fraction=data.validation_fraction,
+        train_images=data.train_images,
+        seed=config.seed,
+        synthetic=data.synthetic.model_dump() if data.source == "synthetic" else None,
+        beton=data.beton,
+        check_hash=check_hash,
+        note=note,
+    )
 
 
 def open_ood(config: Config, splits: Splits) -> dict[str, Source]:
@@ -98,7 +107,7 @@ def open_ood(config: Config, splits: Splits) -> dict[str, Source]:
                 channels=splits.channels,
                 exif=data.exif,
                 synthetic={"images": made.images, "classes": made.classes} if name == "synthetic" else None,
-            ).test
+            ).labeled_test
         except DataError as error:
             raise DataError(f"probe.ood={text}: {error} (in probe.ood, the folder follows a colon)") from None
     return found

@@ -58,8 +58,10 @@ class Objective(nn.Module):
         """
         super().__init__()
         self.weights = dict(terms)
-        self.supervised = bool(settings["supervised"])
         self.specs = {name: loss_spec(name) for name in terms}
+        self.supervised = bool(settings["supervised"]) and any(
+            spec.pairwise and spec.uses_labels for spec in self.specs.values()
+        )
         self.losses = nn.ModuleDict()
         for name, spec in self.specs.items():
             arguments = {key: settings[key] for key in spec.parameters if key in settings}

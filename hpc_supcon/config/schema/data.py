@@ -32,6 +32,10 @@ class DataConfig(Section):
         description="image folders; transpose: images are turned upright by their EXIF orientation; ignore: they are "
         "read as stored"
     )
+    labels: Literal["folders", "none"] = Field(
+        description="image folders; folders: train/CLASS/*.jpg; none: no labels, images at any depth of data.root, "
+        "or of its folders train, val, test"
+    )
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
         description="share of the training images set aside for validation, stratified, where the data set has no "
         "validation split of its own; 0: no validation"

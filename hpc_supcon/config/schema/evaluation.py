@@ -109,6 +109,10 @@ class ProbeConfig(Section):
         description="the data set, or a list, that the encoder should tell from the run's own: SOURCE or SOURCE:PATH "
         "(as data.source and data.root; without PATH: data.root). AUROC and FPR95 of three detectors, on test splits"
     )
+    transfer: str | tuple[str, ...] = Field(
+        description="other labeled data sets, SOURCE or SOURCE:PATH as in ood, on which the probes of `kind` are "
+        "fitted and evaluated too, in the size, channels and normalization of the encoder; filed under KIND@DATA"
+    )
     linear: LinearConfig
     softmax: SoftmaxConfig
     logistic: LogisticConfig
@@ -144,11 +148,20 @@ class ProbeConfig(Section):
     @property
     def ood_sets(self) -> list[tuple[str, str, str | None]]:
         """(its text, source, folder or None) of each data set of `ood`."""
-        texts = (self.ood,) if isinstance(self.ood, str) else self.ood
-        parts = [(text, *text.partition(":")) for text in texts]
-        return [(text, source, path if colon else None) for text, source, colon, path in parts]
+        return _data_sets(self.ood)
+
+    @property
+    def transfer_sets(self) -> list[tuple[str, str, str | None]]:
+        """As `ood_sets`, of `transfer`."""
+        return _data_sets(self.transfer)
 
     @property
     def needs_encoder(self) -> bool:
         """Whether any of `kinds` reads more than pixels."""
         return any(self.input_of(kind) != "pixels" for kind in self.kinds)
+
+
+def _data_sets(setting: str | tuple[str, ...]) -> list[tuple[str, str, str | None]]:
+    texts = (setting,) if isinstance(setting, str) else setting
+    parts = [(text, *text.partition(":")) for text in texts]
+    return [(text, source, path if colon else None) for text, source, colon, path in parts]

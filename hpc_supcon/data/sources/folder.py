@@ -1,4 +1,4 @@
-"""Images in folders: ROOT/train/CLASS/*.jpg, with ROOT/test and/or ROOT/val in the same layout."""
+"""Images in folders: ROOT/train/CLASS/*.jpg, with ROOT/test and/or ROOT/val in the same layout, or without labels."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .image_file import (
     read_image,
     whole_form,
 )
-from .listing import Note, list_splits
+from .listing import Note, list_images, list_splits
 from .source import Pixels, channels_first, resize_and_crop, stack_images
 
 
@@ -32,7 +32,7 @@ class FolderSource:
     def __init__(
         self, paths: Sequence[Path], labels: Tensor, classes: Sequence[str], image_format: ImageFormat
     ) -> None:
-        """labels int64 [len(paths)] in 0..len(classes)-1."""
+        """labels int64 [len(paths)] in 0..len(classes)-1; zeros where there are no classes."""
         assert labels.dtype == torch.int64
         assert labels.shape == (len(paths),)
         self.paths = tuple(paths)
@@ -102,7 +102,10 @@ def open_folder(
             f"image folder {root} does not exist: name one with train/CLASS/*.jpg (data.root, or the argument)"
         )
     if not (root / "train").is_dir():
-        raise DataError(f"{root / 'train'} does not exist: expected {root}/train/CLASS/*.jpg|png and test/ or val/")
+        raise DataError(
+            f"{root / 'train'} does not exist: expected {root}/train/CLASS/*.jpg|png and test/ or val/; for images "
+            "without labels: data.labels=none"
+        )
     held_out = [name for name in ("val", "test") if (root / name).is_dir()]
     if not held_out:
         raise DataError(f"{root} has neither test/ nor val/ beside train/: one of them is needed as the test set")
@@ -117,6 +120,44 @@ def open_folder(
         return FolderSource(paths, torch.arange(len(classes)).repeat_interleave(counts), classes, image_format)
 
     return source("train"), source("val") if len(held_out) == 2 else None, source(held_out[-1])
+
+
+def open_unlabeled(
+    root: Path,
+    *,
+    image_size: int | None,
+    channels: int | None,
+    exif: Exif = "transpose",
+    note: Note | None = None,
+) -> tuple[FolderSource, FolderSource | None, FolderSource | None]:
+    """(train, validation or None, test or None) of a folder of images without labels, at any depth.
+
+    ROOT/train, with ROOT/val and ROOT/test as in `open_folder`; without ROOT/train, all images are of train.
+    Arguments as of `open_folder`. Raises DataError.
+    """
+    if not root.is_dir():
+        raise DataError(f"image folder {root} does not exist: name one with images (data.root, or the argument)")
+    is_split = (root / "train").is_dir()
+    held_out = [name for name in ("val", "test") if is_split and (root / name).is_dir()]
+    if is_split and (beside := [path for path in sorted(root.iterdir()) if path.name.lower().endswith(SUFFIXES)]):
+        raise DataError(f"image {beside[0]} is next to {root / 'train'}: move it into that folder")
+    listings: dict[str, list[Path]] = {}
+    for name in ("train", *held_out):
+        folder = root / name if is_split else root
+        listings[name], lines = list_images(folder, SUFFIXES)
+        if not listings[name]:
+            raise DataError(f"{folder} holds no images ({', '.join(SUFFIXES)}), at any depth")
+        for line in lines:
+            if note is not None:
+                note(line)
+    image_format = _format_of(listings["train"], image_size, channels, exif)
+    found: dict[str, FolderSource | None] = {
+        name: FolderSource(paths, torch.zeros(len(paths), dtype=torch.int64), (), image_format)
+        for name, paths in listings.items()
+    }
+    train = found["train"]
+    assert train is not None
+    return train, found["val"] if len(held_out) == 2 else None, found[held_out[-1]] if held_out else None
 
 
 def _format_of(paths: Sequence[Path], image_size: int | None, channels: int | None, exif: Exif) -> ImageFormat:

@@ -1,4 +1,4 @@
-"""Which files of an image folder are images, and of which class: nothing is opened, only listed."""
+"""Which files of a folder are images, and of which class if any: nothing is opened, only listed."""
 
 from __future__ import annotations
 
@@ -93,6 +93,38 @@ def _check_extra(train: Path, other: Path, extra: list[str], absent: list[str]) 
             f"{other} has images of {', '.join(extra)}{instead}, and {train} has no such "
             f"class: rename the folder, add training images of it, or remove it from {other.name}"
         )
+
+
+def list_images(root: Path, suffixes: Sequence[str]) -> tuple[list[Path], list[str]]:
+    """(image files, lines about others) under a folder, at any depth, in the order of their paths.
+
+    Links are followed, each folder is listed once. suffixes: see list_splits. Raises DataError.
+    """
+    found: list[Path] = []
+    others, seen, passed = 0, set(), PassedOver(root)
+    for folder, folders, files in os.walk(root, followlinks=True, onerror=_raise):
+        real = os.path.realpath(folder)
+        if real in seen:  # a link to a parent folder would never end
+            folders.clear()
+            continue
+        seen.add(real)
+        for name in sorted(name for name in (*folders, *files) if is_ignored(name)):
+            passed.add(Path(folder, name), is_folder=name in folders)
+        folders[:] = sorted(name for name in folders if not is_ignored(name))
+        names = [name for name in files if not is_ignored(name)]
+        images = [name for name in names if name.lower().endswith(tuple(suffixes))]
+        for name in images:
+            check_regular(Path(folder, name))
+            found.append(Path(folder, name))
+        others += len(names) - len(images)
+    lines = [passed.line()]
+    if others:
+        lines.append(f"{printable(root)}: left out {others} files that do not have the ending of an image file")
+    return sorted(found), [line for line in lines if line is not None]
+
+
+def _raise(error: OSError) -> None:
+    raise DataError(f"{error.filename} cannot be read: {error.strerror}") from error
 
 
 def _list_split(folder: Path, suffixes: Sequence[str], passed: PassedOver) -> dict[str, list[Path]]:

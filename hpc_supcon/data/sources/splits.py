@@ -6,30 +6,44 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from ...errors import ConfigError, DataError, unknown_name
 from .beton import open_beton, read_manifest
 from .builtin import digits, synthetic
 from .convert import convert
-from .folder import open_folder, unreadable_is_data_error
+from .folder import open_folder, open_unlabeled, unreadable_is_data_error
 from .image_file import Exif
 from .listing import Note
 from .source import ArraySource, Source, fit_images
 from .stratify import stratified_sample, stratified_split
 from .vision import open_cifar, open_mnist
 
+Labels = Literal["folders", "none"]
+"""Whether the images of a folder have labels: the names of its class folders, or none."""
+
 
 @dataclass(frozen=True)
 class Splits:
     """Sources of equal size, channels and classes. Choices are made on validation; test is read once, at the end.
 
-    validation: None where the data set has none and none was split off.
+    validation: None where the data set has none and none was split off. test: None only for images without labels.
+    Images without labels have no classes, and all labels are 0.
     """
 
     train: Source
     validation: Source | None
-    test: Source
+    test: Source | None
+
+    @property
+    def has_labels(self) -> bool:
+        return bool(self.train.classes)
+
+    @property
+    def labeled_test(self) -> Source:
+        """The test split, which every set with labels has."""
+        assert self.test is not None
+        return self.test
 
     @property
     def classes(self) -> tuple[str, ...]:
@@ -41,6 +55,8 @@ class Splits:
 
     def check_two_classes(self, what: str) -> None:
         """Raise DataError where the training images are not of two classes at least; `what` needs them."""
+        if not self.has_labels:
+            raise DataError(f"{what} tells classes apart, but the images have no labels (data.labels=none)")
         labels = self.train.labels.unique().tolist()
         if len(labels) < 2:
             raise DataError(
@@ -62,6 +78,7 @@ class SourceOptions:
     image_size: int | None = None
     channels: int | None = None
     exif: Exif = "transpose"
+    labels: Labels = "folders"
     synthetic: Mapping[str, int] | None = None
     note: Note | None = None
 
@@ -85,9 +102,12 @@ def _cifar(name: str, options: SourceOptions) -> Splits:
 
 
 def _image_folder(options: SourceOptions) -> Splits:
-    if options.root is None:
-        raise DataError("image_folder needs data.root: a folder with train/CLASS/*.jpg|png and test/ or val/")
     given: dict[str, Any] = {"image_size": options.image_size, "channels": options.channels, "exif": options.exif}
+    if options.root is None:
+        content = "train/CLASS/*.jpg|png and test/ or val/" if options.labels == "folders" else "images"
+        raise DataError(f"image_folder needs data.root: a folder with {content}")
+    if options.labels == "none":
+        return Splits(*open_unlabeled(options.root, **given, note=options.note))
     return Splits(*open_folder(options.root, **given, note=options.note))
 
 
@@ -130,6 +150,7 @@ def load_splits(
     image_size: int | None = None,
     channels: int | None = None,
     exif: Exif = "transpose",
+    labels: Labels = "folders",
     validation_fraction: float = 0.1,
     train_images: int | None = None,
     seed: int = 0,
@@ -146,7 +167,7 @@ def load_splits(
 
     root: folder of the files (not for digits and synthetic). download: fetch them where they are missing.
     image_size (pixels) and channels (1 or 3): what images are converted to; None keeps theirs. exif: whether images
-    of a folder are turned upright.
+    of a folder are turned upright. labels: none for a folder of images without labels, see `open_unlabeled`.
     validation_fraction in [0, 1): share of train that becomes the validation split, stratified, drawn with `seed`;
     0 gives none. A data set with a validation split keeps it. train_images: train on this many of the images that
     are left, in the same proportions of classes. synthetic: arguments of `builtin.synthetic`, for that name only.
@@ -160,7 +181,8 @@ def load_splits(
         raise ConfigError(f"options of synthetic data were given, but the data is {name}")
     if not 0 <= validation_fraction < 1:
         raise ConfigError(f"data.validation_fraction must be in [0, 1), not {validation_fraction}")
-    options = SourceOptions(_folder(root), download, image_size, channels, exif, synthetic, note)
+    _check_labels(name, labels)
+    options = SourceOptions(_folder(root), download, image_size, channels, exif, labels, synthetic, note)
     with unreadable_is_data_error():
         splits = open_splits(options) if beton is None else _open_beton(beton, name, options, check_hash=check_hash)
     train, validation = splits.train, splits.validation
@@ -186,12 +208,20 @@ def open_source(
     image_size: int | None = None,
     channels: int | None = None,
     exif: Exif = "transpose",
+    labels: Labels = "folders",
     synthetic: Mapping[str, int] | None = None,
     note: Note | None = None,
 ) -> Splits:
     """The data set called `name` with the splits that it has itself. Arguments and errors: see `load_splits`."""
     with unreadable_is_data_error():
-        return _source(name)(SourceOptions(_folder(root), download, image_size, channels, exif, synthetic, note))
+        _check_labels(name, labels)
+        options = SourceOptions(_folder(root), download, image_size, channels, exif, labels, synthetic, note)
+        return _source(name)(options)
+
+
+def _check_labels(name: str, labels: Labels) -> None:
+    if labels == "none" and name != "image_folder":
+        raise ConfigError(f"data.labels=none is for image folders, but data.source={name} has labels: use folders")
 
 
 def _source(name: str) -> Callable[[SourceOptions], Splits]:
@@ -244,8 +274,11 @@ def _open_beton(beton: str | Path, name: str, options: SourceOptions, *, check_h
         )
 
     train = open_split("train")
+    if bool(train.classes) != (options.labels == "folders"):
+        holds, use = ("labels", "folders") if train.classes else ("images without labels", "none")
+        raise DataError(f"{files['train']} holds {holds}: use data.labels={use}")
     validation = open_split("validation") if "validation" in written else None
-    return Splits(train, validation, open_split("test"))
+    return Splits(train, validation, open_split("test") if "test" in written else None)
 
 
 def _written_together(files: Mapping[str, Path]) -> list[str]:
@@ -253,7 +286,10 @@ def _written_together(files: Mapping[str, Path]) -> list[str]:
 
     Manifests of 0.1 do not name them; then every file that exists is one. Raises DataError where test is of another.
     """
-    train, test = (read_manifest(files[split]).get("splits") for split in ("train", "test"))
+    train = read_manifest(files["train"]).get("splits")
+    if train is not None and "test" not in train:
+        return list(train)
+    test = read_manifest(files["test"]).get("splits")
     if train != test:
         raise DataError(
             f"{files['train']} and {files['test'].name} are of different conversions: convert the data again"

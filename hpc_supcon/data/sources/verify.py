@@ -12,10 +12,11 @@ from typing import Any
 
 from ...errors import DataError
 from .beton import open_beton
-from .folder import open_folder, unreadable_is_data_error
+from .folder import open_folder, open_unlabeled, unreadable_is_data_error
 from .image_file import Exif
 from .listing import Note
 from .source import Source
+from .splits import Labels
 
 _CHUNK = 64  # images that a thread decodes at a time
 
@@ -48,6 +49,7 @@ def verify(
     image_size: int | None = None,
     channels: int | None = None,
     exif: Exif = "transpose",
+    labels: Labels = "folders",
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
     note: Note | None = None,
@@ -55,16 +57,17 @@ def verify(
     """A report for each split of an image folder ("train", "test", perhaps "validation"), or for a .beton file.
 
     Every image is decoded, by `workers` threads (None: one per processor); progress(images decoded, all images);
-    note: see listing.list_splits. image_size, channels, exif: as training would read the set, see `load_splits`.
-    Raises DataError where the set as a whole is wrong: its layout, sizes that need image_size, a .beton that differs
-    from its manifest.
+    note: see listing.list_splits. image_size, channels, exif, labels: as training would read the set, see
+    `load_splits`. Raises DataError where the set as a whole is wrong: its layout, sizes that need image_size, a
+    .beton that differs from its manifest.
     """
     path = Path(path)
     given: dict[str, Any] = {"image_size": image_size, "channels": channels, "exif": exif}
     if path.suffix == ".beton" or path.is_file():
         return {path.name: verify_source(open_beton(path, **given), workers=workers, progress=progress)}
     with unreadable_is_data_error():
-        train, validation, test = open_folder(path, **given, note=note)
+        opened = open_unlabeled if labels == "none" else open_folder
+        train, validation, test = opened(path, **given, note=note)
     splits = {"train": train, "validation": validation, "test": test}
     return {
         name: verify_source(source, workers=workers, progress=progress)

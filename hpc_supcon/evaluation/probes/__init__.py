@@ -6,6 +6,7 @@ from ...config import Config
 from ...data import Splits
 from ...errors import ConfigError
 from ...training.data import open_ood
+from ..transfer import check_transfer, without_transfer
 from .base import FittedProbe, ProbeOutcome, ProbeSpec, ProbeTask
 from .finetune import FINETUNE
 from .heads import LINEAR, MLP, SOFTMAX
@@ -35,13 +36,18 @@ PROBES: dict[str, ProbeSpec] = {
 def check_probes(config: Config, splits: Splits) -> None:
     """Raise ConfigError or DataError where these data do not allow a probe of `probe.kind`.
 
-    Cheap: meant for before training.
+    Cheap: meant for before training. Images without labels have no probes but those of `probe.transfer`.
     """
+    if config.probe.transfer_sets:
+        check_transfer(config, splits.image_size, splits.channels, check_probes)
+        config = without_transfer(config)
+    if not splits.has_labels:
+        return
     images = config.probe.corruption_images if config.probe.corruption_names else None
-    if images is not None and images > len(splits.test):
+    if images is not None and images > len(splits.labeled_test):
         raise ConfigError(
-            f"probe.corruption_images={images} but the test split has {len(splits.test)} images: lower it, or null "
-            "for all"
+            f"probe.corruption_images={images} but the test split has {len(splits.labeled_test)} images: lower it, "
+            "or null for all"
         )
     for kind in config.probe.kinds:
         splits.check_two_classes(f"probe.kind={kind}")

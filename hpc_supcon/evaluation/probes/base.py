@@ -50,6 +50,13 @@ class ProbeTask:
     encoder: nn.Module | None
     masks: Mapping[str, Tensor] | None = None
     """Packed masks of a pruned encoder (see pruning.WeightMasks): a probe that trains the encoder keeps it pruned."""
+    other_data: str = ""
+    """The name of other data than the run's own; see transfer.data_name."""
+
+    @property
+    def name(self) -> str:
+        """By which the results are filed."""
+        return f"{self.kind}@{self.other_data}" if self.other_data else self.kind
 
     @property
     def settings(self) -> Any:

@@ -66,8 +66,9 @@ page.widgets.map = (holder) => {
     const of = map.n < map.total ? `${map.n.toLocaleString("en-US")} of ${map.total.toLocaleString("en-US")}`
       : map.n.toLocaleString("en-US");
     const what = `${METHODS[map.method]} of the ${SPACES[map.space]}${map.space === "pixels" ? "" : " embedding"}`;
-    canvas.setAttribute("aria-label", `${what}, ${of} test images of ${map.classes.length} classes`);
-    status.textContent = `${what}, ${of} images`;
+    canvas.setAttribute("aria-label", `${what}, ${of} images ${map.labeled ? `of ${map.classes.length} classes` : "without labels"}`);
+    status.textContent = `${what}, ${of} images${map.labeled ? "" : ", no labels"}`;
+    legend.hidden = !map.labeled;
     tiles = run.thumbnails ? tilesOf(run.thumbnails) : null;
   }
 
@@ -116,7 +117,7 @@ page.widgets.map = (holder) => {
   function onpoint(i, x, y) {
     tip.hidden = i < 0;
     if (i < 0) return;
-    const text = `${map.classes[labels[i]]}, image ${index[i]}`;
+    const text = map.labeled ? `${map.classes[labels[i]]}, image ${index[i]}` : `image ${index[i]}`;
     const place = tiles?.places.get(index[i]);
     const parts = [text];
     if (place !== undefined && tiles.picture.complete && tiles.picture.naturalWidth) {

@@ -17,6 +17,7 @@ SCAN = ["prune.method=layer_sensitive"]
 CHANNELS = ["prune.method=channels"]
 RAMP = ["prune.schedule=gradual", "prune.finetune.iterations=10"]
 ROUNDS = ["prune.schedule=iterative", "prune.finetune.iterations=10"]
+UNLABELED = ["data.source=image_folder", "data.labels=none", "loss.name=simclr"]
 NO_VALIDATION = ["data.source=mnist", "data.validation_fraction=0", "probe.linear.lrs=[0.1]"]
 
 # what is wrong: (overrides, part of the line that is shown)
@@ -50,6 +51,63 @@ WRONG = {
     "other data and no features": (
         ["probe.ood=[mnist]", "probe.kind=softmax"],
         "probe.ood compares features of an encoder, but probe.kind=softmax reads pixels",
+    ),
+    "no labels and a data set that has them": (
+        ["data.labels=none"],
+        "data.labels=none is for data.source=image_folder; digits has labels",
+    ),
+    "no labels and a loss of labels": (
+        [*UNLABELED, "loss.name=tcl"],
+        "data.labels=none: the images have no labels, which loss tcl tells apart: use loss.supervised=false",
+    ),
+    "no labels and a classifier": (
+        [*UNLABELED, "loss.terms={simclr: 1, cross_entropy: 1}", "loss.supervised=false"],
+        "which loss cross_entropy learns: use loss.name=simclr",
+    ),
+    "no labels and a sampler of classes": (
+        [*UNLABELED, "data.sampler=long_tail_aware"],
+        "which data.sampler=long_tail_aware draws by: use data.sampler=random",
+    ),
+    "no labels and responses": (
+        [*UNLABELED, "loss.name=supcon_out", "loss.supervised=false", "log.gradient_response=true"],
+        "by which log.gradient_response counts positives",
+    ),
+    "no labels and an online probe": (
+        [*UNLABELED, VALIDATE, "validation.probe.kind=knn"],
+        "on which validation.probe.kind=knn is fitted: use none",
+    ),
+    "no labels and a target accuracy": (
+        [*UNLABELED, VALIDATE, "train.stopping={monitor: accuracy, target: 0.9}"],
+        "the images have no labels and so no accuracy: use train.stopping.monitor=loss",
+    ),
+    "no labels and corruptions": (
+        [*UNLABELED, "probe.corruptions=fog"],
+        "data.labels=none: probe.corruptions needs probes of the run's own images",
+    ),
+    "no labels and outliers": (
+        [*UNLABELED, "probe.ood=mnist"],
+        "data.labels=none: probe.ood needs probes of the run's own images",
+    ),
+    "no labels and probes of pixels": (
+        [*UNLABELED, "probe.kind=softmax"],
+        "data.labels=none: probe.kind=softmax reads pixels of the run's own images",
+    ),
+    "a transfer to unknown data": (["probe.transfer=minst"], "unknown probe.transfer 'minst'; did you mean 'mnist'"),
+    "a transfer to the run's own data": (
+        ["probe.transfer=[mnist, digits]"],
+        "probe.transfer=digits: that is the run's own data",
+    ),
+    "a transfer twice": (
+        ["probe.transfer=[mnist, 'mnist:/b']"],
+        "probe.transfer names a data set twice: mnist, mnist",
+    ),
+    "a transfer to a folder without its path": (
+        ["probe.transfer=image_folder"],
+        "probe.transfer=image_folder: name its folder as image_folder:PATH",
+    ),
+    "a transfer of pixels": (
+        ["probe.transfer=mnist", "probe.kind=softmax"],
+        "probe.transfer measures an encoder on other data, but probe.kind=softmax reads pixels",
     ),
     "unknown online probe": ([VALIDATE, "validation.probe.kind=kmn"], "unknown validation.probe.kind 'kmn'"),
     "unknown pruning": (["prune.method=l2"], "unknown prune.method 'l2'; did you mean 'l1'?"),
@@ -259,6 +317,7 @@ def test_a_batch_that_the_ranks_of_a_launch_cannot_share(tmp_path, command):
     ("overrides", "said"),
     [
         (["probe.kind=softmax"], "probe.kind=softmax reads pixels, which pruning does not change"),
+        (UNLABELED, "data.labels=none: prune compares probes of the run's own images, which have no labels"),
         (["prune.rate=[0.5, 0.50]"], "prune.rate names a rate twice: 0.5, 0.5"),
         (
             ["prune.scope=2:4", "prune.rate=[0.5, 0.6]"],

@@ -91,7 +91,7 @@ def test_the_names_are_the_keys_of_the_registry(literal: Any, registry: Iterable
 
 
 def test_every_probe_has_a_section_of_its_name():
-    others = {"kind", "corruptions", "corruption_images", "embedding", "ood"}
+    others = {"kind", "corruptions", "corruption_images", "embedding", "ood", "transfer"}
     assert set(ProbeConfig.model_fields) == {*others, *get_args(names.ProbeName)}
 
 
