@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import select
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
@@ -159,24 +160,46 @@ def main(arguments: Sequence[str]) -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # those of the run: what is left is sent when it ends
     os.nice(10)
-    parent, finished = os.getppid(), None
+    end = RunEnd(folder, name, ending_s=int(arguments[2]), finishing_s=int(arguments[3]))
     while not (folder / CONFIG).is_file():
-        if _ended(parent, 0.2) is not None:
+        if end.wait(0.2):
             return  # the run was refused
     with _alone(folder, name):
         follower = Follower(folder, name, artifacts)
-        while finished is None:
+        follower.look()
+        while not end.wait(POLL_S):
             follower.look()
-            finished = _ended(parent, POLL_S)
-        limit_s = int(arguments[3] if finished else arguments[2])
+        follower.finish(finished=end.finished)
 
-        def out_of_time(number: int, frame: object) -> None:
-            warn(f"{name}: not all was sent within {limit_s} s; `{command(folder, name)}` sends the rest")
-            os._exit(0)
 
-        signal.signal(signal.SIGALRM, out_of_time)
-        signal.alarm(limit_s)
-        follower.finish(finished=finished)
+class RunEnd:
+    """The end of the run whose process started this one, seen whatever a tracker is doing at that time.
+
+    After a limit from then on, this process ends as it is.
+    """
+
+    def __init__(self, folder: Path, name: str, *, ending_s: int, finishing_s: int) -> None:
+        self._folder, self._name, self._limits_s = folder, name, (ending_s, finishing_s)
+        self.finished = False
+        """Whether the run is complete."""
+        self._is_over = threading.Event()
+        threading.Thread(target=self._watch, args=(os.getppid(),), daemon=True).start()
+
+    def wait(self, seconds: float) -> bool:
+        return self._is_over.wait(seconds)
+
+    def _watch(self, parent: int) -> None:
+        # stdin does not end with a run whose worker processes live on: they have it open as well
+        while not select.select([0], [], [], POLL_S)[0] and os.getppid() == parent:
+            pass
+        if os.getppid() == parent or select.select([0], [], [], 0)[0]:
+            self.finished = os.read(0, len(FINISHED)) == FINISHED
+        self._is_over.set()
+        limit_s = self._limits_s[self.finished]
+        time.sleep(limit_s)
+        rest = f"`{command(self._folder, self._name)}` sends the rest"
+        warn(f"{self._name}: not all was sent within {limit_s} s; {rest}")
+        os._exit(0)
 
 
 def command(folder: Path, name: str) -> str:
@@ -192,12 +215,3 @@ def _alone(folder: Path, name: str) -> Iterator[None]:
             (folder / FOLDER).mkdir(exist_ok=True)
             stack.enter_context(file_lock(folder / FOLDER / f".{name}.lock", wait_s=LOCK_S))
         yield
-
-
-def _ended(parent: int, wait_s: float) -> bool | None:
-    """None while the run goes on, else whether it is complete. Waits at most `wait_s` for its end."""
-    if os.getppid() != parent:
-        return False
-    if not select.select([0], [], [], wait_s)[0]:
-        return None
-    return os.read(0, len(FINISHED)) == FINISHED

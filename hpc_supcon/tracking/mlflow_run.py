@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config import Config, flatten
+from ..terminal import note
 from .record import Row, Tell, entry_name, flat
 from .state import State
 
@@ -37,6 +38,7 @@ class MlflowRun:
         if state.id is None or state.at != uri or not self._exists(state.id):
             created = self._client.create_run(self._experiment(), run_name=config.name)
             state.begin(created.info.run_id, uri)
+            note(f"mlflow: run {state.id} at {uri}")
         assert state.id is not None
         self._id = state.id
         self._client.update_run(self._id, status="RUNNING")

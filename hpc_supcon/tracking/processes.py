@@ -60,7 +60,6 @@ def follow(folder: Path, names: Sequence[str], artifacts: Sequence[str]) -> None
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 start_new_session=True,  # Ctrl-C is for the run
-                env={**os.environ, "WANDB_SILENT": "true"},
             )
         except OSError as error:
             warn(f"{name}: its process cannot be started: {error.strerror}; the run goes on without it")

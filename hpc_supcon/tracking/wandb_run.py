@@ -14,6 +14,7 @@ from urllib.parse import urlsplit
 
 from ..config import Config
 from ..errors import on_one_line
+from ..terminal import note
 from .record import Row, Tell, entry_name, flat
 from .state import State
 
@@ -25,6 +26,7 @@ class WandbRun:
     """Every kind of event has a step of its own, `KIND/step`: a probe counts its own iterations."""
 
     def __init__(self, folder: Path, config: Config, state: State, tell: Tell) -> None:
+        os.environ.setdefault("WANDB_SILENT", "true")  # what matters is told
         import wandb
 
         self._wandb, self._folder, self._name = wandb, folder, config.name
@@ -39,6 +41,8 @@ class WandbRun:
             tell(f"wandb: {on_one_line(error)}; {_later(folder)}")
             self._mode = "offline"
             self._run = self._init(config, state, self._mode)
+        if self._mode is None and self._run.url:
+            note(f"wandb: {self._run.url}")
         self._rows = max(state.rows, self._run.step)
         self._kinds: set[str] = set()
 

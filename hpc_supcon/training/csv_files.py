@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import errno
 import io
 import os
 import re
@@ -13,13 +14,16 @@ from typing import Any
 
 from ..files import write_atomically
 from ..metric_file import METRICS, Event, read_events
+from ..tracking.record import flat
 
 RETRY_S = 60.0
 
 
 class CsvFiles:
-    """Appends a row for each event. A file is made again from metrics.jsonl when a process first writes to it, when an
-    event has a number that none before had, and after the disk has failed: no line stays torn, no step is there twice.
+    """Appends a row for each event.
+
+    A file is made again from metrics.jsonl when a process first writes to it, when an event has a value that none
+    before had, and after the disk has failed: no line stays torn, and no step is there twice.
     """
 
     def __init__(self, folder: Path, warn: Callable[[str], None]) -> None:
@@ -31,17 +35,17 @@ class CsvFiles:
 
     def write(self, event: str, step: int, values: Mapping[str, Any]) -> None:
         """Call after the event is in metrics.jsonl."""
-        row = {"step": step, **values}
+        row = {"step": step, **dict(flat(values))}
         columns = self._columns.get(event)
-        if columns is None or not set(_columns([row])) <= set(columns):
+        if columns is None or not row.keys() - {"event"} <= set(columns):
             self._make(event)
             return
         path = self._path(event)
         try:
             line = _text([row], columns, header=False).encode()
             with path.open("ab", buffering=0) as file:
-                if file.write(line) != len(line):
-                    raise OSError(28, os.strerror(28))
+                if file.write(line) != len(line):  # a disk that fills up takes a part
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError as error:
             self._failed(event, error)
 
@@ -55,8 +59,8 @@ class CsvFiles:
     def _make(self, kind: str) -> None:
         if time.monotonic() < self._retry_at:
             return
-        rows = [event for event in self._events() if event["event"] == kind]
-        columns = _columns(rows)
+        rows = [dict(flat(event)) for event in self._events() if event["event"] == kind]
+        columns = list(dict.fromkeys(name for row in rows for name in row if name != "event"))
         try:
             write_atomically(self._path(kind), _text(rows, columns, header=True), durable=False)
         except OSError as error:
@@ -82,14 +86,6 @@ class CsvFiles:
                 f"{self._path(kind)}: not written: {error.strerror}; the run goes on, and tries again every "
                 f"{RETRY_S:g} s"
             )
-
-
-def _columns(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """Nested values are in metrics.jsonl alone."""
-    names = dict.fromkeys(
-        name for row in rows for name, value in row.items() if not isinstance(value, (dict, list)) and name != "event"
-    )
-    return list(names)
 
 
 def _text(rows: Sequence[Mapping[str, Any]], columns: Sequence[str], *, header: bool) -> str:
