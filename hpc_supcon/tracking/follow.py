@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import shlex
 import signal
 import threading
 import time
@@ -204,7 +205,7 @@ class RunEnd:
 
 def command(folder: Path, name: str) -> str:
     """What sends the rest."""
-    return f"hpc-supcon track {printable(folder)} log.to={name}"
+    return f"hpc-supcon track {shlex.quote(printable(folder))} log.to={name}"
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from .follow import FINISHED, command
 
 ENDING_S, FINISHING_S, UPLOADING_S = 15, 60, 600
 """Longest time to send what is left: of a run that ended early, of a complete one, of one with its checkpoints."""
-QUIET_S, GRACE_S = 3.0, 5.0
+QUIET_S, GRACE_S = 10.0, 5.0
 """Time to wait without saying so, and for a process to end by itself after its limit."""
 
 

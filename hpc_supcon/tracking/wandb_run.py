@@ -5,6 +5,7 @@ from __future__ import annotations
 import netrc
 import os
 import secrets
+import shlex
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -13,7 +14,7 @@ from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 
 from ..config import Config
-from ..errors import on_one_line
+from ..errors import on_one_line, printable
 from ..terminal import note
 from .record import Row, Tell, entry_name, flat
 from .state import State
@@ -122,7 +123,8 @@ def _mode(base_url: str, folder: Path, tell: Tell) -> str | None:
 
 
 def _later(folder: Path) -> str:
-    return f"kept in {folder}/wandb, to be sent by `wandb sync {folder}/wandb/offline-run-*`"
+    own = printable(folder / "wandb")
+    return f"kept in {own}, to be sent by `wandb sync {shlex.quote(own)}/offline-run-*`"
 
 
 def _has_key(base_url: str) -> bool:
