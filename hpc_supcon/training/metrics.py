@@ -19,7 +19,6 @@ from ..phases import phase
 from ..terminal import console, note, warn
 from ..tracking import processes
 from .loggers import LOGGERS, Logger
-from .metrics_endpoint import MetricsEndpoint
 
 
 class Meter:
@@ -104,11 +103,14 @@ class MetricLog:
         opened = (LOGGERS[name] for name in settings.loggers)
         self._loggers += [open_logger(folder, resumed_at) for open_logger in opened if open_logger is not None]
         if settings.metrics_port is not None:
+            from .metrics_endpoint import MetricsEndpoint
+
             endpoint = MetricsEndpoint(settings.metrics_port, {"run": folder.name}, warn)
             if endpoint.url is not None:
                 note(f"metrics: {endpoint.url}")
             self._loggers.append(endpoint)
-        processes.follow(folder, settings.trackers, settings.artifacts)
+        if self._followed is not None:
+            processes.follow(folder, settings.trackers, settings.artifacts)
 
     def log(self, event: str, step: int, **values: Any) -> None:
         """Write one event."""
