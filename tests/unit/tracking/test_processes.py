@@ -72,7 +72,8 @@ def test_a_tracker_that_fails_stops_nothing_and_loses_nothing(
     tmp_path, folder, monkeypatch, capfd, behavior, said, where
 ):
     out = stub.install(tmp_path, monkeypatch, f"{behavior} {where}")
-    monkeypatch.setattr(processes, "FINISHING_S", 1)
+    monkeypatch.setattr(processes, "FINISHING_S", 1 if behavior == "block" else 600)
+    monkeypatch.setattr(processes, "GRACE_S", 600)
     with processes.following(folder, ["wandb"], []):
         train(folder)
     assert [event["step"] for event in read_events(folder / "metrics.jsonl")] == [1, 2, 3, 4, 5]

@@ -166,7 +166,7 @@ def test_mlflow_writes_where_its_variables_say(folder, tmp_path, monkeypatch):
 def test_a_server_of_mlflow_that_does_not_answer_is_told_in_a_line(folder, monkeypatch, capfd):
     require("mlflow", "pip install 'hpc-supcon[mlflow]'", "its tracker")
     monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://127.0.0.1:9")
-    monkeypatch.setattr(processes, "ENDING_S", 1)
+    monkeypatch.setattr(processes, "GRACE_S", 600)
     monkeypatch.setattr(processes, "FINISHING_S", 1)
     with processes.following(folder, ["mlflow"], []):
         pass
