@@ -152,6 +152,11 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
+def on_one_line(error: BaseException, length: int = 200) -> str:
+    """The beginning of the message of an error of another library whose first line says little."""
+    return printable(" ".join(str(error).split())[:length] or type(error).__name__)
+
+
 def unknown_name(kind: str, name: object, known: Iterable[str], *, listed: str | None = None) -> str:
     """The message for a name that does not exist: the nearest existing name, and the list of all.
 

@@ -29,6 +29,7 @@ from .probe import settings_of_probe
 from .prune import prune
 from .report import compare, report, write_own_page
 from .streams import safe_streams
+from .track import track
 
 if TYPE_CHECKING:
     from ..distributed.launch import Runtime
@@ -67,6 +68,7 @@ app.command("predict")(predict)
 app.add_typer(grid, name="grid")
 app.command("report")(report)
 app.command("compare")(compare)
+app.command("track")(track)
 
 ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A recipe's name or a YAML file.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Resume from the run folder's newest checkpoint.")]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -62,6 +62,7 @@ def started(
     from ..distributed.collectives import propagate_errors
     from ..distributed.folder_lock import locked
     from ..distributed.monitors import monitor_ranks, start_watchdog
+    from ..tracking import check_trackers, processes
     from ..training.agreement import versions
     from ..training.data import load_data
 
@@ -75,6 +76,7 @@ def started(
         f"run_dir/{run_folder.CONFIG}": run_folder.identity(settings.folder),
     }
     with (
+        ExitStack() as trackers,  # the last to end: no other rank waits for what they still have to send
         start_watchdog(
             folder,
             step_timeout_s=limits.timeout_s,
@@ -93,8 +95,12 @@ def started(
     ):
         with propagate_errors():
             check_ranks(settings, runtime.world_size, stages=stages)
+            if runtime.is_main:
+                check_trackers(settings.log.trackers)
             run_folder.check_usable(settings.folder, of_run or settings, resume=resume)  # before minutes of decoding
         with locked(folder, runtime, warn):
+            if runtime.is_main:
+                trackers.enter_context(processes.following(folder, settings.log.trackers, settings.log.artifacts))
             yield runtime, load_data(settings, runtime)
 
 

@@ -78,7 +78,7 @@ def _pretrain(
         closing(training.loader),
         MetricLog(
             folder if is_main else None,
-            tensorboard=config.log.tensorboard,
+            config.log,
             resumed_at=state.step if resume and state.step < plan.steps else None,
             validated=state.last_validated_step,
         ) as log,

@@ -110,7 +110,7 @@ def _probe(
         _check_predictions(folder, runtime)
     tasks, encoder = _tasks(folder, config, runtime, data, is_other)
     results, fitted = [], []
-    with MetricLog(folder if runtime.is_main else None, tensorboard=config.log.tensorboard) as log:
+    with MetricLog(folder if runtime.is_main else None, config.log) as log:
         for task in tasks:
             began = time.perf_counter()
             outcome = PROBES[task.kind].fit(task)

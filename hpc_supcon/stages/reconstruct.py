@@ -85,7 +85,7 @@ def _evaluate(folder: Path, config: Config, runtime: Runtime, data: Data, writer
             writer.add(folder, result)
             with only_told():
                 _draw(folder, model, data.splits.test or data.splits.validation or data.splits.train, transform)
-    with MetricLog(folder if runtime.is_main else None, tensorboard=False) as log:
+    with MetricLog(folder if runtime.is_main else None, config.log) as log:
         log.log("reconstruction", found.state["step"], validation=result["validation"], test=result["test"])
     return result
 

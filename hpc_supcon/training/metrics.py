@@ -1,4 +1,4 @@
-"""The numbers of a run: how they are measured, and metrics.jsonl, TensorBoard events and a progress bar."""
+"""The numbers of a run: how they are measured, metrics.jsonl and the loggers, and a progress bar."""
 
 from __future__ import annotations
 
@@ -12,11 +12,13 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
+from ..config.schema.training import LogConfig
 from ..data import Batch
 from ..metric_file import METRICS, AppendedLines, rewind
 from ..phases import phase
 from ..terminal import console, note, warn
-from .tensorboard import TensorBoard
+from ..tracking import processes
+from .loggers import LOGGERS, Logger
 
 
 class Meter:
@@ -71,7 +73,7 @@ class Meter:
 
 
 class MetricLog:
-    """Appends one JSON line for each event to `folder/metrics.jsonl`, and writes numbers to TensorBoard.
+    """Appends one JSON line for each event to `folder/metrics.jsonl`, and passes it to the loggers of `log.to`.
 
     A file that cannot be written is told once, and the run goes on. On ranks other than 0 (`folder=None`) all methods
     do nothing.
@@ -80,33 +82,44 @@ class MetricLog:
     def __init__(
         self,
         folder: Path | None,
+        settings: LogConfig | None = None,
         *,
-        tensorboard: bool = True,
         resumed_at: int | None = None,
         validated: int | None = None,
     ) -> None:
-        """resumed_at: the step from which a run goes on, and `validated` the last one whose validation it does not do
-        again: events after these are removed from metrics.jsonl, and TensorBoard no longer shows them."""
+        """settings: None for metrics.jsonl alone. resumed_at: the step from which a run goes on, and `validated` the
+        last one whose validation it does not do again: events after these are removed from metrics.jsonl, and
+        TensorBoard no longer shows them."""
         self._lines: AppendedLines | None = None
-        self._tensorboard: TensorBoard | None = None
+        self._loggers: list[Logger] = []
+        self._followed = folder if settings is not None and settings.trackers else None
         if folder is None:
             return
         if resumed_at is not None:
             rewind(folder / METRICS, resumed_at, warn, validated=validated)
         self._lines = AppendedLines(folder / METRICS, warn)
-        if tensorboard:
-            purge_step = None if resumed_at is None else resumed_at + 1
-            self._tensorboard = TensorBoard(folder / "tensorboard", warn, purge_step=purge_step)
+        if settings is None:
+            return
+        opened = (LOGGERS[name] for name in settings.loggers)
+        self._loggers += [open_logger(folder, resumed_at) for open_logger in opened if open_logger is not None]
+        if settings.metrics_port is not None:
+            from .metrics_endpoint import MetricsEndpoint
+
+            endpoint = MetricsEndpoint(settings.metrics_port, {"run": folder.name}, warn)
+            if endpoint.url is not None:
+                note(f"metrics: {endpoint.url}")
+            self._loggers.append(endpoint)
+        if self._followed is not None:
+            processes.follow(folder, settings.trackers, settings.artifacts)
 
     def log(self, event: str, step: int, **values: Any) -> None:
-        """Write one event. Floats in `values` also go to TensorBoard as `event/name`."""
+        """Write one event."""
         if self._lines is None:
             return
         line = {"event": event, "step": step, "time": round(time.time(), 3), **values}
         self._lines.write(json.dumps(line))
-        if self._tensorboard is not None:
-            numbers = {f"{event}/{name}": value for name, value in values.items() if isinstance(value, float)}
-            self._tensorboard.add(numbers, step)
+        for logger in self._loggers:
+            logger.write(event, step, line)
 
     def __enter__(self) -> MetricLog:
         return self
@@ -116,8 +129,10 @@ class MetricLog:
     ) -> None:
         if self._lines is not None:
             self._lines.close()
-        if self._tensorboard is not None:
-            self._tensorboard.close()
+        for logger in self._loggers:
+            logger.close()
+        if self._followed is not None:
+            processes.leave(self._followed, finished=error is None)
 
 
 class ProgressLine:

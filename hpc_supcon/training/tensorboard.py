@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -28,6 +28,11 @@ class TensorBoard:
         self._previous_hook = threading.excepthook
         threading.excepthook = self._hook  # the writer's thread raises its error once more, with a traceback
         self.add({}, 0)
+
+    def write(self, event: str, step: int, values: Mapping[str, Any]) -> None:
+        """Show the floats in `values` as `event/name`."""
+        floats = {f"{event}/{name}": value for name, value in values.items() if isinstance(value, float)}
+        self.add({name: value for name, value in floats.items() if name != f"{event}/time"}, step)
 
     def add(self, numbers: Mapping[str, float], step: int) -> None:
         try:

@@ -168,7 +168,7 @@ def fit_with_a_non_finite_step(rank, world, folder, way):
         if way == "leaves":
             patch.setattr("hpc_supcon.training.fit.current_watchdog", Preempting)
         with (
-            MetricLog(folder if rank == 0 else None, tensorboard=False) as log,
+            MetricLog(folder if rank == 0 else None) as log,
             ProgressLine(5, 1, shown=False) as progress,
             pytest.raises(NonFinite) as caught,
             Checkpointer(config, {}, runtime) as checkpointer,

@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
-# Installs what the deepspeed engine and the ffcv and dali loaders need, system packages included, where this user
-# may; their tests skip themselves, loudly, where it may not. Usage: tests/loaders/install-extras.sh VENV/bin
+# Installs what the deepspeed engine, the trackers, and the ffcv and dali loaders need, system packages included, where
+# this user may; their tests skip themselves, loudly, where it may not. Usage: tests/loaders/install-extras.sh VENV/bin
 set -euo pipefail
 bin=$1
 # pure Python as it is used here: nothing is compiled, and no root needed
 DS_BUILD_OPS=0 "$bin/python" -m pip install -q --disable-pip-version-check -e '.[deepspeed]'
+"$bin/python" -m pip install -q --disable-pip-version-check -e '.[wandb,mlflow]'
 as_root=()
 if ((EUID != 0)); then
   if ! sudo -n true 2>/dev/null; then

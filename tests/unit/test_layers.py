@@ -19,7 +19,7 @@ LAYERS = [
     {"run_lock", "metric_file"},
     {"config"},
     {"run_folder"},
-    {"report"},
+    {"report", "tracking"},
     {"allocator", "phases", "seeding"},
     {"distributed"},
     {"checkpoint"},
@@ -36,7 +36,7 @@ NEVER_SEE_A_CONFIG = {
 }  # fmt: skip
 OPTIONAL = {
     "ffcv", "nvidia", "deepspeed", "submitit", "triton", "pyarrow", "onnx", "onnxruntime", "onnxscript",
-    "openTSNE", "umap",
+    "openTSNE", "umap", "wandb", "mlflow",
 }  # fmt: skip
 
 

@@ -77,3 +77,7 @@ PruningScopeName = Literal["global", "layer"]
 """Scopes besides the patterns N:M."""
 PruningScheduleName = Literal["oneshot", "iterative", "gradual"]
 PruningLossName = Literal["run", "cross_entropy"]
+
+TrackerName = Literal["wandb", "mlflow"]
+LoggerName = Literal["tensorboard", "csv", TrackerName]
+ArtifactName = Literal["page", "pictures", "checkpoints"]

@@ -9,8 +9,10 @@ from pydantic import Field, model_validator
 
 from .base import Count, Decay, NonNegative, Positive, Probability, Section, StoppingConfig
 from .names import (
+    ArtifactName,
     BackendName,
     EngineName,
+    LoggerName,
     LossName,
     LossPrecisionName,
     MiningName,
@@ -20,6 +22,7 @@ from .names import (
     ProjectionNormName,
     ScheduleName,
     StemName,
+    TrackerName,
 )
 
 
@@ -298,5 +301,24 @@ class LogConfig(Section):
         description="log how strongly positives attract and negatives repel (supcon_out, tcl); costs two more passes "
         "over the similarities"
     )
-    tensorboard: bool = Field(description="write TensorBoard events as well")
+    to: LoggerName | tuple[LoggerName, ...] = Field(
+        description="where numbers go besides metrics.jsonl: one, or a list; csv: RUN_DIR/metrics-KIND.csv; wandb, "
+        "mlflow: extras of these names"
+    )
+    artifacts: tuple[ArtifactName, ...] = Field(
+        description="files of a finished run that wandb and mlflow get besides numbers"
+    )
+    metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = Field(
+        description="serve the newest numbers to Prometheus at http://127.0.0.1:PORT/metrics (rank 0); null: no"
+    )
+    tensorboard: bool = Field(description="false: not to TensorBoard, though log.to names it")
     progress: bool = Field(description="show a progress bar (rank 0, on a terminal)")
+
+    @property
+    def loggers(self) -> tuple[LoggerName, ...]:
+        names: tuple[LoggerName, ...] = (self.to,) if isinstance(self.to, str) else self.to
+        return tuple(name for name in names if name != "tensorboard" or self.tensorboard)
+
+    @property
+    def trackers(self) -> tuple[LoggerName, ...]:
+        return tuple(name for name in self.loggers if name in get_args(TrackerName))

@@ -22,6 +22,7 @@ ARGUMENTS = {
     "bench": ["bench", "loss", "--size", "8"],
     "grid": ["grid", "expand", "grid.yaml"],
     "report": ["report", "run"],
+    "track": ["track", "run"],
     "compare": ["compare", "a", "b"],
 }
 

@@ -35,7 +35,9 @@ from hpc_supcon.models.encoders import ENCODERS, build_encoder
 from hpc_supcon.models.heads import NORMS, build_decoder
 from hpc_supcon.models.timm_encoders import STEMS
 from hpc_supcon.pruning import CHANNEL_SCORES, PRUNERS, SCOPES, VALUES
+from hpc_supcon.tracking import TRACKERS
 from hpc_supcon.training.engine import ENGINES
+from hpc_supcon.training.loggers import LOGGERS
 from hpc_supcon.training.objective import GRADIENT_RESPONSE_LOSSES
 from hpc_supcon.training.optim import OPTIMIZERS
 from hpc_supcon.training.optim.schedule import SCHEDULES
@@ -75,6 +77,8 @@ def losses_by(fact) -> set[str]:
         (names.SparseValuesName, VALUES),
         (names.WeightPruningName, [name for name, spec in PRUNERS.items() if spec.needs == "weights"]),
         (names.PruningScopeName, SCOPES),
+        (names.LoggerName, LOGGERS),
+        (names.TrackerName, TRACKERS),
         (Stage, STAGES),
         # what the rules between settings know of the losses
         (names.ContrastiveName, losses_by(lambda spec: spec.contrastive)),

@@ -11,6 +11,7 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hpc_supcon import metric_file
+from hpc_supcon.config import load_config
 from hpc_supcon.metric_file import AppendedLines, read_events, rewind
 from hpc_supcon.training import tensorboard
 from hpc_supcon.training.metrics import MetricLog
@@ -149,7 +150,7 @@ def test_what_is_missing_in_the_end_is_counted(path, monkeypatch):
 def test_a_folder_that_is_gone_or_refuses_files_is_told_once(tmp_path, capsys):
     (tmp_path / "metrics.jsonl").mkdir()
     (tmp_path / "tensorboard").write_text("")
-    with MetricLog(tmp_path) as log:
+    with MetricLog(tmp_path, load_config().log) as log:
         log.log("train", 1, loss=1.0)
         log.log("train", 2, loss=1.0)
     lines = capsys.readouterr().err.splitlines()
@@ -191,7 +192,7 @@ def test_tensorboard_is_tried_again_after_its_thread_failed_and_no_traceback_is_
 
 def test_tensorboard_shows_each_step_once_after_a_resume(tmp_path):
     for start, end in ((None, 4), (2, 5)):
-        with MetricLog(tmp_path, resumed_at=start) as log:
+        with MetricLog(tmp_path, load_config().log, resumed_at=start) as log:
             for step in range((start or 0) + 1, end + 1):
                 log.log("train", step, loss=float(step))
     assert scalars(tmp_path / "tensorboard", "train/loss") == [1, 2, 3, 4, 5]
