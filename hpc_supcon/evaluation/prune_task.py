@@ -23,7 +23,7 @@ from ..distributed.launch import Runtime
 from ..errors import ConfigError, RunFolderError
 from ..files import write_atomically
 from ..models import PretrainingModel
-from ..pruning import PRUNERS, PruneTask, Sensitivity, prunable, scan_layers
+from ..pruning import PRUNERS, InverseFisher, PruneTask, Sensitivity, prunable, scan_layers
 from ..seeding import stream
 from ..terminal import note, only_told
 from ..training.build import Start, build_training
@@ -32,6 +32,7 @@ from ..training.engine import unscaled
 from ..training.state import Training
 from ..training.validation import build_validate, undisturbed
 from .classifier import with_classifier, with_cross_entropy
+from .fisher_task import fisher_task
 from .prune_figures import draw_sensitivity
 
 FOLDER = "sensitivity"
@@ -47,11 +48,18 @@ def check_data(config: Config, data: Data) -> None:
 
 @contextmanager
 def prune_task(
-    folder: Path, config: Config, runtime: Runtime, data: Data, model: PretrainingModel, found: checkpoint.Checkpoint
+    folder: Path,
+    config: Config,
+    runtime: Runtime,
+    data: Data,
+    model: PretrainingModel,
+    found: checkpoint.Checkpoint,
+    learned: InverseFisher | None = None,
 ) -> Iterator[PruneTask]:
     """What `prune.method` is told about `model`, of the checkpoint `found` of a run. Collective.
 
-    The task has a copy of the encoder. folder: the run folder, which keeps the scans.
+    The task has a copy of the encoder. folder: the run folder, which keeps scans and what was learned. learned: by
+    the method in the round of pruning before.
     """
     needs, seed = PRUNERS[config.prune.method].needs, stream(config.seed, "prune")
     if needs == "weights":
@@ -60,9 +68,13 @@ def prune_task(
     training, own = _measuring(config, runtime, data, copy.deepcopy(model), found)
     with closing(training.loader):
         weights = prunable(training.state.model.encoder)
-        if needs == "gradients":
+        batches = _Batches(training, config.seed, runtime.rank)
+        if needs == "fisher":
             training.state.parallel.eval()
-            batches = _Batches(training, config.seed, runtime.rank)
+            fisher = fisher_task(folder / FOLDER, own, runtime, data, training, batches, found, learned)
+            yield PruneTask(weights, seed, fisher=fisher)
+        elif needs == "gradients":
+            training.state.parallel.eval()
             gradients = _Gradients(training, batches, config.seed, runtime.rank)
             yield PruneTask(weights, seed, training.state.model, batches, gradients)
         else:

@@ -17,6 +17,7 @@ from .fishleg import InverseFisher
 from .gradual import GradualPruning, cubic_rate
 from .obs import BlockFisher, BlockInverse, improve_compensation, removal_scores
 from .scores import PRUNERS, PrunerSpec, PruneTask, Scored, score_weights
+from .second_order import FisherSettings, FisherTask
 from .selection import SCOPES, build_masks, fully_pruned, misfits
 from .semi_structured import to_semi_structured
 from .sensitivity import Sensitivity, allocate, allocate_rates, scan_layers
@@ -29,6 +30,8 @@ __all__ = [
     "BlockFisher",
     "BlockInverse",
     "Categorical",
+    "FisherSettings",
+    "FisherTask",
     "Gaussian",
     "GradualPruning",
     "InverseFisher",

@@ -86,12 +86,13 @@ def _prune(
     rounds, selected = config.prune.rounds, dict[float, Selection]()
     if config.prune.schedule != "iterative":
         selected = select(folder, config, rounds, runtime, data, dense)
-    results, trained = [], dense
+    results, trained, learned = [], dense, None
     for rate in rounds:
         pruned = pruned_config(folder, config, rate)
         if rate not in selected:  # iterative: of the round before
-            selected = select(folder, config, (rate,), runtime, data, trained)
+            selected = select(folder, config, (rate,), runtime, data, trained, learned)
         chosen = selected[rate]
+        learned = chosen.learned
         if runtime.is_main:
             warn_of_masks(config, rate, trained, chosen.masks)
         with locked(pruned.folder, runtime, warn):

@@ -65,7 +65,9 @@ MapMethodName = Literal["pca", "tsne", "umap"]
 
 WeightPruningName = Literal["l1", "random", "l1_weighted", "lamp"]
 """Pruning methods that need nothing but the weights."""
-PruningMethodName = Literal[WeightPruningName, "layer_sensitive"]
+FisherPruningName = Literal["obs_diag", "obs_block", "fishleg"]
+"""Pruning methods that need a likelihood."""
+PruningMethodName = Literal[WeightPruningName, "layer_sensitive", FisherPruningName]
 PruningScopeName = Literal["global", "layer"]
 """Scopes besides the patterns N:M."""
 PruningScheduleName = Literal["oneshot", "iterative", "gradual"]
