@@ -17,6 +17,7 @@ ABOUT = ("method", "scope", "schedule")
 HEADINGS = {key: key for key in (*ABOUT, "label", "loss", "rewind")}
 HEADINGS |= {"finetune_steps": "steps", "finetune_loss": "by loss"}
 """What is told of each pruning where not all are alike -> the heading of its column."""
+FEATURES = {"knn": "kNN", "silhouette": "silhouette"}
 
 
 def prune(
@@ -61,6 +62,8 @@ def _print(run_dir: Path, results: list[dict[str, Any]]) -> None:
     varying = [key for key in HEADINGS if len({row["prune"].get(key) for row in rows}) > 1]
     headings = [HEADINGS[key] for key in varying]
     headings += ["rate", "zeros", "gzip bytes", "x", "sparse bytes", "x", "probe", "validation", "test", "F1"]
+    features = {key: title for key, title in FEATURES.items() if any(_feature(row, key) is not None for row in rows)}
+    headings += features.values()
     for heading in headings:
         table.add_column(heading, justify="left" if heading in ("probe", *varying) else "right", no_wrap=True)
     for row in rows:
@@ -74,10 +77,17 @@ def _print(run_dir: Path, results: list[dict[str, Any]]) -> None:
             row["probe"],
             *("" if score is None else f"{score['accuracy']:.4f}" for score in scores),
             "" if row["test"] is None else f"{row['test']['f1']:.4f}",
+            *("" if (score := _feature(row, key)) is None else f"{score:.4f}" for key in features),
         )
     console = output()
     console.print(table)
     console.print(f"results: {run_dir / RESULTS}", soft_wrap=True)
+
+
+def _feature(row: dict[str, Any], key: str) -> float | None:
+    """Entries of earlier versions do not have them."""
+    found: float | None = row.get("features", {}).get(key)
+    return found
 
 
 def _with_earlier(run_dir: Path, results: list[dict[str, Any]]) -> list[dict[str, Any]]:

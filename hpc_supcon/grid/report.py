@@ -26,6 +26,8 @@ HEADINGS = {
     "recall": "recall",
     "sparse_mb": "size (MB)",
     "ratio": "ratio",
+    "knn": "kNN",
+    "silhouette": "silhouette",
 }
 DIGITS = {"sparse_mb": 2, "ratio": 2}
 COLORS = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#000000", "#999999")
@@ -159,11 +161,12 @@ def chart(table: TableData) -> Figure:
 
 
 CLOSEST = 1 / 30
-"""Distance of two ticks, as a share of the axis, at which their labels would touch."""
+"""Distance of two ticks, as a share of the axis, at which their labels of one line would touch."""
 
 
 def _lines(axes: Axes, table: TableData) -> None:
-    places = _places(table.rows)
+    has_sizes = any(score == "sparse_mb" for _, _, score in table.values)
+    places = _places(table.rows, CLOSEST * (2 if has_sizes else 1))
     for number, column in enumerate(table.columns):
         points = [
             (x, found)
@@ -183,7 +186,7 @@ def _lines(axes: Axes, table: TableData) -> None:
     _ticks(axes, table, places)
 
 
-def _places(rows: list[str]) -> list[float]:
+def _places(rows: list[str], closest: float) -> list[float]:
     """Where the rows are on the axis: by their value, or its logarithm if they span a wide range. Rows that are too
     close for their labels are all put at equal distances."""
     values = [float(row) for row in rows]
@@ -192,7 +195,7 @@ def _places(rows: list[str]) -> list[float]:
         # zero is one decade below the smallest value
         values = [math.log10(value) if value > 0 else math.log10(min(positive)) - 1 for value in values]
     span = max(values) - min(values)
-    if any(b - a < CLOSEST * span for a, b in itertools.pairwise(values)):
+    if any(b - a < closest * span for a, b in itertools.pairwise(values)):
         return [float(k) for k in range(len(values))]
     return values
 

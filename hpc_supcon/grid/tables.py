@@ -7,16 +7,20 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, RunFolderError, unknown_name
 from ..report.statistics import mean_and_interval
+from ..run_folder import read_scores
 from .expand import Cell
 from .folder import FrozenGrid
 from .schema import TableConfig
 
 SCORES = ("f1", "accuracy", "precision", "recall")
-SIZES = ("sparse_mb", "ratio", "accuracy")
+SIZES = ("sparse_mb", "ratio", "accuracy", "f1", "knn", "silhouette")
+WHERE_KNOWN = ("knn", "silhouette")
+"""Of these, a table has a column only where any of its results has them."""
 LAYOUTS = {"scores": SCORES, "matrix": ("accuracy",), "curve": ("accuracy",), "pruning": SIZES}
 UNPRUNED = "0"
 
@@ -55,15 +59,25 @@ def results_of(frozen: FrozenGrid, cell: Cell) -> list[CellResult]:
     try:
         entries = json.loads(path.read_bytes())["results"]
         entries = [entry for entry in entries if entry["stage"] == node.stage and entry.get("test")]
-        return [_result(cell, entry) for entry in entries]
+        features = {} if node.stage == "prune" else _features(path.parent, entries)
+        return [_result(cell, entry, features) for entry in entries]
     except FileNotFoundError:
         return []
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise RunFolderError(f"{path}: cannot be read: {type(error).__name__} {error}") from None
 
 
-def _result(cell: Cell, entry: dict[str, Any]) -> CellResult:
+def _features(folder: Path, entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """As the entries of pruned encoders have them in `features`."""
+    knn = next((entry["test"]["accuracy"] for entry in entries if entry.get("probe") == "knn"), None)
+    encoder = read_scores(folder).get("embedding", {}).get("encoder", {})
+    return {"knn": knn, "silhouette": encoder.get("silhouette")}
+
+
+def _result(cell: Cell, entry: dict[str, Any], features: dict[str, Any]) -> CellResult:
     labels, numbers = dict(cell.labels), {score: float(entry["test"][score]) for score in SCORES}
+    features = entry.get("features", features)
+    numbers |= {score: float(features[score]) for score in WHERE_KNOWN if features.get(score) is not None}
     if "prune" in entry:
         size = entry["size"]
         labels["prune.rate"] = f"{entry['prune']['rate']:g}"
@@ -113,6 +127,8 @@ def _fill(title: str, config: TableConfig, cells: list[Cell], results: dict[str,
             _add(table, _row(cell.labels, config.rows), column, None)
         for result in found:
             _add(table, _row(result.labels, config.rows), column, result)
+    known = {score for _, _, score in table.values}
+    table.scores = tuple(score for score in table.scores if score not in WHERE_KNOWN or score in known)
     if config.layout == "pruning":
         _size_of_unpruned(table, cells, results)
     if _all_numbers(table.rows):

@@ -170,7 +170,10 @@ def fishleg(weights: Mapping[str, Tensor], task: FisherTask, seed: int) -> Secon
 
 
 def _with_products(parameters: Tensors, task: FisherTask) -> ModelFisher:
-    """F, whose products are by forward differentiation where every operation of the model has it. All ranks have the same model."""
+    """F, whose products are by forward differentiation where every operation of the model has it.
+
+    All ranks have the same model, so that they decide the same.
+    """
     arguments: tuple[Any, ...] = (parameters, task.outputs, task.likelihood)
     fisher = ModelFisher(*arguments, kind=task.settings.kind)
     inputs, targets = task.batches(0)

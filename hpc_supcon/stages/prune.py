@@ -14,9 +14,10 @@ from ..distributed.launch import Runtime
 from ..evaluation.encoder import check_classes, load_model, report_changed_data
 from ..evaluation.monitor import online_probe
 from ..evaluation.probes import PROBES, check_probes
+from ..evaluation.prune_figures import draw_pruning
 from ..evaluation.prune_task import check_data
 from ..pruning import PRUNERS, WeightMasks, measure, misfits, prunable, write_sparse
-from ..terminal import warn
+from ..terminal import only_told, warn
 from ..training.data import Data
 from .pretrain import pretrain
 from .probe import probe
@@ -100,6 +101,8 @@ def _prune(
             probed = probe(pruned.folder, pruned, runtime, data, writer=writer)
             after = Trained(*load_model(pruned.folder))
             facts = _facts(pruned, after, dense.found, writer) if runtime.is_main else {}
+            if runtime.is_main:
+                facts |= _feature_scores(pruned.folder, probed)
             entries = [{**entry, **facts, "stage": "prune"} for entry in probed]
             if runtime.is_main:
                 for entry in entries:
@@ -108,6 +111,9 @@ def _prune(
         results += entries
         if config.prune.schedule == "iterative":
             trained = after
+    if runtime.is_main:
+        with only_told():
+            draw_pruning(folder, run_folder.read_results(folder), dense.found.name)
     return results
 
 
@@ -173,6 +179,14 @@ def _save_pruned(pruned: Config, trained: Trained, chosen: Selection, runtime: R
         world_size=runtime.world_size,
         config_digest=digest(pruned),
     )
+
+
+def _feature_scores(folder: Path, probed: list[dict[str, Any]]) -> dict[str, Any]:
+    """What every entry of one pruning says of its features on test: the accuracy of the probe `knn`, and the
+    silhouette of the classes; None where they were not asked for."""
+    knn = next((entry["test"]["accuracy"] for entry in probed if entry["probe"] == "knn" and entry["test"]), None)
+    embedding = run_folder.read_scores(folder).get("embedding", {}).get("encoder", {})
+    return {"features": {"knn": knn, "silhouette": embedding.get("silhouette")}}
 
 
 def _facts(pruned: Config, after: Trained, dense: checkpoint.Checkpoint, writer: ResultWriter) -> dict[str, Any]:

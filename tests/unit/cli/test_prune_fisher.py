@@ -75,7 +75,9 @@ def test_two_of_four_and_the_loss_of_a_linear_probe(capsys, dense):
             assert ((weight != 0).movedim(1, -1).unflatten(-1, (-1, 4)).sum(-1) <= 2).all(), name
 
 
-def test_an_interrupted_estimate_goes_on_bit_for_bit_and_a_whole_one_is_used_again(capsys, dense, tmp_path, monkeypatch):
+def test_an_interrupted_estimate_goes_on_bit_for_bit_and_a_whole_one_is_used_again(
+    capsys, dense, tmp_path, monkeypatch
+):
     whole = shutil.copytree(dense, tmp_path / "whole")
     prune(capsys, whole, "prune.method=fishleg", "prune.rate=0.6")
     save = KeptFisher.save
