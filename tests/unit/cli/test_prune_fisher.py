@@ -66,7 +66,8 @@ def test_the_weights_that_are_left_are_changed_to_compensate(capsys, dense, meth
         assert changed <= (set(before) if method == "fishleg" else set(pruned))
 
 
-def test_two_of_four_and_the_loss_of_a_linear_probe(capsys, dense):
+def test_two_of_four_and_the_loss_of_a_linear_probe(capsys, contrastive, tmp_path):
+    dense = shutil.copytree(contrastive, tmp_path / "r")
     entries, _, _ = prune(
         capsys, dense, "prune.method=fishleg", "prune.scope=2:4", "prune.loss=cross_entropy", "probe.linear.epochs=1"
     )
