@@ -2,9 +2,9 @@
 
     python benchmarks/pruning_encoders.py --runs RUNS -o results.json
 
-For each seed and loss: `run` trains and probes an encoder on the handwritten digits of scikit-learn, and `prune` prunes
-it by each method to each rate, without fine-tuning; a linear probe is fitted on the features of each. `--loss` and
-`--seed` choose some of them, so that parts can run side by side: the table is of every run that is in RUNS.
+For each seed and loss: `run` trains and probes an encoder on the handwritten digits of scikit-learn, and `prune`
+prunes it by each method to each rate, without fine-tuning; a linear probe is fitted on the features of each. `--loss`
+and `--seed` choose some of them, so that parts can run side by side: the table is of every run that is in RUNS.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ from hpc_supcon.evaluation.fisher_task import KeptFisher
 from hpc_supcon.pruning import InverseFisher, prunable
 from tests.unit.cli.test_prune import FAST, results_of, run
 
-QUICK = ["probe.kind=knn", "prune.fisher={steps: 45, samples: 32, batches: 4}"]
+QUICK = ["probe.kind=knn", "prune.fisher={steps: 25, samples: 32, batches: 4}"]
 
 
 def trained(folder, *settings):
@@ -77,35 +77,36 @@ def test_two_of_four_and_the_loss_of_a_linear_probe(capsys, contrastive, tmp_pat
 
 
 def test_an_interrupted_estimate_goes_on_bit_for_bit_and_a_whole_one_is_used_again(
-    capsys, dense, tmp_path, monkeypatch
+    capsys, contrastive, tmp_path, monkeypatch
 ):
+    dense = shutil.copytree(contrastive, tmp_path / "r")
     whole = shutil.copytree(dense, tmp_path / "whole")
     prune(capsys, whole, "prune.method=fishleg", "prune.rate=0.6")
     save = KeptFisher.save
 
     def stop(kept, step, state):
         save(kept, step, state)
-        if step == 40:
+        if step == 20:
             raise KeyboardInterrupt
 
     monkeypatch.setattr(KeptFisher, "save", stop)
     prune(capsys, dense, "prune.method=fishleg", "prune.rate=0.6", code=130)
     monkeypatch.undo()
     (kept,) = (dense / "sensitivity").glob("fisher-*")
-    assert checkpoint.list_steps(kept) == [40]
+    assert checkpoint.list_steps(kept) == [20]
     _, _, err = prune(capsys, dense, "prune.method=fishleg", "prune.rate=0.6")
-    assert "40 of 45 steps done" in err
+    assert "20 of 25 steps done" in err
     want, got = (parameters_of(folder / "pruned/fishleg-global-0.6") for folder in (whole, dense))
     assert all(torch.equal(p, got[name]) for name, p in want.items())
 
     monkeypatch.setattr(InverseFisher, "_loss", None)  # no step is taken
     _, _, err = prune(capsys, dense, "prune.method=fishleg", "prune.rate=0.7")
-    assert "45 of 45 steps done" in err
+    assert "25 of 25 steps done" in err
     monkeypatch.undo()
-    (kept / "step-45/fisher.safetensors").write_bytes(b"damaged")
-    _, _, err = prune(capsys, dense, "prune.method=fishleg", "prune.rate=0.8", "prune.fisher.steps=45")
+    (kept / "step-25/fisher.safetensors").write_bytes(b"damaged")
+    _, _, err = prune(capsys, dense, "prune.method=fishleg", "prune.rate=0.8")
     assert "estimated again" in err
-    assert "0 of 45 steps done" in err
+    assert "0 of 25 steps done" in err
     prune(capsys, dense, "prune.method=fishleg", "prune.rate=0.8", "prune.fisher.damping=0.5", "prune.label=other")
     assert len(list((dense / "sensitivity").glob("fisher-*"))) == 2, "other settings are another estimate"
 
@@ -115,8 +116,8 @@ def test_rounds_carry_the_inverse_on_and_resume_to_the_same_weights(capsys, cont
     rounds = ["prune.method=fishleg", "prune.schedule=iterative", "prune.rate=[0.4, 0.7]",
               "prune.finetune.iterations=2"]  # fmt: skip
     entries, _, err = prune(capsys, dense, *rounds)
-    assert "0 of 45 steps done" in err
-    assert "0 of 23 steps done" in err
+    assert "0 of 25 steps done" in err
+    assert "0 of 13 steps done" in err
     last = dense / entries[-1]["folder"]
     assert entries[-1]["prune"]["zeros"] == round(0.7 * entries[-1]["prune"]["weights"])
     want = parameters_of(last)
@@ -124,5 +125,5 @@ def test_rounds_carry_the_inverse_on_and_resume_to_the_same_weights(capsys, cont
     assert all((second[name][weight == 0] == 0).all() for name, weight in first.items())
     shutil.rmtree(last)
     _, _, err = prune(capsys, dense, *rounds, "--resume")
-    assert "23 of 23 steps done" in err
+    assert "13 of 13 steps done" in err
     assert all(torch.equal(p, want[name]) for name, p in parameters_of(last).items())
