@@ -18,6 +18,7 @@ from .curves import breakdown_of, cost_of, curves_data
 from .formats import duration, shown
 from .maps import FOLDER, maps_data, thumbnails_data
 from .page import Headline, Page, Section
+from .pruning import pruning_table
 from .read import Run, interval_of, mapping, number, numbers, read_runs, texts
 from .scores import split_scores
 from .statistics import fraction_interval
@@ -83,13 +84,15 @@ def result_sections(runs: Sequence[Run], comparison: Comparison, data: dict[str,
         _picture(run, f"{FOLDER}/neighbors.png", "Test images of {} with the nearest images in the embedding")
         for run in runs
     ]
+    pruned = pruning_table(runs)
     pruning = [
         _picture(run, "plots/pruning.png", "Accuracy of {} against the share of pruned weights") for run in runs
     ]
     return [
         Section("comparison", "Comparison", comparison_tables(comparison) if several else []),
         Section("results", "Results", tables),
-        *_pictures("pruning", "Pruning", runs, pruning),
+        Section("pruned", "Pruning", [pruned] if pruned else []),
+        *_pictures("pruning", "Accuracy against sparsity", runs, pruning),
         Section("curves", "Curves", widget="curves" if data["curves"]["series"] else ""),
         Section("confusion", "Confusions", classes, widget="confusion" if data["confusions"] else "", closed=True),
         Section("embedding", "Embedding", [embedding] if embedding else []),

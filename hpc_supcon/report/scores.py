@@ -21,6 +21,9 @@ NAMES = {
 """Of every score, its name in tables, in their order."""
 
 
+SCORES_OF_PRUNING = ("sparse_mb", "ratio", "accuracy", "f1", "knn", "silhouette")
+
+
 def name_of(score: str) -> str:
     return NAMES.get(score, score.replace("_", " "))
 
@@ -29,6 +32,11 @@ def ordered(scores: set[str]) -> list[str]:
     """In the order of NAMES, others after them."""
     known = list(NAMES)
     return sorted(scores, key=lambda s: (known.index(s) if s in NAMES else len(known), s))
+
+
+def is_pruned(result: dict[str, Any]) -> bool:
+    """Whether an entry of results.json is of a pruned copy of the run's encoder."""
+    return number(mapping(result.get("prune")).get("rate")) is not None
 
 
 def probe_label(result: dict[str, Any]) -> str:
