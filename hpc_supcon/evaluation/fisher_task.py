@@ -55,7 +55,10 @@ def fisher_task(
 
     def rows(index: int) -> tuple[Tensor, Tensor]:
         views, labels = batches(index)
-        groups = labels if uses_labels else torch.arange(len(labels), device=labels.device)
+        image = torch.arange(len(labels), device=labels.device)
+        groups = labels if uses_labels else image
+        if spec.contrastive:  # the views of an image without a label are positives of each other alone
+            groups = torch.where(groups < 0, -1 - image, groups)
         groups = groups.repeat_interleave(views.shape[1])
         if spec.contrastive:
             seed = stream(config.seed, "inverse Fisher", 5, index, runtime.rank)
