@@ -39,7 +39,7 @@ STREAMS = (
     "clusters",  # initial centers of k-means: restart
     "maps",  # the images of the maps of embeddings, and how these are fitted: 0 sample, 1 queries, 2 fit, 3 drawing
     "prune",  # random scores, and batches of the gradients that scores are made of: rank
-    "inverse Fisher",  # of pruning: 0 directions, 1-4 targets of the model; fit, step, for targets also rank
+    "inverse Fisher",  # of pruning: 0 directions, 1-6 targets; fit or batch, step, for targets also rank
     "loss",  # the first keys of a queue, prototypes
 )
 """Every name, with the meaning of its indices. Append new names: the position is part of the derivation."""

@@ -17,6 +17,7 @@ ABOUT = ("method", "scope", "schedule")
 HEADINGS = {key: key for key in (*ABOUT, "label", "loss", "rewind")}
 HEADINGS |= {"finetune_steps": "steps", "finetune_loss": "by loss"}
 """What is told of each pruning where not all are alike -> the heading of its column."""
+FEATURES = {"knn": "kNN", "silhouette": "silhouette"}
 
 
 def prune(
@@ -65,6 +66,8 @@ def _print(run_dir: Path, results: list[dict[str, Any]]) -> None:
         sizes.insert(0, "dense")  # some have fewer channels
     headings += ["rate", "zeros", "MACs left", *(h for size in sizes for h in (f"{size} bytes", "x"))]
     headings += ["probe", "validation", "test", "F1"]
+    features = {key: title for key, title in FEATURES.items() if any(_feature(row, key) is not None for row in rows)}
+    headings += features.values()
     for heading in headings:
         table.add_column(heading, justify="left" if heading in ("probe", *varying) else "right", no_wrap=True)
     for row in rows:
@@ -82,6 +85,7 @@ def _print(run_dir: Path, results: list[dict[str, Any]]) -> None:
             row["probe"],
             *("" if score is None else f"{score['accuracy']:.4f}" for score in scores),
             "" if row["test"] is None else f"{row['test']['f1']:.4f}",
+            *("" if (score := _feature(row, key)) is None else f"{score:.4f}" for key in features),
         )
     console = output()
     console.print(table)
@@ -118,6 +122,12 @@ def _times(results: list[dict[str, Any]]) -> list[str]:
         ]
         lines[row["folder"]] = f"{row['folder']}: {'; '.join(parts)}"
     return list(lines.values())
+
+
+def _feature(row: dict[str, Any], key: str) -> float | None:
+    """Entries of earlier versions do not have them."""
+    found: float | None = row.get("features", {}).get(key)
+    return found
 
 
 def _with_earlier(run_dir: Path, results: list[dict[str, Any]]) -> list[dict[str, Any]]:

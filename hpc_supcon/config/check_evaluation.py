@@ -7,7 +7,14 @@ from typing import Any, get_args
 
 from ..errors import ConfigError, unknown_name
 from .schema import Config
-from .schema.names import ProbeName, SourceName, WeightPruningName
+from .schema.names import (
+    ClassifierLossName,
+    ContrastiveName,
+    FisherPruningName,
+    ProbeName,
+    SourceName,
+    WeightPruningName,
+)
 from .schema.pruning import PruneConfig
 
 WITHOUT_FILES = ("digits", "synthetic")
@@ -135,6 +142,8 @@ def check_pruning(config: Config) -> None:
         _check_pattern(prune)
     if prune.method == "layer_sensitive":
         _check_scan(config)
+    if prune.method in get_args(FisherPruningName) and prune.loss == "run":
+        _check_likelihood(config)
     if prune.fits_classifier:
         _check_fit(config, "linear", config.probe.linear)
     _check_schedule(prune)
@@ -155,6 +164,16 @@ def _check_channels(prune: PruneConfig) -> None:
         raise ConfigError(
             f"prune.rewind={prune.rewind}: with prune.schedule=iterative, prune.method=channels prunes weights of "
             "the round before, which the run's checkpoints do not have: use prune.schedule=oneshot"
+        )
+
+
+def _check_likelihood(config: Config) -> None:
+    names = list(config.loss.weights)
+    known = (*get_args(ContrastiveName), *get_args(ClassifierLossName))
+    if len(names) > 1 or names[0] not in known:
+        raise ConfigError(
+            f"prune.method={config.prune.method} needs a likelihood, which the loss {config.loss.label} is not: set "
+            "prune.loss=cross_entropy, of a linear probe"
         )
 
 

@@ -23,15 +23,26 @@ from ..distributed.launch import Runtime
 from ..errors import ConfigError, RunFolderError
 from ..files import write_atomically
 from ..models import PretrainingModel
-from ..pruning import CHANNEL_SCORES, PRUNERS, PrunerSpec, PruneTask, Sensitivity, prunable, scan_layers
+from ..pruning import (
+    CHANNEL_SCORES,
+    PRUNERS,
+    InverseFisher,
+    PrunerSpec,
+    PruneTask,
+    Sensitivity,
+    prunable,
+    scan_layers,
+)
 from ..seeding import stream
 from ..terminal import note, only_told
 from ..training.build import Start, build_training
 from ..training.data import Data
 from ..training.engine import unscaled
+from ..training.objective import needs_target
 from ..training.state import Training
 from ..training.validation import build_validate, undisturbed
 from .classifier import with_classifier, with_cross_entropy
+from .fisher_task import fisher_task
 from .prune_figures import draw_sensitivity
 
 FOLDER = "sensitivity"
@@ -53,11 +64,18 @@ def check_data(config: Config, data: Data) -> None:
 
 @contextmanager
 def prune_task(
-    folder: Path, config: Config, runtime: Runtime, data: Data, model: PretrainingModel, found: checkpoint.Checkpoint
+    folder: Path,
+    config: Config,
+    runtime: Runtime,
+    data: Data,
+    model: PretrainingModel,
+    found: checkpoint.Checkpoint,
+    learned: InverseFisher | None = None,
 ) -> Iterator[PruneTask]:
     """What `prune.method` is told about `model`, of the checkpoint `found` of a run. Collective.
 
-    The task has a copy of the encoder. folder: the run folder, which keeps the scans.
+    The task has a copy of the encoder. folder: the run folder, which keeps scans and what was learned. learned: by
+    the method in the round of pruning before.
     """
     needs, seed = spec_of(config).needs, stream(config.seed, "prune")
     if needs == "weights":
@@ -66,9 +84,13 @@ def prune_task(
     training, own = _measuring(config, runtime, data, copy.deepcopy(model), found)
     with closing(training.loader):
         weights = prunable(training.state.model.encoder)
-        if needs == "gradients":
+        batches = _Batches(training, config.seed, runtime.rank)
+        if needs == "fisher":
             training.state.parallel.eval()
-            batches = _Batches(training, config.seed, runtime.rank)
+            fisher = fisher_task(folder / FOLDER, own, runtime, data, training, batches, found, learned)
+            yield PruneTask(weights, seed, fisher=fisher)
+        elif needs == "gradients":
+            training.state.parallel.eval()
             gradients = _Gradients(training, batches, config.seed, runtime.rank)
             n_batches = config.prune.channels.batches
             yield PruneTask(weights, seed, training.state.model, batches, gradients, n_batches=n_batches)
@@ -89,7 +111,12 @@ def _measuring(
     changes: dict[str, Any] = {
         "train": config.train.model_copy(update=train),
         "loss": config.loss.model_copy(update={"queue_size": 0}),
-        "model": config.model.model_copy(update={"momentum_encoder": None, "weights": None}),
+        # the momentum is that of a target, or of a queue, which is left out
+        "model": config.model.model_copy(
+            update={"weights": None}
+            if needs_target(config.loss.weights)
+            else {"momentum_encoder": None, "weights": None}
+        ),
         "validation": config.validation.model_copy(update={"every_steps": 1}),
     }
     measured = config.model_copy(update=changes)

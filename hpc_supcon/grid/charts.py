@@ -92,11 +92,12 @@ def _legend(axes: Axes, table: TableData) -> None:
 
 
 CLOSEST = 1 / 30
-"""Distance of two ticks, as a share of the axis, at which their labels would touch."""
+"""Distance of two ticks, as a share of the axis, at which their labels of one line would touch."""
 
 
 def _lines(axes: Axes, table: TableData, score: str) -> None:
-    places = _places(table.rows)
+    has_sizes = any(score == "sparse_mb" for _, _, score in table.values)
+    places = _places(table.rows, CLOSEST * (2 if has_sizes else 1))
     for column, split in series_of(table, score):
         points = [
             (x, found)
@@ -116,7 +117,7 @@ def _lines(axes: Axes, table: TableData, score: str) -> None:
     _ticks(axes, table, places)
 
 
-def _places(rows: list[str]) -> list[float]:
+def _places(rows: list[str], closest: float) -> list[float]:
     """Where the rows are on the axis: by their value, or its logarithm if they span a wide range. Rows that are too
     close for their labels are all put at equal distances."""
     values = [float(row) for row in rows]
@@ -125,7 +126,7 @@ def _places(rows: list[str]) -> list[float]:
         # zero is one decade below the smallest value
         values = [math.log10(value) if value > 0 else math.log10(min(positive)) - 1 for value in values]
     span = max(values) - min(values)
-    if any(b - a < CLOSEST * span for a, b in itertools.pairwise(values)):
+    if any(b - a < closest * span for a, b in itertools.pairwise(values)):
         return [float(k) for k in range(len(values))]
     return values
 

@@ -93,7 +93,7 @@ class TableConfig(Section):
     title: str = Field(min_length=1, description="heading; also the file's name")
     layout: Literal["scores", "matrix", "curve", "pruning"] = Field(
         description="scores: four scores for each column; matrix: accuracy; curve: matrix with numbers along "
-        "the rows, drawn as lines; pruning: rate, size, ratio, accuracy"
+        "the rows, drawn as lines; pruning: rate, size, ratio, accuracy, F1, and kNN and silhouette where known"
     )
     rows: str = Field(description="axis along the rows")
     columns: str | None = Field(default=None, description="axis along the columns; null: one column")

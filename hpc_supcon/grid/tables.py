@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import ConfigError, RunFolderError, unknown_name
 from ..report.statistics import mean_and_interval
+from ..run_folder import read_scores
 from .expand import Cell
 from .folder import FrozenGrid
 from .schema import TableConfig
@@ -20,8 +21,10 @@ SCORES = ("f1", "accuracy", "precision", "recall")
 ERRORS = ("mae", "mse")
 """Of an autoencoder's reconstructions."""
 SIZES = ("sparse_mb", "ratio")
+WHERE_KNOWN = ("knn", "silhouette")
+"""Of pruned encoders; a table has a column only where any of its results has them."""
 SPLITS = ("train", "validation", "test")
-LAYOUTS = {"scores": SCORES, "matrix": ("accuracy",), "curve": ("accuracy",), "pruning": ("accuracy",)}
+LAYOUTS = {"scores": SCORES, "matrix": ("accuracy",), "curve": ("accuracy",), "pruning": ("accuracy", "f1")}
 UNPRUNED = "0"
 
 
@@ -78,7 +81,8 @@ def results_of(frozen: FrozenGrid, cell: Cell) -> list[CellResult]:
     path = frozen.run_folder(nodes[-1]) / "results.json"
     try:
         entries = [entry for entry in _entries(path) if entry["stage"] == nodes[-1].stage and entry.get("test")]
-        found = [_result(cell, entry) for entry in entries]
+        features = {} if nodes[-1].stage == "prune" else _features(path.parent, entries)
+        found = [_result(cell, entry, features) for entry in entries]
         # the errors of an autoencoder are in the folder in which it was trained
         for path in dict.fromkeys(frozen.run_folder(node) / "results.json" for node in nodes):
             errors = [entry for entry in _entries(path) if entry["stage"] == "reconstruction"]
@@ -100,8 +104,17 @@ def _numbers(entry: dict[str, Any], scores: Sequence[str]) -> dict[str, float]:
     return {key_of(score, split): float(entry[split][score]) for split in splits for score in scores}
 
 
-def _result(cell: Cell, entry: dict[str, Any]) -> CellResult:
+def _features(folder: Path, entries: list[dict[str, Any]]) -> dict[str, Any]:
+    """As the entries of pruned encoders have them in `features`."""
+    knn = next((entry["test"]["accuracy"] for entry in entries if entry.get("probe") == "knn"), None)
+    encoder = read_scores(folder).get("embedding", {}).get("encoder", {})
+    return {"knn": knn, "silhouette": encoder.get("silhouette")}
+
+
+def _result(cell: Cell, entry: dict[str, Any], features: dict[str, Any]) -> CellResult:
     labels, numbers = dict(cell.labels), _numbers(entry, SCORES)
+    features = entry.get("features", features)
+    numbers |= {score: float(features[score]) for score in WHERE_KNOWN if features.get(score) is not None}
     if "prune" in entry:
         size = entry["size"]
         # of before channels were removed; entries of before there was such a method have one dense size
@@ -145,8 +158,8 @@ def _build(cells: Sequence[Cell], results: dict[str, list[CellResult]], config: 
 def _fill(title: str, config: TableConfig, cells: list[Cell], results: dict[str, list[CellResult]]) -> TableData:
     named = config.scores or LAYOUTS[config.layout]
     keys = [key_of(score, split) for score in named for split in config.splits if _is_measured(score, split)]
-    sizes = SIZES if config.layout == "pruning" else ()
-    table = TableData(title, config.layout, config.rows, [], [], (*sizes, *keys))
+    sizes, features = (SIZES, WHERE_KNOWN) if config.layout == "pruning" else ((), ())
+    table = TableData(title, config.layout, config.rows, [], [], (*sizes, *keys, *features))
     table.splits, table.charts = config.splits, config.scores or ("accuracy",)
     for cell in cells:
         column = cell.labels.get(config.columns, "") if config.columns else ""
@@ -157,6 +170,8 @@ def _fill(title: str, config: TableConfig, cells: list[Cell], results: dict[str,
             _add(table, _row(cell.labels, config.rows), column, None)
         for result in found:
             _add(table, _row(result.labels, config.rows), column, result)
+    known = {score for _, _, score in table.values}
+    table.scores = tuple(score for score in table.scores if score not in WHERE_KNOWN or score in known)
     if config.layout == "pruning":
         _size_of_unpruned(table, cells, results)
     if _all_numbers(table.rows):

@@ -29,6 +29,7 @@ from .fishleg import InverseFisher
 from .gradual import GradualPruning, cubic_rate
 from .obs import BlockFisher, BlockInverse, improve_compensation, removal_scores
 from .scores import CHANNEL_SCORES, PRUNERS, PrunerSpec, PruneTask, Scored, score_weights
+from .second_order import FisherSettings, FisherTask
 from .selection import SCOPES, build_masks, fully_pruned, misfits
 from .semi_structured import to_semi_structured
 from .sensitivity import Sensitivity, allocate, allocate_rates, scan_layers
@@ -44,6 +45,8 @@ __all__ = [
     "BlockInverse",
     "Categorical",
     "ChannelGraph",
+    "FisherSettings",
+    "FisherTask",
     "Gaussian",
     "GradualPruning",
     "InverseFisher",

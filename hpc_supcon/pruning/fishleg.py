@@ -134,10 +134,12 @@ class InverseFisher:
     def exclude(self, keep: Mapping[str, Tensor]) -> None:
         """Take pruned weights (False in `keep`) out of Q, whose rows and columns become 0, and begin a new fit.
 
-        What is learned next is the inverse of the Fisher matrix of the weights that are left.
+        What is learned next is the inverse of the Fisher matrix of the weights that are left. Before the first fit,
+        that one has its warm-up.
         """
         self._keep = {form.key: self._keep[form.key] & self._packed_mask(form, keep) for form in self._forms}
-        self.refine()
+        if self._fit or self._step:
+            self.refine()
 
     def product(self, tensors: Mapping[str, Tensor]) -> Tensors:
         """Q u."""
@@ -172,6 +174,11 @@ class InverseFisher:
 
         return finite(self._mapped(changed), "compensated weights")
 
+    @property
+    def steps(self) -> int:
+        """Steps that are done of the present fit."""
+        return self._step
+
     def memory(self) -> int:
         """Bytes of A, L, R, the masks and Adam's moments."""
         tensors = [*self._learned.values(), *self._keep.values(), *(t for m in self._moments for t in m.values())]
@@ -203,7 +210,7 @@ class InverseFisher:
         for i in range(count):
             g = fisher.gradients(batches(i), self._generator(seed, 3, i, rank()))
             for form in self._forms:
-                u = form.pack(g)
+                u = form.pack(g) * self._keep[form.key]
                 sums[f"A/{form.key}"] += u.square()
                 if form.is_matrix:
                     for key, x in ((f"L/{form.key}", u), (f"R/{form.key}", u.mT)):

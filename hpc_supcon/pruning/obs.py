@@ -61,6 +61,10 @@ class BlockFisher:
             sums.baddbmm_(g.mT, g)
         self._samples += len(next(iter(gradients.values())))
 
+    def memory(self) -> int:
+        """Bytes of the blocks."""
+        return sum(t.numel() * t.element_size() for t in self._sums.values())
+
     def inverse(self, damping: float, keep: Mapping[str, Tensor] | None = None) -> BlockInverse:
         """(F + damping I)^-1 of the gradients added on all ranks. Collective.
 

@@ -5,6 +5,7 @@ A method is a function PruneTask -> Scored and an entry of PRUNERS, which says w
     weights      nothing but the weights; such a method can also be applied within training (see GradualPruning)
     gradients    `model`, `batches` and `gradients`: the model, batches of the training split, and their gradients
     scan         `PruneTask.scan`: the loss on validation with one layer pruned
+    fisher       `PruneTask.fisher`: the likelihood whose Fisher information is estimated on the training split
 
 A method that changes the weights that are left returns a function that does so, `Scored.compensate`.
 """
@@ -19,6 +20,8 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from .fishleg import InverseFisher
+from .second_order import FisherTask, SecondOrder, fishleg, obs_blocks, obs_diagonal
 from .sensitivity import Sensitivity, allocate_rates
 
 Tensors = Mapping[str, Tensor]
@@ -45,6 +48,7 @@ class PruneTask:
     scan: Callable[[], Sensitivity] | None = None
     n_batches: int = 1
     """How many batches a method takes that does not choose itself."""
+    fisher: FisherTask | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,10 @@ class Scored:
     counts: Callable[[float], dict[str, int]] | None = None
     """rate of all weights -> number of weights to prune in each layer; None: `prune.scope` decides."""
     compensate: Callable[[Tensors], dict[str, Tensor]] | None = None
-    """masks (bool, False where pruned) -> new values of the weights; those of pruned weights are not used."""
+    """masks (bool, False where pruned) -> new values of the encoder's parameters; those of pruned weights are not
+    used."""
+    learned: InverseFisher | None = None
+    """For `FisherTask.learned` of the next round."""
 
 
 @dataclass(frozen=True)
@@ -64,7 +71,7 @@ class PrunerSpec:
     """One pruning method: an entry of PRUNERS."""
 
     score: Callable[[PruneTask], Scored]
-    needs: Literal["weights", "gradients", "scan"] = "weights"
+    needs: Literal["weights", "gradients", "scan", "fisher"] = "weights"
 
 
 def score_weights(method: str, task: PruneTask) -> Scored:
@@ -132,12 +139,21 @@ def _layer_sensitive(task: PruneTask) -> Scored:
     return Scored(_l1(task).scores, counts=partial(allocate_rates, task.scan(), task.weights))
 
 
+def _second_order(method: Callable[[Tensors, FisherTask, int], SecondOrder], task: PruneTask) -> Scored:
+    assert task.fisher is not None
+    found = method(task.weights, task.fisher, task.seed)
+    return Scored(found.scores, compensate=found.compensate, learned=found.learned)
+
+
 PRUNERS: dict[str, PrunerSpec] = {
     "l1": PrunerSpec(_l1),
     "random": PrunerSpec(_random),
     "l1_weighted": PrunerSpec(_l1_weighted),
     "lamp": PrunerSpec(_lamp),
     "layer_sensitive": PrunerSpec(_layer_sensitive, needs="scan"),
+    "obs_diag": PrunerSpec(partial(_second_order, obs_diagonal), needs="fisher"),
+    "obs_block": PrunerSpec(partial(_second_order, obs_blocks), needs="fisher"),
+    "fishleg": PrunerSpec(partial(_second_order, fishleg), needs="fisher"),
 }
 """`prune.method` -> its spec; not `channels`, which removes no single weights."""
 

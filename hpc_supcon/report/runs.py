@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
@@ -18,6 +18,7 @@ from .curves import breakdown_of, cost_of, curves_data
 from .formats import duration, shown
 from .maps import FOLDER, NO_LABELS, maps_data, thumbnails_data
 from .page import Headline, Page, Section
+from .pruning import pruning_table
 from .read import Run, interval_of, mapping, number, numbers, read_runs, texts
 from .scores import split_scores
 from .statistics import fraction_interval
@@ -79,20 +80,33 @@ def result_sections(runs: Sequence[Run], comparison: Comparison, data: dict[str,
     ood = section_tables(runs, "out of distribution", "Images of other data sets", "data set, detector")
     robust = [table for run in runs for table in _named(corruption_table(run), run, several)]
     classes = [table for run in runs for table in _named(per_class_tables(run), run, several)]
-    neighbors = [_picture(run) for run in runs]
+    neighbors = [
+        _picture(run, f"{FOLDER}/neighbors.png", "Test images of {} with the nearest images in the embedding")
+        for run in runs
+    ]
+    pruned = pruning_table(runs)
+    pruning = [
+        _picture(run, "plots/pruning.png", "Accuracy of {} against the share of pruned weights") for run in runs
+    ]
     return [
         Section("comparison", "Comparison", comparison_tables(comparison) if several else []),
         Section("results", "Results", tables),
+        Section("pruned", "Pruning", [pruned] if pruned else []),
+        *_pictures("pruning", "Accuracy against sparsity", runs, pruning),
         Section("curves", "Curves", widget="curves" if data["curves"]["series"] else ""),
         Section("confusion", "Confusions", classes, widget="confusion" if data["confusions"] else "", closed=True),
         Section("embedding", "Embedding", [embedding] if embedding else []),
         Section("robustness", "Robustness", [*robust, *([ood] if ood else [])]),
-        *(
-            Section(f"neighbors-{i}", "Nearest neighbors" + (f", {run.label}" if several else ""), picture=picture)
-            for i, (run, picture) in enumerate(zip(runs, neighbors, strict=True))
-            if picture
-        ),
+        *_pictures("neighbors", "Nearest neighbors", runs, neighbors),
     ]
+
+
+def _pictures(
+    id: str, title: str, runs: Sequence[Run], pictures: Sequence[tuple[str, str] | None]
+) -> Iterator[Section]:
+    for i, (run, picture) in enumerate(zip(runs, pictures, strict=True)):
+        if picture:
+            yield Section(f"{id}-{i}", title + (f", {run.label}" if len(runs) > 1 else ""), picture=picture)
 
 
 def record_sections(runs: Sequence[Run], facts: Sequence[dict[str, str]]) -> list[Section]:
@@ -266,9 +280,9 @@ def _confusions(run: Run, of: int) -> list[dict[str, Any]]:
     return sorted(found, key=lambda one: one["split"] != "test")
 
 
-def _picture(run: Run) -> tuple[str, str] | None:
-    """neighbors.png as a data URI, compressed where it is large."""
-    path = run.folder / FOLDER / "neighbors.png"
+def _picture(run: Run, name: str, about: str) -> tuple[str, str] | None:
+    """A PNG of the run folder as a data URI, compressed where it is large, and its description."""
+    path = run.folder / name
     try:
         payload, kind = path.read_bytes(), "png"
         with Image.open(io.BytesIO(payload), formats=["PNG"]) as picture:
@@ -284,4 +298,4 @@ def _picture(run: Run) -> tuple[str, str] | None:
         run.notices.append(f"{path}: cannot be shown: {error}")
         return None
     uri = f"data:image/{kind};base64,{base64.b64encode(payload).decode('ascii')}"
-    return uri, f"Test images of {run.label} with the nearest images in the embedding"
+    return uri, about.format(run.label)

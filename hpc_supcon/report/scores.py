@@ -15,10 +15,13 @@ NAMES = {
     "intra_inter": "intra/inter distance", "nmi": "NMI", "ari": "ARI", "effective_rank": "effective rank",
     "recall_at_1": "recall@1", "recall_at_5": "recall@5", "recall_at_10": "recall@10",
     "r_precision": "R-precision", "map_at_r": "MAP@R", "auroc": "AUROC", "fpr95": "FPR at 95 % TPR",
-    "sparse_mb": "size (MB)", "ratio": "ratio", "clean": "clean error", "mce": "mean corruption error",
+    "sparse_mb": "size (MB)", "ratio": "ratio", "knn": "kNN", "clean": "clean error", "mce": "mean corruption error",
     "mae": "MAE", "mse": "MSE",
 }  # fmt: skip
 """Of every score, its name in tables, in their order."""
+
+
+SCORES_OF_PRUNING = ("sparse_mb", "ratio", "accuracy", "f1", "knn", "silhouette")
 
 
 def name_of(score: str) -> str:
@@ -31,12 +34,21 @@ def ordered(scores: set[str]) -> list[str]:
     return sorted(scores, key=lambda s: (known.index(s) if s in NAMES else len(known), s))
 
 
+def is_pruned(result: dict[str, Any]) -> bool:
+    """Whether an entry of results.json is of a pruned copy of the run's encoder."""
+    return number(mapping(result.get("prune")).get("rate")) is not None
+
+
 def probe_label(result: dict[str, Any]) -> str:
     """`linear`, or `linear, pruned l1 0.5`."""
     label = str(result.get("probe") or result.get("stage") or "result")
     pruned = mapping(result.get("prune"))
     rate = number(pruned.get("rate"))
-    return label if rate is None else f"{label}, pruned {pruned.get('method', '')} {rate:g}"
+    if rate is None:
+        return label
+    unusual = (("scope", "global"), ("schedule", "oneshot"), ("label", None))
+    more = [str(pruned[key]) for key, usual in unusual if pruned.get(key) not in (None, usual)]
+    return " ".join([f"{label}, pruned {pruned.get('method', '')} {rate:g}", *more])
 
 
 def split_scores(run: Run) -> dict[tuple[str, str], dict[str, Any]]:
@@ -52,6 +64,9 @@ def split_scores(run: Run) -> dict[tuple[str, str], dict[str, Any]]:
                     number(size.get("sparse_bytes")),
                 )
                 extra = {"sparse_mb": sparse / 1e6, "ratio": dense / sparse} if dense and sparse else {}
+                if split == "test":
+                    features = mapping(result.get("features"))
+                    extra |= {k: v for k in ("knn", "silhouette") if (v := number(features.get(k))) is not None}
                 found.setdefault((probe_label(result), split), {}).update(scores | extra)
     for kind, entry in mapping(run.scores.get("probes")).items():
         for split, scores in mapping(mapping(entry).get("splits")).items():

@@ -13,7 +13,7 @@ from ..errors import printable
 from .compare import Comparison, difference_text, mean_text
 from .formats import duration, shown
 from .read import LATER, Run, interval_of, mapping, number, numbers, settings_that_differ
-from .scores import name_of, ordered, sections_of, split_scores
+from .scores import is_pruned, name_of, ordered, probe_label, sections_of, split_scores
 
 COLUMNS = 4
 """Runs that have a column each in a table of settings; of more, values are counted."""
@@ -69,8 +69,14 @@ def number_cell(value: float | None, interval: tuple[float, float] | None = None
 
 
 def results_table(runs: Sequence[Run]) -> Table | None:
-    """A row for each run, probe and split."""
-    found = [(run, key, scores) for run in runs for key, scores in split_scores(run).items()]
+    """A row for each run, probe and split; pruned encoders have a table of their own."""
+    pruned = {id(run): {probe_label(r) for r in run.results if is_pruned(r)} for run in runs}
+    found = [
+        (run, key, scores)
+        for run in runs
+        for key, scores in split_scores(run).items()
+        if key[0] not in pruned[id(run)]
+    ]
     names = {name for _, _, scores in found for name in scores if number(scores[name]) is not None}
     columns = ordered(names - {"samples"})
     if not found:

@@ -14,9 +14,10 @@ from ..distributed.launch import Runtime
 from ..evaluation.encoder import check_classes, load_model, report_changed_data
 from ..evaluation.monitor import online_probe
 from ..evaluation.probes import PROBES, check_probes
+from ..evaluation.prune_figures import draw_pruning
 from ..evaluation.prune_task import check_data
-from ..pruning import WeightMasks, measure, misfits, prunable, write_sparse
-from ..terminal import warn
+from ..pruning import InverseFisher, WeightMasks, measure, misfits, prunable, write_sparse
+from ..terminal import only_told, warn
 from ..training.data import Data
 from .pretrain import pretrain
 from .probe import probe
@@ -88,12 +89,13 @@ def _prune(
     rounds, selected = config.prune.rounds, dict[float, Selection]()
     if config.prune.schedule != "iterative":
         selected = _select(folder, config, rounds, runtime, data, dense)
-    results, trained, removed = [], dense, 0.0
+    results, trained, removed, learned = [], dense, 0.0, None
     for rate in rounds:
         pruned = pruned_config(folder, config, rate)
         if rate not in selected:  # iterative: of the round before
-            selected = _select(folder, config, (rate,), runtime, data, trained, removed)
+            selected = _select(folder, config, (rate,), runtime, data, trained, removed, learned)
         chosen, base = selected[rate], trained
+        learned = chosen.learned
         if runtime.is_main and chosen.plan is None:
             warn_of_masks(config, rate, trained, chosen.masks)
         with locked(pruned.folder, runtime, warn):
@@ -104,6 +106,8 @@ def _prune(
             probed = probe(pruned.folder, pruned, runtime, data, writer=writer)
             after = Trained(*load_model(pruned.folder))
             facts = _facts(pruned, after, dense, writer, runtime) if runtime.is_main else {}
+            if runtime.is_main:
+                facts |= _feature_scores(pruned.folder, probed)
             entries = [{**entry, **facts, "stage": "prune"} for entry in probed]
             if runtime.is_main:
                 for entry in entries:
@@ -112,6 +116,9 @@ def _prune(
         results += entries
         if config.prune.schedule == "iterative":
             trained, removed = after, rate
+    if runtime.is_main:
+        with only_told():
+            draw_pruning(folder, run_folder.read_results(folder), dense.found.name)
     return results
 
 
@@ -123,11 +130,12 @@ def _select(
     data: Data,
     trained: Trained,
     removed: float = 0.0,
+    learned: InverseFisher | None = None,
 ) -> dict[float, Selection]:
-    """removed: the share of channels that the rounds before have removed."""
+    """removed: the share of channels that the rounds before have removed; learned: see `select`."""
     if config.prune.method == "channels":
         return select_channels(folder, config, rates, runtime, data, trained, removed)
-    return select(folder, config, rates, runtime, data, trained)
+    return select(folder, config, rates, runtime, data, trained, learned)
 
 
 def _check(folder: Path, config: Config, runtime: Runtime, data: Data, *, resume: bool) -> None:
@@ -198,6 +206,14 @@ def _save_pruned(pruned: Config, trained: Trained, chosen: Selection, runtime: R
         world_size=runtime.world_size,
         config_digest=digest(pruned),
     )
+
+
+def _feature_scores(folder: Path, probed: list[dict[str, Any]]) -> dict[str, Any]:
+    """What every entry of one pruning says of its features on test: the accuracy of the probe `knn`, and the
+    silhouette of the classes; None where they were not asked for."""
+    knn = next((entry["test"]["accuracy"] for entry in probed if entry["probe"] == "knn" and entry["test"]), None)
+    embedding = run_folder.read_scores(folder).get("embedding", {}).get("encoder", {})
+    return {"features": {"knn": knn, "silhouette": embedding.get("silhouette")}}
 
 
 def _facts(pruned: Config, after: Trained, dense: Trained, writer: ResultWriter, runtime: Runtime) -> dict[str, Any]:

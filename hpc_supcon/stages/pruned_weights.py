@@ -15,7 +15,17 @@ from ..distributed.launch import Runtime
 from ..errors import RunFolderError
 from ..evaluation.prune_task import prune_task
 from ..models import PretrainingModel
-from ..pruning import Plan, build_masks, fully_pruned, masks_digest, misfits, prunable, score_weights, unpack
+from ..pruning import (
+    InverseFisher,
+    Plan,
+    build_masks,
+    fully_pruned,
+    masks_digest,
+    misfits,
+    prunable,
+    score_weights,
+    unpack,
+)
 from ..terminal import warn
 from ..training.data import Data
 
@@ -50,15 +60,24 @@ class Selection:
     """New values of weights, by a method that compensates for those that are pruned."""
     plan: Plan | None = None
     """The channels that are kept, by prune.method=channels; `masks` are then those of the narrower model."""
+    learned: InverseFisher | None = None
+    """By a method that learns, for the next round."""
 
 
 def select(
-    folder: Path, config: Config, rates: tuple[float, ...], runtime: Runtime, data: Data, trained: Trained
+    folder: Path,
+    config: Config,
+    rates: tuple[float, ...],
+    runtime: Runtime,
+    data: Data,
+    trained: Trained,
+    learned: InverseFisher | None = None,
 ) -> dict[float, Selection]:
-    """What each of `rates` prunes of a model. Collective. Raises RunFolderError, on all ranks, where the masks of one
-    differ: the ranks would train different models."""
+    """What each of `rates` prunes of a model; learned: of the round before. Collective.
+
+    Raises RunFolderError, on all ranks, where the masks of one differ: the ranks would train different models."""
     settings, before = config.prune, trained.masks
-    with prune_task(folder, config, runtime, data, trained.model, trained.found) as task:
+    with prune_task(folder, config, runtime, data, trained.model, trained.found, learned) as task:
         scored = score_weights(settings.method, task)
     scope = settings.pattern or settings.scope
     selected = {}
@@ -67,7 +86,7 @@ def select(
             counts = None if scored.counts is None else scored.counts(rate)
             masks = build_masks(scored.scores, rate, scope, pruned=before, counts=counts)
             values = {} if scored.compensate is None else scored.compensate(masks)
-            selected[rate] = Selection(masks, values)
+            selected[rate] = Selection(masks, values, learned=scored.learned)
     check_same_masks(folder, {rate: selection.masks for rate, selection in selected.items()})
     return selected
 

@@ -15,7 +15,7 @@ from hpc_supcon.config import load_config
 from hpc_supcon.distributed.launch import Launch, Runtime
 from hpc_supcon.evaluation.encoder import load_model
 from hpc_supcon.evaluation.prune_task import prune_task
-from hpc_supcon.pruning import PRUNERS, PrunerSpec, prunable
+from hpc_supcon.pruning import PRUNERS, PrunerSpec, build_masks, prunable, score_weights
 from hpc_supcon.run_folder import read_config
 from hpc_supcon.stages import pretrain
 from hpc_supcon.stages.prune import prune
@@ -182,3 +182,26 @@ def test_two_ranks_remove_the_same_channels_and_killed_fine_tuning_resumes_bit_f
     for part, named in whole.tensors.items():
         for name, tensor in named.items():
             assert torch.equal(killed.tensors[part][name], tensor), (part, name)
+
+
+def learned(rank, world_size, folder):
+    """The weights that fishleg leaves on this rank, and a pruning by what was kept of it."""
+    runtime = Runtime(Launch(rank=rank, world_size=world_size), torch.device("cpu"))
+    more = ["prune.method=fishleg", "prune.fisher.steps=21", "prune.rate=0.7", "probe.kind=knn"]
+    config = read_config(folder, more)
+    data = load_data(config, runtime)
+    model, found = load_model(folder)
+    with prune_task(folder, config, runtime, data, model, found) as task:
+        scored = score_weights("fishleg", task)
+    masks = build_masks(scored.scores, 0.7, "global")
+    return scored.compensate(masks), prune(folder, config, runtime, data)
+
+
+def test_two_ranks_learn_one_inverse_and_prune_to_the_same_weights(dense):
+    (first, results), (second, _) = run_ranks(learned, 2, dense)
+    saved = dict(load_model(dense / results[0]["folder"])[0].encoder.named_parameters())
+    assert first.keys() == second.keys() == saved.keys()
+    for name, weight in first.items():
+        assert torch.equal(weight, second[name]), "ranks with different weights"
+        assert torch.equal(weight, saved[name]), "what was kept is not what was learned"
+    assert results[0]["prune"]["zeros"] == round(0.7 * results[0]["prune"]["weights"])

@@ -70,7 +70,9 @@ MapMethodName = Literal["pca", "tsne", "umap"]
 
 WeightPruningName = Literal["l1", "random", "l1_weighted", "lamp"]
 """Pruning methods that need nothing but the weights."""
-PruningMethodName = Literal[WeightPruningName, "layer_sensitive", "channels"]
+FisherPruningName = Literal["obs_diag", "obs_block", "fishleg"]
+"""Pruning methods that need a likelihood."""
+PruningMethodName = Literal[WeightPruningName, "layer_sensitive", FisherPruningName, "channels"]
 ChannelScoreName = Literal["l1", "taylor"]
 SparseValuesName = Literal["same", "fp16", "int8"]
 PruningScopeName = Literal["global", "layer"]

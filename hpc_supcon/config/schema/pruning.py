@@ -78,12 +78,46 @@ class LatencyConfig(Section):
     )
 
 
+class FisherConfig(Section):
+    kind: Literal["model", "empirical"] = Field(
+        description="model: the Fisher information, with targets of the model's own predictions; empirical: with the "
+        "labels, which is not it where the model fits them"
+    )
+    damping: Positive | None = Field(
+        description="added to the diagonal; null: the mean of the diagonal, of obs_block a hundredth of it"
+    )
+    steps: Annotated[int, Field(ge=0)] = Field(
+        description="fishleg: steps of learning the inverse, each about 4 forward and backward passes of a batch of "
+        "training; half of them in later rounds of schedule=iterative; 0: its start alone, from 32 batches",
+        json_schema_extra={"unit": "steps"},
+    )
+    lr: Positive = Field(description="fishleg: about the relative change of the inverse in one step, falling to 0")
+    largest_factor: Count = Field(
+        description="fishleg: side of the largest block of a layer's two factors, of which each takes at most "
+        "12 x this bytes for each input (times kernel) and output"
+    )
+    joint: bool = Field(
+        description="fishleg: compensate for all removed weights together; false: add the compensations for each "
+        "alone, as published"
+    )
+    samples: Count = Field(
+        description="obs: views of the training split whose single gradients are used, in all",
+        json_schema_extra={"unit": "views"},
+    )
+    batches: Count = Field(
+        description="obs, for a contrastive loss, whose rows depend on each other: batches whose gradients are used",
+        json_schema_extra={"unit": "batches"},
+    )
+    block: Count = Field(description="obs_block: weights of one output in a block; takes 4 x this bytes per weight")
+
+
 class PruneConfig(Section):
     method: PruningMethodName = Field(
         description="which weights go first: the smallest |w|; at random; the smallest |w| / norm of the layer's "
         "weights; the smallest w^2 / sum of the layer's squares that are not smaller (Lee et al. 2021); the smallest "
-        "|w|, at rates of the layers that a scan of the loss on validation predicts to be the best; channels: whole "
-        "output channels of convolutions, which leaves a smaller dense encoder"
+        "|w|, at rates of the layers that a scan of the loss on validation predicts to be the best; obs_*, fishleg: "
+        "what `fisher` estimates that the removal costs, and but for obs_diag the weights that are left are changed "
+        "to compensate; channels: whole output channels of convolutions, which leaves a smaller dense encoder"
     )
     rate: float | tuple[float, ...] = Field(
         description="share of the encoder's convolution and linear weights to prune, 0 to below 1, those counted "
@@ -126,6 +160,7 @@ class PruneConfig(Section):
     )
     channels: ChannelsConfig
     latency: LatencyConfig
+    fisher: FisherConfig
     scan: ScanConfig
     finetune: PruneFinetuneConfig
 

@@ -98,6 +98,26 @@ def test_the_table_compares_the_prunings_of_one_checkpoint(capsys, dense):
     assert any(not torch.equal(other[name] == 0, ~mask) for name, mask in masks.items()), "drawn from the run's seed"
 
 
+def test_entries_and_table_have_knn_and_silhouette_where_they_are_measured_and_a_figure_is_drawn(capsys, dense):
+    entries, out, _ = prune(capsys, dense, "prune.rate=[0, 0.5]", "probe.kind=[softmax, knn]", "probe.embedding=true")
+    for entry in entries:
+        folder = dense / entry["folder"]
+        own = {e["probe"]: e["test"]["accuracy"] for e in results_of(folder)}
+        silhouette = json.loads((folder / "scores.json").read_text())["embedding"]["encoder"]["silhouette"]
+        assert entry["features"] == {"knn": own["knn"], "silhouette": silhouette}
+        assert silhouette is not None
+    shown = next(line for line in out.splitlines() if "┃ rate" in line)
+    assert "kNN ┃ silhouette ┃" in shown
+    first = (dense / "plots/pruning.png").read_bytes()
+    entries, out, _ = prune(
+        capsys, dense, "prune.rate=0.5", "prune.method=random", "probe.kind=linear", "probe.linear.epochs=1",
+        "probe.embedding=false",
+    )  # fmt: skip
+    assert entries[-1]["features"] == {"knn": None, "silhouette": None}
+    assert "silhouette" not in out
+    assert (dense / "plots/pruning.png").read_bytes() != first
+
+
 def test_pruning_a_pruned_run_counts_its_zeros(capsys, dense):
     prune(capsys, dense, "prune.rate=0.6")
     first = dense / "pruned/l1-global-0.6"

@@ -338,6 +338,15 @@ def test_a_batch_that_the_ranks_of_a_launch_cannot_share(tmp_path, command):
             "which the run's checkpoints do not have: use prune.schedule=one",
         ),
         (["prune.scope=2:4", "prune.schedule=iterative"], "prune.scope=2:4 has one rate, to which"),
+        (
+            ["prune.method=fishleg", "loss.name=triplet"],
+            "prune.method=fishleg needs a likelihood, which the loss triplet is not: set prune.loss=cross_entropy",
+        ),
+        (
+            ["prune.method=obs_diag", "loss.terms={supcon_out: 1.0, cross_entropy: 1.0}"],
+            "prune.method=obs_diag needs a likelihood, which the loss",
+        ),
+        (["prune.method=obs_block", *RAMP], "scores weights during training, for which prune.method=obs_block needs"),
         ([*SCAN, "prune.scope=layer"], "prune.scope=layer gives every layer one rate"),
         ([*SCAN, *NO_VALIDATION], "prune.method=layer_sensitive scans the loss on the validation split"),
         ([*SCAN, "prune.scan.rates=[0.5, 0.50]", "prune.rate=0.3"], "prune.scan.rates names a rate twice"),

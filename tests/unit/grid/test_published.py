@@ -210,3 +210,17 @@ def test_every_grid_expands_and_has_a_small_twin(path):
     assert expand(load_grid(path)).cells
     if not path.stem.endswith("-small"):
         assert path.with_name(f"{path.stem}-small.yaml").exists()
+
+
+def test_encoders_under_the_same_pruning(grid):
+    """Losses whose encoders are compared (arXiv 2207.00200), each pruned by every method to every rate."""
+    cells, seeds = grid("pruning")
+    assert seeds == 3
+    methods = {config.prune.method for _, config in cells}
+    assert methods == {"random", "l1", "lamp", "obs_diag", "obs_block", "fishleg"}
+    assert {labels["prune.rate"] for labels, _ in cells} == {
+        "0", "0.2", "0.4", "0.5", "0.6", "0.7", "0.8", "0.9", "0.95",
+    }  # fmt: skip
+    by_loss = losses(cells, "model.encoder", "method", "prune.rate")
+    assert all(set(found) == {"cross_entropy", "supcon_in", "supcon_out"} for found in by_loss.values())
+    assert all(config.prune.finetune.epochs == 0 and config.prune.loss == "run" for _, config in cells)

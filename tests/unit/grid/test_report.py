@@ -100,7 +100,8 @@ def test_an_unknown_axis_and_damaged_results_are_named_errors(grid):
         build_tables(grid)
 
 
-def test_pruning_shows_rate_size_ratio_and_accuracy(tmp_path):
+@pytest.mark.parametrize("known", [False, True])
+def test_pruning_shows_rate_size_ratio_scores_and_what_is_known_of_the_features(tmp_path, known):
     """Read from results.json as the prune stage writes it; an unpruned cell has the dense size and ratio 1."""
     nodes, cells = {}, []
     for rate in ("null", "0.2", "0.5"):
@@ -111,18 +112,26 @@ def test_pruning_shows_rate_size_ratio_and_accuracy(tmp_path):
         folder = tmp_path / "runs" / node.folder
         folder.mkdir(parents=True)
         entry = {"stage": stage, "test": dict.fromkeys(SCORES, 0.9)}
+        entries = [entry]
+        if known and rate == "null":  # where the stage of probes writes them
+            entries.append({"stage": stage, "probe": "knn", "test": dict.fromkeys(SCORES, 0.7)})
+            (folder / "scores.json").write_text(json.dumps({"embedding": {"encoder": {"silhouette": 0.25}}}))
         if rate != "null":
             entry["prune"] = {"method": "l1", "rate": float(rate), "scope": "global"}
             kept = int(8_000_000 * (1 - float(rate)))
             entry["size"] = {"dense_bytes": 8_000_000, "gzip_bytes": 7_000_000, "sparse_bytes": kept}
-        (folder / "results.json").write_text(json.dumps({"results": [entry]}))
+            entry["features"] = {"knn": 0.6 if known else None, "silhouette": -0.1 if known else None}
+        (folder / "results.json").write_text(json.dumps({"results": entries}))
     tables = (TableConfig(title="pruning", layout="pruning", rows="prune.rate"),)
     profile = ClusterProfile(cluster="debug")
     frozen = FrozenGrid(tmp_path, "g", "debug", profile, "c", 1, tuple(cells), nodes, tables)
     lines = markdown(build_tables(frozen)[0]).splitlines()
-    assert lines[0] == "| prune.rate | size (MB) | ratio | accuracy |"
+    more = " | kNN | silhouette" if known else ""
+    assert lines[0] == f"| prune.rate | size (MB) | ratio | accuracy | F1{more} |"
+    dense, pruned = (" | 0.7000 | 0.2500", " | 0.6000 | -0.1000") if known else ("", "")
     assert lines[2:] == [
-        "| 0 | 8.00 | 1.00 | 0.9000 |", "| 0.2 | 6.40 | 1.25 | 0.9000 |", "| 0.5 | 4.00 | 2.00 | 0.9000 |",
+        f"| 0 | 8.00 | 1.00 | 0.9000 | 0.9000{dense} |", f"| 0.2 | 6.40 | 1.25 | 0.9000 | 0.9000{pruned} |",
+        f"| 0.5 | 4.00 | 2.00 | 0.9000 | 0.9000{pruned} |",
     ]  # fmt: skip
 
 

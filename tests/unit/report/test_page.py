@@ -81,6 +81,31 @@ def test_everything_that_is_known_of_a_run_is_on_its_page(tmp_path):
     assert data["confusions"][0]["classes"] == CLASSES
 
 
+def test_pruned_encoders_have_a_table_and_a_figure_and_are_not_among_the_scores(tmp_path):
+    folder = full_run(tmp_path / "run")
+    (folder / "plots").mkdir(exist_ok=True)
+    Image.new("RGB", (30, 10), "red").save(folder / "plots/pruning.png")
+    found = json.loads((folder / "results.json").read_text())
+    for scope, accuracy in (("global", 0.6125), ("layer", 0.5875)):  # of one method and rate
+        found["results"].append({
+            "stage": "prune", "probe": "linear", "folder": f"pruned/{scope}",
+            "test": {"accuracy": accuracy, "f1": 0.5}, "features": {"knn": 0.4375, "silhouette": None},
+            "prune": {"method": "fishleg", "rate": 0.8, "scope": scope, "schedule": "oneshot", "label": None},
+            "size": {"dense_bytes": 4_000_000, "sparse_bytes": 1_000_000},
+        })  # fmt: skip
+    (folder / "results.json").write_text(json.dumps(found))
+    page = page_of_runs([folder])
+    sections = {section.id: section for section in page.sections}
+    (table,) = sections["pruned"].tables
+    assert table.headings[4:] == ["rate", "size (MB)", "ratio", "accuracy", "F1", "kNN"]
+    assert [[cell.value for cell in row] for row in table.rows] == [
+        ["fishleg", "global", "oneshot", "linear", 0.8, 1.0, 4.0, 0.6125, 0.5, 0.4375],
+        ["fishleg", "layer", "oneshot", "linear", 0.8, 1.0, 4.0, 0.5875, 0.5, 0.4375],
+    ]
+    assert sections["pruning-0"].picture
+    assert not any("pruned" in row[0].text for row in sections["results"].tables[0].rows)
+
+
 def test_a_map_comes_out_as_it_went_in(tmp_path):
     folder = write_run(tmp_path / "run")
     index, labels = write_maps(folder, names=("encoder-umap",))
