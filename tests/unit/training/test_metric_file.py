@@ -8,7 +8,6 @@ import os
 import sys
 
 import pytest
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from hpc_supcon import metric_file
 from hpc_supcon.config import load_config
@@ -161,7 +160,8 @@ def test_a_folder_that_is_gone_or_refuses_files_is_told_once(tmp_path, capsys):
 
 
 def scalars(folder, name):
-    accumulator = EventAccumulator(str(folder))
+    events = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    accumulator = events.EventAccumulator(str(folder))
     accumulator.Reload()
     return [event.step for event in accumulator.Scalars(name)]
 
