@@ -147,6 +147,7 @@ def test_what_is_missing_in_the_end_is_counted(path, monkeypatch):
 
 
 def test_a_folder_that_is_gone_or_refuses_files_is_told_once(tmp_path, capsys):
+    pytest.importorskip("tensorboard")
     (tmp_path / "metrics.jsonl").mkdir()
     (tmp_path / "tensorboard").write_text("")
     with MetricLog(tmp_path, load_config().log) as log:
@@ -169,6 +170,7 @@ def scalars(folder, name):
 def test_tensorboard_is_tried_again_after_its_thread_failed_and_no_traceback_is_printed(
     tmp_path, monkeypatch, capsys
 ):
+    pytest.importorskip("tensorboard")
     warnings = []
     monkeypatch.setattr(tensorboard, "RETRY_S", 0.0)
     board = tensorboard.TensorBoard(tmp_path / "t", warnings.append)
