@@ -203,6 +203,7 @@ def test_curves_change_their_number_and_their_axis_and_are_hidden(opened, path):
     assert axis_label(page).startswith("loss over images, 3 curves")
     assert curves.get_by_role("button", name="first train").get_attribute("aria-pressed") == "false"
     curves.get_by_text("The values as a table").click()
+    curves.locator("details tbody tr").first.wait_for()  # the table is filled when it is opened
     values = curves.locator("details tbody tr").evaluate_all(
         "rows => rows.map(r => [...r.cells].map(c => c.textContent))"
     )
