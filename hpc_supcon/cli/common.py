@@ -68,13 +68,9 @@ def started(
 
     folder = folder or settings.folder
     limits = settings.runtime
-    facts = {
-        **{name: str(value) for name, value in command.items()},
-        **versions(),
-        **shared_settings(settings),
-        # all ranks read the folder that rank 0 writes
-        f"run_dir/{run_folder.CONFIG}": run_folder.identity(settings.folder),
-    }
+    facts = {name: str(value) for name, value in command.items()} | versions() | shared_settings(settings)
+    # all ranks read the folder that rank 0 writes
+    facts[f"run_dir/{run_folder.CONFIG}"] = run_folder.identity(settings.folder)
     with (
         ExitStack() as trackers,  # the last to end: no other rank waits for what they still have to send
         start_watchdog(

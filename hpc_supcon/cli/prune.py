@@ -16,7 +16,7 @@ from .common import Debug, refused_together, started
 ABOUT = ("method", "scope", "schedule")
 HEADINGS = {key: key for key in (*ABOUT, "label", "loss", "rewind")}
 HEADINGS |= {"finetune_steps": "steps", "finetune_loss": "by loss"}
-"""What is told of each pruning where not all are alike -> the heading of its column."""
+"""Keys of a pruning that have a column of their own where not all are alike -> its heading."""
 FEATURES = {"knn": "kNN", "silhouette": "silhouette"}
 
 

@@ -1,4 +1,4 @@
-"""The command `hpc-supcon track`: what trackers have not been told of a run."""
+"""The command `hpc-supcon track`: what trackers have not received of a run."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def track(
     overrides: Overrides = None,
     debug: Debug = False,
 ) -> None:
-    """Send to the trackers of log.to what they have not been told of a run: events, results, pictures, the page.
+    """Send to the trackers of log.to what they have not received of a run: events, results, pictures, the page.
 
     For a run whose machine had no network, or that was started without them.
     """

@@ -40,7 +40,6 @@ def check_config(
     if stages:
         _check_loader(config)
         check_labels(config, stages)
-        _check_log(config)
     if "pretrain" in stages:
         check_encoder(config.model.encoder)
     if _pretrains(config, stages):
@@ -130,12 +129,6 @@ def _check_loader(config: Config) -> None:
         raise ConfigError(
             f"data.synthetic.images={made.images}: data.synthetic.classes={made.classes} need at least one image each"
         )
-
-
-def _check_log(config: Config) -> None:
-    for name, values in (("to", config.log.loggers), ("artifacts", config.log.artifacts)):
-        if len(set(values)) < len(values):
-            raise ConfigError(f"log.{name} names one twice: {', '.join(values)}")
 
 
 def _check_encoder_options(config: Config) -> None:

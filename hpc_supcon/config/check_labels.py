@@ -8,7 +8,7 @@ from typing import get_args
 from ..errors import ConfigError
 from .schema import Config, names
 
-UNSUPERVISED = frozenset({"simclr", *get_args(names.DecoderLossName)})
+UNSUPERVISED = frozenset({"simclr", *get_args(names.OfViewsName), *get_args(names.DecoderLossName)})
 """Losses that use no labels, whatever loss.supervised says."""
 CLASSIFYING = frozenset(get_args(names.ClassifierLossName))
 

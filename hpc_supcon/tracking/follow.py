@@ -146,7 +146,7 @@ class Follower:
 
 
 def track(folder: Path, name: str, artifacts: Sequence[str]) -> None:
-    """Tell a tracker what it has not been told of a run that has ended."""
+    """Send a tracker what it has not received of a run that has ended."""
     with _alone(folder, name):
         Follower(folder, name, artifacts).finish(finished=True)
 

@@ -12,7 +12,7 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor
 
-from ..config.schema.training import LogConfig
+from ..config.schema.saving import LogConfig
 from ..data import Batch
 from ..metric_file import METRICS, AppendedLines, rewind
 from ..phases import phase

@@ -15,7 +15,8 @@ from .data import AugmentConfig, DataConfig
 from .evaluation import ProbeConfig
 from .pruning import PruneConfig
 from .report import ReportConfig
-from .training import CheckpointConfig, LogConfig, LossConfig, ModelConfig, OptimConfig, TrainConfig, ValidationConfig
+from .saving import CheckpointConfig, LogConfig
+from .training import LossConfig, ModelConfig, OptimConfig, TrainConfig, ValidationConfig
 
 
 class RuntimeConfig(Section):

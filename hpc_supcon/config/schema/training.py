@@ -1,4 +1,4 @@
-"""What is trained and how: sections `model`, `loss`, `optim`, `train`, `checkpoint`, `log`."""
+"""What is trained and how: sections `model`, `loss`, `optim`, `train`, `validation`."""
 
 from __future__ import annotations
 
@@ -9,10 +9,8 @@ from pydantic import Field, model_validator
 
 from .base import Count, Decay, NonNegative, Positive, Probability, Section, StoppingConfig
 from .names import (
-    ArtifactName,
     BackendName,
     EngineName,
-    LoggerName,
     LossName,
     LossPrecisionName,
     MiningName,
@@ -22,7 +20,6 @@ from .names import (
     ProjectionNormName,
     ScheduleName,
     StemName,
-    TrackerName,
 )
 
 
@@ -270,55 +267,3 @@ class ValidationConfig(Section):
     @property
     def enabled(self) -> bool:
         return self.every_epochs is not None or self.every_steps is not None
-
-
-class CheckpointConfig(Section):
-    every_epochs: Count | None = Field(
-        description="save after every n-th epoch", json_schema_extra={"unit": "epochs"}
-    )
-    every_steps: Count | None = Field(description="save after every n-th step", json_schema_extra={"unit": "steps"})
-    keep: Annotated[int, Field(ge=2)] = Field(
-        description="number of newest checkpoints kept; damaged ones do not count"
-    )
-    keep_every_steps: Count | None = Field(
-        description="keep the checkpoints of every n-th step for good; null: only the newest ones",
-        json_schema_extra={"unit": "steps"},
-    )
-    asynchronous: bool = Field(
-        description="write while training continues; needs host memory for one more copy of model and optimizer"
-    )
-    max_failed_saves: Annotated[int, Field(ge=0)] = Field(
-        description="saves in a row that may fail (a full disk) before training stops; the last of a run may not",
-        json_schema_extra={"unit": "saves"},
-    )
-
-
-class LogConfig(Section):
-    every_steps: Count = Field(
-        description="steps between two lines of metrics.jsonl", json_schema_extra={"unit": "steps"}
-    )
-    gradient_response: bool = Field(
-        description="log how strongly positives attract and negatives repel (supcon_out, tcl); costs two more passes "
-        "over the similarities"
-    )
-    to: LoggerName | tuple[LoggerName, ...] = Field(
-        description="where numbers go besides metrics.jsonl: one, or a list; csv: RUN_DIR/metrics-KIND.csv; wandb, "
-        "mlflow: extras of these names"
-    )
-    artifacts: tuple[ArtifactName, ...] = Field(
-        description="files of a finished run that wandb and mlflow get besides numbers"
-    )
-    metrics_port: Annotated[int, Field(ge=1, le=65535)] | None = Field(
-        description="serve the newest numbers to Prometheus at http://127.0.0.1:PORT/metrics (rank 0); null: no"
-    )
-    tensorboard: bool = Field(description="false: not to TensorBoard, though log.to names it")
-    progress: bool = Field(description="show a progress bar (rank 0, on a terminal)")
-
-    @property
-    def loggers(self) -> tuple[LoggerName, ...]:
-        names: tuple[LoggerName, ...] = (self.to,) if isinstance(self.to, str) else self.to
-        return tuple(name for name in names if name != "tensorboard" or self.tensorboard)
-
-    @property
-    def trackers(self) -> tuple[LoggerName, ...]:
-        return tuple(name for name in self.loggers if name in get_args(TrackerName))

@@ -17,7 +17,7 @@ from PIL import Image
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_score, recall_score
 
 from hpc_supcon import cli
-from hpc_supcon.cli.app import _print_results
+from hpc_supcon.cli.results import print_results
 from hpc_supcon.config import load_config
 from hpc_supcon.data import EvalTransform
 from hpc_supcon.distributed.launch import Launch, Runtime
@@ -245,7 +245,7 @@ def test_training_scores_of_knn_leave_each_image_out_and_are_of_a_bounded_number
 
 def test_the_table_has_every_split_with_an_interval_in_80_columns(whole, capsys, monkeypatch):
     entries = list(results_of(whole).values())
-    _print_results(whole, entries)
+    print_results(whole, entries)
     lines = capsys.readouterr().out.splitlines()
     rows = [line for line in lines if line.startswith("│")]
     assert len(rows) == 3 * len(KINDS)
@@ -253,7 +253,7 @@ def test_the_table_has_every_split_with_an_interval_in_80_columns(whole, capsys,
     assert max(map(len, lines[:-1])) <= 80
     # an interval of other numbers, as where scores.json could not be written, is not shown
     entries[0]["test"]["accuracy"] = 0.123
-    _print_results(whole, entries)
+    print_results(whole, entries)
     assert "│ 0.1230                │" in capsys.readouterr().out
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 
 from hpc_supcon.config import check_config, check_ranks, load_config, recipe_names
+from hpc_supcon.config.schema import names
 from hpc_supcon.errors import ConfigError
 
 DEEPSPEED = "train.engine=deepspeed"
@@ -269,3 +272,12 @@ def test_a_batch_that_the_ranks_cannot_share_is_refused(stage, world_size, overr
 )
 def test_other_batches_are_taken(stage, world_size, overrides):
     check(*overrides, world_size=world_size, stages=(stage,))
+
+
+@pytest.mark.parametrize("loss", ["simclr", "reconstruction", *get_args(names.OfViewsName)])
+def test_losses_without_labels_train_on_images_that_have_none(loss):
+    more = ["model.momentum_encoder=0.99"] if loss in get_args(names.TargetName) else []
+    more += ["loss.queue_size=64"] if loss == "moco_v2" else []
+    more += ["model.encoder=conv", "data.views=2", "model.projection_norm=all", "report.embeddings=false"]
+    data = ["data.source=image_folder", "data.root=x", "data.labels=none", "probe.kind=knn", "probe.embedding=false"]
+    load_config("default", [f"loss.name={loss}", *data, *more], stages=("pretrain",))
