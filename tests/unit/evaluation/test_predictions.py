@@ -45,8 +45,8 @@ def rows_of(folder, probe):
 
 def test_a_row_for_each_image_with_its_index_and_path(tmp_path):
     got, logits, labels = predicted(4, 3, index=[0, 2, 3, 6])
-    files = [Path(f"/data/root/test/a/{i}.png") for i in range(7)]
-    write_predictions(tmp_path, "knn", {"test": got}, paths={"test": files}, root=Path("/data/root"))
+    files = [Path(f"/images/test/a/{i}.png") for i in range(7)]
+    write_predictions(tmp_path, "knn", {"test": got}, paths={"test": files}, root=Path("/images"))
     table = pq.read_table(tmp_path / PREDICTIONS)
     assert table.schema.equals(
         pa.schema(
@@ -114,11 +114,11 @@ def test_no_rows_are_lost_when_several_probes_write_at_once(tmp_path):
 def test_file_names_that_are_no_text_are_readable_and_unequal(tmp_path):
     names = [os.fsdecode(b"caf\xe9.png"), "café.png", "two\nlines.png", "犬.png"]
     got = predicted(4, 2)[0]
-    files = [Path("/root/test") / name for name in names]
-    write_predictions(tmp_path, "knn", {"test": got}, paths={"test": files}, root=Path("/root"))
+    files = [Path("/images/test") / name for name in names]
+    write_predictions(tmp_path, "knn", {"test": got}, paths={"test": files}, root=Path("/images"))
     want = [r"test/caf\xe9.png", "test/café.png", "test/two\nlines.png", "test/犬.png"]
     assert [row["path"] for row in rows_of(tmp_path, "knn")] == want
-    assert path_text(Path("/elsewhere/x.png"), Path("/root")) == "/elsewhere/x.png"
+    assert path_text(Path("/elsewhere/x.png"), Path("/images")) == "/elsewhere/x.png"
     assert path_text(Path("data/a/x.png"), Path("data")) == "a/x.png"
 
 
