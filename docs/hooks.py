@@ -29,7 +29,10 @@ def settings() -> str:
     ]
     for section, rows in groupby(schema_rows(), key=lambda row: _section(row[0])):
         lines += [f"## {section}", "", "| setting | type | default | unit | meaning |", "|---|---|---|---|---|"]
-        lines += [f"| `{key}` | {_cell(kind)} | {_code(default)} | {unit} | {_cell(meaning)} |" for key, kind, default, unit, meaning in rows]
+        lines += [
+            f"| `{key}` | {_cell(kind)} | {_code(default)} | {unit} | {_cell(meaning)} |"
+            for key, kind, default, unit, meaning in rows
+        ]
         lines.append("")
     return "\n".join(lines)
 

@@ -15,12 +15,14 @@ from rich.table import Table
 from .. import __version__
 from ..config import Config, Stage, load_config, schema_rows, to_yaml
 from ..distributed.resolve import check_one_process
+from ..environment import code_commit
 from ..errors import HpcSupconError, Preempted
 from ..terminal import only_told, output
 from .bench import bench
 from .checkpoints import checkpoints
 from .common import Debug, Overrides, refused_together, started
 from .data import convert, verify
+from .doctor import doctor
 from .embeddings import embeddings
 from .export import embed, export, predict
 from .grid import grid
@@ -51,7 +53,6 @@ app = typer.Typer(
     "loader died; 5 another rank was lost or hangs; 6 out of memory; 75 preempted (SIGTERM, SIGUSR2) and saved: "
     "start again with --resume.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -69,6 +70,7 @@ app.add_typer(grid, name="grid")
 app.command("report")(report)
 app.command("compare")(compare)
 app.command("track")(track)
+app.command("doctor")(doctor)
 
 ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A recipe's name or a YAML file.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Resume from the run folder's newest checkpoint.")]
@@ -234,7 +236,8 @@ def _is_first_on_node() -> bool:
 
 def _version(value: bool) -> None:
     if value:
-        sys.stdout.write(f"hpc-supcon {__version__}\n")
+        commit = code_commit().removeprefix(f"version {__version__}")
+        sys.stdout.write(f"hpc-supcon {__version__}{f' ({commit})' if commit else ''}\n")
         raise typer.Exit
 
 
