@@ -26,6 +26,7 @@ from .doctor import doctor
 from .embeddings import embeddings
 from .export import embed, export, predict
 from .grid import grid
+from .init import init
 from .probe import settings_of_probe
 from .prune import prune
 from .report import compare, report, write_own_page
@@ -71,6 +72,7 @@ app.command("report")(report)
 app.command("compare")(compare)
 app.command("track")(track)
 app.command("doctor")(doctor)
+app.command("init")(init)
 
 ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A recipe's name or a YAML file.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Resume from the run folder's newest checkpoint.")]
