@@ -19,7 +19,7 @@ LAYERS = [
     {"run_lock", "metric_file"},
     {"config"},
     {"run_folder"},
-    {"report", "tracking"},
+    {"pages", "tracking"},
     {"allocator", "phases", "seeding"},
     {"distributed"},
     {"checkpoint"},
