@@ -114,6 +114,12 @@ class MissingExtra(HpcSupconError):
     """An optional package is needed; the message contains the command that installs it."""
 
 
+class CallbackError(HpcSupconError):
+    """A callback of the user's raised an exception, which is this error's `__cause__`; training ended."""
+
+    exit_code = 1
+
+
 class NonFinite(HpcSupconError):
     """Loss or gradients became NaN or Inf; training ended, and the step was not saved."""
 
