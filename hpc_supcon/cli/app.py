@@ -11,6 +11,7 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
+from typer.main import get_command
 
 from .. import __version__
 from ..config import Config, Stage, load_config, schema_rows, to_yaml
@@ -26,6 +27,7 @@ from .data import convert, verify
 from .embeddings import embeddings
 from .export import embed, export, predict
 from .grid import grid
+from .guard import guarded
 from .prune import prune
 from .report import compare, report, write_own_page
 from .results import print_results
@@ -194,7 +196,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _main(arguments: list[str]) -> None:
     try:
-        app(arguments, prog_name="hpc-supcon")
+        guarded(get_command(app))(arguments, prog_name="hpc-supcon")
     except HpcSupconError as error:
         if "--debug" in arguments:
             traceback.print_exc()

@@ -82,6 +82,9 @@ def _pretrain(
     with propagate_errors():
         if runtime.is_main and not resumed:
             run_folder.create(folder, config)
+        elif runtime.is_main and (changed := run_folder.changed_parts(folder, config)):
+            warn(f"{folder}: going on with other code (train.allow_code_change=true): {'; '.join(changed)}")
+            run_folder.freeze_parts(folder, config)
     _train(config, runtime, data, training, validate, is_resume=resume, callbacks=callbacks)
     return folder
 

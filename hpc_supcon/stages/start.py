@@ -11,7 +11,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..config import Config, Stage, check_ranks, shared_settings
+from ..config import Config, Stage, check_ranks, records, shared_settings
 from ..environment import RANK_VARIABLES
 from ..errors import HpcSupconError, LaunchError
 from ..terminal import warn
@@ -65,6 +65,7 @@ def started(
     folder = folder or settings.folder
     limits = settings.runtime
     facts = {name: str(value) for name, value in command.items()} | versions() | shared_settings(settings)
+    facts |= {f"code of {name}": str(record["sha256"]) for name, record in records(settings, stages).items()}
     # all ranks read the folder that rank 0 writes
     facts[f"run_dir/{run_folder.CONFIG}"] = run_folder.identity(settings.folder)
     with (
