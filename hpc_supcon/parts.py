@@ -14,7 +14,8 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -51,6 +52,10 @@ ONE: dict[Kind, str] = {
 
 _PATH = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*(?:\.[^\W\d]\w*)*")
 _allowed: set[str] = set()
+_objects: dict[tuple[Kind, str], Part] = {}
+"""Parts that are objects of the caller's, in place of what their names would be imported as."""
+_named: set[str] = set()
+"""Import paths that a folder holds and that may be read there, but not imported."""
 
 
 @dataclass(frozen=True)
@@ -139,9 +144,39 @@ def allowed() -> list[str]:
     return sorted(_allowed)
 
 
+@contextmanager
+def given(objects: Iterable[Part], named: Iterable[str] = ()) -> Iterator[None]:
+    """Inside, these parts are what their names stand for; and the import paths `named` may stand in what is read, but
+    are not imported. Names that are both imported and given are objects."""
+    before = dict(_objects), set(_named)
+    _objects.update({(part.kind, part.name): part for part in objects})
+    _named.update(named)
+    try:
+        yield
+    finally:
+        _objects.clear()
+        _objects.update(before[0])
+        _named.clear()
+        _named.update(before[1])
+
+
+def object_part(kind: Kind, name: str, call: Callable[..., Any], of: object) -> Part:
+    """The part `name` that `call` makes. of: the object, or its class, whose module is recorded; where that is a
+    notebook's, the sha256 is that of the class's own text."""
+    module = getattr(of, "__module__", None) or type(of).__module__
+    file = getattr(sys.modules.get(module), "__file__", None)
+    try:
+        text = Path(file).read_bytes() if file is not None else inspect.getsource(of).encode()  # type: ignore[arg-type]
+    except (OSError, TypeError):  # built in, or typed into an interpreter
+        text = None
+    digest = None if text is None else hashlib.sha256(text).hexdigest()
+    return Part(kind, name, call, module, _version_of(module), file, digest)
+
+
 def check_allowed(names: Iterable[str], where: str) -> None:
     """Raise CodeNotAllowed where one of these names is an import path that the user has not given."""
-    if refused := [name for name in dict.fromkeys(names) if is_path(name) and name not in _allowed]:
+    known = _allowed | _named | {name for _, name in _objects}
+    if refused := [name for name in dict.fromkeys(names) if is_path(name) and name not in known]:
         flags = " ".join(f"--allow-code {name}" for name in refused)
         raise CodeNotAllowed(
             f"{where}: names code to be executed, {', '.join(refused)}: nothing of it was imported; if you know this "
@@ -175,6 +210,13 @@ def find(kind: Kind, name: str, builtin: Collection[str] = ()) -> Part | None:
 
     Raises PartError where it cannot be imported, CodeNotAllowed for an import path that the user has not given.
     """
+    if (kind, name) in _objects:
+        return _objects[kind, name]
+    if name in _named and name not in _allowed:
+        raise CodeNotAllowed(
+            f"{ONE[kind]}={name}: is code of its user's: give the object again, hs.load(RUN_DIR, "
+            f"{kind.rstrip('s')}=OBJECT), or allow it to be imported, allow_code=[{name!r}]"
+        )
     if is_path(name):
         check_allowed([name], ONE[kind])
         return _imported(kind, name, name)
