@@ -118,8 +118,8 @@ def run(where: str, function: Callable[..., Any], *arguments: Any, **keywords: A
 
 
 def is_path(name: str) -> bool:
-    """Whether a name is, or pretends to be, an import path."""
-    return ":" in name
+    """Whether a name is an import path, package.module:name. What is none can never be imported."""
+    return _PATH.fullmatch(name) is not None
 
 
 def file_name(name: str) -> str:
@@ -254,7 +254,7 @@ def _check_not_hidden(top: str, here: Path, where: str) -> None:
 
 
 def _split(path: str, where: str) -> tuple[str, str]:
-    if not _PATH.fullmatch(path):
+    if not is_path(path):
         raise PartError(f"{where}: {path!r} is no import path: write package.module:name")
     module, _, attribute = path.partition(":")
     return module, attribute
