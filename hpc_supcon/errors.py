@@ -7,7 +7,9 @@ line; 2 means that the input was wrong and nothing was done.
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
 
 def printable(text: object) -> str:
@@ -162,6 +164,14 @@ class Preempted(HpcSupconError):
 def first_line(error: BaseException) -> str:
     """The first line of the message of an error of another library, or the name of its type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def raised_where(error: BaseException) -> str:
+    """Type, message and place of an error of a user's own code: `ValueError: too small (my_data.py, line 12)`."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if len(frames) > 1 else ""
+    message = str(error).strip()
+    return f"{type(error).__name__}{f': {first_line(error)}' if message else ''}{place}"
 
 
 def on_one_line(error: BaseException, length: int = 200) -> str:
