@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from .environment import RANK_VARIABLES
-from .errors import CodeNotAllowed, HpcSupconError, PartError, on_one_line, unknown_name
+from .errors import CodeNotAllowed, HpcSupconError, PartError, raised_where, unknown_name
 from .terminal import note
 
 Kind = Literal["sources", "encoders", "losses", "policies", "probes", "loggers"]
@@ -119,12 +119,12 @@ def run(where: str, function: Callable[..., Any], *arguments: Any, **keywords: A
     except HpcSupconError:
         raise
     except Exception as error:
-        raise PartError(f"{where}: failed: {_told(error)} (--debug shows where)") from error
+        raise PartError(f"{where}: failed: {raised_where(error)} (--debug shows where)") from error
 
 
 def is_path(name: str) -> bool:
-    """Whether a name is, or pretends to be, an import path."""
-    return ":" in name
+    """Whether a name is an import path, package.module:name. What is none can never be imported."""
+    return _PATH.fullmatch(name) is not None
 
 
 def file_name(name: str) -> str:
@@ -276,7 +276,7 @@ def _import(name: str, where: str, *, from_here: bool) -> Any:
         remedy = "; mend it, or start without it"
         if isinstance(error, ModuleNotFoundError) and error.name == top:
             remedy = f"; install its package, or start in the folder that holds {top}.py (now: {here})"
-        raise PartError(f"{where}: {name} cannot be imported: {_told(error)}{remedy}") from error
+        raise PartError(f"{where}: {name} cannot be imported: {raised_where(error)}{remedy}") from error
 
 
 def _check_not_hidden(top: str, here: Path, where: str) -> None:
@@ -296,7 +296,7 @@ def _check_not_hidden(top: str, here: Path, where: str) -> None:
 
 
 def _split(path: str, where: str) -> tuple[str, str]:
-    if not _PATH.fullmatch(path):
+    if not is_path(path):
         raise PartError(f"{where}: {path!r} is no import path: write package.module:name")
     module, _, attribute = path.partition(":")
     return module, attribute
@@ -343,5 +343,3 @@ def _listed(names: Iterable[str]) -> str:
     return ", ".join(names) or "none"
 
 
-def _told(error: BaseException) -> str:
-    return f"{type(error).__name__}: {on_one_line(error)}"

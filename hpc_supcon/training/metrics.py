@@ -19,7 +19,7 @@ from ..notebook import NotebookBar, in_notebook
 from ..phases import phase
 from ..terminal import console, note, warn
 from ..tracking import processes
-from .loggers import LOGGERS, Logger
+from .loggers import Logger, open_logger
 
 
 class Meter:
@@ -101,8 +101,8 @@ class MetricLog:
         self._lines = AppendedLines(folder / METRICS, warn)
         if settings is None:
             return
-        opened = (LOGGERS[name] for name in settings.loggers)
-        self._loggers += [open_logger(folder, resumed_at) for open_logger in opened if open_logger is not None]
+        opened = (open_logger(name, folder, resumed_at) for name in settings.loggers)
+        self._loggers += [logger for logger in opened if logger is not None]
         if settings.metrics_port is not None:
             from .metrics_endpoint import MetricsEndpoint
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...errors import ConfigError, DataError, unknown_name
+from ...parts import find
 from .beton_splits import open_beton_splits, split_file
 from .builtin import digits, synthetic
 from .convert import convert
@@ -187,8 +188,11 @@ def load_splits(
     check_hash: bool = True,
     note: Note | None = None,
     datasets: Datasets | None = None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> Splits:
     """The data set called `name` (a key of SOURCES), or the .beton files it was converted to.
+
+    arguments: of a source of a user's own, whose name is no key of SOURCES, besides `root`; it returns datasets.
 
     datasets: torch Datasets to take in place of a data set of SOURCES, which `name` only names in messages; see
     `dataset_splits`. Of the other arguments, those after `labels` and `image_size` and `channels` count for them.
@@ -208,6 +212,8 @@ def load_splits(
     Image folders are listed here and decoded by `stack`, which finds images that are damaged.
     Raises ConfigError for unknown names and values outside their ranges, DataError for missing or damaged data.
     """
+    if datasets is None and (own := find("sources", name, SOURCES)) is not None:
+        datasets = own.build(arguments, root=root)
     open_splits = _source(name) if datasets is None else partial(_given, datasets, name)
     if synthetic and name != "synthetic":
         raise ConfigError(f"options of synthetic data were given, but the data is {name}")
