@@ -49,6 +49,8 @@ ONE: dict[Kind, str] = {
     "loggers": "log.to",
 }
 """What a part of a kind is called in messages."""
+OBJECT: dict[Kind, str] = {"sources": "source", "encoders": "encoder", "losses": "loss"}
+"""The arguments by which a caller gives an object in place of a part."""
 
 _PATH = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*(?:\.[^\W\d]\w*)*")
 _allowed: set[str] = set()
@@ -148,8 +150,10 @@ def allowed() -> list[str]:
 def given(objects: Iterable[Part], named: Iterable[str] = ()) -> Iterator[None]:
     """Inside, these parts are what their names stand for; and the import paths `named` may stand in what is read, but
     are not imported. Names that are both imported and given are objects."""
+    found = {(part.kind, part.name): part for part in objects}
     before = dict(_objects), set(_named)
-    _objects.update({(part.kind, part.name): part for part in objects})
+    not_allowed = {name for _, name in found} - _allowed  # to be imported, once the block has ended
+    _objects.update(found)
     _named.update(named)
     try:
         yield
@@ -158,15 +162,17 @@ def given(objects: Iterable[Part], named: Iterable[str] = ()) -> Iterator[None]:
         _objects.update(before[0])
         _named.clear()
         _named.update(before[1])
+        _allowed.difference_update(not_allowed)
 
 
 def object_part(kind: Kind, name: str, call: Callable[..., Any], of: object) -> Part:
-    """The part `name` that `call` makes. of: the object, or its class, whose module is recorded; where that is a
-    notebook's, the sha256 is that of the class's own text."""
+    """The part `name` that `call` makes. of: the object, or its class, whose module is recorded; of a script or a
+    notebook, which has much else in it, the sha256 is that of the text of the class or function alone."""
     module = getattr(of, "__module__", None) or type(of).__module__
     file = getattr(sys.modules.get(module), "__file__", None)
     try:
-        text = Path(file).read_bytes() if file is not None else inspect.getsource(of).encode()  # type: ignore[arg-type]
+        is_alone = file is None or module == "__main__"
+        text = inspect.getsource(of).encode() if is_alone else Path(file).read_bytes()  # type: ignore[arg-type]
     except (OSError, TypeError):  # built in, or typed into an interpreter
         text = None
     digest = None if text is None else hashlib.sha256(text).hexdigest()
@@ -213,9 +219,10 @@ def find(kind: Kind, name: str, builtin: Collection[str] = ()) -> Part | None:
     if (kind, name) in _objects:
         return _objects[kind, name]
     if name in _named and name not in _allowed:
+        again = f"give the object again, hs.load(RUN_DIR, {OBJECT[kind]}=...), or " if kind in OBJECT else ""
         raise CodeNotAllowed(
-            f"{ONE[kind]}={name}: is code of its user's: give the object again, hs.load(RUN_DIR, "
-            f"{kind.rstrip('s')}=OBJECT), or allow it to be imported, allow_code=[{name!r}]"
+            f"{ONE[kind]}={name}: is not of this package, and nothing was imported: {again}let it be imported, "
+            f"hs.load(RUN_DIR, allow_code=[{name!r}])"
         )
     if is_path(name):
         check_allowed([name], ONE[kind])

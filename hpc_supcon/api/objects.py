@@ -4,13 +4,15 @@ folder alone cannot build them again."""
 from __future__ import annotations
 
 import copy
+import hashlib
 import inspect
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from torch import Tensor, nn
 
 from .. import parts
@@ -24,6 +26,8 @@ from .settings import overrides_of
 SourceObject = Datasets
 EncoderObject = nn.Module | Callable[..., nn.Module]
 LossObject = nn.Module | Callable[[Tensor, Tensor], Tensor] | type[nn.Module]
+SAMPLE = 8
+"""Items of a dataset whose pixels are part of its name."""
 SETTINGS: dict[Kind, str] = {"sources": "data.source", "encoders": "model.encoder", "losses": "loss.name"}
 CLEARED: dict[Kind, dict[str, Any]] = {
     "sources": {"data.options": None, "data.beton": None, "data.train_images": None},
@@ -63,7 +67,8 @@ class Objects:
         for kind in SETTINGS:
             if (found := given[kind]) is not None:
                 of = _class_of(found)
-                name = (self.names or {}).get(kind) or _name_of(of)
+                own = f"{_name_of(of)}.{_digest(found)}" if kind == "sources" else _name_of(of)
+                name = (self.names or {}).get(kind) or own
                 yield object_part(kind, name, calls[kind](found), of)
 
     def overrides(self) -> list[str]:
@@ -115,6 +120,22 @@ def _name_of(of: Any) -> str:
     """module:qualname, as far as it may stand in a configuration."""
     name = getattr(of, "__qualname__", type(of).__qualname__).replace("<", "").replace(">", "")
     return f"{getattr(of, '__module__', None) or type(of).__module__}:{name}"
+
+
+def _digest(datasets: Any) -> str:
+    """What tells images from others of the same class, as a part of a name: a digest of their numbers and of some of
+    them. What cannot be read is told later."""
+    found = hashlib.sha256()
+    splits = datasets.values() if isinstance(datasets, Mapping) else datasets
+    for dataset in splits if isinstance(splits, tuple) or splits is not datasets else (datasets,):
+        with suppress(Exception):
+            n = len(dataset)
+            found.update(f"{n};".encode())
+            for i in sorted({k * n // SAMPLE for k in range(SAMPLE)}):
+                item = dataset[i]
+                for part in item if isinstance(item, tuple | list) else (item,):
+                    found.update(np.asarray(part).tobytes())
+    return f"d{found.hexdigest()[:8]}"
 
 
 def _source_call(datasets: Any) -> Callable[..., Any]:

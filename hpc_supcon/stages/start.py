@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 from ..config import Config, Stage, check_ranks, records, shared_settings
 from ..environment import RANK_VARIABLES
 from ..errors import HpcSupconError, LaunchError
+from ..parts import KINDS
 from ..terminal import warn
 
 if TYPE_CHECKING:
@@ -90,7 +91,10 @@ def started(
             check_ranks(settings, runtime.world_size, stages=stages)
             if runtime.is_main:
                 check_trackers(settings.log.trackers)
-            run_folder.check_usable(settings.folder, of_run or settings, resume=resume)  # before minutes of decoding
+            # what does not train needs no loss, and says itself where the encoder's code has changed
+            kinds = KINDS if "pretrain" in stages or "prune" in stages else ()
+            # before minutes of decoding
+            run_folder.check_usable(settings.folder, of_run or settings, resume=resume, kinds=kinds)
         with locked(folder, runtime, warn):
             if runtime.is_main:
                 trackers.enter_context(processes.following(folder, settings.log.trackers, settings.log.artifacts))
