@@ -43,7 +43,7 @@ GIVEN: dict[Kind, tuple[str, ...]] = {
 ONE: dict[Kind, str] = {
     "sources": "data.source",
     "encoders": "model.encoder",
-    "losses": "loss",
+    "losses": "loss.name",
     "policies": "augment.policy",
     "probes": "probe.kind",
     "loggers": "log.to",
@@ -99,11 +99,15 @@ class Part:
                 raise PartError(f"{setting}.{key}: {self.name} is given its {key} by other settings; drop it")
             if not takes_any and key not in named:
                 known = [n for n in named if n not in given]
-                raise PartError(f"{setting}: {unknown_name(f'option of {self.name}', key, known)}" + ("" if known else "none"))
+                raise PartError(
+                    f"{setting}: {unknown_name(f'option of {self.name}', key, known)}" + ("" if known else "none")
+                )
         try:
             inspect.signature(self.call).bind(**dict.fromkeys(given), **options)
         except TypeError as error:
-            raise PartError(f"{self.where}: {error}; give it in {setting} (its signature: {_signature(self.call)})") from None
+            raise PartError(
+                f"{self.where}: {error}; give it in {setting} (its signature: {_signature(self.call)})"
+            ) from None
 
     def build(self, options: Mapping[str, Any] | None = None, **given: Any) -> Any:
         """What the part returns for these arguments. Raises PartError for whatever it raises."""
@@ -242,7 +246,9 @@ def options_of(name: str, own: Collection[str], options: Mapping[str, Any] | Non
         return options or {}
     for key, value in options.items():
         if key not in own or not isinstance(value, Mapping):
-            raise PartError(f"{setting}: with several parts of one's own, give {{NAME: {{option: value}}}} for {_listed(own)}")
+            raise PartError(
+                f"{setting}: with several parts of one's own, give {{NAME: {{option: value}}}} for {_listed(own)}"
+            )
     chosen: Mapping[str, Any] = options.get(name, {})
     return chosen
 
@@ -256,7 +262,9 @@ def _imported(kind: Kind, name: str, path: str) -> Part:
     for part in attribute.split("."):
         if not hasattr(found, part):
             known = [key for key in vars(found) if not key.startswith("_")] if hasattr(found, "__dict__") else []
-            raise PartError(f"{where}: {unknown_name(f'name in {module_name}', part, known, listed=_listed(known[:8]))}")
+            raise PartError(
+                f"{where}: {unknown_name(f'name in {module_name}', part, known, listed=_listed(known[:8]))}"
+            )
         found = getattr(found, part)
     if not callable(found):
         raise PartError(f"{where}: is of type {type(found).__name__}, not a class or a function")
@@ -348,5 +356,3 @@ def _signature(call: Callable[..., Any]) -> str:
 
 def _listed(names: Iterable[str]) -> str:
     return ", ".join(names) or "none"
-
-

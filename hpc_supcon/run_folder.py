@@ -86,7 +86,9 @@ def changed_parts(folder: Path, config: Config, kinds: tuple[Kind, ...] = KINDS)
         if name not in before:
             continue  # differences of settings are told by check_usable
         if before[name][0] != record["sha256"]:
-            changed.append(f"{name}: {record['file']} was changed ({_short(before[name][0])}, now {_short(record['sha256'])})")
+            changed.append(
+                f"{name}: {record['file']} was changed ({_short(before[name][0])}, now {_short(record['sha256'])})"
+            )
         elif before[name][1] != record["version"]:
             changed.append(f"{name}: was of {before[name][1]}, is of {record['version']}")
     return changed

@@ -42,7 +42,9 @@ def import_paths(settings: Any, prefix: str = "") -> Iterator[str]:
         path = f"{prefix}{key}"
         if path in SETTINGS:
             yield from (name for name in _texts(value) if parts.is_path(name))
-        yield from import_paths(value, f"{path}." if path in ("data", "model", "loss", "augment", "probe", "log") else "")
+        yield from import_paths(
+            value, f"{path}." if path in ("data", "model", "loss", "augment", "probe", "log") else ""
+        )
 
 
 def _texts(value: Any) -> Iterator[str]:

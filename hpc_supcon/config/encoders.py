@@ -24,7 +24,9 @@ def check_encoder(name: str) -> None:
     known = timm_models()
     if known is not None and name not in known:
         listed = f"{', '.join(OWN_ENCODERS)}, and all of timm.list_models()"
-        raise ConfigError(unknown_name("model.encoder", name, [*OWN_ENCODERS, *registered("encoders"), *known], listed=listed))
+        raise ConfigError(
+            unknown_name("model.encoder", name, [*OWN_ENCODERS, *registered("encoders"), *known], listed=listed)
+        )
 
 
 def is_own_encoder(name: str) -> bool:

@@ -100,7 +100,16 @@ def freeze(root: Path, plan: GridPlan, source: str, cluster: str, profile: Clust
                     "choose another folder with --dir"
                 )
     frozen = FrozenGrid(
-        root.resolve(), plan.name, cluster, profile, code_commit(), plan.pack, plan.cells, nodes, plan.tables, plan.code
+        root.resolve(),
+        plan.name,
+        cluster,
+        profile,
+        code_commit(),
+        plan.pack,
+        plan.cells,
+        nodes,
+        plan.tables,
+        plan.code,
     )
     for part in ("configs", "records", "runs", "logs"):
         (root / part).mkdir(parents=True, exist_ok=True)

@@ -28,7 +28,9 @@ class OwnLoss(nn.Module):
     of the loss's own parameters. The value is the mean over ranks, for a loss may draw random numbers.
     """
 
-    def __init__(self, part: Part, *, options: Mapping[str, Mapping[str, Any]], projection_dim: int, views: int) -> None:
+    def __init__(
+        self, part: Part, *, options: Mapping[str, Mapping[str, Any]], projection_dim: int, views: int
+    ) -> None:
         """options: by the loss's name. The loss is tried on made-up embeddings [IMAGES, views, projection_dim]. Raises
         PartError."""
         super().__init__()
@@ -39,7 +41,9 @@ class OwnLoss(nn.Module):
         self.module = module
         self._try(projection_dim, views)
 
-    def forward(self, embeddings: Tensor, labels: Tensor | None, *, images_per_rank: list[int] | None = None) -> Tensor:
+    def forward(
+        self, embeddings: Tensor, labels: Tensor | None, *, images_per_rank: list[int] | None = None
+    ) -> Tensor:
         """labels: None where no classes are told apart; an image's label is then its number in the global batch.
         images_per_rank: B of every rank, where all know it. Collective. Raises PartError, LossInputError."""
         sizes = images_per_rank or gather_sizes(embeddings)
@@ -71,9 +75,13 @@ class OwnLoss(nn.Module):
         with torch.random.fork_rng(devices=[]), torch.enable_grad():
             loss = self._checked(run(self._where, module, z, torch.arange(IMAGES) // 2))
             if not loss.requires_grad:
-                raise PartError(f"{self._where}: its value does not depend on the embeddings, so nothing would be trained")
+                raise PartError(
+                    f"{self._where}: its value does not depend on the embeddings, so nothing would be trained"
+                )
             gradient = run(self._where, torch.autograd.grad, loss, z, allow_unused=True)[0]
         if gradient is None:
-            raise PartError(f"{self._where}: its value does not depend on the embeddings, so nothing would be trained")
+            raise PartError(
+                f"{self._where}: its value does not depend on the embeddings, so nothing would be trained"
+            )
         if not torch.isfinite(gradient).all():
             raise LossInputError(f"{self._where}: its gradient is NaN or Inf for made-up embeddings of unit length")

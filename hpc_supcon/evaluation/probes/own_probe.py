@@ -45,15 +45,21 @@ class OwnHead(nn.Module):
             return values.float().clamp(min=torch.finfo(torch.float32).tiny).log()
         if not has_probabilities and values.shape == (n, classes) and values.is_floating_point():
             return values.float()
-        in_range = not values.is_floating_point() and values.shape == (n,) and bool(
-            ((values >= 0) & (values < classes)).all()
+        in_range = (
+            not values.is_floating_point()
+            and values.shape == (n,)
+            and bool(((values >= 0) & (values < classes)).all())
         )
         if not has_probabilities and in_range:
             return SURE * F.one_hot(values.long(), classes).float()
         name = "predict_proba" if has_probabilities else "predict"
         raise PartError(
             f"{self._where}: {name} returned {values.dtype} {list(values.shape)} for {n} rows and {classes} classes: "
-            + ("give probabilities [n, classes]" if has_probabilities else "give classes 0.. [n], or logits [n, classes]")
+            + (
+                "give probabilities [n, classes]"
+                if has_probabilities
+                else "give classes 0.. [n], or logits [n, classes]"
+            )
         )
 
 
