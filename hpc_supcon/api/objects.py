@@ -126,8 +126,8 @@ def _digest(datasets: Any) -> str:
     """What tells images from others of the same class, as a part of a name: a digest of their numbers and of some of
     them. What cannot be read is told later."""
     found = hashlib.sha256()
-    splits = datasets.values() if isinstance(datasets, Mapping) else datasets
-    for dataset in splits if isinstance(splits, tuple) or splits is not datasets else (datasets,):
+    splits = tuple(datasets.values()) if isinstance(datasets, Mapping) else datasets
+    for dataset in splits if isinstance(splits, tuple) else (splits,):
         with suppress(Exception):
             n = len(dataset)
             found.update(f"{n};".encode())

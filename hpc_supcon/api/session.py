@@ -11,11 +11,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .. import parts
 from ..config import Config, Stage
 from ..distributed.launch import Runtime
 from ..errors import ConfigError
 from ..stages.start import started
 from ..training.data import Data
+from .objects import named_in
 
 _running: list[str] = []
 """The function that runs a stage, if any."""
@@ -42,6 +44,8 @@ def running(
     try:
         with (
             unchanged_process(),
+            # what a folder names is read, to be compared; nothing of it is imported for that
+            parts.given((), named_in(folder or config.folder)),
             started(config, stages, facts, resume=resume, folder=folder, of_run=of_run) as (runtime, data),
         ):
             yield runtime, data

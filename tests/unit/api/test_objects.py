@@ -41,11 +41,11 @@ class Scaled(nn.Module):
 def own(tmp_path_factory, digits):
     """A run of an encoder, a loss and images of Python; its folder is only read."""
     folder = tmp_path_factory.mktemp("own") / "run"
-    return hs.pretrain("quickstart", run_dir=folder, settings=WITH_SOURCE, source=digits, encoder=Tiny(), loss=supcon)
+    return hs.pretrain("quickstart", run_dir=folder, settings=WITH_SOURCE, source=digits, encoder=Tiny, loss=supcon)
 
 
 def test_a_loss_of_python_trains_as_the_same_loss_of_this_package(own, digits, tmp_path):
-    run = hs.pretrain("quickstart", run_dir=tmp_path / "r", settings=WITH_SOURCE, source=digits, encoder=Tiny())
+    run = hs.pretrain("quickstart", run_dir=tmp_path / "r", settings=WITH_SOURCE, source=digits, encoder=Tiny)
     assert own.config.loss.name == "tests.unit.api.test_objects:supcon"
     assert own.metrics.column("loss") == pytest.approx(run.metrics.column("loss"), rel=1e-4)
     ours, theirs = own.embed(digits[1]), run.embed(digits[1])
@@ -161,7 +161,9 @@ def test_a_run_is_not_resumed_with_other_code(tmp_path, monkeypatch):
     (tmp_path / "mine.py").write_text("# two")
     with pytest.raises(hs.HpcSupconError, match="the code is not that which the run was started with"):
         hs.pretrain("quickstart", run_dir=tmp_path / "r", settings=settings, encoder=Net, resume=True)
-    with pytest.raises(RunFolderError, match=r"other settings \(model.encoder"):
+    with pytest.raises(
+        RunFolderError, match=r"other settings \(model\.encoder: mine:\S+ -> tests\.unit\.api\.conftest:Tiny"
+    ):
         hs.pretrain("quickstart", run_dir=tmp_path / "r", settings=settings, encoder=Tiny, resume=True)
 
 

@@ -109,6 +109,6 @@ def test_a_script_of_a_user_passes_mypy_strict(tmp_path):
     script.write_text(USER_SCRIPT)
     (tmp_path / "empty.ini").write_text("[mypy]\n")
     options = ["--strict", "--follow-imports=silent", f"--config-file={tmp_path / 'empty.ini'}"]
-    command = [sys.executable, "-m", "mypy", *options, f"--cache-dir={tmp_path / 'cache'}", str(script)]
+    command = [sys.executable, "-m", "mypy", *options, f"--cache-dir={ROOT / '.mypy_cache' / 'user'}", str(script)]
     found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert found.returncode == 0, found.stdout + found.stderr
