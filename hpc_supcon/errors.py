@@ -7,7 +7,9 @@ line; 2 means that the input was wrong and nothing was done.
 from __future__ import annotations
 
 import difflib
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
 
 
 def printable(text: object) -> str:
@@ -42,6 +44,18 @@ class ConfigError(HpcSupconError):
 
 class UnsafeWeights(ConfigError):
     """A weights file that loads only by running code from it."""
+
+
+class PartError(ConfigError):
+    """A part of a user's own (see parts.py) cannot be imported, does not fit its signature, or fails."""
+
+
+class CodeNotAllowed(HpcSupconError):
+    """A folder names code that the user has not allowed to be executed; nothing of it was imported."""
+
+
+class PartChanged(HpcSupconError):
+    """The code of a part of a user's own is not that which the run was started with."""
 
 
 class LaunchError(HpcSupconError):
@@ -114,6 +128,12 @@ class MissingExtra(HpcSupconError):
     """An optional package is needed; the message contains the command that installs it."""
 
 
+class CallbackError(HpcSupconError):
+    """A callback of the user's raised an exception, which is this error's `__cause__`; training ended."""
+
+    exit_code = 1
+
+
 class NonFinite(HpcSupconError):
     """Loss or gradients became NaN or Inf; training ended, and the step was not saved."""
 
@@ -150,6 +170,14 @@ class Preempted(HpcSupconError):
 def first_line(error: BaseException) -> str:
     """The first line of the message of an error of another library, or the name of its type."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def raised_where(error: BaseException) -> str:
+    """Type, message and place of an error of a user's own code: `ValueError: too small (my_data.py, line 12)`."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" ({Path(frames[-1].filename).name}, line {frames[-1].lineno})" if len(frames) > 1 else ""
+    message = str(error).strip()
+    return f"{type(error).__name__}{f': {first_line(error)}' if message else ''}{place}"
 
 
 def on_one_line(error: BaseException, length: int = 200) -> str:

@@ -7,37 +7,35 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.table import Table
+from typer.main import get_command
 
 from .. import __version__
 from ..config import Config, Stage, load_config, schema_rows, to_yaml
 from ..distributed.resolve import check_one_process
 from ..environment import code_commit
 from ..errors import HpcSupconError, Preempted
-from ..terminal import only_told, output
+from ..stages.probe_settings import settings_of_probe
+from ..stages.start import refused_together, started
+from ..terminal import output
 from .bench import bench
 from .checkpoints import checkpoints
-from .common import Debug, Overrides, refused_together, started
+from .common import Debug, Overrides
 from .data import convert, verify
 from .doctor import doctor
 from .embeddings import embeddings
 from .export import embed, export, predict
 from .grid import grid
+from .guard import guarded
 from .init import init
-from .probe import settings_of_probe
 from .prune import prune
 from .report import compare, report, write_own_page
 from .results import print_results
 from .streams import safe_streams
 from .track import track
-
-if TYPE_CHECKING:
-    from ..distributed.launch import Runtime
-    from ..stages.results import ResultWriter
-    from ..training.data import Data
 
 QUICKSTART = "quickstart"
 RUN: tuple[Stage, ...] = ("pretrain", "probe")
@@ -92,6 +90,7 @@ def run(
     with started(settings, RUN, command, resume=resume) as (runtime, data):
         from ..distributed.collectives import propagate_errors
         from ..evaluation.probes import check_probes
+        from ..stages.pretrain_run import pretrain_and_draw
         from ..stages.probe import probe, start_without_encoder
         from ..stages.results import ResultWriter
 
@@ -99,7 +98,7 @@ def run(
             check_probes(settings, data.splits)
         writer = ResultWriter()
         if settings.probe.needs_encoder:
-            folder = _pretrained(settings, runtime, data, resume, writer)
+            folder = pretrain_and_draw(settings, runtime, data, resume=resume, writer=writer)
         else:
             folder = start_without_encoder(settings, runtime)
         results = probe(folder, settings, runtime, data, writer=writer)
@@ -123,27 +122,12 @@ def pretrain_command(
         settings = _settings(config, overrides, ("pretrain",))
     command = {"command": "pretrain", "--resume": "yes" if resume else "no"}
     with started(settings, ("pretrain",), command, resume=resume) as (runtime, data):
+        from ..stages.pretrain_run import pretrain_and_draw
         from ..stages.results import ResultWriter
 
         writer = ResultWriter()
-        _pretrained(settings, runtime, data, resume, writer)
+        pretrain_and_draw(settings, runtime, data, resume=resume, writer=writer)
         writer.check()
-
-
-def _pretrained(settings: Config, runtime: Runtime, data: Data, resume: bool, writer: ResultWriter) -> Path:
-    """Pre-train, draw the curves (and an autoencoder's images); returns the run folder. Collective."""
-    from ..evaluation.monitor import online_probe
-    from ..evaluation.plots import draw_training_curves
-    from ..stages.pretrain import pretrain
-    from ..stages.reconstruct import evaluate_autoencoder
-
-    folder = pretrain(settings, runtime, data, resume=resume, online_probe=online_probe(settings, runtime, data))
-    with only_told():
-        if runtime.is_main:
-            draw_training_curves(folder, title=settings.report.title)
-    if "reconstruction" in settings.loss.weights:
-        evaluate_autoencoder(folder, settings, runtime, data, writer=writer)
-    return folder
 
 
 @app.command("probe")
@@ -216,7 +200,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _main(arguments: list[str]) -> None:
     try:
-        app(arguments, prog_name="hpc-supcon")
+        guarded(get_command(app))(arguments, prog_name="hpc-supcon")
     except HpcSupconError as error:
         if "--debug" in arguments:
             traceback.print_exc()

@@ -22,8 +22,10 @@ WITHOUT_FILES = ("digits", "synthetic")
 
 
 def has_no_validation(config: Config) -> bool:
-    """Only an image folder, or the .beton files made of one, may have a validation split of its own."""
-    return config.data.validation_fraction == 0 and config.data.source != "image_folder"
+    """Only an image folder, or the .beton files made of one, and a source of a user's own may have a validation split
+    of its own."""
+    has_its_own = config.data.source == "image_folder" or config.data.source not in get_args(SourceName)
+    return config.data.validation_fraction == 0 and not has_its_own
 
 
 def check_target(section: str, monitor: str, target: float | None) -> None:
@@ -42,7 +44,7 @@ def check_probes(config: Config) -> None:
     if len(set(names)) < len(names):
         raise ConfigError(f"probe.corruptions names a corruption twice: {', '.join(names)}")
     for kind in kinds:
-        if kind != "knn":
+        if kind != "knn" and kind not in config.probe.own:
             _check_fit(config, kind, getattr(config.probe, kind))
     _check_sets(config, "probe.ood", config.probe.ood_sets, "compares features of an encoder")
     _check_sets(config, "probe.transfer", config.probe.transfer_sets, "measures an encoder on other data")
@@ -73,7 +75,7 @@ def _check_sets(config: Config, setting: str, sets: list[tuple[str, str, str | N
         raise ConfigError(f"{setting} names a data set twice: {', '.join(names)}")
 
 
-def _check_fit(config: Config, kind: ProbeName, settings: Any) -> None:
+def _check_fit(config: Config, kind: str, settings: Any) -> None:
     stopping, every = settings.stopping, settings.evaluate_every
     check_target(f"probe.{kind}", stopping.monitor, stopping.target)
     if every is not None and settings.iterations is not None and every > settings.iterations:
@@ -94,7 +96,7 @@ def _check_fit(config: Config, kind: ProbeName, settings: Any) -> None:
         _check_choices(kind, settings)
 
 
-def _check_choices(kind: ProbeName, settings: Any) -> None:
+def _check_choices(kind: str, settings: Any) -> None:
     """What a probe chooses on a validation split, of which there is none."""
     if kind == "linear" and len(settings.lrs) > 1:
         raise ConfigError(

@@ -18,7 +18,7 @@ def check_labels(config: Config, stages: Sequence[str]) -> None:
     data = config.data
     if data.labels == "folders":
         return
-    if data.source != "image_folder":
+    if data.source in get_args(names.SourceName) and data.source != "image_folder":
         raise ConfigError(
             f"data.labels=none is for data.source=image_folder; {data.source} has labels, which "
             "loss.supervised=false or loss.name=simclr do not use"

@@ -19,7 +19,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..errors import DataError
 from .sources.beton import BetonSource, labels_digest, read_manifest
+from .sources.datasets import DatasetSource
 from .sources.folder import FolderSource
 from .sources.source import ArraySource, Source
 from .sources.splits import Splits
@@ -32,9 +34,11 @@ THREADS, CHUNK = 32, 512
 """File systems of clusters answer many questions at once; a thread asks for `CHUNK` files at a time."""
 SAMPLE, SAMPLE_BYTES = 256, 16 << 10
 """So many files of a split are read, this many bytes of each: names and sizes may be equal where images are not."""
+ITEM_SAMPLE = 64
+"""So many items of a split of a torch Dataset are read."""
 SHOWN = 3
 """Classes that are named where more differ."""
-FILES, BETON, PIXELS = "image files", ".beton files", "arrays of pixels"
+FILES, BETON, PIXELS, ITEMS = "image files", ".beton files", "arrays of pixels", "items of a dataset"
 
 
 @dataclass(frozen=True)
@@ -62,7 +66,7 @@ class DataFingerprint:
     """A data set with its splits; equal for equal data on any machine. Made by `fingerprint`."""
 
     kind: str
-    """FILES, BETON or PIXELS."""
+    """FILES, BETON, PIXELS or ITEMS."""
     classes: tuple[str, ...]
     splits: dict[str, SplitFingerprint]
     """By name (train, validation, test), those that the set has."""
@@ -142,8 +146,8 @@ def _first(parts: list[str]) -> list[str]:
 
 
 def fingerprint(splits: Splits, sizes: FileSizes | None = None) -> DataFingerprint:
-    """The fingerprint of a data set. Decodes nothing and raises for no image: files that cannot be read count as
-    such, and their reader names them.
+    """The fingerprint of a data set. Decodes nothing but a few items of a torch Dataset and raises for no image: what
+    cannot be read counts as such, and its reader names it.
 
     sizes: what finds the sizes of files; by default `file_sizes`.
     """
@@ -155,7 +159,8 @@ def fingerprint(splits: Splits, sizes: FileSizes | None = None) -> DataFingerpri
 
 
 def _kind(source: Source) -> str:
-    return FILES if isinstance(source, FolderSource) else BETON if isinstance(source, BetonSource) else PIXELS
+    kinds = {FolderSource: FILES, BetonSource: BETON, DatasetSource: ITEMS}
+    return next((kind for cls, kind in kinds.items() if isinstance(source, cls)), PIXELS)
 
 
 def _split(source: Source, sizes: FileSizes) -> SplitFingerprint:
@@ -172,6 +177,8 @@ def _split(source: Source, sizes: FileSizes) -> SplitFingerprint:
         file = str(read_manifest(source.path)["sha256"]).encode()
         content = hashlib.sha256(file + source.rows.astype("<i8").tobytes()).hexdigest()
         return SplitFingerprint(counts, digest, content=content)
+    if isinstance(source, DatasetSource):
+        return SplitFingerprint(counts, digest, content=_item_sample(source))
     assert isinstance(source, ArraySource)
     images = source.stack().contiguous()
     pixels = hashlib.sha256(str(tuple(images.shape)).encode())
@@ -203,9 +210,26 @@ def _size(path: Path) -> int:
     return found.st_size if stat.S_ISREG(found.st_mode) else -1
 
 
+def _strided(n: int, sample: int) -> list[int]:
+    """At most `sample` of 0..n-1, evenly strided."""
+    return sorted({i * n // sample for i in range(sample)}) if n else []
+
+
+def _item_sample(source: DatasetSource) -> str:
+    """sha256 of the pixels of evenly strided items, in order."""
+    digest = hashlib.sha256()
+    for i in _strided(len(source), ITEM_SAMPLE):
+        try:
+            pixels = source.read(i).numpy().tobytes()
+        except DataError:
+            pixels = b""
+        digest.update(len(pixels).to_bytes(8, "little") + pixels)
+    return digest.hexdigest()
+
+
 def _sample(paths: Sequence[Path], sizes: IntArray) -> str:
     """sha256 of the first bytes of evenly strided files, in order."""
-    chosen = sorted({i * len(paths) // SAMPLE for i in range(SAMPLE)}) if paths else []
+    chosen = _strided(len(paths), SAMPLE)
     digest = hashlib.sha256()
     with ThreadPoolExecutor(THREADS) as pool:
         for head in pool.map(_head, [paths[i] for i in chosen if sizes[i] >= 0]):

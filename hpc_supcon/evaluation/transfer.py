@@ -16,18 +16,21 @@ from typing import Any
 from .. import run_folder
 from ..checkpoint import Checkpoint, load_newest, mismatch_is_corrupt
 from ..config import Config
-from ..data import DataFingerprint, Splits
+from ..data import SOURCES, DataFingerprint, Splits
 from ..errors import ConfigError, DataError
+from ..parts import file_name
 from ..training.agreement import saved_fingerprint
 from ..training.data import splits_of
 from .encoder import check_has_encoder
 
 RESET = (
-    "data.labels=folders", "data.beton=null", "data.loader=auto", "data.train_images=null",
+    "data.options=null", "data.labels=folders", "data.beton=null", "data.loader=auto", "data.train_images=null",
     "data.crop_while_decoding=false", "probe.transfer=[]", "probe.ood=[]", "probe.corruptions=[]",
 )  # fmt: skip
 """Of a run's settings, those that are of its own data, which another data.source does not take over."""
 _NAME = 40
+MADE_OR_KNOWN = frozenset(SOURCES) - {"image_folder"}
+"""Sources of which there is one data set, whatever the folder: of image folders and a user's own there are many."""
 
 
 def data_name(config: Config) -> str:
@@ -35,10 +38,12 @@ def data_name(config: Config) -> str:
     for two folders may have one name."""
     data = config.data
     place = data.beton or data.root
-    if data.source != "image_folder" or place is None:
-        return data.source
+    source = file_name(data.source)
+    if data.source in MADE_OR_KNOWN or place is None:
+        return source
     path = os.path.abspath(Path(place).expanduser())  # noqa: PTH100 (links are not followed)
     name = re.sub(r"[^A-Za-z0-9_.-]+", "_", Path(path).stem if data.beton else Path(path).name)[:_NAME]
+    name = name if source == "image_folder" else f"{source}-{name}"
     return f"{name}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:6]}"
 
 
@@ -56,7 +61,7 @@ def is_other_data(own: Config, config: Config) -> bool:
     a, b = own.data, config.data
     if a.source != b.source or a.labels != b.labels:
         return True
-    return b.source == "image_folder" and (a.root, a.beton) != (b.root, b.beton)
+    return b.source not in MADE_OR_KNOWN and (a.root, a.beton, a.options) != (b.root, b.beton, b.options)
 
 
 def is_copy(own: Config, config: Config, found: Checkpoint, data: DataFingerprint) -> bool:
@@ -119,6 +124,7 @@ def transfer_configs(config: Config, image_size: int, channels: int) -> Iterator
         changes = {
             "source": source,
             "root": config.data.root if root is None else root,
+            "options": None,
             "beton": None,
             "labels": "folders",
             "loader": loader,

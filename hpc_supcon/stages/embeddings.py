@@ -39,7 +39,7 @@ from ..evaluation.spaces import (
     reads_encoder,
 )
 from ..files import atomic_path, write_atomically
-from ..report.thumbnails import TILE, WEBP, write_thumbnails
+from ..pages.thumbnails import TILE, WEBP, write_thumbnails
 from ..seeding import stream
 from ..terminal import note, only_told, warn
 from ..training.data import Data

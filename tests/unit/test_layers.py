@@ -14,12 +14,12 @@ ROOT = Path(hpc_supcon.__file__).parent
 # each other.
 LAYERS = [
     {"errors", "renamed", "environment", "process"},
-    {"terminal"},
-    {"files"},
+    {"terminal", "notebook"},
+    {"files", "parts"},
     {"run_lock", "metric_file"},
     {"config"},
     {"run_folder"},
-    {"report", "tracking"},
+    {"pages", "tracking"},
     {"allocator", "phases", "seeding"},
     {"distributed"},
     {"checkpoint"},
@@ -28,7 +28,7 @@ LAYERS = [
     {"evaluation"},
     {"stages", "export", "bench"},
     {"grid"},
-    {"cli"},
+    {"cli", "api"},
     {"__main__"},
 ]
 NEVER_SEE_A_CONFIG = {

@@ -7,6 +7,7 @@ signal handler, wherever the main thread happens to be; and every batch is a new
 
 from __future__ import annotations
 
+import pickle
 import signal
 import tempfile
 from collections import deque
@@ -16,13 +17,14 @@ from multiprocessing import util
 from multiprocessing.connection import Connection, wait
 from multiprocessing.context import ForkServerContext
 from multiprocessing.process import BaseProcess
+from multiprocessing.reduction import ForkingPickler
 from typing import NoReturn
 
 import torch
 import torch.multiprocessing as mp
 from torch import Tensor
 
-from ...errors import HpcSupconError, LoaderDied
+from ...errors import DataError, HpcSupconError, LoaderDied, first_line
 from ..philox import IntArray
 from ..sources.source import Source
 from .base import Batch, BatchRequest, EpochSteps, LoaderOptions, count_replaced, served
@@ -106,11 +108,14 @@ class _WorkerPool:
         try:
             with _signals_blocked():
                 for _ in range(workers):
-                    self._start(context, reader)
+                    self._start(context, _Sent(reader))
+        except HpcSupconError:
+            self.close()
+            raise
         except OSError as error:
             self._fail(f"worker processes cannot be started ({error}){_advice(error)}", error)
 
-    def _start(self, context: ForkServerContext, reader: SampleReader) -> None:
+    def _start(self, context: ForkServerContext, reader: _Sent) -> None:
         ours, theirs = context.Pipe()
         self._pipes.append(ours)
         with theirs:  # closed here, so that a worker's death closes its pipe
@@ -201,8 +206,43 @@ def _end(workers: list[BaseProcess], pipes: list[Connection]) -> None:
         pipe.close()
 
 
-def _work(pipe: Connection, reader: SampleReader, slots: Tensor) -> None:
-    """A worker process: runs until the other end of the pipe is closed, also by the death of its parent."""
+class _Sent:
+    """A reader on its way to a worker process; what cannot be sent or received becomes DataError.
+
+    Everything that this package reads can be sent. A dataset of a user may keep an open file or a lambda, or be of a
+    class that a new process cannot import, because it was defined in a notebook.
+    """
+
+    def __init__(self, reader: SampleReader) -> None:
+        self.reader = reader
+
+    def __reduce__(self) -> tuple[object, ...]:
+        try:
+            return _received, (bytes(ForkingPickler.dumps(self.reader)),)
+        except Exception as error:
+            raise _not_sent(error) from error
+
+
+def _received(pickled: bytes) -> SampleReader | DataError:
+    try:
+        return pickle.loads(pickled)  # noqa: S301 (from the process that started this one)
+    except Exception as error:
+        return _not_sent(error)
+
+
+def _not_sent(error: Exception) -> DataError:
+    return DataError(
+        f"data.loader=torch: the dataset cannot be sent to worker processes ({type(error).__name__}: "
+        f"{first_line(error)}): use data.loader=resident, or give it a class of a module that can be imported, which "
+        "opens files and the like when an item is asked for, and has no lambdas"
+    )
+
+
+def _work(pipe: Connection, reader: SampleReader | DataError, slots: Tensor) -> None:
+    """A worker process: runs until the other end of the pipe is closed, also by the death of its parent.
+
+    reader: as _Sent arrives.
+    """
     for number in _SIGNALS:  # they reach the whole process group; workers end when their run does, not before
         signal.signal(number, signal.SIG_IGN)
     torch.set_num_threads(1)
@@ -213,6 +253,8 @@ def _work(pipe: Connection, reader: SampleReader, slots: Tensor) -> None:
         except (EOFError, OSError):
             return
         try:
+            if isinstance(reader, DataError):
+                raise reader
             reply: IntArray | HpcSupconError = reader.fill(images[slot], epoch, index)
         except HpcSupconError as error:
             reply = error

@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...errors import ConfigError, DataError, unknown_name
-from .beton import open_beton, read_manifest
+from ...parts import find
+from .beton_splits import open_beton_splits, split_file
 from .builtin import digits, synthetic
 from .convert import convert
+from .datasets import Datasets, dataset_splits
 from .folder import open_folder, open_unlabeled, unreadable_is_data_error
 from .image_file import Exif
 from .listing import Note
@@ -118,6 +120,33 @@ def _synthetic(options: SourceOptions) -> Splits:
     return Splits(train, None, test)
 
 
+def _given(datasets: Datasets, origin: str, options: SourceOptions) -> Splits:
+    return Splits(
+        *dataset_splits(
+            datasets,
+            image_size=options.image_size,
+            channels=options.channels,
+            has_labels=options.labels != "none",
+            origin=origin,
+            note=options.note,
+        )
+    )
+
+
+def _converted(beton: str | Path, name: str, options: SourceOptions, *, check_hash: bool) -> Splits:
+    return Splits(
+        *open_beton_splits(
+            beton,
+            name,
+            image_size=options.image_size,
+            channels=options.channels,
+            exif=options.exif,
+            has_labels=options.labels != "none",
+            check_hash=check_hash,
+        )
+    )
+
+
 def _in_memory(sources: tuple[ArraySource, ArraySource], options: SourceOptions) -> Splits:
     train, test = (
         ArraySource(
@@ -158,8 +187,15 @@ def load_splits(
     beton: str | Path | None = None,
     check_hash: bool = True,
     note: Note | None = None,
+    datasets: Datasets | None = None,
+    arguments: Mapping[str, Any] | None = None,
 ) -> Splits:
     """The data set called `name` (a key of SOURCES), or the .beton files it was converted to.
+
+    arguments: of a source of a user's own, whose name is no key of SOURCES, besides `root`; it returns datasets.
+
+    datasets: torch Datasets to take in place of a data set of SOURCES, which `name` only names in messages; see
+    `dataset_splits`. Of the other arguments, those after `labels` and `image_size` and `channels` count for them.
 
     beton: PATH/NAME.beton means the files PATH/NAME.train.beton, NAME.test.beton and, where the data set had a
     validation split, NAME.validation.beton, as `convert_splits` writes them; `root` is then not needed. check_hash:
@@ -176,15 +212,20 @@ def load_splits(
     Image folders are listed here and decoded by `stack`, which finds images that are damaged.
     Raises ConfigError for unknown names and values outside their ranges, DataError for missing or damaged data.
     """
-    open_splits = _source(name)
+    if datasets is None and (own := find("sources", name, SOURCES)) is not None:
+        datasets = own.build(arguments, root=root)
+    open_splits = _source(name) if datasets is None else partial(_given, datasets, name)
     if synthetic and name != "synthetic":
         raise ConfigError(f"options of synthetic data were given, but the data is {name}")
+    if datasets is not None and beton is not None:
+        raise ConfigError(f"data.beton={beton}: .beton files are not made of {name}; use data.beton=null")
     if not 0 <= validation_fraction < 1:
         raise ConfigError(f"data.validation_fraction must be in [0, 1), not {validation_fraction}")
-    _check_labels(name, labels)
+    if datasets is None:
+        _check_labels(name, labels)
     options = SourceOptions(_folder(root), download, image_size, channels, exif, labels, synthetic, note)
     with unreadable_is_data_error():
-        splits = open_splits(options) if beton is None else _open_beton(beton, name, options, check_hash=check_hash)
+        splits = open_splits(options) if beton is None else _converted(beton, name, options, check_hash=check_hash)
     train, validation = splits.train, splits.validation
     if validation is None and validation_fraction > 0:
         kept, picked = stratified_split(train.labels, fraction=validation_fraction, seed=seed)
@@ -234,13 +275,6 @@ def _folder(root: str | Path | None) -> Path | None:
     return None if root is None else Path(root).expanduser()
 
 
-def split_file(beton: Path, split: str) -> Path:
-    """PATH/NAME.beton -> PATH/NAME.SPLIT.beton. Raises ConfigError for another suffix."""
-    if beton.suffix != ".beton":
-        raise ConfigError(f"data.beton must end in .beton, not be called {beton.name}")
-    return beton.with_name(f"{beton.stem}.{split}.beton")
-
-
 def convert_splits(
     name: str, splits: Splits, out: Path, *, progress: Callable[[str, int, int], None] | None = None, **options: Any
 ) -> dict[str, dict[str, Any]]:
@@ -257,41 +291,3 @@ def convert_splits(
             source, file, name=f"{name}/{split}", splits=list(sources), progress=report, **options
         )
     return manifests
-
-
-def _open_beton(beton: str | Path, name: str, options: SourceOptions, *, check_hash: bool) -> Splits:
-    files = {split: split_file(Path(beton).expanduser(), split) for split in ("train", "validation", "test")}
-    written = _written_together(files)
-
-    def open_split(split: str) -> Source:
-        return open_beton(
-            files[split],
-            image_size=options.image_size,
-            channels=options.channels,
-            name=f"{name}/{split}",
-            exif=options.exif,
-            check_hash=check_hash,
-        )
-
-    train = open_split("train")
-    if bool(train.classes) != (options.labels == "folders"):
-        holds, use = ("labels", "folders") if train.classes else ("images without labels", "none")
-        raise DataError(f"{files['train']} holds {holds}: use data.labels={use}")
-    validation = open_split("validation") if "validation" in written else None
-    return Splits(train, validation, open_split("test") if "test" in written else None)
-
-
-def _written_together(files: Mapping[str, Path]) -> list[str]:
-    """The splits of the conversion that wrote the file of train: one of another conversion may lie beside it.
-
-    Manifests of 0.1 do not name them; then every file that exists is one. Raises DataError where test is of another.
-    """
-    train = read_manifest(files["train"]).get("splits")
-    if train is not None and "test" not in train:
-        return list(train)
-    test = read_manifest(files["test"]).get("splits")
-    if train != test:
-        raise DataError(
-            f"{files['train']} and {files['test'].name} are of different conversions: convert the data again"
-        )
-    return [split for split, file in files.items() if file.exists()] if train is None else train

@@ -1,0 +1,291 @@
+"""Sources over map-style torch Datasets: anything with a length whose items are images or (image, label).
+
+An image is a PIL image, a uint8 tensor [C, H, W] or [H, W], or a uint8 array [H, W, C] or [H, W]; a label is an int,
+an integer of numpy or a tensor of one integer.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, IterableDataset
+
+from ...errors import CorruptSample, DataError, raised_where
+from .dataset_labels import IMAGES_ALONE, check_range, class_names, labels_of
+from .image_file import CHANNELS_OF_MODE, MODE_OF_CHANNELS, named
+from .listing import Note
+from .source import Pixels, channels_first, resize_and_crop, stack_images
+
+
+class MapDataset(Protocol):
+    """What is used of a torch Dataset. It must give the same item for the same index, whenever it is asked."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: Any, /) -> Any: ...
+
+
+Datasets = Mapping[str, Any] | tuple[Any, ...] | MapDataset
+"""{"train": ..., "test": ..., "validation": ...}, of which validation may be absent; (train, test) or (train,
+validation, test); a dataset alone only for images without labels."""
+SPLITS = ("train", "validation", "test")
+
+
+class DatasetItems:
+    """The items of a dataset, asked for by one thread at a time, because a dataset may keep an open file."""
+
+    def __init__(self, dataset: MapDataset, name: str) -> None:
+        """name: of the dataset in messages."""
+        self.dataset, self.name = dataset, name
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"dataset": self.dataset, "name": self.name}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(**state)  # type: ignore[misc]
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def __getitem__(self, i: int) -> tuple[Any, Any]:
+        """(image, label) of item i, the label IMAGES_ALONE where it has none.
+
+        Raises CorruptSample for whatever the dataset raises, DataError for an item of another form.
+        """
+        with self._lock:
+            try:
+                item = self.dataset[i]
+            except Exception as error:
+                raise CorruptSample(f"{self.name}: item {i} raised {raised_where(error)}") from error
+        parts = tuple(item) if isinstance(item, tuple | list) else (item,)
+        if not 1 <= len(parts) <= 2:
+            raise DataError(f"{self.name}: item {i} has {len(parts)} parts; expected an image or (image, label)")
+        return parts[0], parts[1] if len(parts) == 2 else IMAGES_ALONE
+
+    def image(self, i: int) -> Image.Image | Pixels:
+        """The image of item i, of any mode, or uint8 [C, H, W] with C 1 or 3. Raises as `__getitem__`, and DataError
+        for an image of another type or shape."""
+        image, where = self[i][0], f"{self.name}: item {i}"
+        if isinstance(image, Image.Image):
+            with named(where):
+                image.load()
+            if image.mode.startswith(("I", "F")):
+                raise DataError(f"{where} has more than 8 bits per channel (mode {image.mode}): convert it to 8 bits")
+            return image
+        if not isinstance(image, Tensor | np.ndarray):
+            raise DataError(f"{where} is of type {type(image).__name__}, not a PIL image, a tensor or an array")
+        return _pixels(image, where)
+
+
+def _pixels(image: Tensor | np.ndarray[Any, Any], where: str) -> Pixels:
+    is_tensor = isinstance(image, Tensor)
+    kind = "a tensor" if is_tensor else "an array"
+    if (dtype := str(image.dtype).removeprefix("torch.")) != "uint8":
+        raise DataError(
+            f"{where} is {kind} of {dtype}, not uint8: return pixels as they are, 0 "
+            "to 255, without transforms such as ToTensor and Normalize (images are normalized later, on the device)"
+        )
+    pixels: Pixels = image.detach().cpu().numpy() if isinstance(image, Tensor) else image
+    shape = tuple(pixels.shape)
+    if pixels.ndim == 2:
+        pixels = pixels[None]
+    elif pixels.ndim == 3 and not is_tensor:
+        pixels = pixels.transpose(2, 0, 1)
+    if pixels.ndim != 3 or pixels.shape[0] not in MODE_OF_CHANNELS or 0 in shape:
+        layout = "[channels, height, width]" if is_tensor else "[height, width, channels]"
+        raise DataError(
+            f"{where} is {kind} of shape {list(shape)}; expected {layout} with 1 or 3 channels, or [height, width]"
+        )
+    return pixels
+
+
+@dataclass(frozen=True)
+class ItemFormat:
+    """Channels and size that every image of a dataset has, or is converted to."""
+
+    channels: int
+    image_size: int
+    convert: bool
+    """Whether `channels` is set: convert every image to it. Otherwise another number is an error."""
+    resize: bool
+    """Whether `image_size` is set: resize every image to it. Otherwise another size is an error."""
+
+
+class DatasetSource:
+    """Source over the items of a dataset, which are read whenever they are needed. Made by `dataset_splits`."""
+
+    def __init__(
+        self, items: DatasetItems, rows: Tensor, labels: Tensor, classes: Sequence[str], item_format: ItemFormat
+    ) -> None:
+        """rows int64 [N]: which items are the images of this source; labels int64 [N]: zeros without classes."""
+        assert rows.shape == labels.shape
+        self.items, self.rows, self.labels = items, rows, labels
+        self.classes = tuple(classes)
+        self.item_format = item_format
+        self.channels, self.image_size = item_format.channels, item_format.image_size
+        self.paths = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, i: int) -> Tensor:
+        """uint8 [C, S, S]. Raises CorruptSample where the dataset raises; DataError where an image is of another form
+        than the first. Both name the dataset and its item."""
+        return torch.from_numpy(self._read(i).copy())
+
+    def pil_image(self, i: int) -> Image.Image:
+        """See Source.pil_image. Raises as `read`."""
+        row, expected = int(self.rows[i]), self.item_format
+        image, where = self.items.image(row), f"{self.items.name}: item {row}"
+        if not isinstance(image, Image.Image):
+            image = Image.fromarray(np.ascontiguousarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)))
+        if not expected.convert and CHANNELS_OF_MODE.get(image.mode) != self.channels:
+            raise DataError(
+                f"{where} is of mode {image.mode}, but the first image has {self.channels} channel(s): set "
+                "data.channels=3 to convert all to RGB, or data.channels=1 to gray"
+            )
+        if not expected.resize and image.size != (self.image_size, self.image_size):
+            raise DataError(
+                f"{where} is {image.width}x{image.height} pixels, but the first image is "
+                f"{self.image_size}x{self.image_size}: set data.image_size to resize all"
+            )
+        with named(where):
+            return image.convert(MODE_OF_CHANNELS[self.channels])
+
+    def stack(self) -> Tensor:
+        """See stack_images. Raises as `read`."""
+        return stack_images(self._read, len(self), (self.channels, self.image_size, self.image_size))
+
+    def _read(self, i: int) -> Pixels:
+        return channels_first(resize_and_crop(self.pil_image(i), self.image_size))
+
+    def subset(self, indices: Tensor | Sequence[int]) -> DatasetSource:
+        chosen = torch.as_tensor(indices, dtype=torch.int64)
+        return DatasetSource(self.items, self.rows[chosen], self.labels[chosen], self.classes, self.item_format)
+
+
+def dataset_splits(
+    found: Datasets,
+    *,
+    image_size: int | None = None,
+    channels: int | None = None,
+    has_labels: bool = True,
+    origin: str = "source",
+    note: Note | None = None,
+) -> tuple[DatasetSource, DatasetSource | None, DatasetSource | None]:
+    """(train, validation or None, test or None) of datasets by their splits; test is None only without labels.
+
+    image_size (pixels) and channels (1 or 3): what images are converted to; None: all must be as the first one of
+    train that can be read. has_labels: whether labels are used; without, items may be images alone, and classes and
+    labels are empty and zeros. origin: what names the datasets in messages. note: receives lines for the user.
+
+    Classes are `train.classes`; without it they are the numbers up to the largest label of train. Labels are
+    `dataset.targets` or `dataset.labels` where these are what items have; otherwise all items are read once. Raises
+    DataError and CorruptSample, which name dataset and item.
+    """
+    items = _open(found, origin, has_labels=has_labels)
+    train = items["train"]
+    item_format = _format_of(train, image_size, channels)
+    if not has_labels:
+        sources = {split: _without_labels(one, item_format) for split, one in items.items()}
+    else:
+        labels = {split: labels_of(one.dataset, one, one.name, note) for split, one in items.items()}
+        classes = class_names(train.dataset, labels["train"], train.name)
+        sources = {}
+        for split, one in items.items():
+            check_range(labels[split], classes, one.name)
+            sources[split] = DatasetSource(one, torch.arange(len(one)), labels[split], classes, item_format)
+    return sources["train"], sources.get("validation"), sources.get("test")
+
+
+def _open(found: Datasets, origin: str, *, has_labels: bool) -> dict[str, DatasetItems]:
+    """Split -> its items, in the order of SPLITS."""
+    if isinstance(found, Mapping):
+        given = dict(found)
+    elif isinstance(found, tuple):
+        names = {1: ("train",), 2: ("train", "test"), 3: SPLITS}.get(len(found))
+        if names is None:
+            raise DataError(f"{origin}: {len(found)} datasets; expected (train, test) or (train, validation, test)")
+        given = dict(zip(names, found, strict=True))
+    else:
+        given = {"train": found}
+    needed = ("train", "test") if has_labels else ("train",)
+    unknown, missing = sorted(map(str, given.keys() - set(SPLITS))), [key for key in needed if given.get(key) is None]
+    if unknown or missing:
+        what = f"unknown splits {', '.join(unknown)}" if unknown else f"no {' and no '.join(missing)} split"
+        raise DataError(
+            f'{origin}: {what}; give {{"train": dataset, "test": dataset}}, with "validation" where there is one'
+            f"{' (torch.utils.data.random_split makes two of one)' if missing == ['test'] else ''}"
+        )
+    return {
+        split: _items(given[split], f"{origin}, {split} split ({_type_name(given[split])})")
+        for split in SPLITS
+        if given.get(split) is not None
+    }
+
+
+def _type_name(dataset: object) -> str:
+    inner = getattr(dataset, "dataset", None)
+    own = type(dataset).__name__
+    return own if inner is None or isinstance(dataset, DataLoader) else f"{own} of {_type_name(inner)}"
+
+
+def _items(dataset: Any, name: str) -> DatasetItems:
+    if isinstance(dataset, DataLoader):
+        raise DataError(f"{name}: a DataLoader cannot be shuffled, sharded and resumed here: give its dataset")
+    if isinstance(dataset, IterableDataset) or not (hasattr(dataset, "__len__") and hasattr(dataset, "__getitem__")):
+        raise DataError(
+            f"{name}: it has no length and no items by number: give a map-style dataset, with __len__ and __getitem__"
+        )
+    try:
+        n = len(dataset)
+    except Exception as error:
+        raise DataError(f"{name}: its length raised {raised_where(error)}") from error
+    if n == 0:
+        raise DataError(f"{name}: it is empty")
+    return DatasetItems(dataset, name)
+
+
+def _without_labels(items: DatasetItems, item_format: ItemFormat) -> DatasetSource:
+    n = len(items)
+    return DatasetSource(items, torch.arange(n), torch.zeros(n, dtype=torch.int64), (), item_format)
+
+
+def _format_of(train: DatasetItems, image_size: int | None, channels: int | None) -> ItemFormat:
+    """The given size and channels and, where they are None, those of the first image that can be read."""
+    i, image = _first_whole(train)
+    where = f"{train.name}: item {i}"
+    if not np.array_equal(np.asarray(image), np.asarray(train.image(i))):
+        raise DataError(
+            f"{where} is another image when it is asked for again: leave random transforms out of the dataset; views "
+            "are made by augment.policy"
+        )
+    if isinstance(image, Image.Image):
+        (width, height), found = image.size, CHANNELS_OF_MODE.get(image.mode)
+    else:
+        found, height, width = image.shape
+    if image_size is None and width != height:
+        raise DataError(f"{where} is {width}x{height} pixels, not square: set data.image_size to resize and crop")
+    if channels is None and found is None:
+        raise DataError(f"{where} is neither gray nor RGB: data.channels=3 converts all images to RGB")
+    return ItemFormat(channels or found or 3, image_size or width, channels is not None, image_size is not None)
+
+
+def _first_whole(items: DatasetItems) -> tuple[int, Image.Image | Pixels]:
+    """The first image that can be read, and its index. Raises the error of the first one if there is none."""
+    damaged: CorruptSample | None = None
+    for i in range(len(items)):
+        try:
+            return i, items.image(i)
+        except CorruptSample as error:
+            damaged = damaged or error
+    assert damaged is not None  # it is not empty
+    raise damaged
