@@ -2,8 +2,8 @@
 
 Two kinds of names lead to code. `package.module:name` is an import path: it is imported only where the user has given
 it himself, which whoever reads his input says by `allow`; names that a folder holds are not. Any other name is looked
-up among the entry points of installed packages (group `hpc_supcon.KIND`), which may not have the name of a part of this
-package. Nothing else in this package imports by a name, so that a name that nobody allowed is never imported.
+up among the entry points of installed packages (group `hpc_supcon.KIND`), which may not have the name of a part of
+this package. Nothing else in this package imports by a name, so that a name that nobody allowed is never imported.
 """
 
 from __future__ import annotations
@@ -84,8 +84,8 @@ class Part:
         missing = [] if takes_any else [key for key in given if key not in named]
         if missing:
             raise PartError(
-                f"{self.where}: takes no argument {missing[0]!r}, but is called with {_listed((*given, '**options'))} "
-                f"(its signature: {_signature(self.call)})"
+                f"{self.where}: takes no argument {missing[0]!r}, but is called with "
+                f"{_listed((*given, '**options'))} (its signature: {_signature(self.call)})"
             )
         for key in options:
             if key in given:

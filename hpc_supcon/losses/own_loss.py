@@ -21,18 +21,18 @@ IMAGES = 4
 class OwnLoss(nn.Module):
     """embeddings [B, V, D] and labels [B] of this rank -> the user's loss of those of all ranks, 0-dim.
 
-    The user's module is called with unit rows [N, V, D], N images of all ranks in rank order, and labels int64 [N], in
-    float32 (float64 stays) and without autocast; it returns the loss of the batch, 0-dim. It knows nothing of ranks:
-    every rank computes the whole loss, and the gather adds the gradients of all of them for a rank's own rows, so that
-    their average, which data-parallel training takes, is the gradient of one process with the whole batch. So is that
-    of the loss's own parameters. The value is the mean over ranks, for a loss may draw random numbers.
+    The user's module is called with unit rows [N, V, D], N images of all ranks in rank order, and labels int64 [N],
+    in float32 (float64 stays) and without autocast; it returns the loss of the batch, 0-dim. It knows nothing of
+    ranks: every rank computes the whole loss, and the gather adds the gradients of all of them for a rank's own rows,
+    so that their average, which data-parallel training takes, is the gradient of one process with the whole batch. So
+    is that of the loss's own parameters. The value is the mean over ranks, for a loss may draw random numbers.
     """
 
     def __init__(
         self, part: Part, *, options: Mapping[str, Mapping[str, Any]], projection_dim: int, views: int
     ) -> None:
-        """options: by the loss's name. The loss is tried on made-up embeddings [IMAGES, views, projection_dim]. Raises
-        PartError."""
+        """options: by the loss's name. The loss is tried on made-up embeddings [IMAGES, views, projection_dim].
+        Raises PartError."""
         super().__init__()
         self._where = part.where
         module = part.build(options.get(part.name))
@@ -62,8 +62,8 @@ class OwnLoss(nn.Module):
         if not isinstance(loss, Tensor) or loss.ndim or not loss.is_floating_point():
             found = f"{loss.dtype} {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
             raise PartError(
-                f"{self._where}: returned {found}, not the loss of the batch, a tensor of no dimension: take the mean "
-                "over images"
+                f"{self._where}: returned {found}, not the loss of the batch, a tensor of no dimension: take the "
+                "mean over images"
             )
         return loss
 
