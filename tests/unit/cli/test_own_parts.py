@@ -5,19 +5,17 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from hpc_supcon import cli
+from tests.own_code import install, main, run
 from tests.processes import Ranks
 
 TESTS = Path(__file__).parents[2]
 SMALL = [
-    "train.epochs=2", "data.batch_size=24", "checkpoint.every_epochs=1", "report.embeddings=false", "report.html=false",
-    "probe.embedding=false",
+    "train.epochs=2", "data.batch_size=24", "checkpoint.every_epochs=1", "report.embeddings=false",
+    "report.html=false", "probe.embedding=false",
 ]  # fmt: skip
 PLUGIN = [
     "data.source=plugin_shapes", "data.options.size=10", "model.encoder=plugin_tiny", "model.options={width: 6}",
@@ -31,30 +29,12 @@ MINE = [
 ]  # fmt: skip
 
 
-def main() -> None:
-    """The command line in the folder HERE, with the packages in SITE."""
-    os.chdir(os.environ["HERE"])
-    sys.path += filter(None, [os.environ.get("SITE")])
-    cli.main()
-
-
-def run(here: Path, *arguments: str, ranks: int = 1, site: Path | str = "") -> tuple[int, str]:
-    """(the exit code of all ranks, stderr)"""
-    ended = Ranks(arguments, here / "stderr", ranks, environment={"HERE": here, "SITE": site}, main=main)
-    codes = set(ended.end())
-    assert len(codes) == 1, ended.stderr
-    return codes.pop(), ended.stderr
-
-
 @pytest.fixture(scope="session")
 def site(tmp_path_factory) -> Path:
     """A folder into which pip has installed tests/plugin, without a network."""
     pytest.importorskip("setuptools")
     folder = tmp_path_factory.mktemp("plugin")
-    subprocess.run(["cp", "-r", TESTS / "plugin", folder / "source"], check=True)  # pip builds in the folder itself
-    install = [sys.executable, "-m", "pip", "install", "-q", "--no-index", "--no-deps", "--no-build-isolation"]
-    subprocess.run([*install, "--target", folder / "site", folder / "source"], check=True, timeout=300)
-    return folder / "site"
+    return install(TESTS / "plugin", folder)
 
 
 @pytest.mark.parametrize("ranks", [1, 2])
