@@ -18,6 +18,7 @@ NEUTRAL = (
     "name",
     "run_dir",
     "data.root",
+    "data.image_root",
     "data.download",
     "data.workers",
     "data.timeout_s",
