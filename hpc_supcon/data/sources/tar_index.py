@@ -127,7 +127,9 @@ def _members(shard: Path, file: BinaryIO) -> Iterator[dict[str, Any]]:
                     yield {"fname": member.name, "data": place, "__url__": os.fspath(shard)}
             end = tar.offset
     except tarfile.TarError as error:
-        raise DataError(f"{shard} is damaged or cut short ({first_line(error)}): copy it again") from error
+        raise DataError(
+            f"{shard} is damaged or cut short at offset {file.tell():,} ({first_line(error)}): copy it again"
+        ) from error
     block = os.pread(file.fileno(), BLOCK, end)
     if len(block) < BLOCK:
         raise _cut_short(shard, end, "the mark of its end", length)
