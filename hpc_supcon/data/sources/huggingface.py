@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+import socket
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
+from urllib.request import getproxies
 
 import torch
 
@@ -21,6 +25,7 @@ HUB = "hf:"
 """Beginning of a data.root that names a data set of the hub: hf:OWNER/NAME, hf:OWNER/NAME:CONFIGURATION, with
 @REVISION at the end where it is fixed."""
 _HUB_NAME = re.compile(r"hf:(?P<name>[\w.-]+(?:/[\w.-]+)?)(?::(?P<config>[\w.-]+))?(?:@(?P<revision>[\w./-]+))?")
+_CONNECT_S = 5.0
 LABELS = ("label", "labels", "fine_label", "class", "target")
 """Names of a column of labels that is no ClassLabel."""
 
@@ -71,9 +76,7 @@ def open_huggingface(
     open_folder. Raises DataError, MissingExtra.
     """
     if find_spec("datasets") is None:
-        raise MissingExtra(
-            "data.source=huggingface needs the package datasets: pip install 'hpc-supcon[huggingface]'"
-        )
+        raise MissingExtra("data.source=huggingface needs `datasets`: pip install 'hpc-supcon[huggingface]'")
     found = _by_split(_opened(root), root)
     if "train" not in found:
         raise DataError(f"{root}: no train split, but {', '.join(found)}")
@@ -108,12 +111,7 @@ def _opened(root: str) -> Any:
     folder = Path(root).expanduser()
     try:
         if root.startswith(HUB):
-            parts = _HUB_NAME.fullmatch(root)
-            if parts is None:
-                raise DataError(
-                    f"data.root={root}: expected hf:OWNER/NAME, hf:OWNER/NAME:CONFIGURATION or ...@REVISION"
-                )
-            return datasets.load_dataset(parts["name"], parts["config"], revision=parts["revision"])
+            return _of_hub(root)
         if not folder.is_dir():
             raise DataError(
                 f"{root} is no folder: name one that save_to_disk wrote, one with Parquet files, or {HUB}OWNER/NAME"
@@ -124,11 +122,58 @@ def _opened(root: str) -> Any:
     except DataError:
         raise
     except Exception as error:
-        hint = "; without a network, save it where there is one (save_to_disk) and name the folder"
+        raise DataError(f"{root} cannot be opened ({type(error).__name__}): {on_one_line(error)}") from error
+
+
+def _of_hub(root: str) -> Any:
+    """From the hub or, where it cannot be reached, from what `datasets` keeps of it on this machine."""
+    import datasets
+
+    parts = _HUB_NAME.fullmatch(root)
+    if parts is None:
+        raise DataError(f"data.root={root}: expected hf:OWNER/NAME, with :CONFIGURATION or @REVISION behind it")
+    if _hub_is_reachable():
+        return datasets.load_dataset(parts["name"], parts["config"], revision=parts["revision"])
+    try:
+        with _offline():
+            return datasets.load_dataset(parts["name"], parts["config"], revision=parts["revision"])
+    except Exception as error:
         raise DataError(
-            f"{root} cannot be opened ({type(error).__name__}): {on_one_line(error)}"
-            f"{hint if root.startswith(HUB) else ''}"
+            f"{root} cannot be opened ({type(error).__name__}): {on_one_line(error)}; the hub cannot be reached from "
+            "here: save it where it can be, and name the folder"
         ) from error
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """Otherwise it would be tried again for half a minute, with a line each time."""
+    import datasets
+    import huggingface_hub
+
+    modules = (datasets.config, huggingface_hub.constants)
+    before = [module.HF_HUB_OFFLINE for module in modules]
+    try:
+        for module in modules:
+            module.HF_HUB_OFFLINE = True
+        yield
+    finally:
+        for module, value in zip(modules, before, strict=True):
+            module.HF_HUB_OFFLINE = value
+
+
+def _hub_is_reachable() -> bool:
+    """Whether a connection opens, without waiting long; a proxy is asked when it is used."""
+    from huggingface_hub import constants
+
+    endpoint = urlsplit(constants.ENDPOINT)
+    if getproxies():
+        return True
+    try:
+        port = endpoint.port or (80 if endpoint.scheme == "http" else 443)
+        socket.create_connection((endpoint.hostname or "", port), timeout=_CONNECT_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def _parquet_files(folder: Path) -> dict[str, list[str]]:

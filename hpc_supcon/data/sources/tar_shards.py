@@ -76,9 +76,7 @@ def open_shards(
     and within these as they lie. Raises DataError, MissingExtra.
     """
     if find_spec("webdataset") is None:
-        raise MissingExtra(
-            "data.source=webdataset needs the package webdataset: pip install 'hpc-supcon[webdataset]'"
-        )
+        raise MissingExtra("data.source=webdataset needs `webdataset`: pip install 'hpc-supcon[webdataset]'")
     shards = _shards_by_split(root, has_labels=has_labels)
     index = {split: index_of(files, columns, has_labels=has_labels) for split, files in shards.items()}
     images = {split: TarImages(shards[split], tables) for split, tables in index.items()}
