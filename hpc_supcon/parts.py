@@ -102,7 +102,7 @@ class Part:
                 f"{self.where}: {error}; give it in {setting} (its signature: {_signature(self.call)})"
             ) from None
 
-    def build(self, options: Mapping[str, Any] | None = None, **given: Any) -> Any:
+    def build(self, options: Mapping[str, Any] | None = None, /, **given: Any) -> Any:
         """What the part returns for these arguments. Raises PartError for whatever it raises."""
         return run(self.where, self.call, **given, **(options or {}))
 
@@ -111,13 +111,16 @@ class Part:
         return {"module": self.module, "version": self.version, "file": self.file, "sha256": self.sha256}
 
 
-def run(where: str, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-    """What a function of a part returns. Raises PartError, of one line, for whatever it raises."""
+def run(where: str, function: Callable[..., Any], /, *arguments: Any, **keywords: Any) -> Any:
+    """What a function of a part returns. Raises PartError, of one line, for whatever it raises, but for a lack of
+    memory, which others tell."""
     try:
         return function(*arguments, **keywords)
-    except HpcSupconError:
+    except (HpcSupconError, MemoryError):
         raise
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError":  # PyTorch's
+            raise
         raise PartError(f"{where}: failed: {raised_where(error)} (--debug shows where)") from error
 
 
