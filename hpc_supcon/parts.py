@@ -119,7 +119,7 @@ def run(where: str, function: Callable[..., Any], /, *arguments: Any, **keywords
     except (HpcSupconError, MemoryError):
         raise
     except Exception as error:
-        if type(error).__name__ == "OutOfMemoryError":  # PyTorch's
+        if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):  # PyTorch's
             raise
         raise PartError(f"{where}: failed: {raised_where(error)} (--debug shows where)") from error
 
