@@ -18,12 +18,14 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
+from importlib.metadata import EntryPoint
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from .environment import RANK_VARIABLES
 from .errors import CodeNotAllowed, HpcSupconError, PartError, raised_where, unknown_name
+from .plugins import installed_entry_points, package_of
 from .terminal import note
 
 Kind = Literal["sources", "encoders", "losses", "policies", "probes", "loggers"]
@@ -172,7 +174,7 @@ def check_no_shadow(kind: Kind, name: str, builtin: Collection[str]) -> None:
     """Raise PartError where an installed package has registered the name of a part of this package."""
     if name in builtin and name in (found := _entry_points()[kind]):
         raise PartError(
-            f"{ONE[kind]}={name}: {_package(found[name][0])} registers that name, which hpc_supcon has itself "
+            f"{ONE[kind]}={name}: {package_of(found[name][0])} registers that name, which hpc_supcon has itself "
             f"(entry point {GROUP}{kind}): uninstall it, or have it renamed"
         )
 
@@ -188,7 +190,7 @@ def find(kind: Kind, name: str, builtin: Collection[str] = ()) -> Part | None:
     check_no_shadow(kind, name, builtin)
     found = _entry_points()[kind].get(name, [])
     if len(found) > 1:
-        packages = " and ".join(sorted(map(_package, found)))
+        packages = " and ".join(sorted(map(package_of, found)))
         raise PartError(f"{ONE[kind]}={name}: {packages} register that name both: uninstall one of them")
     return _imported(kind, name, found[0].value) if found and name not in builtin else None
 
@@ -272,31 +274,10 @@ def _split(path: str, where: str) -> tuple[str, str]:
 
 
 @cache
-def _entry_points() -> dict[Kind, dict[str, list[metadata.EntryPoint]]]:
-    """Kind -> name -> its entry points, of which there should be one.
-
-    Those of installed packages: what lies in the current directory is not installed, although Python may have it in
-    its path.
-    """
-    here = Path.cwd()
-    path = [folder for folder in sys.path if folder and Path(folder).resolve() != here.resolve()]
-    found: dict[Kind, dict[str, list[metadata.EntryPoint]]] = {kind: {} for kind in KINDS}
-    seen: set[str] = set()
-    for package in metadata.distributions(path=path):
-        own = [entry for entry in package.entry_points if entry.group.startswith(GROUP)]
-        if not own or package.metadata["Name"] in seen:
-            continue
-        seen.add(package.metadata["Name"])
-        for entry in own:
-            kind: Any = entry.group.removeprefix(GROUP)
-            if kind in found:
-                found[kind].setdefault(entry.name, []).append(entry)
-    return found
-
-
-def _package(entry: metadata.EntryPoint) -> str:
-    package: Any = getattr(entry, "dist", None)  # Python 3.10 knows it of some
-    return f"the package {package.metadata['Name']}" if package is not None else f"the module {entry.value}"
+def _entry_points() -> dict[Kind, dict[str, list[EntryPoint]]]:
+    """Kind -> name -> its entry points, of which there should be one."""
+    found = installed_entry_points(GROUP)
+    return {kind: found.get(kind, {}) for kind in KINDS}
 
 
 def _version_of(module: str) -> str | None:
