@@ -2,8 +2,8 @@
 
 Two kinds of names lead to code. `package.module:name` is an import path: it is imported only where the user has given
 it himself, which whoever reads his input says by `allow`; names that a folder holds are not. Any other name is looked
-up among the entry points of installed packages (group `hpc_supcon.KIND`), which may not have the name of a part of this
-package. Nothing else in this package imports by a name, so that a name that nobody allowed is never imported.
+up among the entry points of installed packages (group `hpc_supcon.KIND`), which may not have the name of a part of
+this package. Nothing else in this package imports by a name, so that a name that nobody allowed is never imported.
 """
 
 from __future__ import annotations
@@ -19,12 +19,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
+from importlib.metadata import EntryPoint
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
 from .environment import RANK_VARIABLES
 from .errors import CodeNotAllowed, HpcSupconError, PartError, raised_where, unknown_name
+from .plugins import installed_entry_points, package_of
 from .terminal import note
 
 Kind = Literal["sources", "encoders", "losses", "policies", "probes", "loggers"]
@@ -91,8 +93,8 @@ class Part:
         missing = [] if takes_any else [key for key in given if key not in named]
         if missing:
             raise PartError(
-                f"{self.where}: takes no argument {missing[0]!r}, but is called with {_listed((*given, '**options'))} "
-                f"(its signature: {_signature(self.call)})"
+                f"{self.where}: takes no argument {missing[0]!r}, but is called with "
+                f"{_listed((*given, '**options'))} (its signature: {_signature(self.call)})"
             )
         for key in options:
             if key in given:
@@ -109,7 +111,7 @@ class Part:
                 f"{self.where}: {error}; give it in {setting} (its signature: {_signature(self.call)})"
             ) from None
 
-    def build(self, options: Mapping[str, Any] | None = None, **given: Any) -> Any:
+    def build(self, options: Mapping[str, Any] | None = None, /, **given: Any) -> Any:
         """What the part returns for these arguments. Raises PartError for whatever it raises."""
         return run(self.where, self.call, **given, **(options or {}))
 
@@ -118,13 +120,16 @@ class Part:
         return {"module": self.module, "version": self.version, "file": self.file, "sha256": self.sha256}
 
 
-def run(where: str, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-    """What a function of a part returns. Raises PartError, of one line, for whatever it raises."""
+def run(where: str, function: Callable[..., Any], /, *arguments: Any, **keywords: Any) -> Any:
+    """What a function of a part returns. Raises PartError, of one line, for whatever it raises, but for a lack of
+    memory, which others tell."""
     try:
         return function(*arguments, **keywords)
-    except HpcSupconError:
+    except (HpcSupconError, MemoryError):
         raise
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):  # PyTorch's
+            raise
         raise PartError(f"{where}: failed: {raised_where(error)} (--debug shows where)") from error
 
 
@@ -210,7 +215,7 @@ def check_no_shadow(kind: Kind, name: str, builtin: Collection[str]) -> None:
     """Raise PartError where an installed package has registered the name of a part of this package."""
     if name in builtin and name in (found := _entry_points()[kind]):
         raise PartError(
-            f"{ONE[kind]}={name}: {_package(found[name][0])} registers that name, which hpc_supcon has itself "
+            f"{ONE[kind]}={name}: {package_of(found[name][0])} registers that name, which hpc_supcon has itself "
             f"(entry point {GROUP}{kind}): uninstall it, or have it renamed"
         )
 
@@ -234,7 +239,7 @@ def find(kind: Kind, name: str, builtin: Collection[str] = ()) -> Part | None:
     check_no_shadow(kind, name, builtin)
     found = _entry_points()[kind].get(name, [])
     if len(found) > 1:
-        packages = " and ".join(sorted(map(_package, found)))
+        packages = " and ".join(sorted(map(package_of, found)))
         raise PartError(f"{ONE[kind]}={name}: {packages} register that name both: uninstall one of them")
     return _imported(kind, name, found[0].value) if found and name not in builtin else None
 
@@ -318,31 +323,10 @@ def _split(path: str, where: str) -> tuple[str, str]:
 
 
 @cache
-def _entry_points() -> dict[Kind, dict[str, list[metadata.EntryPoint]]]:
-    """Kind -> name -> its entry points, of which there should be one.
-
-    Those of installed packages: what lies in the current directory is not installed, although Python may have it in
-    its path.
-    """
-    here = Path.cwd()
-    path = [folder for folder in sys.path if folder and Path(folder).resolve() != here.resolve()]
-    found: dict[Kind, dict[str, list[metadata.EntryPoint]]] = {kind: {} for kind in KINDS}
-    seen: set[str] = set()
-    for package in metadata.distributions(path=path):
-        own = [entry for entry in package.entry_points if entry.group.startswith(GROUP)]
-        if not own or package.metadata["Name"] in seen:
-            continue
-        seen.add(package.metadata["Name"])
-        for entry in own:
-            kind: Any = entry.group.removeprefix(GROUP)
-            if kind in found:
-                found[kind].setdefault(entry.name, []).append(entry)
-    return found
-
-
-def _package(entry: metadata.EntryPoint) -> str:
-    package: Any = getattr(entry, "dist", None)  # Python 3.10 knows it of some
-    return f"the package {package.metadata['Name']}" if package is not None else f"the module {entry.value}"
+def _entry_points() -> dict[Kind, dict[str, list[EntryPoint]]]:
+    """Kind -> name -> its entry points, of which there should be one."""
+    found = installed_entry_points(GROUP)
+    return {kind: found.get(kind, {}) for kind in KINDS}
 
 
 def _version_of(module: str) -> str | None:
