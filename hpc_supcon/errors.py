@@ -46,6 +46,18 @@ class UnsafeWeights(ConfigError):
     """A weights file that loads only by running code from it."""
 
 
+class PartError(ConfigError):
+    """A part of a user's own (see parts.py) cannot be imported, does not fit its signature, or fails."""
+
+
+class CodeNotAllowed(HpcSupconError):
+    """A folder names code that the user has not allowed to be executed; nothing of it was imported."""
+
+
+class PartChanged(HpcSupconError):
+    """The code of a part of a user's own is not that which the run was started with."""
+
+
 class LaunchError(HpcSupconError):
     """The distributed environment (torchrun, Slurm) is partial or contradicts itself."""
 

@@ -9,12 +9,13 @@ import re
 from pathlib import Path
 from typing import Any
 
-from .config import Config, Stage, differences, load_config, to_yaml
-from .errors import RunFolderError
+from .config import Config, Stage, check_folder, differences, load_config, records, to_yaml
+from .errors import PartChanged, RunFolderError
 from .files import file_lock, write_atomically
+from .parts import KINDS, Kind
 
 CONFIG, RESULTS, SCORES = "config.yaml", "results.json", "scores.json"
-CHECKPOINTS, PROFILE = "checkpoints", "profile"
+CHECKPOINTS, PROFILE, PARTS = "checkpoints", "profile", "parts.json"
 OWN = frozenset({CONFIG, RESULTS, CHECKPOINTS, "metrics.jsonl"})
 """What a folder holds in which a run has been."""
 
@@ -42,6 +43,11 @@ def check_usable(folder: Path, config: Config, *, resume: bool) -> None:
             f"{folder}: holds a run with other settings ({'; '.join(changed)}); resume with the same ones, "
             "or choose another run_dir"
         )
+    if (code := changed_parts(folder, config)) and not config.train.allow_code_change:
+        raise PartChanged(
+            f"{folder}: the code is not that which the run was started with: {'; '.join(code)}; bring it back, go on "
+            "with train.allow_code_change=true, or choose another run_dir"
+        )
 
 
 def create(folder: Path, config: Config) -> None:
@@ -49,8 +55,46 @@ def create(folder: Path, config: Config) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         write_atomically(folder / CONFIG, to_yaml(config))
+        freeze_parts(folder, config)
     except OSError as error:
         raise RunFolderError(f"{folder}: cannot be made: {error.strerror}") from None
+
+
+def freeze_parts(folder: Path, config: Config) -> None:
+    """Write parts.json: the parts of a user's own that pre-training uses, each with its module, version, and the
+    sha256 of its file. No file where there are none. Raises OSError."""
+    if found := records(config):
+        write_atomically(folder / PARTS, json.dumps(found, indent=1) + "\n")
+    else:
+        (folder / PARTS).unlink(missing_ok=True)
+
+
+def changed_parts(folder: Path, config: Config, kinds: tuple[Kind, ...] = KINDS) -> list[str]:
+    """What is no longer as parts.json has it, one text for each part of `kinds`. Imports these parts. Raises
+    RunFolderError."""
+    path = folder / PARTS
+    try:
+        frozen = json.loads(path.read_text(encoding="utf-8"))
+        before = {name: (entry["sha256"], entry["version"]) for name, entry in frozen.items()}
+    except FileNotFoundError:
+        return []
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise RunFolderError(f"{path}: damaged; move it away to go on without this record") from None
+    changed = []
+    for name, record in records(config, kinds=kinds).items():
+        if name not in before:
+            continue  # differences of settings are told by check_usable
+        if before[name][0] != record["sha256"]:
+            changed.append(
+                f"{name}: {record['file']} was changed ({_short(before[name][0])}, now {_short(record['sha256'])})"
+            )
+        elif before[name][1] != record["version"]:
+            changed.append(f"{name}: was of {before[name][1]}, is of {record['version']}")
+    return changed
+
+
+def _short(digest: str | None) -> str:
+    return "no file" if digest is None else f"sha256 {str(digest)[:12]}"
 
 
 def check_checkpoints(folder: Path) -> None:
@@ -95,9 +139,11 @@ def read_config(
 ) -> Config:
     """The configuration of a run, with overrides, checked for `stages` as by `load_config`.
 
-    Raises RunFolderError if the folder is not a run folder, ConfigError.
+    Raises RunFolderError if the folder is not a run folder, ConfigError, and CodeNotAllowed where it names code that
+    the user has not allowed.
     """
     check_is_run(folder)
+    check_folder(folder)
     return load_config(folder / CONFIG, overrides, stages=stages)
 
 

@@ -48,3 +48,26 @@ def forked_not_spawned(monkeypatch):
     from tests.processes import FORK_SERVER
 
     monkeypatch.setattr(multiprocessing, "get_context", lambda method: FORK_SERVER)
+
+
+@pytest.fixture
+def own_code(monkeypatch):
+    """Import paths that a test allows, modules that it imports and packages that it installs are forgotten after
+    it."""
+    from hpc_supcon import parts
+
+    def forget():
+        parts._allowed.clear()
+        parts._imported.cache_clear()
+        parts._entry_points.cache_clear()
+
+    before = set(sys.modules)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    forget()
+    yield
+    forget()
+    for name in set(sys.modules) - before:
+        if not name.startswith(("hpc_supcon", "tests", "torch")):
+            module = sys.modules[name]
+            if str(getattr(module, "__file__", None) or "").startswith(("/tmp", os.environ.get("TMPDIR", "/tmp"))):
+                del sys.modules[name]

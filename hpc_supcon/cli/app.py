@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
+from typer.main import get_command
 
 from .. import __version__
 from ..config import Config, Stage, load_config, schema_rows, to_yaml
@@ -24,6 +25,7 @@ from .data import convert, verify
 from .embeddings import embeddings
 from .export import embed, export, predict
 from .grid import grid
+from .guard import guarded
 from .probe import settings_of_probe
 from .prune import prune
 from .report import compare, report, write_own_page
@@ -212,7 +214,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _main(arguments: list[str]) -> None:
     try:
-        app(arguments, prog_name="hpc-supcon")
+        guarded(get_command(app))(arguments, prog_name="hpc-supcon")
     except HpcSupconError as error:
         if "--debug" in arguments:
             traceback.print_exc()

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from ..config import Config, Stage, check_ranks, shared_settings
+from ..config import Config, Stage, check_ranks, records, shared_settings
 from ..environment import RANK_VARIABLES
 from ..errors import HpcSupconError, LaunchError
 from ..terminal import progress_bar, warn
@@ -70,6 +70,7 @@ def started(
     limits = settings.runtime
     facts = {name: str(value) for name, value in command.items()} | versions() | shared_settings(settings)
     # all ranks read the folder that rank 0 writes
+    facts |= {f"code of {name}": str(record["sha256"]) for name, record in records(settings, stages).items()}
     facts[f"run_dir/{run_folder.CONFIG}"] = run_folder.identity(settings.folder)
     with (
         ExitStack() as trackers,  # the last to end: no other rank waits for what they still have to send

@@ -2,6 +2,8 @@
 
 from .check import Stage, check_config, check_ranks
 from .check_evaluation import check_report
+from .check_parts import records
+from .code import check_folder
 from .load import load_config, merge, parse_override, recipe_names, resolve, validated
 from .schema import Config
 from .settings import (
@@ -23,6 +25,7 @@ __all__ = [
     "Config",
     "Stage",
     "check_config",
+    "check_folder",
     "check_ranks",
     "check_report",
     "differences",
@@ -34,6 +37,7 @@ __all__ = [
     "merge",
     "parse_override",
     "recipe_names",
+    "records",
     "resolve",
     "schema_rows",
     "shared_settings",

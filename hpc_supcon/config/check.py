@@ -12,8 +12,9 @@ from ..errors import ConfigError
 from .check_data import check_data
 from .check_evaluation import check_probes, check_pruning, check_report, check_target, has_no_validation
 from .check_labels import check_labels
+from .check_parts import check_parts
 from .deepspeed import check_own_keys
-from .encoders import OWN_ENCODERS, check_encoder
+from .encoders import OWN_ENCODERS, check_encoder, is_own_encoder
 from .schema import Config, names
 
 Stage = Literal["pretrain", "probe", "prune"]
@@ -38,6 +39,7 @@ def check_config(
     with settings of its own.) world_size: number of ranks, where it is known.
     """
     if stages:
+        check_parts(config, stages)
         check_data(config)
         check_labels(config, stages)
     if "pretrain" in stages:
@@ -109,7 +111,8 @@ def _check_graphs(config: Config, world_size: int) -> None:
 def _check_encoder_options(config: Config) -> None:
     """Whether an encoder of timm has two stems is known once it is built."""
     model = config.model
-    if model.encoder in OWN_ENCODERS and model.stem != "auto":
+    has_one_stem = model.encoder in OWN_ENCODERS or is_own_encoder(model.encoder)
+    if has_one_stem and model.stem != "auto":
         raise ConfigError(f"model.stem={model.stem}: {model.encoder} has only its own stem; use auto")
     if DECODING & config.loss.weights.keys() and model.encoder != "conv":
         raise ConfigError(f"model.encoder={model.encoder} has no decoder, which reconstruction needs; use conv")
@@ -119,7 +122,7 @@ def _check_loss(config: Config) -> None:
     loss, terms, views = config.loss, config.loss.weights.keys(), config.data.views
     if "simclr" in terms and views < 2:
         raise ConfigError("loss.name=simclr pulls an image's views together: it needs data.views of 2 or more")
-    if not loss.supervised and not terms & PAIRWISE:
+    if not loss.supervised and not terms & PAIRWISE and not loss.own:
         raise ConfigError(f"loss.supervised=false: {loss.label} compares no images; it needs their labels")
     if not loss.supervised and views < 2:
         raise ConfigError("loss.supervised=false pulls an image's views together: it needs data.views of 2 or more")
@@ -155,11 +158,11 @@ def _check_loss(config: Config) -> None:
 
 def _check_views(config: Config) -> None:
     """The losses that compare views without labels."""
-    terms = config.loss.weights.keys()
+    terms, loss_of_own = config.loss.weights.keys(), config.loss.own
     for name in sorted(terms & OF_VIEWS):
         if config.data.views < 2:
             raise ConfigError(f"loss.name={name} compares an image's views: it needs data.views of 2 or more")
-        if others := sorted(terms & (OF_VIEWS | CONTRASTIVE) - {name}):
+        if others := sorted((terms & (OF_VIEWS | CONTRASTIVE) - {name}) | set(loss_of_own)):
             raise ConfigError(
                 f"loss.terms: {name} and {others[0]} would shape one projection in two ways; use one of them"
             )

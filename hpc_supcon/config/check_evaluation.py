@@ -23,8 +23,10 @@ WITHOUT_FILES = ("digits", "synthetic")
 
 
 def has_no_validation(config: Config) -> bool:
-    """Only a user's own images, or the .beton files made of them, may have a validation split of their own."""
-    return config.data.validation_fraction == 0 and config.data.source not in OWN_SOURCES
+    """Only a user's own images, or the .beton files made of them, and a source that is a user's own code may have a
+    validation split of their own."""
+    may_have = config.data.source in OWN_SOURCES or config.data.source not in get_args(SourceName)
+    return config.data.validation_fraction == 0 and not may_have
 
 
 def check_target(section: str, monitor: str, target: float | None) -> None:
@@ -43,7 +45,7 @@ def check_probes(config: Config) -> None:
     if len(set(names)) < len(names):
         raise ConfigError(f"probe.corruptions names a corruption twice: {', '.join(names)}")
     for kind in kinds:
-        if kind != "knn":
+        if kind != "knn" and kind not in config.probe.own:
             _check_fit(config, kind, getattr(config.probe, kind))
     _check_sets(config, "probe.ood", config.probe.ood_sets, "compares features of an encoder")
     _check_sets(config, "probe.transfer", config.probe.transfer_sets, "measures an encoder on other data")
@@ -74,7 +76,7 @@ def _check_sets(config: Config, setting: str, sets: list[tuple[str, str, str | N
         raise ConfigError(f"{setting} names a data set twice: {', '.join(names)}")
 
 
-def _check_fit(config: Config, kind: ProbeName, settings: Any) -> None:
+def _check_fit(config: Config, kind: str, settings: Any) -> None:
     stopping, every = settings.stopping, settings.evaluate_every
     check_target(f"probe.{kind}", stopping.monitor, stopping.target)
     if every is not None and settings.iterations is not None and every > settings.iterations:
@@ -95,7 +97,7 @@ def _check_fit(config: Config, kind: ProbeName, settings: Any) -> None:
         _check_choices(kind, settings)
 
 
-def _check_choices(kind: ProbeName, settings: Any) -> None:
+def _check_choices(kind: str, settings: Any) -> None:
     """What a probe chooses on a validation split, of which there is none."""
     if kind == "linear" and len(settings.lrs) > 1:
         raise ConfigError(

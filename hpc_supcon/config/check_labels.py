@@ -19,7 +19,7 @@ def check_labels(config: Config, stages: Sequence[str]) -> None:
     data = config.data
     if data.labels == "folders":
         return
-    if data.source not in OWN_SOURCES:
+    if data.source in get_args(names.SourceName) and data.source not in OWN_SOURCES:
         raise ConfigError(
             f"data.labels=none is for data.source={', '.join(get_args(names.OwnSourceName))}; {data.source} has "
             "labels, which loss.supervised=false or loss.name=simclr do not use"

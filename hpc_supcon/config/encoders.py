@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import get_args
 
 from ..errors import ConfigError, unknown_name
+from ..parts import is_own, is_path, registered
 from .schema.names import OwnEncoderName
 
 OWN_ENCODERS: tuple[str, ...] = get_args(OwnEncoderName)
@@ -18,12 +19,21 @@ _REGISTERED = re.compile(rb"^@register_model\s*\n(?:@.*\n)*def (\w+)\(", re.MULT
 
 def check_encoder(name: str) -> None:
     """Raise ConfigError, with the nearest names, unless there is an encoder called `name`."""
-    if name in OWN_ENCODERS:
+    if is_own_encoder(name) or name in OWN_ENCODERS:
         return
     known = timm_models()
     if known is not None and name not in known:
         listed = f"{', '.join(OWN_ENCODERS)}, and all of timm.list_models()"
-        raise ConfigError(unknown_name("model.encoder", name, [*OWN_ENCODERS, *known], listed=listed))
+        raise ConfigError(
+            unknown_name("model.encoder", name, [*OWN_ENCODERS, *registered("encoders"), *known], listed=listed)
+        )
+
+
+def is_own_encoder(name: str) -> bool:
+    """Whether it is neither of this package nor of timm. Raises PartError as `parts.is_own`."""
+    if not is_path(name) and name not in registered("encoders"):
+        return False  # without reading timm's files
+    return is_own("encoders", name, (*OWN_ENCODERS, *(timm_models() or ())))
 
 
 @cache

@@ -10,7 +10,9 @@ from typing import Any, Literal, get_args, get_origin
 from pydantic import ValidationError
 from pydantic_core import ErrorDetails
 
+from .. import parts
 from ..errors import unknown_name
+from .code import SETTINGS
 from .schema import Config
 from .schema.base import settings_of
 
@@ -25,6 +27,8 @@ def explain(error: ValidationError, origins: Mapping[str, str], where: str) -> s
     if first["type"] == "value_error":  # a rule of the schema, which names its settings itself
         return name_origin(message, origins, where)
     names = set(_names(fields[key].annotation)) if key in fields else set()
+    if key in SETTINGS:
+        names |= set(parts.registered(SETTINGS[key]))
     if first["type"] == "literal_error" and isinstance(first["input"], str) and names:
         return f"{origins.get(key, where)}: {unknown_name(key, first['input'], names)}"
     given = "" if first["type"] == "missing" else f", not {first['input']!r}"

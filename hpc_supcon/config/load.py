@@ -15,10 +15,13 @@ from pydantic import ValidationError
 
 from ..errors import ConfigError, unknown_name
 from ..renamed import SETTINGS
-from . import yaml12
+from . import code, yaml12
 from .check import Stage, check_config
 from .explain import explain, name_origin, unknown_key
 from .schema import Config
+
+OPTIONS = tuple(f"{section}.options" for section in ("data", "augment", "model", "loss", "probe"))
+"""Settings that are mappings with keys of their own: a later one adds to them."""
 
 
 def recipe_names() -> list[str]:
@@ -37,14 +40,16 @@ def load_config(
     `path_or_name` is a recipe that ships with the package, or a YAML file (anything with a slash or
     ending in .yaml/.yml). A recipe may name another one as its `base`, which it is then merged over.
     With `stages`, the configuration is also checked for these stages (see `check_config`).
-    Raises ConfigError, which names the recipe, file or override that the wrong setting comes from.
+    Import paths in overrides and in files are allowed by that, but for those in the files of run folders and grid
+    folders (see code.py). Raises ConfigError, which names the recipe, file or override that the wrong setting comes
+    from; CodeNotAllowed.
     """
     data, origins = resolve(path_or_name, overrides)
     config = validated(json.dumps(data), origins, _where(path_or_name))
     try:
         check_config(config, stages=stages)
     except ConfigError as error:
-        raise ConfigError(name_origin(str(error), origins, _where(path_or_name))) from None
+        raise type(error)(name_origin(str(error), origins, _where(path_or_name))) from error.__cause__
     return config
 
 
@@ -54,9 +59,13 @@ def resolve(
     """(all settings, setting -> who gave it where that is not default.yaml), merged but not yet validated."""
     data, origins = _read("default"), dict[str, str]()
     for recipe, changes in _with_bases(path_or_name):
+        if _is_path(recipe):
+            code.given(changes, str(recipe), recipe)
         merge(data, changes, _where(recipe), origins)
     for override in overrides:
-        merge(data, parse_override(override), f"override {override!r}", origins)
+        changes, where = parse_override(override), f"override {override!r}"
+        code.given(changes, where)
+        merge(data, changes, where, origins)
     return data, origins
 
 
@@ -148,7 +157,9 @@ def merge(
             path = f"{prefix}{key}"
         if key not in into:
             raise ConfigError(f"{where}: {unknown_key(path, into, prefix)}")
-        if isinstance(into[key], dict):
+        if isinstance(into[key], dict) and path in OPTIONS and isinstance(value, dict):
+            into[key], origins[path] = {**into[key], **value}, where
+        elif isinstance(into[key], dict) and path not in OPTIONS:
             if not isinstance(value, dict):
                 raise ConfigError(f"{where}: {path} is a section with its own keys: {', '.join(into[key])}")
             merge(into[key], value, where, origins, f"{path}.")

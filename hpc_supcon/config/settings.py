@@ -12,6 +12,7 @@ from . import yaml12
 from .load import load_config
 from .schema import Config
 from .schema.base import settings_of
+from .schema.names import Own
 
 # Where the data is, what is logged and how long to wait do not change the results of pre-training.
 NEUTRAL = (
@@ -40,6 +41,7 @@ NEUTRAL = (
     "runtime.first_step_timeout_s",
     "runtime.start_timeout_s",
     "train.allow_world_size_change",
+    "train.allow_code_change",
 )
 
 MAY_DIFFER = {
@@ -127,6 +129,8 @@ def _type_name(annotation: Any) -> str:
     if annotation is None or annotation is type(None):
         return "null"
     if hasattr(annotation, "__metadata__"):
+        if any(isinstance(getattr(m, "func", None), Own) for m in annotation.__metadata__):
+            return "package.module:name"
         return _type_name(annotation.__origin__)
     origin, args = get_origin(annotation), get_args(annotation)
     if origin is Literal:

@@ -13,7 +13,7 @@ from ..distributed.collectives import gather_sizes
 from .features import evenly_spread, extract_indexed, in_chunks, rows_of_classes, select_classes
 from .left_out import count_left_out
 from .predictions import SPLITS, SplitPredictions, gather_predictions
-from .probes import PROBES, FittedProbe, ProbeTask
+from .probes import FittedProbe, ProbeTask, probe_spec
 from .scores import gather_outcomes, split_scores
 
 TRAINING_ROWS = 10_000
@@ -67,7 +67,7 @@ def _logits(task: ProbeTask, fitted: FittedProbe, split: str) -> tuple[Tensor, T
     rows = task.rows.indexed(split, fitted.input)
     assert rows is not None
     x, labels, index = rows
-    of_training_rows = PROBES[fitted.kind].training_logits
+    of_training_rows = probe_spec(fitted.kind).training_logits
     if split == "train" and of_training_rows is not None:
         sizes = gather_sizes(labels)
         numbers = sum(sizes[: task.runtime.rank]) + torch.arange(len(x), device=x.device)

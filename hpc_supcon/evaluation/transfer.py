@@ -16,14 +16,15 @@ from typing import Any
 from .. import run_folder
 from ..checkpoint import Checkpoint, load_newest, mismatch_is_corrupt
 from ..config import Config
-from ..data import HUB, OWN_SOURCES, DataFingerprint, Splits
+from ..data import HUB, OWN_SOURCES, SOURCES, DataFingerprint, Splits
 from ..errors import ConfigError, DataError
+from ..parts import file_name
 from ..training.agreement import saved_fingerprint
 from ..training.data import splits_of
 from .encoder import check_has_encoder
 
 RESET = (
-    "data.labels=folders", "data.beton=null", "data.loader=auto", "data.train_images=null",
+    "data.options=null", "data.labels=folders", "data.beton=null", "data.loader=auto", "data.train_images=null",
     "data.crop_while_decoding=false", "data.image_root=null", "data.columns.image=null", "data.columns.label=null",
     "data.columns.split=null", "probe.transfer=[]", "probe.ood=[]", "probe.corruptions=[]",
 )  # fmt: skip
@@ -31,16 +32,23 @@ RESET = (
 _NAME = 40
 
 
+def _is_one_of_many(source: str) -> bool:
+    """Whether it depends on data.root which images it has: those of a user's own."""
+    return source in OWN_SOURCES or source not in SOURCES
+
+
 def data_name(config: Config) -> str:
     """By which the results on a data set are filed: its source; of a user's own images the name of their folder or
     file and a digest of its path, for two may have one name."""
     data = config.data
     place = data.beton or data.root
-    if data.source not in OWN_SOURCES or place is None:
-        return data.source
+    source = file_name(data.source)
+    if not _is_one_of_many(data.source) or place is None:
+        return source
     is_path = not place.startswith(HUB)
     path = os.path.abspath(Path(place).expanduser()) if is_path else place  # noqa: PTH100 (links are not followed)
     name = re.sub(r"[^A-Za-z0-9_.-]+", "_", Path(path).stem if data.beton else Path(path).name)[:_NAME]
+    name = name if data.source in SOURCES else f"{source}-{name}"
     return f"{name}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:6]}"
 
 
@@ -58,7 +66,7 @@ def is_other_data(own: Config, config: Config) -> bool:
     a, b = own.data, config.data
     if a.source != b.source or a.labels != b.labels:
         return True
-    return b.source in OWN_SOURCES and (a.root, a.beton) != (b.root, b.beton)
+    return _is_one_of_many(b.source) and (a.root, a.beton, a.options) != (b.root, b.beton, b.options)
 
 
 def is_copy(own: Config, config: Config, found: Checkpoint, data: DataFingerprint) -> bool:
@@ -121,6 +129,7 @@ def transfer_configs(config: Config, image_size: int, channels: int) -> Iterator
         changes = {
             "source": source,
             "root": config.data.root if root is None else root,
+            "options": None,
             "beton": None,
             "labels": "folders",
             "loader": loader,

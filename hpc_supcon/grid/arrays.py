@@ -24,10 +24,14 @@ class JobArray:
     queued_parent: str | None = None
 
 
-def job_arguments(frozen: FrozenGrid, nodes: JobNodes) -> tuple[str, str | list[str], str | list[str]]:
-    """Arguments of worker.run_nodes: stage, config path and run folder, or lists of paths if the job is packed."""
+def job_arguments(
+    frozen: FrozenGrid, nodes: JobNodes
+) -> tuple[str, str | list[str], str | list[str], tuple[str, ...]]:
+    """Arguments of worker.run_nodes: stage, config path and run folder, or lists of paths if the job is packed; and
+    the code that may be executed, which whoever submits has allowed."""
     configs, folders = [str(frozen.config(n)) for n in nodes], [str(frozen.run_folder(n)) for n in nodes]
-    return (nodes[0].stage, configs, folders) if len(nodes) > 1 else (nodes[0].stage, configs[0], folders[0])
+    stage, code = nodes[0].stage, frozen.code
+    return (stage, configs, folders, code) if len(nodes) > 1 else (stage, configs[0], folders[0], code)
 
 
 def make_arrays(

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..config.code import given
 from ..errors import ConfigError, unknown_name
 from .resolver import AFTER_TRAINING, Change
 from .schema import GridConfig, Setting, read_grid
@@ -57,6 +58,7 @@ def load(path: Path, _chain: tuple[Path, ...] = ()) -> list[GridConfig]:
         names = " -> ".join(p.name for p in (*_chain[_chain.index(resolved) :], resolved))
         raise ConfigError(f"{path}: includes itself: {names}")
     grid = read_grid(path)
+    given(grid.model_dump(mode="json"), str(path), path)
     included = [path.parent / entry for entry in grid.include if isinstance(entry, str)]
     return [grid, *(g for other in included for g in load(other, (*_chain, resolved)))]
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from ..config import Stage, check_config
+from ..config.code import import_paths
 from ..errors import ConfigError
 from .cells import Choice, Option, UniqueNames, choices, matches
 from .resolver import Change, Resolved, Resolver, override_change
@@ -55,6 +56,12 @@ class GridPlan:
     nodes: dict[str, Node]
     tables: tuple[TableConfig, ...]
     pack: int
+
+    @cached_property
+    def code(self) -> tuple[str, ...]:
+        """The import paths in the configurations, which the grid file, recipes or overrides have given."""
+        parts = {id(part): part for node in self.nodes.values() for part in node.resolved.parts.values()}
+        return tuple(sorted({name for part in parts.values() for name in import_paths({part.name: part.data})}))
 
     @cached_property
     def hours(self) -> tuple[float, float, float]:

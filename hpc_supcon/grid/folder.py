@@ -24,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from .. import __version__
+from ..config import check_folder
+from ..config.code import CODE
 from ..environment import code_commit
 from ..errors import RunFolderError
 from ..files import private_folder, write_atomically
@@ -60,6 +62,8 @@ class FrozenGrid:
     cells: tuple[Cell, ...]
     nodes: dict[str, FrozenNode]
     tables: tuple[TableConfig, ...]
+    code: tuple[str, ...] = ()
+    """Import paths in its configurations."""
 
     def run_folder(self, node: FrozenNode) -> Path:
         return self.root / "runs" / node.folder
@@ -96,7 +100,16 @@ def freeze(root: Path, plan: GridPlan, source: str, cluster: str, profile: Clust
                     "choose another folder with --dir"
                 )
     frozen = FrozenGrid(
-        root.resolve(), plan.name, cluster, profile, code_commit(), plan.pack, plan.cells, nodes, plan.tables
+        root.resolve(),
+        plan.name,
+        cluster,
+        profile,
+        code_commit(),
+        plan.pack,
+        plan.cells,
+        nodes,
+        plan.tables,
+        plan.code,
     )
     for part in ("configs", "records", "runs", "logs"):
         (root / part).mkdir(parents=True, exist_ok=True)
@@ -115,7 +128,9 @@ def freeze(root: Path, plan: GridPlan, source: str, cluster: str, profile: Clust
 
 
 def load(root: Path) -> FrozenGrid:
-    """Read grid.json. Raises RunFolderError if the folder has none."""
+    """Read grid.json. Raises RunFolderError if the folder has none, CodeNotAllowed if it names code that is not
+    allowed."""
+    check_folder(root)
     try:
         data = json.loads((root / "grid.json").read_text(encoding="utf-8"))
         if data["format"] != FORMAT:
@@ -136,6 +151,7 @@ def load(root: Path) -> FrozenGrid:
             cells,
             nodes,
             tuple(TableConfig.model_validate_json(json.dumps(table)) for table in data["tables"]),
+            tuple(str(name) for name in data.get(CODE, ())),
         )
     except FileNotFoundError:
         raise RunFolderError(f"{root}: no grid.json in it, so this is not a grid folder") from None
@@ -163,6 +179,7 @@ def _to_json(frozen: FrozenGrid) -> dict[str, Any]:
         "cluster": frozen.cluster,
         "profile": frozen.profile.model_dump(mode="json"),
         "commit": frozen.commit,
+        CODE: frozen.code,
         "pack": frozen.pack,
         "tables": [table.model_dump() for table in frozen.tables],
         "resources": [kind.model_dump() for kind in kinds],

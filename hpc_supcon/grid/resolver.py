@@ -13,6 +13,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from ..config import flatten_data, is_neutral, merge, parse_override, resolve, validated, yaml12
+from ..config.code import given
 from ..config.schema import Config
 
 AFTER_TRAINING = ("probe", "prune")
@@ -145,6 +146,7 @@ class Resolver:
 def override_change(override: str) -> Change:
     """An override of the command line, `key.sub=value`, as a change. Raises ConfigError."""
     path, value = override.partition("=")[0], parse_override(override)
+    given(value, f"override {override!r}")
     for part in path.split("."):
         value = value[part]
     return Change(path, json.dumps(value), f"override {override!r}")

@@ -13,12 +13,13 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
+from .. import parts
 from ..environment import CONCURRENT_RUNS, code_commit
 from ..errors import LaunchError, Preempted
 from . import slurm
@@ -38,12 +39,13 @@ class NodeProcess:
     process: subprocess.Popen[bytes] | None
 
 
-def run_nodes(stage: str, config: str | list[str], folder: str | list[str]) -> None:
+def run_nodes(stage: str, config: str | list[str], folder: str | list[str], code: Sequence[str] = ()) -> None:
     """Run the stage of one node, or of several at once where they are packed into one job.
 
-    config, folder: paths of the node's configuration and run folder, or lists of them. Exits through sys.exit unless
-    a node is done.
+    config, folder: paths of the node's configuration and run folder, or lists of them. code: import paths that
+    whoever submitted has allowed. Exits through sys.exit unless a node is done.
     """
+    parts.allow(code, "the submitted job")
     configs = [Path(c) for c in ([config] if isinstance(config, str) else config)]
     folders = [Path(f) for f in ([folder] if isinstance(folder, str) else folder)]
     frozen, job = load(configs[0].parent.parent), read_job_environment()
@@ -134,6 +136,7 @@ def _start(frozen: FrozenGrid, name: str, config: Path, folder: Path, job: JobEn
     if record.outcome == "blocked":
         return NodeProcess(node, record, None)
     target = [str(config if node.stage == "pretrain" else folder)]
+    target += [text for name in frozen.code for text in ("--allow-code", name)]
     if node.stage != "probe":  # a probe has no checkpoints to resume from
         target.append("--resume")
     with _log_path(frozen.root, name, job.rank).open("ab") as log:

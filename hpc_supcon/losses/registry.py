@@ -11,8 +11,10 @@ from typing import Any, Literal
 from torch import nn
 
 from ..errors import ConfigError, unknown_name
+from ..parts import find
 from .contrastive import SimCLRLoss, SupConLoss, TCLLoss
 from .moco import MoCoLoss
+from .own_loss import OwnLoss
 from .pointwise import CrossEntropyLoss, CrossEntropyMAELoss, ReconstructionLoss
 from .predictive import BYOLLoss, SimSiamLoss
 from .redundancy import BarlowTwinsLoss, VICRegLoss
@@ -46,6 +48,8 @@ class LossSpec:
     """A second output that the loss reads."""
     raw: bool = False
     """Reads the projection as its last layer leaves it, not scaled to unit length."""
+    own: bool = False
+    """Of a user's own: see own_loss.py."""
 
     @property
     def pairwise(self) -> bool:
@@ -82,7 +86,10 @@ LOSSES: dict[str, LossSpec] = {
 
 
 def loss_spec(name: str) -> LossSpec:
-    """The entry of LOSSES. Raises ConfigError, with the list of names, for a loss that does not exist."""
+    """The entry of LOSSES, or one of a loss of a user's own, which is imported. Raises ConfigError, with the list of
+    names, for a loss that does not exist; PartError, CodeNotAllowed."""
+    if (own := find("losses", name, LOSSES)) is not None:
+        return LossSpec(partial(OwnLoss, own), "projection", own=True)
     if name not in LOSSES:
         raise ConfigError("loss.name: " + unknown_name("loss", name, LOSSES))
     return LOSSES[name]

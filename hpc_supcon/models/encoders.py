@@ -10,6 +10,8 @@ import timm
 from torch import Tensor, nn
 
 from ..errors import ConfigError, unknown_name
+from ..parts import check_no_shadow, find
+from .own_encoder import build_own_encoder
 from .pooling import AveragePool2d, GlobalMaxPool2d
 from .timm_encoders import STEMS, build_timm_encoder, only_its_own_stem, resize_inputs, too_small
 from .widths import set_widths
@@ -116,6 +118,11 @@ class Vgg16BnEmbed(nn.Module):
         return self.latent(self.pool(self.features(x)).flatten(1))
 
 
+def _builtin(name: str) -> list[str]:
+    """The names that an encoder of a user's own may not have, as far as `name` is concerned."""
+    return [name] if name in ENCODERS or timm.is_model(name) else []
+
+
 ENCODERS: dict[str, Callable[[int, int, int | None], nn.Module]] = {
     "conv": ConvEncoder,
     "resnet9": partial(ResNet9, width=64),
@@ -134,6 +141,7 @@ def build_encoder(
     out_dim: int | None = None,
     input_size: int | None = None,
     channels: Mapping[str, Sequence[int]] | None = None,
+    options: Mapping[str, Any] | None = None,
 ) -> nn.Module:
     """An encoder with random weights: images [N, C, H, W] -> features [N, feature_dim].
 
@@ -143,7 +151,8 @@ def build_encoder(
     standard stem, its state dict fits `timm.create_model(name, num_classes=out_dim or 0, in_chans=in_channels)`.
 
     Args:
-        name: a key of ENCODERS, or any name in `timm.list_models()`.
+        name: a key of ENCODERS, any name in `timm.list_models()`, or that of an encoder of a user's own (see
+            own_encoder.py).
         in_channels: 1 or 3, the images' channels.
         image_size: side of the square images in px.
         stem: "small" (a 3x3 convolution of stride 1, no max-pool), "standard" (the architecture's, made for 224 px)
@@ -155,6 +164,7 @@ def build_encoder(
             of `image_size`.
         channels: layers that are narrower than the architecture's, as pruning of channels leaves them (see
             `set_widths`).
+        options: further arguments of an encoder of a user's own.
 
     Raises:
         ConfigError: unknown name or stem, images that the encoder cannot take, a stem that it does not have, or
@@ -164,11 +174,16 @@ def build_encoder(
     if stem not in STEMS:
         raise ConfigError("model.stem: " + unknown_name("stem", stem, STEMS))
     encoder: Any
+    check_no_shadow("encoders", name, _builtin(name))
     if name in ENCODERS:
         if stem != "auto":
             raise only_its_own_stem(name, stem)
         encoder = ENCODERS[name](in_channels, size, out_dim)
         encoder.stem_kind, encoder.output_layers = "own", ("latent",)
+    elif (own := find("encoders", name, _builtin(name))) is not None:
+        if stem != "auto":
+            raise only_its_own_stem(name, stem)
+        encoder = build_own_encoder(own, in_channels, size, out_dim, options)
     elif name in timm.list_models():
         encoder = build_timm_encoder(name, in_channels, size, stem, out_dim)
     else:

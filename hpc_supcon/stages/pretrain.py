@@ -72,6 +72,9 @@ def _pretrain(
     with propagate_errors():
         if runtime.is_main and not resumed:
             run_folder.create(folder, config)
+        elif runtime.is_main and (changed := run_folder.changed_parts(folder, config)):
+            warn(f"{folder}: going on with other code (train.allow_code_change=true): {'; '.join(changed)}")
+            run_folder.freeze_parts(folder, config)
     plan, is_main, state = training.plan, runtime.is_main, training.state
     with (
         current_watchdog().phase("saving"),  # a save in the background may not be interrupted

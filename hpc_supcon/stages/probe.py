@@ -25,10 +25,10 @@ from ..evaluation.left_out import left_out_entry, tell_left_out
 from ..evaluation.plots import draw_probe_curves
 from ..evaluation.predictions import check_predictions, write_predictions
 from ..evaluation.probes import (
-    PROBES,
     ProbeOutcome,
     ProbeTask,
     check_probes,
+    probe_spec,
 )
 from ..evaluation.scored_probe import ScoredProbe, score_probe
 from ..evaluation.scores import headline_entry
@@ -113,7 +113,7 @@ def _probe(
     with MetricLog(folder if runtime.is_main else None, config.log) as log:
         for task in tasks:
             began = time.perf_counter()
-            outcome = PROBES[task.kind].fit(task)
+            outcome = probe_spec(task.kind).fit(task)
             for line in outcome.history:
                 numbers = {name: value for name, value in line.items() if name != "iteration"}
                 log.log(f"probe/{task.name}", line["iteration"], **numbers)
@@ -252,9 +252,10 @@ def _write(
             paths={split: getattr(task.data.splits, split).paths for split in scored.predictions},
             root=None if config.data.root is None else Path(config.data.root).expanduser(),
         )
-    with writer.may_fail():
-        path = folder / FOLDER / task.name
-        save_probe(fitted, path, step, world_size=runtime.world_size, config_digest=digest(config))
+    if task.kind not in config.probe.own:  # of which nothing could be saved without pickling it
+        with writer.may_fail():
+            path = folder / FOLDER / task.name
+            save_probe(fitted, path, step, world_size=runtime.world_size, config_digest=digest(config))
     with only_told():
         kept, title = outcome.chosen.get("iteration"), _title(config, task.name)
         draw_probe_curves(folder, task.name, outcome.history, kept=kept, title=title)

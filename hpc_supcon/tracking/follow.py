@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
+from .. import parts
 from ..errors import on_one_line, printable
 from ..files import file_lock
 from ..metric_file import METRICS, Event, parse_event
@@ -152,12 +153,13 @@ def track(folder: Path, name: str, artifacts: Sequence[str]) -> None:
 
 
 def main(arguments: Sequence[str]) -> None:
-    """FOLDER NAME ENDING_S FINISHING_S ARTIFACT...: follow until stdin ends or this process's parent does.
+    """FOLDER NAME ENDING_S FINISHING_S CODE ARTIFACT...: follow until stdin ends or this process's parent does.
 
     A line FINISHED before that says that the run is complete. What is left is then sent in FINISHING_S seconds, else
     in ENDING_S.
     """
-    folder, name, artifacts = Path(arguments[0]), arguments[1], arguments[4:]
+    folder, name, artifacts = Path(arguments[0]), arguments[1], arguments[5:]
+    parts.allow(filter(None, arguments[4].split(",")), "CODE")  # the run's settings may name it; nothing is imported
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)  # those of the run: what is left is sent when it ends
     os.nice(10)

@@ -12,6 +12,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..parts import allowed
 from ..terminal import note, warn
 from .follow import FINISHED, command
 
@@ -53,7 +54,7 @@ def follow(folder: Path, names: Sequence[str], artifacts: Sequence[str]) -> None
     for name in names:
         if name in found.processes:
             continue
-        limits = [str(ENDING_S), str(found.finishing_s)]
+        limits = [str(ENDING_S), str(found.finishing_s), ",".join(allowed())]
         try:
             found.processes[name] = subprocess.Popen(
                 [sys.executable, "-W", "ignore", "-m", "hpc_supcon.tracking", str(folder), name, *limits, *artifacts],

@@ -105,6 +105,7 @@ def _build_objective(
     """What `model` is trained to minimize; a momentum target starts as its copy."""
     settings = {
         **config.loss.model_dump(),
+        "options": {name: config.loss.options_of(name) for name in config.loss.own},
         "precision": loss_precision(runtime.device, config.loss.precision, config.train.precision),
         # of MoCo's queue and SwAV's prototypes
         "projection_dim": config.model.projection_dim,
@@ -143,6 +144,7 @@ def describe_model(config: Config, splits: Splits) -> dict[str, Any]:
             "input_size": model.input_size,
             # left out where there are none, as in checkpoints from before there were any
             **({} if model.channels is None else {"channels": {k: list(v) for k, v in model.channels.items()}}),
+            **({} if not model.options else {"options": model.options}),
         },
         "projection": {
             "hidden": model.projection_hidden,

@@ -90,6 +90,7 @@ def splits_of(config: Config, *, check_hash: bool = False, note: Note | None = N
         beton=data.beton,
         check_hash=check_hash,
         note=note,
+        arguments=data.options,
     )
 
 

@@ -18,7 +18,7 @@ from ..metric_file import METRICS, AppendedLines, rewind
 from ..phases import phase
 from ..terminal import console, note, warn
 from ..tracking import processes
-from .loggers import LOGGERS, Logger
+from .loggers import Logger, open_logger
 
 
 class Meter:
@@ -100,8 +100,8 @@ class MetricLog:
         self._lines = AppendedLines(folder / METRICS, warn)
         if settings is None:
             return
-        opened = (LOGGERS[name] for name in settings.loggers)
-        self._loggers += [open_logger(folder, resumed_at) for open_logger in opened if open_logger is not None]
+        opened = (open_logger(name, folder, resumed_at) for name in settings.loggers)
+        self._loggers += [logger for logger in opened if logger is not None]
         if settings.metrics_port is not None:
             from .metrics_endpoint import MetricsEndpoint
 

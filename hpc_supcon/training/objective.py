@@ -62,12 +62,14 @@ class Objective(nn.Module):
         self.supervised = bool(settings["supervised"]) and any(
             spec.pairwise and spec.uses_labels for spec in self.specs.values()
         )
-        self.losses = nn.ModuleDict()
+        self.loss_of: dict[str, nn.Module] = {}
         for name, spec in self.specs.items():
             arguments = {key: settings[key] for key in spec.parameters if key in settings}
             if "validate" in spec.parameters:
                 arguments["validate"] = False  # the training step checks its numbers itself
-            self.losses[name] = spec.factory(**arguments)
+            self.loss_of[name] = spec.factory(**arguments)
+        # the names of modules have no dots, those of a user's own losses may
+        self.losses = nn.ModuleDict({name.replace(".", "/"): loss for name, loss in self.loss_of.items()})
         self.target = target
         self._denormalize = denormalize
         self._last: dict[str, Tensor] = {}
@@ -141,21 +143,23 @@ class Objective(nn.Module):
         output = outputs[spec.head]
         if spec.of_views:
             read = [output] if spec.other is None else [output, outputs[spec.other]]
-            return self.losses[name](*read, images_per_rank=images_per_rank)
+            return self.loss_of[name](*read, images_per_rank=images_per_rank)
         pair_labels = labels if self.supervised else None
+        if spec.own:
+            return self.loss_of[name](output, pair_labels, images_per_rank=images_per_rank)
         rows = None if images_per_rank is None else [n * output.shape[1] for n in images_per_rank]
         if not spec.contrastive:
-            return self.losses[name](output, pair_labels, rows_per_rank=rows)
+            return self.loss_of[name](output, pair_labels, rows_per_rank=rows)
         if queue is not None and not self.supervised:
             queue = (queue[0], None)
-        return self.losses[name](output, pair_labels, queue=queue, rows_per_rank=rows)
+        return self.loss_of[name](output, pair_labels, queue=queue, rows_per_rank=rows)
 
     def pointwise(self, name: str, output: Tensor, views: Tensor | None, labels: Tensor) -> Tensor:
         """The mean over this rank's images of a loss of single images (of a classifier or decoder)."""
         if self.specs[name].head == "classifier":
-            return self.losses[name](output.flatten(0, 1), labels.repeat_interleave(output.shape[1]))
+            return self.loss_of[name](output.flatten(0, 1), labels.repeat_interleave(output.shape[1]))
         assert views is not None
-        return self.losses[name](output, self.targets(views))
+        return self.loss_of[name](output, self.targets(views))
 
     def targets(self, views: Tensor) -> Tensor:
         """What a decoder must reconstruct: the views' pixels, scaled to -1..1."""
@@ -166,7 +170,7 @@ class Objective(nn.Module):
         """Numbers of the last call for the log (0-dim): each loss's own statistics, a learned temperature, and
         the value of each loss of a sum."""
         numbers: dict[str, Tensor] = {}
-        for name, loss in self.losses.items():
+        for name, loss in self.loss_of.items():
             own = dict(getattr(loss, "stats", {}))
             if getattr(loss, "log_temperature", None) is not None:
                 own["temperature"] = cast(Tensor, loss.temperature).detach()
@@ -202,7 +206,7 @@ class Objective(nn.Module):
         """
         name = gradient_response_loss(self.weights)
         assert name is not None
-        loss: Any = self.losses[name]
+        loss: Any = self.loss_of[name]
         found = gradient_response(
             outputs[self.specs[name].head].detach(),
             labels,

@@ -16,7 +16,7 @@ from ..data import EvalOrder, EvalTransform, Order, Source, Splits, TrainOrder, 
 from ..distributed.collectives import all_sum
 from ..distributed.launch import Runtime
 from ..errors import ConfigError, CorruptSample
-from ..losses import LOSSES
+from ..losses import loss_spec
 from ..seeding import stream
 from .build import build_views
 from .data import Data
@@ -54,8 +54,9 @@ def build_validate(
     if source is None or (validation.every_epochs is None and validation.every_steps is None):
         return None
     state = training.state
-    pairwise = [name for name in config.loss.weights if LOSSES[name].pairwise]
-    pointwise = [name for name in config.loss.weights if not LOSSES[name].pairwise]
+    specs = {name: loss_spec(name) for name in config.loss.weights}
+    pairwise = [name for name, spec in specs.items() if spec.pairwise]
+    pointwise = [name for name, spec in specs.items() if not spec.pairwise]
     transform = EvalTransform(**training.description["normalization"]).to(runtime.device)
     views = build_views(config, training.description).to(runtime.device)
     seed = stream(config.seed, "validation", runtime.rank)

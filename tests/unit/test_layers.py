@@ -15,7 +15,7 @@ ROOT = Path(hpc_supcon.__file__).parent
 LAYERS = [
     {"errors", "renamed", "environment", "process"},
     {"terminal"},
-    {"files"},
+    {"files", "parts"},
     {"run_lock", "metric_file"},
     {"config"},
     {"run_folder"},

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from .base import Count, NonNegative, Positive, Probability, Section
-from .names import AutoAugmentName, LoaderName, PolicyName, SamplerName, SourceName
+from .base import Count, NonNegative, Options, Positive, Probability, Section
+from .names import AutoAugmentName, LoaderName, OwnPolicy, OwnSource, PolicyName, SamplerName, SourceName
 
 
 class SyntheticConfig(Section):
@@ -30,10 +30,11 @@ class ColumnsConfig(Section):
 
 
 class DataConfig(Section):
-    source: SourceName = Field(
+    source: SourceName | OwnSource = Field(
         description="the data set; image_folder: train/CLASS/*.jpg; manifest: a table of paths and labels; "
         "huggingface: a set of the package datasets; webdataset: tars"
     )
+    options: Options = Field(description="arguments of a source of your own, besides root; null: none")
     root: str | None = Field(
         description="folder that holds the data set (digits and synthetic need none); manifest: a .csv, .tsv or "
         ".parquet, or a folder with train.csv and test.csv; huggingface: a folder of save_to_disk or of Parquet "
@@ -114,10 +115,11 @@ class RandAugmentConfig(Section):
 
 
 class AugmentConfig(Section):
-    policy: PolicyName = Field(
+    policy: PolicyName | OwnPolicy = Field(
         description="none: resize alone; flip_crop, pad_crop: crop and flip; simaugment: crop, flip, color jitter, "
-        "gray, blur; autoaugment, randaugment: crop, flip, their operations"
+        "gray, blur; autoaugment, randaugment and policies of your own: crop, flip, their operations"
     )
+    options: Options = Field(description="arguments of a policy of your own; null: none")
     crop: Literal["auto", "resized", "padded"] = Field(
         description="resized: a random part of the image, by crop_scale and crop_ratio, resized; padded: a square of "
         "the image's own size out of the padded image; auto: padded for policy=pad_crop, else resized"

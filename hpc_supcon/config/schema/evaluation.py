@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, get_args
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field
 
-from .base import Count, Decay, NonNegative, Positive, Section, StoppingConfig
-from .names import BenchmarkCorruptionName, CorruptionName, PixelProbeName, ProbeName, ProbeOptimizerName
+from ... import parts
+from .base import Count, Decay, NonNegative, Options, Positive, Section, StoppingConfig
+from .names import (
+    BenchmarkCorruptionName,
+    CorruptionName,
+    OwnProbe,
+    PixelProbeName,
+    ProbeName,
+    ProbeOptimizerName,
+)
 
 Input = Annotated[
     Literal["auto", "features", "pixels"],
@@ -92,7 +101,12 @@ class FinetuneConfig(FitConfig):
 
 
 class ProbeConfig(Section):
-    kind: ProbeName | tuple[ProbeName, ...] = Field(description="the probe, or a list, evaluated in that order")
+    kind: ProbeName | OwnProbe | tuple[ProbeName | OwnProbe, ...] = Field(
+        description="the probe, or a list, evaluated in that order"
+    )
+    options: Options = Field(
+        description="arguments of a probe of your own; of several in `kind`: probe -> its arguments; null: none"
+    )
     corruptions: Literal["all"] | CorruptionName | tuple[CorruptionName, ...] = Field(
         description="corruptions of the test images, at five severities, under which every probe is evaluated too; "
         "all: those of ImageNet-C and CIFAR-10-C but for frost, without the extra ones; []: none"
@@ -121,8 +135,17 @@ class ProbeConfig(Section):
     finetune: FinetuneConfig
 
     @property
-    def kinds(self) -> tuple[ProbeName, ...]:
+    def kinds(self) -> tuple[str, ...]:
         return (self.kind,) if isinstance(self.kind, str) else self.kind
+
+    @property
+    def own(self) -> list[str]:
+        """The probes that are not of this package."""
+        return [kind for kind in self.kinds if kind not in get_args(ProbeName)]
+
+    def options_of(self, kind: str) -> Mapping[str, Any]:
+        """The arguments of a probe of a user's own. Raises PartError."""
+        return parts.options_of(kind, self.own, self.options, "probe.options")
 
     @property
     def corruption_names(self) -> tuple[CorruptionName, ...]:
@@ -130,8 +153,10 @@ class ProbeConfig(Section):
             return get_args(BenchmarkCorruptionName)
         return (self.corruptions,) if isinstance(self.corruptions, str) else self.corruptions
 
-    def input_of(self, kind: ProbeName) -> Literal["features", "pixels", "images"]:
+    def input_of(self, kind: str) -> Literal["features", "pixels", "images"]:
         """What the fitted probe `kind` reads; `images` for finetune, which trains the encoder."""
+        if kind in self.own:
+            return "features"
         if kind == "finetune":
             return "images"
         setting: Literal["auto", "features", "pixels", "images"] = getattr(self, kind).input
@@ -141,8 +166,10 @@ class ProbeConfig(Section):
             return "pixels" if kind in get_args(PixelProbeName) else "features"
         return setting
 
-    def trains_on_images(self, kind: ProbeName) -> bool:
+    def trains_on_images(self, kind: str) -> bool:
         """Whether fitting the probe `kind` takes batches of images, shared by the ranks."""
+        if kind in self.own:
+            return False
         return kind == "finetune" or getattr(self, kind).input == "images"
 
     @property

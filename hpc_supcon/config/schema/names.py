@@ -2,7 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from pydantic import AfterValidator
+
+from ... import parts
+
+
+@dataclass(frozen=True)
+class Own:
+    """Accepts the name of a part that is not of this package: an import path, or a name that an installed package has
+    registered. Whether it can be imported is checked later."""
+
+    kind: parts.Kind
+
+    def __call__(self, name: str) -> str:
+        if not parts.is_path(name) and name not in parts.registered(self.kind):
+            raise ValueError("neither an import path, package.module:name, nor a registered name")
+        return name
+
+
+OwnSource = Annotated[str, AfterValidator(Own("sources"))]
+OwnLoss = Annotated[str, AfterValidator(Own("losses"))]
+OwnPolicy = Annotated[str, AfterValidator(Own("policies"))]
+OwnProbe = Annotated[str, AfterValidator(Own("probes"))]
+OwnLogger = Annotated[str, AfterValidator(Own("loggers"))]
 
 OwnSourceName = Literal["image_folder", "manifest", "huggingface", "webdataset"]
 """Sources of whatever images a user has at data.root, with labels or without."""

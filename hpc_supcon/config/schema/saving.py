@@ -7,7 +7,7 @@ from typing import Annotated, get_args
 from pydantic import Field, model_validator
 
 from .base import Count, Section
-from .names import ArtifactName, LoggerName, TrackerName
+from .names import ArtifactName, LoggerName, OwnLogger, TrackerName
 
 
 class CheckpointConfig(Section):
@@ -39,7 +39,7 @@ class LogConfig(Section):
         description="log how strongly positives attract and negatives repel (supcon_out, tcl); costs two more passes "
         "over the similarities"
     )
-    to: LoggerName | tuple[LoggerName, ...] = Field(
+    to: LoggerName | OwnLogger | tuple[LoggerName | OwnLogger, ...] = Field(
         description="where numbers go besides metrics.jsonl: one, or a list; csv: RUN_DIR/metrics-KIND.csv; wandb, "
         "mlflow: extras of these names"
     )
@@ -60,10 +60,10 @@ class LogConfig(Section):
         return self
 
     @property
-    def loggers(self) -> tuple[LoggerName, ...]:
-        names: tuple[LoggerName, ...] = (self.to,) if isinstance(self.to, str) else self.to
+    def loggers(self) -> tuple[str, ...]:
+        names: tuple[str, ...] = (self.to,) if isinstance(self.to, str) else self.to
         return tuple(name for name in names if name != "tensorboard" or self.tensorboard)
 
     @property
-    def trackers(self) -> tuple[LoggerName, ...]:
+    def trackers(self) -> tuple[str, ...]:
         return tuple(name for name in self.loggers if name in get_args(TrackerName))

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from itertools import pairwise
 from typing import Annotated, Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from .base import Count, Decay, NonNegative, Positive, Probability, Section, StoppingConfig
+from ... import parts
+from .base import Count, Decay, NonNegative, Options, Positive, Probability, Section, StoppingConfig
 from .names import (
     BackendName,
     EngineName,
@@ -17,6 +19,7 @@ from .names import (
     OnlineProbeName,
     OptimizerName,
     OwnEncoderName,
+    OwnLoss,
     ProjectionNormName,
     ScheduleName,
     StemName,
@@ -24,7 +27,12 @@ from .names import (
 
 
 class ModelConfig(Section):
-    encoder: str = Field(description=f"{' | '.join(get_args(OwnEncoderName))}, or any name in timm.list_models()")
+    encoder: str = Field(
+        description=f"{' | '.join(get_args(OwnEncoderName))}, any name in timm.list_models(), or package.module:name"
+    )
+    options: Options = Field(
+        description="arguments of an encoder of your own, besides in_channels, image_size and out_dim; null: none"
+    )
     stem: StemName = Field(
         description="small: 3x3 stride 1 without max-pool, for inputs up to 64 px; auto: by the size of the images"
     )
@@ -62,8 +70,11 @@ class ModelConfig(Section):
 
 
 class LossConfig(Section):
-    name: LossName = Field(description="what is minimized")
-    terms: dict[LossName, Positive] | None = Field(
+    name: LossName | OwnLoss = Field(description="what is minimized")
+    options: Options = Field(
+        description="arguments of a loss of your own; of several in `terms`: loss -> its arguments; null: none"
+    )
+    terms: dict[LossName | OwnLoss, Positive] | None = Field(
         min_length=1,
         description="a weighted sum of losses in place of `name`, such as {supcon_out: 1.0, cross_entropy: 0.5}",
     )
@@ -117,6 +128,15 @@ class LossConfig(Section):
     def weights(self) -> dict[str, float]:
         """Loss -> its weight in what is minimized."""
         return {self.name: 1.0} if self.terms is None else dict[str, float](self.terms.items())
+
+    @property
+    def own(self) -> list[str]:
+        """The losses that are not of this package."""
+        return [name for name in self.weights if name not in get_args(LossName)]
+
+    def options_of(self, name: str) -> Mapping[str, Any]:
+        """The arguments of a loss of a user's own. Raises PartError."""
+        return parts.options_of(name, self.own, self.options, "loss.options")
 
     @property
     def label(self) -> str:
@@ -239,6 +259,10 @@ class TrainConfig(Section):
     allow_world_size_change: bool = Field(
         description="allow a resume on another number of ranks: batches stay the same, but random views differ, and "
         "results in their last bits; false: an error"
+    )
+    allow_code_change: bool = Field(
+        description="resume although the file of a source, encoder, loss or policy of your own is not the one that "
+        "the run was started with"
     )
 
 

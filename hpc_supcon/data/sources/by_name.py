@@ -34,8 +34,8 @@ class SourceOptions:
     missing set of torchvision. image_size (pixels) and channels (1 or 3): what images are converted to; None keeps
     theirs. exif: whether images in files are turned upright. labels: none for images without labels. synthetic:
     arguments of `builtin.synthetic`. columns, image_root: of tables, see `open_manifest`, `open_huggingface` and
-    `open_shards`. check_files: whether files that a manifest names are looked for. note: receives lines about files
-    that were passed over and classes without images.
+    `open_shards`. arguments: of a source that is a user's own code, besides root. check_files: whether files that a
+    manifest names are looked for. note: receives lines about files that were passed over and classes without images.
 
     Raises ConfigError for values outside their ranges.
     """
@@ -50,6 +50,7 @@ class SourceOptions:
     columns: Columns = field(default_factory=Columns)
     image_root: str | Path | None = None
     check_files: bool = True
+    arguments: Mapping[str, Any] | None = None
     note: Note | None = None
 
     def __post_init__(self) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from ...errors import ConfigError, DataError, unknown_name
+from ...parts import find
 from .beton_splits import open_beton_splits, split_file
 from .by_name import OWN_SOURCES, SOURCES, Found, Labels, SourceOptions
 from .convert import convert
@@ -91,6 +92,8 @@ def load_splits(
     Files are listed here and decoded by `stack`, which finds images that are damaged.
     Raises ConfigError for unknown names and values outside their ranges, DataError for missing or damaged data.
     """
+    if datasets is None and (own := find("sources", name, SOURCES)) is not None:
+        datasets = own.build(options.get("arguments"), root=options.get("root"))
     if options.get("synthetic") and name != "synthetic":
         raise ConfigError(f"options of synthetic data were given, but the data is {name}")
     if datasets is not None and beton is not None:

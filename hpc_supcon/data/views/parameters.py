@@ -31,6 +31,9 @@ class ViewParameters:
     """int64 [n, steps]: operations of AutoAugment or RandAugment (indices into ops.OPERATIONS), in sequence."""
     magnitudes: Tensor
     """float64 [n, steps]: their magnitudes (see ops.OPERATIONS)."""
+    seeds: Tensor
+    """int64 [n]: of which a policy of a user's own takes the first of those that it renders together; [n, 0] without
+    one."""
 
     def select(self, rows: slice) -> ViewParameters:
         """The parameters of these views."""

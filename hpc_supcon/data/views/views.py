@@ -4,18 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from importlib.util import find_spec
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from ...errors import ConfigError, unknown_name
+from ...parts import find
 from ..crop_boxes import check_crops, draw_boxes, draw_padded_boxes
 from .color import SIGMA, Jitter, check_probabilities, check_strengths, gaussian_blur, grayscale, kernel_size
 from .ops import operate_
+from .own_policy import OwnPolicy
 from .parameters import ViewParameters
-from .pixels import copy_async, cut_windows, flip_selected, normalize_, normalize_levels_, resample
+from .pixels import (
+    copy_async,
+    cut_windows,
+    flip_selected,
+    normalize_,
+    normalize_levels_,
+    resample,
+    span,
+    to_levels,
+    to_planes,
+)
 from .policies import AutoAugment, RandAugment
 
 POLICIES: dict[str, Callable[..., AutoAugment | RandAugment | None]] = {
@@ -76,6 +88,7 @@ class Views(nn.Module):
         blur: float = 0.0,
         autoaugment: str = "cifar10",
         randaugment: Mapping[str, int] | None = None,
+        options: Mapping[str, Any] | None = None,
         seed: int = 0,
         channels_last: bool = False,
         dtype: torch.dtype = torch.float32,
@@ -89,6 +102,7 @@ class Views(nn.Module):
         randaugment (`operations`, `magnitude`) to the policy of that name; all others to simaugment. brightness,
         contrast, saturation: factors are drawn from max(0, 1 - x)..1 + x; hue in turns, from -x..x, x <= 0.5;
         jitter_probability, grayscale, blur: probabilities. One-channel images get no saturation, hue or grayscale.
+        options: arguments of a policy of a user's own (see OwnPolicy).
         seed: see `reseed`. channels_last: memory layout of the
         views' last three dimensions; dtype: float32 or bfloat16. Raises ConfigError outside these ranges.
         """
@@ -96,9 +110,12 @@ class Views(nn.Module):
         check_crops(count, image_size, crop_scale, crop_ratio)
         check_probabilities(flip=flip, jitter_probability=jitter_probability, grayscale=grayscale, blur=blur)
         check_strengths(brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
-        if policy not in POLICIES:
+        own = find("policies", policy, POLICIES)
+        self.own = None if own is None else OwnPolicy(own, options, len(mean), image_size)
+        if own is None and policy not in POLICIES:
             raise ConfigError(unknown_name("augment.policy", policy, POLICIES))
-        self.operations = POLICIES[policy](autoaugment=autoaugment, randaugment=randaugment or {})
+        build = POLICIES["none" if own else policy]
+        self.operations = build(autoaugment=autoaugment, randaugment=randaugment or {})
         self.count, self.image_size, self.dtype, self.channels_last = count, image_size, dtype, channels_last
         self.crops, self.crop_scale, self.crop_ratio = policy != "none", crop_scale, crop_ratio
         padded = self.crops and (crop == "padded" or (crop == "auto" and policy == "pad_crop"))
@@ -114,7 +131,7 @@ class Views(nn.Module):
         self.jitter = Jitter(strengths, jitter_probability)
         self.jitters = bool(self.jitter.permutations)
         self.flip, self.grayscale, self.blur = flip * self.crops, grayscale * color, blur * photometric
-        self.changes_colors = bool(self.jitters or self.operations or self.grayscale or self.blur)
+        self.changes_colors = bool(self.jitters or self.operations or self.grayscale or self.blur or self.own)
         if self.blur and image_size < 2:
             raise ConfigError(f"augment.blur needs images of at least 2 pixels a side, not {image_size}")
         self.generator = self._device_generator = torch.Generator()
@@ -161,6 +178,7 @@ class Views(nn.Module):
             sigma=sigma,
             operations=operations,
             magnitudes=magnitudes,
+            seeds=torch.empty(n, 0) if self.own is None else self.own.draw(n, generator),
         )
 
     def _numbers_generator(self) -> torch.Generator:
@@ -199,11 +217,11 @@ class Views(nn.Module):
         """Views rendered at a time, int64 [k]: of one group of the jitter, on a CPU as many as fit into its cache."""
         n = len(parameters.boxes)
         groups = self.jitter.groups(parameters.permutation) if self.jitters else [torch.arange(n)]
-        size = CPU_CACHE // (4 * self.channels * self.image_size**2) if device.type == "cpu" else n
+        size = CPU_CACHE // (4 * self.channels * self.image_size**2) if device.type == "cpu" and not self.own else n
         return [chunk for group in groups for chunk in group.split(max(1, size)) if len(chunk)]
 
     def _takes_kernel(self, images: Tensor) -> bool:
-        simple = self.crops and self.operations is None and not self.blur and images.ndim == 4
+        simple = self.crops and self.operations is None and not self.own and not self.blur and images.ndim == 4
         small = max(*images.shape[-2:], self.image_size) <= FUSED_SIDE
         return images.is_cuda and simple and small and find_spec("triton") is not None
 
@@ -213,6 +231,8 @@ class Views(nn.Module):
         x = self._crop(images, parameters, rows)
         if self.operations is not None:
             x = self._operate(x, parameters.operations[rows], parameters.magnitudes[rows])
+        if self.own is not None:
+            x.copy_(self.own(to_levels(x), int(parameters.seeds[rows[0]])).transpose(0, 1)).mul_(1 / 255)
         if self.jitters:
             self.jitter(x, parameters.factors.index_select(0, device_rows), parameters.permutation[rows])
         self._make_grayscale(x, parameters.grayscale[rows])
@@ -224,7 +244,7 @@ class Views(nn.Module):
             source = self._flat(normalized.to(views.dtype, memory_format=layout))
             self._flat(views).index_copy_(0, device_rows, source)
         else:
-            views[_span(rows)].copy_(normalized)
+            views[span(rows)].copy_(normalized)
 
     def _flat(self, views: Tensor) -> Tensor:
         return (views.permute(0, 2, 3, 1) if self.channels_last else views).flatten(1)
@@ -233,20 +253,20 @@ class Views(nn.Module):
         """Cropped, resized and flipped: float32 [C, n, S, S] in 0..1."""
         flip = parameters.flip[rows]
         if images.ndim == 5:
-            return _planes(flip_selected(images.flatten(0, 1), rows, flip))
+            return to_planes(flip_selected(images.flatten(0, 1), rows, flip))
         device_rows = copy_async(rows, images.device)
         per_view = images.index_select(0, device_rows // self.count)
         boxes = parameters.boxes.index_select(0, device_rows)
         if self.padding is not None and self.outside is not None:
             windows = cut_windows(per_view, boxes, self.image_size, self.padding, self.outside)
-            return _planes(flip_selected(windows, torch.arange(len(rows)), flip))
+            return to_planes(flip_selected(windows, torch.arange(len(rows)), flip))
         flip = copy_async(flip, images.device)
         return resample(per_view, boxes.unsqueeze(1), flip.unsqueeze(1), self.image_size).squeeze(2)
 
     def _write_flipped(self, images: Tensor, parameters: ViewParameters, rows: Tensor, views: Tensor) -> None:
         """As `_write`, where images [B, V, C, S, S] are cropped already and only need flip and normalization."""
         pixels = flip_selected(images.flatten(0, 1), rows, parameters.flip[rows])
-        target = views[_span(rows)]
+        target = views[span(rows)]
         x = target if target.dtype == torch.float32 else torch.empty_like(target, dtype=torch.float32)
         normalize_levels_(x.copy_(pixels), self.mean, self.std)
         if x is not target:
@@ -254,8 +274,7 @@ class Views(nn.Module):
 
     def _operate(self, x: Tensor, operations: Tensor, magnitudes: Tensor) -> Tensor:
         """AutoAugment or RandAugment operations on x [C, n, S, S], rounded to whole gray levels; in place."""
-        levels = x.mul(255).round_().clamp_(0, 255).transpose(0, 1)
-        pixels = levels.to(torch.uint8, memory_format=torch.contiguous_format)
+        pixels = to_levels(x)
         for step in range(operations.shape[1]):
             operate_(pixels, operations[:, step], magnitudes[:, step])
         return x.copy_(pixels.transpose(0, 1)).mul_(1 / 255)
@@ -286,13 +305,3 @@ class Views(nn.Module):
         self._device_seed = int(seeds[1])
         if self._device_generator is not self.generator:
             self._device_generator.manual_seed(self._device_seed)
-
-
-def _planes(levels: Tensor) -> Tensor:
-    """uint8 [n, C, S, S] -> float32 [C, n, S, S] in 0..1."""
-    return levels.transpose(0, 1).to(torch.float32, memory_format=torch.contiguous_format).mul_(1 / 255)
-
-
-def _span(rows: Tensor) -> slice:
-    """The slice of consecutive rows."""
-    return slice(int(rows[0]), int(rows[-1]) + 1)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from ...config import Config
 from ...data import Splits
-from ...errors import ConfigError
+from ...errors import ConfigError, unknown_name
+from ...parts import find
 from ...training.data import open_ood
 from ..transfer import check_transfer, without_transfer
 from .base import FittedProbe, ProbeOutcome, ProbeSpec, ProbeTask
@@ -12,6 +13,7 @@ from .finetune import FINETUNE
 from .heads import LINEAR, MLP, SOFTMAX
 from .knn import KNN
 from .logistic import LOGISTIC
+from .own_probe import OWN
 
 __all__ = [
     "PROBES",
@@ -20,6 +22,7 @@ __all__ = [
     "ProbeSpec",
     "ProbeTask",
     "check_probes",
+    "probe_spec",
 ]
 
 PROBES: dict[str, ProbeSpec] = {
@@ -31,6 +34,16 @@ PROBES: dict[str, ProbeSpec] = {
     "finetune": FINETUNE,
 }
 """`probe.kind` -> the probe."""
+
+
+def probe_spec(kind: str) -> ProbeSpec:
+    """The entry of PROBES, or that of a probe of a user's own, which is imported. Raises ConfigError,
+    CodeNotAllowed."""
+    if find("probes", kind, PROBES) is not None:
+        return OWN
+    if kind not in PROBES:
+        raise ConfigError(unknown_name("probe.kind", kind, PROBES))
+    return PROBES[kind]
 
 
 def check_probes(config: Config, splits: Splits) -> None:
@@ -51,5 +64,7 @@ def check_probes(config: Config, splits: Splits) -> None:
         )
     for kind in config.probe.kinds:
         splits.check_two_classes(f"probe.kind={kind}")
-        PROBES[kind].check(f"probe.{kind}", getattr(config.probe, kind), splits)
+        is_own = kind in config.probe.own
+        settings = config.probe.options_of(kind) if is_own else getattr(config.probe, kind)
+        probe_spec(kind).check(f"probe.{kind}", settings, splits)
     open_ood(config, splits)  # so that one that is missing is told before training

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from ...config import Config
 from ...data import Splits
 from ...distributed.launch import Runtime
+from ...parts import file_name
 from ...training.data import Data
 from ..features import SplitRows, build_prepare, in_chunks
 
@@ -56,7 +57,8 @@ class ProbeTask:
     @property
     def name(self) -> str:
         """By which the results are filed."""
-        return f"{self.kind}@{self.other_data}" if self.other_data else self.kind
+        kind = file_name(self.kind)
+        return f"{kind}@{self.other_data}" if self.other_data else kind
 
     @property
     def settings(self) -> Any:

@@ -97,7 +97,7 @@ def test_the_names_are_the_keys_of_the_registry(literal: Any, registry: Iterable
 
 
 def test_every_probe_has_a_section_of_its_name():
-    others = {"kind", "corruptions", "corruption_images", "embedding", "ood", "transfer"}
+    others = {"kind", "options", "corruptions", "corruption_images", "embedding", "ood", "transfer"}
     assert set(ProbeConfig.model_fields) == {*others, *get_args(names.ProbeName)}
 
 
@@ -157,8 +157,10 @@ def test_the_schema_lists_the_names_and_no_description_repeats_them():
         ("data.source", names.SourceName), ("loss.name", names.LossName), ("optim.name", names.OptimizerName),
         ("augment.policy", names.PolicyName), ("prune.method", names.PruningMethodName),
     ]:  # fmt: skip
-        assert rows[key][0] == " | ".join(get_args(literal))
-    assert rows["loss.terms"][0] == f"{{{' | '.join(get_args(names.LossName))}: float}} | null"
+        own = ["package.module:name"] * (key not in ("optim.name", "prune.method"))
+        assert rows[key][0] == " | ".join([*get_args(literal), *own])
+    losses = " | ".join([*get_args(names.LossName), "package.module:name"])
+    assert rows["loss.terms"][0] == f"{{{losses}: float}} | null"
     assert "[linear | softmax" in rows["probe.kind"][0]
     assert not [key for key, (kind, meaning) in rows.items() if kind in meaning and " | " in kind]
     assert "vgg16_bn_embed" in rows["model.encoder"][1]
