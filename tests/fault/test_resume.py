@@ -23,13 +23,13 @@ STEPS_PER_EPOCH = 81 // 16
 STEPS = 12 * STEPS_PER_EPOCH
 
 
-def kill_after_a_checkpoint(ranks, folder, *more, last):
+def kill_after_a_checkpoint(ranks, folder, *more, last, settings=SETTINGS):
     """Start, wait for a checkpoint newer than what is there, SIGKILL every rank at whatever it does; the newest step.
 
     The run never gets beyond step `last`, so that the kill cannot come too late.
     """
     seen = checkpoint.list_steps(folder / "checkpoints")
-    it = Run(ranks, folder, *more, fault=f"hang@step={last + 1}", settings=SETTINGS)
+    it = Run(ranks, folder, *more, fault=f"hang@step={last + 1}", settings=settings)
     deadline = time.monotonic() + RUN_TIMEOUT_S
     while checkpoint.list_steps(folder / "checkpoints") == seen:
         assert time.monotonic() < deadline, it.stderr

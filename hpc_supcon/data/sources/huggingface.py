@@ -150,7 +150,7 @@ def _offline() -> Iterator[None]:
     import datasets
     import huggingface_hub
 
-    modules = (datasets.config, huggingface_hub.constants)
+    modules: tuple[Any, ...] = (datasets.config, huggingface_hub.constants)
     before = [module.HF_HUB_OFFLINE for module in modules]
     try:
         for module in modules:
