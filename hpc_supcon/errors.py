@@ -44,6 +44,10 @@ class UnsafeWeights(ConfigError):
     """A weights file that loads only by running code from it."""
 
 
+class HubError(HpcSupconError):
+    """A model cannot be read from the Hugging Face Hub, or written there."""
+
+
 class LaunchError(HpcSupconError):
     """The distributed environment (torchrun, Slurm) is partial or contradicts itself."""
 

@@ -12,8 +12,9 @@ from typing import Literal, get_args
 from ..errors import ConfigError
 from .check_evaluation import check_probes, check_pruning, check_report, check_target, has_no_validation
 from .check_labels import check_labels
+from .check_model import check_model
 from .deepspeed import check_own_keys
-from .encoders import OWN_ENCODERS, check_encoder
+from .encoders import check_encoder
 from .schema import Config, names
 
 Stage = Literal["pretrain", "probe", "prune"]
@@ -43,7 +44,7 @@ def check_config(
     if "pretrain" in stages:
         check_encoder(config.model.encoder)
     if _pretrains(config, stages):
-        _check_encoder_options(config)
+        check_model(config)
         _check_loss(config)
         _check_views(config)
         _check_queue(config)
@@ -129,15 +130,6 @@ def _check_loader(config: Config) -> None:
         raise ConfigError(
             f"data.synthetic.images={made.images}: data.synthetic.classes={made.classes} need at least one image each"
         )
-
-
-def _check_encoder_options(config: Config) -> None:
-    """Whether an encoder of timm has two stems is known once it is built."""
-    model = config.model
-    if model.encoder in OWN_ENCODERS and model.stem != "auto":
-        raise ConfigError(f"model.stem={model.stem}: {model.encoder} has only its own stem; use auto")
-    if DECODING & config.loss.weights.keys() and model.encoder != "conv":
-        raise ConfigError(f"model.encoder={model.encoder} has no decoder, which reconstruction needs; use conv")
 
 
 def _check_loss(config: Config) -> None:

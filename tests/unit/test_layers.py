@@ -36,7 +36,7 @@ NEVER_SEE_A_CONFIG = {
 }  # fmt: skip
 OPTIONAL = {
     "ffcv", "nvidia", "deepspeed", "submitit", "triton", "pyarrow", "onnx", "onnxruntime", "onnxscript",
-    "openTSNE", "umap", "wandb", "mlflow",
+    "openTSNE", "umap", "wandb", "mlflow", "peft", "transformers", "huggingface_hub",
 }  # fmt: skip
 
 
