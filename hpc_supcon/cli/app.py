@@ -26,6 +26,7 @@ from .export import embed, export, predict
 from .grid import grid
 from .probe import settings_of_probe
 from .prune import prune
+from .push import push
 from .report import compare, report, write_own_page
 from .results import print_results
 from .streams import safe_streams
@@ -65,6 +66,7 @@ app.command("embeddings")(embeddings)
 app.command("export")(export)
 app.command("embed")(embed)
 app.command("predict")(predict)
+app.command("push")(push)
 app.add_typer(grid, name="grid")
 app.command("report")(report)
 app.command("compare")(compare)

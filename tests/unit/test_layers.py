@@ -14,7 +14,7 @@ ROOT = Path(hpc_supcon.__file__).parent
 # each other.
 LAYERS = [
     {"errors", "renamed", "environment", "process"},
-    {"terminal"},
+    {"terminal", "hub_names"},
     {"files"},
     {"run_lock", "metric_file"},
     {"config"},
