@@ -36,75 +36,81 @@ class HubServer(ThreadingHTTPServer):
         return oid
 
 
+Answer = tuple[int, bytes, dict[str, str]]
+"""Status, body, headers."""
+
+
+def _json(content: object) -> Answer:
+    return 200, json.dumps(content).encode(), {"Content-Type": "application/json"}
+
+
+def _error(status: int, code: str) -> Answer:
+    return status, b"{}", {"X-Error-Code": code, "X-Error-Message": code}
+
+
 class _Handler(BaseHTTPRequestHandler):
     server: HubServer
 
     def do_GET(self) -> None:
-        self._answer_file()
+        self._send(*self._read())
 
     def do_HEAD(self) -> None:
-        self._answer_file()
+        self._send(*self._read())
 
     def do_POST(self) -> None:
-        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self._send(*self._write(self.rfile.read(int(self.headers["Content-Length"]))))
+
+    def _has_token(self) -> bool:
+        return self.headers.get("Authorization") == f"Bearer {TOKEN}"
+
+    def _write(self, body: bytes) -> Answer:
         self.server.requests.append(f"POST {self.path}")
-        if self.headers.get("Authorization") != f"Bearer {TOKEN}":
-            return self._error(401, "RepoNotFound")
         if self.path == "/api/validate-yaml":
-            return self._json({"errors": [], "warnings": []})
+            return _json({"errors": [], "warnings": []})
+        if not self._has_token():
+            return _error(401, "InvalidToken")
         if self.path == "/api/repos/create":
             asked = json.loads(body)
             name = f"{asked.get('organization') or 'somebody'}/{asked['name']}"
             self.server.repositories.setdefault(name, [])
-            return self._json({"url": f"{self.server.url}/{name}", "id": name, "name": name})
+            return _json({"url": f"{self.server.url}/{name}", "id": name, "name": name})
         name = "/".join(self.path.split("/")[3:5])
         if "/preupload/" in self.path:
-            files = [
-                {"path": file["path"], "uploadMode": "regular", "shouldIgnore": False}
-                for file in json.loads(body)["files"]
-            ]
-            return self._json({"files": files})
+            paths = [file["path"] for file in json.loads(body)["files"]]
+            return _json(
+                {"files": [{"path": path, "uploadMode": "regular", "shouldIgnore": False} for path in paths]}
+            )
         assert "/commit/" in self.path, self.path
         if self.server.refused_commits:
-            return self._error(403, "Forbidden")
-        lines = [json.loads(line) for line in body.splitlines()]
-        files = {
-            line["value"]["path"]: base64.b64decode(line["value"]["content"])
-            for line in lines
-            if line["key"] == "file"
-        }
-        oid = self.server.commit(name, files)
-        return self._json({"success": True, "commitOid": oid, "commitUrl": f"{self.server.url}/{name}/commit/{oid}"})
+            return _error(403, "Forbidden")
+        values = [line["value"] for line in map(json.loads, body.splitlines()) if line["key"] == "file"]
+        oid = self.server.commit(name, {value["path"]: base64.b64decode(value["content"]) for value in values})
+        return _json({"success": True, "commitOid": oid, "commitUrl": f"{self.server.url}/{name}/commit/{oid}"})
 
-    def _answer_file(self) -> None:
+    def _read(self) -> Answer:
         self.server.requests.append(f"{self.command} {self.path}")
-        parts = self.path.partition("?")[0].strip("/").split("/")
         if self.path == "/api/whoami-v2":
-            known = self.headers.get("Authorization") == f"Bearer {TOKEN}"
-            return self._json({"name": "somebody", "type": "user"}) if known else self._error(401, "InvalidToken")
-        name = "/".join(parts[1:4] if parts[0] == "api" else parts[:2]).removeprefix("models/")
-        commits = self.server.repositories.get(name)
-        if not commits:
-            return self._error(404, "RepoNotFound")
-        revision = parts[parts.index("resolve") + 1] if "resolve" in parts else parts[-1]
-        found = commits[-1:] if revision in ("main", parts[2]) else [c for c in commits if c[0] == revision]
+            return _json({"name": "somebody", "type": "user"}) if self._has_token() else _error(401, "InvalidToken")
+        parts = self.path.partition("?")[0].strip("/").split("/")
+        is_api = parts[0] == "api"
+        name = "/".join(parts[2:4] if is_api else parts[:2])
+        if name not in self.server.repositories:
+            return _error(404, "RepoNotFound")
+        commits = self.server.repositories[name]
+        revision = next((parts[i + 1] for i, part in enumerate(parts) if part in ("resolve", "revision")), "main")
+        found = commits[-1:] if revision == "main" else [commit for commit in commits if commit[0] == revision]
+        if is_api and not commits:
+            return _json({"id": name, "sha": None, "siblings": []})
         if not found:
-            return self._error(404, "RevisionNotFound")
+            return _error(404, "RevisionNotFound")
         oid, files = found[0]
-        if parts[0] == "api":
-            return self._json({"id": name, "sha": oid, "siblings": [{"rfilename": file} for file in files]})
-        content = files.get(parts[-1])
-        if content is None:
-            return self._error(404, "EntryNotFound", commit=oid)
-        etag = hashlib.sha1(content).hexdigest()
-        self._send(200, content, {"ETag": f'"{etag}"', "X-Repo-Commit": oid})
-
-    def _json(self, content: object) -> None:
-        self._send(200, json.dumps(content).encode(), {"Content-Type": "application/json"})
-
-    def _error(self, status: int, code: str, commit: str | None = None) -> None:
-        headers = {"X-Error-Code": code, "X-Error-Message": code} | ({"X-Repo-Commit": commit} if commit else {})
-        self._send(status, b"{}", headers)
+        if is_api:
+            return _json({"id": name, "sha": oid, "siblings": [{"rfilename": file} for file in files]})
+        if parts[-1] not in files:
+            status, content, headers = _error(404, "EntryNotFound")
+            return status, content, headers | {"X-Repo-Commit": oid}
+        content = files[parts[-1]]
+        return 200, content, {"ETag": f'"{hashlib.sha1(content).hexdigest()}"', "X-Repo-Commit": oid}
 
     def _send(self, status: int, content: bytes, headers: dict[str, str]) -> None:
         self.send_response(status)

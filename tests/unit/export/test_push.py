@@ -1,4 +1,4 @@
-"""`push`: what timm, transformers and this package load has the run's features; cards; folders are whole or absent."""
+"""`push`: timm, transformers and this package load the run's features; cards; folders are whole or absent."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ for folder, images, out in json.loads(sys.argv[1]):
             found["transformers"] = transformers.AutoModel.from_pretrained(folder).eval()(x).pooler_output
         except ValueError as error:
             errors["transformers"] = str(error)
-    safetensors.torch.save_file(found, out, metadata=errors)
+    safetensors.torch.save_file({key: t.contiguous() for key, t in found.items()}, out, metadata=errors)
 """
 
 
@@ -111,7 +111,7 @@ def test_timm_and_transformers_give_the_features_of_the_run(pushed, name):
 @pytest.mark.parametrize("name", BY_US_ALONE)
 @torch.no_grad()
 def test_other_encoders_are_refused_by_name_and_loaded_by_this_package(pushed, name):
-    run_dir, folder, result, module, images, found, errors = pushed[name]
+    _, folder, result, module, images, found, errors = pushed[name]
     assert not found
     encoder = json.loads((folder / "config.json").read_text())["hpc_supcon"]["encoder"]
     assert f"Unknown model (hpc_supcon-{encoder['name']})" in errors["timm"]
@@ -164,8 +164,9 @@ FAST = [
     "report.embeddings=false", "data.source=synthetic", SYNTHETIC(3, 32), "data.synthetic.images=60",
     "data.batch_size=16", "model.encoder=test_vit", "model.projection_hidden=16", "model.projection_dim=8",
     "train.iterations=2", "probe.kind=[linear, knn, finetune, softmax]", "probe.linear.epochs=1", "probe.knn.k=3",
-    "probe.linear.lrs=[0.01]", "probe.finetune.epochs=1", "probe.finetune.batch_size=16", "probe.softmax.iterations=10",
-    "log.tensorboard=false", "runtime.threads=1", "model.lora.rank=2", "name='a | *b* <i>'",
+    "probe.linear.lrs=[0.01]", "probe.finetune.epochs=1", "probe.finetune.batch_size=16",
+    "probe.softmax.iterations=10", "log.tensorboard=false", "runtime.threads=1", "model.lora.rank=2",
+    "name='a | *b* <i>'",
 ]  # fmt: skip
 
 
@@ -263,11 +264,11 @@ def test_bad_arguments_are_one_line_and_code_2(trained, capsys, tmp_path, argume
 
 
 def test_a_folder_is_whole_or_as_it_was(trained, tmp_path, monkeypatch):
-    run_dir, model = trained
+    run_dir, _ = trained
     target = tmp_path / "m"
     push(run_dir, str(target), license="mit", page=False)
     before = {p.name: p.read_bytes() for p in target.iterdir()}
-    with pytest.raises(OutputError, match="exists already; .* --force"):
+    with pytest.raises(OutputError, match=r"exists already; .* --force"):
         push(run_dir, str(target), page=False)
 
     def full(*args, **kwargs):
