@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import subprocess
 from pathlib import Path
 
@@ -10,6 +9,7 @@ import pytest
 import timm
 
 import hpc_supcon
+from tests.fault.runs import events
 
 EXAMPLES = Path(hpc_supcon.__file__).parent.parent / "examples"
 
@@ -29,7 +29,7 @@ def test_they_are_short(name):
 def test_adapters_are_trained_then_the_model_is_pushed_and_loaded(python, tmp_path):
     run_dir, folder = tmp_path / "run", tmp_path / "model"
     assert "accuracy" in example(python, "lora.py", run_dir)
-    start = json.loads((run_dir / "metrics.jsonl").read_text().splitlines()[0])
+    (start,) = events(run_dir, "start")
     assert 0 < start["trained_parameters"] < start["parameters"] / 2
     out = example(python, "push_and_load.py", run_dir, folder)
     assert float(out.partition("difference of features: ")[2].split()[0]) < 1e-4
@@ -37,6 +37,6 @@ def test_adapters_are_trained_then_the_model_is_pushed_and_loaded(python, tmp_pa
     assert timm.create_model(f"local-dir:{folder}", pretrained=True).num_features == 64
     again = tmp_path / "again"
     example(python, "lora.py", again, folder, "train.epochs=1", "report.embeddings=false")
-    (event,) = [e for e in map(json.loads, (again / "metrics.jsonl").open()) if e["event"] == "weights"]
+    (event,) = events(again, "weights")
     assert event["path"] == f"{folder}/model.safetensors"
     assert (event["missing"], event["unexpected"]) == ([], [])

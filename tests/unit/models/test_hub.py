@@ -14,6 +14,7 @@ from hpc_supcon import cli
 from hpc_supcon.errors import ConfigError, HubError
 from hpc_supcon.hub_names import hub_name
 from hpc_supcon.models import build_encoder, load_weights
+from tests.fault.runs import events
 from tests.hub_server import TOKEN, hub_server
 from tests.unit.cli.test_app import run
 from tests.unit.export.test_export import untrained
@@ -82,7 +83,7 @@ def test_a_model_is_pushed_in_one_commit_and_loaded_at_a_revision(folder, tmp_pa
         assert "model.weights=hf:somebody/conv" in commits[0][1]["README.md"].decode()
 
         assert loaded[0][0] == 0, loaded[0]
-        (event,) = [e for e in map(json.loads, (tmp_path / "a/metrics.jsonl").open()) if e["event"] == "weights"]
+        (event,) = events(tmp_path / "a", "weights")
         assert (event["path"], event["commit"]) == ("hf:somebody/conv", commits[-1][0])
         assert f"from hf:somebody/conv (commit {commits[-1][0]}, sha256 {event['sha256'][:12]})" in loaded[0][2]
         one_line(loaded[1], "hf:somebody/nothing: no such model on the Hub, or a private one", "hf auth login")
@@ -102,11 +103,9 @@ def test_a_model_is_pushed_in_one_commit_and_loaded_at_a_revision(folder, tmp_pa
         HF_HUB_OFFLINE="1", HF_TOKEN=TOKEN,
     )  # fmt: skip
     assert cached[0] == 0, cached
-    events = [
-        next(e for e in map(json.loads, (tmp_path / x / "metrics.jsonl").open()) if e["event"] == "weights")
-        for x in "bc"
-    ]
-    assert all(e["commit"] == commits[0][0] and e["sha256"] == event["sha256"] for e in events)
+    later = [*events(tmp_path / "b", "weights"), *events(tmp_path / "c", "weights")]
+    assert len(later) == 2
+    assert all(e["commit"] == commits[0][0] and e["sha256"] == event["sha256"] for e in later)
     one_line(missing, "hf:other/model: model.safetensors is not in the cache, and the Hub cannot be reached")
     one_line(push_offline, "--to hf:somebody/conv: ")
 
