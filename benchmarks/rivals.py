@@ -33,7 +33,7 @@ from hpc_supcon.config import yaml12
 from hpc_supcon.environment import code_commit
 from hpc_supcon.grid import folder as grid_folder
 from hpc_supcon.grid.tables import results_of
-from hpc_supcon.report.statistics import mean_and_interval, paired_difference
+from hpc_supcon.pages.statistics import mean_and_interval, paired_difference
 
 RATES = (1e-3, 3e-3, 1e-2)
 TUNING_SEED = 100

@@ -58,6 +58,10 @@ class PartChanged(HpcSupconError):
     """The code of a part of a user's own is not that which the run was started with."""
 
 
+class HubError(HpcSupconError):
+    """A model cannot be read from the Hugging Face Hub, or written there."""
+
+
 class LaunchError(HpcSupconError):
     """The distributed environment (torchrun, Slurm) is partial or contradicts itself."""
 

@@ -32,6 +32,7 @@ from .grid import grid
 from .guard import guarded
 from .init import init
 from .prune import prune
+from .push import push
 from .report import compare, report, write_own_page
 from .results import print_results
 from .streams import safe_streams
@@ -65,6 +66,7 @@ app.command("embeddings")(embeddings)
 app.command("export")(export)
 app.command("embed")(embed)
 app.command("predict")(predict)
+app.command("push")(push)
 app.add_typer(grid, name="grid")
 app.command("report")(report)
 app.command("compare")(compare)

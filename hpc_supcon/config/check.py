@@ -12,9 +12,10 @@ from ..errors import ConfigError
 from .check_data import check_data
 from .check_evaluation import check_probes, check_pruning, check_report, check_target, has_no_validation
 from .check_labels import check_labels
+from .check_model import check_model
 from .check_parts import check_parts
 from .deepspeed import check_own_keys
-from .encoders import OWN_ENCODERS, check_encoder, is_own_encoder
+from .encoders import check_encoder
 from .schema import Config, names
 
 Stage = Literal["pretrain", "probe", "prune"]
@@ -45,7 +46,7 @@ def check_config(
     if "pretrain" in stages:
         check_encoder(config.model.encoder)
     if _pretrains(config, stages):
-        _check_encoder_options(config)
+        check_model(config)
         _check_loss(config)
         _check_views(config)
         _check_queue(config)
@@ -106,16 +107,6 @@ def _check_graphs(config: Config, world_size: int) -> None:
             f"train.cuda_graphs=true: the pass of {world_size} ranks exchanges statistics and gradients, which a "
             "replayed graph does not wait for; use train.cuda_graphs=false, or one rank"
         )
-
-
-def _check_encoder_options(config: Config) -> None:
-    """Whether an encoder of timm has two stems is known once it is built."""
-    model = config.model
-    has_one_stem = model.encoder in OWN_ENCODERS or is_own_encoder(model.encoder)
-    if has_one_stem and model.stem != "auto":
-        raise ConfigError(f"model.stem={model.stem}: {model.encoder} has only its own stem; use auto")
-    if DECODING & config.loss.weights.keys() and model.encoder != "conv":
-        raise ConfigError(f"model.encoder={model.encoder} has no decoder, which reconstruction needs; use conv")
 
 
 def _check_loss(config: Config) -> None:

@@ -112,7 +112,7 @@ def _measuring(
         "train": config.train.model_copy(update=train),
         "loss": config.loss.model_copy(update={"queue_size": 0}),
         # the momentum is that of a target, or of a queue, which is left out
-        "model": config.model.model_copy(
+        "model": config.model.trained_whole.model_copy(
             update={"weights": None}
             if needs_target(config.loss.weights)
             else {"momentum_encoder": None, "weights": None}

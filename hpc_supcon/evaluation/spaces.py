@@ -15,7 +15,7 @@ from ..config import Config
 from ..data import EvalTransform, Source
 from ..distributed.collectives import gather_objects, gather_rows, propagate_errors
 from ..distributed.launch import Runtime
-from ..errors import ConfigError, RunFolderError
+from ..errors import ConfigError, HubError, RunFolderError
 from ..metric_file import METRICS, read_events
 from ..models import PretrainingModel
 from ..seeding import changed_since
@@ -182,7 +182,7 @@ def _initial(folder: Path, config: Config, runtime: Runtime, found: checkpoint.C
             if weights is not None and runtime.is_main and _loaded(folder) not in (None, weights.sha256):
                 raise ConfigError(f"model.weights={config.model.weights} is another file than at that time")
             return model
-    except ConfigError as error:
+    except (ConfigError, HubError) as error:
         if runtime.is_main:
             note(f"embeddings: not drawn before training: {error}")
         return None

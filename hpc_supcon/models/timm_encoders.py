@@ -95,14 +95,14 @@ def _feature_dim(model: nn.Module, in_channels: int, size: int) -> int:
     """Width of the model's output, found by a forward pass on the meta device, which takes milliseconds."""
     with torch.no_grad():
         images = torch.empty(2, in_channels, size, size, device="meta")
-        features = functional_call(model.eval(), _on_meta_once(model), (images,), tie_weights=False)
+        features = functional_call(model.eval(), tensors_on_meta(model), (images,), tie_weights=False)
     model.train()
     if not isinstance(features, torch.Tensor) or features.ndim != 2:
         raise ValueError("it returns no feature vectors")
     return features.shape[1]
 
 
-def _on_meta_once(model: nn.Module) -> dict[str, Tensor]:
+def tensors_on_meta(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers on the meta device, each module's under one name.
 
     Some of timm's models (CoaT) have a module in several places. `functional_call` replaces the tensors of each name

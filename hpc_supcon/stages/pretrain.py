@@ -150,6 +150,7 @@ def _report_start(
         "python": platform.python_version(),
         **({"commit": code_commit(), **_machine(runtime)} if runtime.is_main else {}),
         "parameters": sum(p.numel() for p in model.parameters()),
+        "trained_parameters": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "train_images": len(data.splits.train),
         "steps_per_epoch": training.plan.steps_per_epoch,
         "loader": data.loader,
@@ -161,8 +162,18 @@ def _report_start(
     if training.weights is not None:
         log.log("weights", step, **asdict(training.weights))
         progress.print(training.weights.summary())
+    if facts["trained_parameters"] < facts["parameters"]:
+        progress.print(_partly(config, facts, training.weights is None and step == 0))
     if config.data.loader == "auto":
         progress.print(f"loader: {data.loader} ({data.reason})")
+
+
+def _partly(config: Config, facts: dict[str, Any], is_random: bool) -> str:
+    """A line about a model of which a part is trained; is_random: it starts from random weights."""
+    model = config.model
+    what = f"adapters of rank {model.lora.rank} and heads" if model.train is None else ", ".join(model.train)
+    frozen = "; the rest keeps its random weights: model.weights=null" if is_random else ""
+    return f"trains {facts['trained_parameters']:,} of {facts['parameters']:,} parameters: {what}{frozen}"
 
 
 def _machine(runtime: Runtime) -> dict[str, Any]:

@@ -20,9 +20,11 @@ from ..losses import loss_spec
 from ..models import (
     LoadedWeights,
     PretrainingModel,
+    adapt,
     apply_activation_checkpointing,
-    build_model,
+    build_without_adapters,
     check_deterministic,
+    train_only,
 )
 from ..models import load_weights as load_pretrained
 from ..pruning import GradualPruning, WeightMasks
@@ -67,6 +69,8 @@ def build_training(
             model = start.model
         else:
             model, weights = initial_model(config, description, load_weights=load_weights)
+        if config.model.train is not None:
+            train_only(model, config.model.train)
         check_deterministic(model.encoder, config.model.encoder, description["encoder"], runtime.device)
         views = build_views(config, description)
         plan = build_plan(config, loader.steps_per_epoch)
@@ -93,10 +97,11 @@ def initial_model(
     description: of `describe_model`, or of a checkpoint of the run. Raises ConfigError, UnsafeWeights.
     """
     torch.manual_seed(stream(config.seed, "model"))  # the same on all ranks, so that their weights are equal
-    model = build_model(description)
-    if not load_weights or config.model.weights is None:
-        return model, None
-    return model, load_pretrained(model.encoder, config.model.weights)
+    model, weights = build_without_adapters(description), None
+    if load_weights and config.model.weights is not None:
+        weights = load_pretrained(model.encoder, config.model.weights)
+    adapt(model, description)
+    return model, weights
 
 
 def _build_objective(
@@ -153,6 +158,8 @@ def describe_model(config: Config, splits: Splits) -> dict[str, Any]:
             "norm": model.projection_norm,
             "unit": not any(loss_spec(name).raw for name in config.loss.weights),
         },
+        # left out where there are none, as are the narrower layers
+        **({} if model.lora.rank is None else {"lora": model.lora.model_dump()}),
         "predictor": {"hidden": model.predictor_hidden},
         "heads": heads_of(config.loss.weights),
         "classes": list(splits.classes),

@@ -14,7 +14,7 @@ ROOT = Path(hpc_supcon.__file__).parent
 # each other.
 LAYERS = [
     {"errors", "renamed", "environment", "process"},
-    {"terminal", "notebook", "plugins"},
+    {"terminal", "notebook", "plugins", "hub_names"},
     {"files", "parts"},
     {"run_lock", "metric_file"},
     {"config"},
@@ -36,7 +36,7 @@ NEVER_SEE_A_CONFIG = {
 }  # fmt: skip
 OPTIONAL = {
     "ffcv", "nvidia", "deepspeed", "submitit", "triton", "pyarrow", "onnx", "onnxruntime", "onnxscript",
-    "openTSNE", "umap", "wandb", "mlflow", "datasets", "webdataset",
+    "openTSNE", "umap", "wandb", "mlflow", "datasets", "webdataset", "peft", "transformers", "huggingface_hub",
 }  # fmt: skip
 
 

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from ... import parts
 from .base import Count, Decay, NonNegative, Options, Positive, Probability, Section, StoppingConfig
+from .lora import LoraConfig
 from .names import (
     BackendName,
     EngineName,
@@ -41,9 +42,16 @@ class ModelConfig(Section):
         json_schema_extra={"unit": "px"},
     )
     weights: str | None = Field(
-        description="initial encoder weights: a file of timm, torchvision, SupContrast, solo-learn or MoCo; "
-        "null: random"
+        description="initial encoder weights: a file of timm, torchvision, SupContrast, solo-learn or MoCo; a folder "
+        "that `hpc-supcon push` wrote; hf:NAME or hf:NAME@REVISION, a model on the Hugging Face Hub; null: random"
     )
+    train: tuple[Annotated[str, Field(min_length=1)], ...] | None = Field(
+        min_length=1,
+        description="train only these modules of the encoder, by the beginning of their names, such as "
+        "[layer4, head]: head stands for all heads, projection for one. The rest keeps its weights and BatchNorm "
+        "statistics; null: all is trained",
+    )
+    lora: LoraConfig = Field(description="low-rank adapters")
     out_dim: Count | None = Field(description="size of the features; null is the encoder's own")
     channels: dict[str, tuple[Count, ...]] | None = Field(
         min_length=1,
@@ -67,6 +75,12 @@ class ModelConfig(Section):
         "momentum_encoder in every step"
     )
     sync_bn: bool = Field(description="BatchNorm statistics over all ranks (with more than one rank)")
+
+    @property
+    def trained_whole(self) -> ModelConfig:
+        """The same settings, but for training all weights: of a model whose adapters are merged."""
+        lora = self.lora.model_copy(update={"rank": None, "targets": None})
+        return self.model_copy(update={"train": None, "lora": lora})
 
 
 class LossConfig(Section):
