@@ -11,6 +11,7 @@ from .sources.listing import Note
 from .sources.source import ArraySource, Source, channel_statistics, normalization_of
 from .sources.splits import SOURCES, Splits, convert_splits, load_splits, open_source
 from .sources.stratify import stratified_sample, stratified_split
+from .views.multi_crop import ImageViews, MultiCrop
 from .views.parameters import ViewParameters
 from .views.pixels import EvalTransform
 from .views.views import POLICIES, Views
@@ -30,9 +31,11 @@ __all__ = [
     "DataFingerprint",
     "EvalOrder",
     "EvalTransform",
+    "ImageViews",
     "Loader",
     "LoaderOptions",
     "LongTailAware",
+    "MultiCrop",
     "Note",
     "Order",
     "Source",
