@@ -20,6 +20,9 @@ from .check import Stage, check_config
 from .explain import explain, name_origin, unknown_key
 from .schema import Config
 
+NUMBER_OR_MAPPING = ("data.views",)
+"""Settings that are a number, or a mapping whose keys are given like those of a section."""
+
 
 def recipe_names() -> list[str]:
     folder = resources.files("hpc_supcon.config") / "recipes"
@@ -146,9 +149,9 @@ def merge(
                     f"{where}: {path} is the old name of {prefix}{key}, which is given as well; drop one"
                 )
             path = f"{prefix}{key}"
-        if key not in into:
+        if key not in into and prefix.removesuffix(".") not in NUMBER_OR_MAPPING:
             raise ConfigError(f"{where}: {unknown_key(path, into, prefix)}")
-        if isinstance(into[key], dict):
+        if isinstance(into.get(key), dict) and (path not in NUMBER_OR_MAPPING or isinstance(value, dict)):
             if not isinstance(value, dict):
                 raise ConfigError(f"{where}: {path} is a section with its own keys: {', '.join(into[key])}")
             merge(into[key], value, where, origins, f"{path}.")

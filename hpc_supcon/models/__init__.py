@@ -3,7 +3,7 @@
 from .activation_checkpointing import apply_activation_checkpointing, frozen_running_statistics
 from .build import PretrainingModel, build_head, build_model
 from .determinism import check_deterministic
-from .encoders import ENCODERS, build_encoder
+from .encoders import ENCODERS, build_encoder, check_sizes
 from .heads import (
     NORMS,
     ConvDecoder,
@@ -39,6 +39,7 @@ __all__ = [
     "build_head",
     "build_model",
     "check_deterministic",
+    "check_sizes",
     "frozen_running_statistics",
     "load_weights",
     "set_widths",

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from ..data import Splits, Views, normalization_of
+from ..data import MultiCrop, Splits, Views, normalization_of
 from ..distributed.agreement import ranks_that_differ
 from ..distributed.collectives import propagate_errors
 from ..distributed.launch import Runtime
@@ -23,6 +23,7 @@ from ..models import (
     apply_activation_checkpointing,
     build_model,
     check_deterministic,
+    check_sizes,
 )
 from ..models import load_weights as load_pretrained
 from ..pruning import GradualPruning, WeightMasks
@@ -69,6 +70,10 @@ def build_training(
             model, weights = initial_model(config, description, load_weights=load_weights)
         check_deterministic(model.encoder, config.model.encoder, description["encoder"], runtime.device)
         views = build_views(config, description)
+        if isinstance(views, MultiCrop):
+            check_sizes(
+                model.encoder, config.model.encoder, views.channels, [part.image_size for part in views.parts]
+            )
         plan = build_plan(config, loader.steps_per_epoch)
         objective = _build_objective(config, model, views, plan, runtime)
         if start is not None and start.objective is not None:
@@ -100,16 +105,19 @@ def initial_model(
 
 
 def _build_objective(
-    config: Config, model: PretrainingModel, views: Views, plan: TrainingPlan, runtime: Runtime
+    config: Config, model: PretrainingModel, views: Views | MultiCrop, plan: TrainingPlan, runtime: Runtime
 ) -> Objective:
     """What `model` is trained to minimize; a momentum target starts as its copy."""
     settings = {
         **config.loss.model_dump(),
         "precision": loss_precision(runtime.device, config.loss.precision, config.train.precision),
-        # of MoCo's queue and SwAV's prototypes
+        # of MoCo's queue, and of the prototypes of SwAV and DINO
         "projection_dim": config.model.projection_dim,
-        "views": config.data.views,
+        "views": config.data.views_per_image,
+        "global_views": config.data.crops[0],
         "seed": stream(config.seed, "loss"),
+        "steps_per_epoch": plan.steps_per_epoch,
+        "queue_start_steps": config.loss.queue_start_epoch * plan.steps_per_epoch,
         "frozen_steps": round(config.loss.frozen_epochs * plan.steps_per_epoch),
     }
     target = None
@@ -149,6 +157,8 @@ def describe_model(config: Config, splits: Splits) -> dict[str, Any]:
             "out_dim": model.projection_dim,
             "layers": model.projection_layers,
             "norm": model.projection_norm,
+            # left out as "channels" above
+            **({} if model.projection_activation == "relu" else {"activation": model.projection_activation}),
             "unit": not any(loss_spec(name).raw for name in config.loss.weights),
         },
         "predictor": {"hidden": model.predictor_hidden},
@@ -158,20 +168,22 @@ def describe_model(config: Config, splits: Splits) -> dict[str, Any]:
     }
 
 
-def build_views(config: Config, description: dict[str, Any], *, seed: int = 0) -> Views:
+def build_views(config: Config, description: dict[str, Any], *, seed: int = 0) -> Views | MultiCrop:
     """The random views; `seed`: of a stream. Training reseeds them in every step."""
-    return Views(
-        config.data.views,
-        description["encoder"]["image_size"],
-        **description["normalization"],
-        seed=seed,
-        channels_last=config.train.channels_last,
-        **config.augment.model_dump(),
-    )
+    many, few = config.data.crops
+    settings = config.augment.model_dump(exclude={"local"})
+    settings |= {**description["normalization"], "channels_last": config.train.channels_last}
+    views = Views(many, description["encoder"]["image_size"], **settings, seed=seed)
+    if not few:
+        return views
+    local = config.augment.local.model_dump()
+    both = MultiCrop(views, Views(few, local.pop("image_size"), **{**settings, **local, "crop": "resized"}))
+    both.reseed(seed)
+    return both
 
 
 def _build_state(
-    config: Config, model: PretrainingModel, objective: Objective, views: Views, runtime: Runtime
+    config: Config, model: PretrainingModel, objective: Objective, views: Views | MultiCrop, runtime: Runtime
 ) -> TrainState:
     """The state of a run at its start. Collective. Raises ConfigError for what the engine refuses."""
     train, optim = config.train, config.optim
