@@ -9,6 +9,7 @@ from .schema import Config, names
 
 CONTRASTIVE = frozenset(get_args(names.ContrastiveName))
 OF_VIEWS = frozenset(get_args(names.OfViewsName))
+WITH_PREDICTOR = frozenset(get_args(names.PredictorName))
 MULTI_CROP = frozenset(get_args(names.MultiCropName))
 
 
@@ -31,6 +32,12 @@ def _check_losses(config: Config) -> None:
             raise ConfigError(
                 f"loss.terms: {name} and {others[0]} would shape one projection in two ways; use one of them"
             )
+
+    if config.optim.predictor_schedule != "same" and not terms & WITH_PREDICTOR:
+        raise ConfigError(
+            f"optim.predictor_schedule={config.optim.predictor_schedule}: {config.loss.label} trains no predictor, "
+            f"as {' and '.join(sorted(WITH_PREDICTOR))} do; use same"
+        )
 
 
 def _check_each_view(config: Config) -> None:

@@ -201,7 +201,13 @@ def _build_state(
     ema = None if train.ema is None else WeightAverage(placed, train.ema)
     if train.activation_checkpointing:
         apply_activation_checkpointing(placed.encoder)
-    optimizer = partial(build_optimizer, lr=peak_lr(config), **optim.model_dump(include=OPTIMIZER_SETTINGS))
+    keeps_rate = optim.predictor_schedule == "constant"
+    optimizer = partial(
+        build_optimizer,
+        lr=peak_lr(config),
+        constant=list(placed.heads["prediction"].parameters()) if keeps_rate else [],
+        **optim.model_dump(include=OPTIMIZER_SETTINGS),
+    )
     parts = EngineParts(
         model=placed,
         objective=objective,

@@ -25,6 +25,11 @@ FORMS = {
     "barlow_twins": ["model.projection_layers=3", "model.projection_norm=hidden", "optim.lr=0.01"],
     "vicreg": ["model.projection_layers=3", "model.projection_norm=hidden", "optim.lr=0.01"],
     "simsiam": ["model.projection_norm=all", "model.predictor_hidden=6"],
+    "simsiam, constant": [
+        "model.projection_norm=all",
+        "model.predictor_hidden=6",
+        "optim.predictor_schedule=constant",
+    ],
     "byol": ["model.momentum_encoder=0.9", "model.momentum_final=1.0", "model.predictor_hidden=6"],
     "moco_v2": ["model.momentum_encoder=0.9", "loss.queue_size=40"],
     "swav": ["loss.prototypes=5", "loss.frozen_epochs=0.4"],

@@ -24,6 +24,8 @@ OfViewsName = Literal["barlow_twins", "vicreg", "simsiam", "byol", "moco_v2", "s
 """Losses that compare the views of images, without labels, and shape a projection of their own."""
 MultiCropName = Literal["swav", "dino"]
 """Those that take views of two sizes."""
+PredictorName = Literal["simsiam", "byol"]
+"""Those that train a predictor."""
 TargetName = Literal["byol", "moco_v2", "dino"]
 """Those that aim at the embeddings of a momentum target."""
 PairwiseName = Literal[ContrastiveName, OfViewsName, "triplet"]

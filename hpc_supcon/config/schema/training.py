@@ -177,6 +177,10 @@ class OptimConfig(Section):
         description="linear warm-up, given in steps (then warmup_epochs is 0)", json_schema_extra={"unit": "steps"}
     )
     final_lr_fraction: Probability = Field(description="cosine and one_cycle end at this share of the peak")
+    predictor_schedule: Literal["same", "constant"] = Field(
+        description="simsiam, byol: the predictor's learning rate; same: as all others; constant: the peak in every "
+        "step (SimSiam)"
+    )
     milestones: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
         min_length=1, description="step: shares of the training after which the rate is multiplied by gamma"
     )

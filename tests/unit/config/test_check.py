@@ -82,6 +82,10 @@ PRETRAIN = [
         ["loss.name=swav", "loss.queue_size=8", "model.momentum_encoder=0.9"],
         r"momentum_encoder makes the keys of a queue",
     ),
+    (
+        ["optim.predictor_schedule=constant"],
+        r"predictor_schedule=constant: supcon_out trains no predictor, as byol and",
+    ),
     # views of two sizes
     *[
         ([f"loss.name={name}", MULTI_CROP], rf"data\.views={{global: 2, local: 4}}: {name} takes views of one size")

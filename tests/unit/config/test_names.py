@@ -85,6 +85,7 @@ def losses_by(fact) -> set[str]:
         (names.ContrastiveName, losses_by(lambda spec: spec.contrastive)),
         (names.MultiCropName, losses_by(lambda spec: spec.multi_crop)),
         (names.OfViewsName, losses_by(lambda spec: spec.of_views)),
+        (names.PredictorName, losses_by(lambda spec: spec.head == "prediction")),
         (names.TargetName, losses_by(lambda spec: spec.other == "target")),
         (names.PairwiseName, losses_by(lambda spec: spec.pairwise)),
         (names.ClassifierLossName, losses_by(lambda spec: spec.head == "classifier")),
