@@ -18,18 +18,18 @@ class Crops:
     def __init__(
         self,
         image_size: int,
-        *,
-        random: bool,
-        padding: int | None,
+        policy: str,
+        crop: Literal["auto", "resized", "padded"],
+        padding: int,
         padding_mode: Literal["zeros", "reflect"],
         scale: tuple[float, float],
         ratio: tuple[float, float],
     ) -> None:
-        """image_size: side of the views in pixels. random: False shows the whole image, resized. padding: more pixels
-        on each side, of which a square is taken; None: resized crops. scale, ratio: see `crop_boxes.draw_boxes`."""
-        self.image_size, self.random, self.scale, self.ratio = image_size, random, scale, ratio
-        self.padding = padding
-        self.outside = None if padding is None else padding_mode
+        """image_size: side of the views in pixels. policy: none shows the whole image, resized. Others: see Views."""
+        self.image_size, self.random, self.scale, self.ratio = image_size, policy != "none", scale, ratio
+        padded = self.random and (crop == "padded" or (crop == "auto" and policy == "pad_crop"))
+        self.padding = padding if padded else None
+        self.outside = padding_mode if padded else None
 
     def draw(self, n: int, height: int, width: int, generator: torch.Generator, device: torch.device) -> Tensor:
         """int64 [n, 4] on `device`, where `generator` is: boxes in images of this size. Raises ConfigError."""

@@ -113,15 +113,7 @@ class Views(nn.Module):
             raise ConfigError(unknown_name("augment.policy", policy, POLICIES))
         self.operations = POLICIES[policy](autoaugment=autoaugment, randaugment=randaugment or {})
         self.count, self.image_size, self.dtype, self.channels_last = count, image_size, dtype, channels_last
-        padded = policy != "none" and (crop == "padded" or (crop == "auto" and policy == "pad_crop"))
-        self.crops = Crops(
-            image_size,
-            random=policy != "none",
-            padding=padding if padded else None,
-            padding_mode=padding_mode,
-            scale=crop_scale,
-            ratio=crop_ratio,
-        )
+        self.crops = Crops(image_size, policy, crop, padding, padding_mode, crop_scale, crop_ratio)
         # Not persistent: they belong to the configuration of the run, not to the weights in a checkpoint.
         self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.float32), persistent=False)
         self.register_buffer("std", torch.as_tensor(std, dtype=torch.float32), persistent=False)
