@@ -15,6 +15,7 @@ from .sources.source import ArraySource, Source, channel_statistics, normalizati
 from .sources.splits import Splits, convert_splits, load_splits, open_source
 from .sources.stratify import stratified_sample, stratified_split
 from .sources.tables import Columns
+from .views.multi_crop import ImageViews, MultiCrop
 from .views.parameters import ViewParameters
 from .views.pixels import EvalTransform
 from .views.views import POLICIES, Views
@@ -38,9 +39,11 @@ __all__ = [
     "Datasets",
     "EvalOrder",
     "EvalTransform",
+    "ImageViews",
     "Loader",
     "LoaderOptions",
     "LongTailAware",
+    "MultiCrop",
     "Note",
     "Order",
     "Source",

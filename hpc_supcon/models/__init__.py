@@ -3,7 +3,7 @@
 from .activation_checkpointing import apply_activation_checkpointing, frozen_running_statistics
 from .build import PretrainingModel, adapt, build_head, build_model, build_without_adapters, merged
 from .determinism import check_deterministic
-from .encoders import ENCODERS, build_encoder
+from .encoders import ENCODERS, build_encoder, check_sizes
 from .freezing import train_only
 from .heads import (
     NORMS,
@@ -42,6 +42,7 @@ __all__ = [
     "build_model",
     "build_without_adapters",
     "check_deterministic",
+    "check_sizes",
     "frozen_running_statistics",
     "load_weights",
     "merged",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 
 from .encoders import build_encoder
@@ -16,7 +17,8 @@ from .lora import add_adapters, merge_adapters
 class PretrainingModel(nn.Module):
     """An encoder with named heads: views [B, V, C, H, W] -> {head: its output [B, V, ...]}.
 
-    A head named "prediction" takes the output of "projection", which comes before it; all others take the features.
+    Views of several sizes are given as a tensor for each size; the outputs have all views in that order. A head named
+    "prediction" takes the output of "projection", which comes before it; all others take the features.
     """
 
     encoder: nn.Module
@@ -36,13 +38,20 @@ class PretrainingModel(nn.Module):
             self.get_submodule(name).eval()
         return self
 
-    def forward(self, views: Tensor) -> dict[str, Tensor]:
-        # All views in one forward pass, so that BatchNorm computes one set of statistics over all of them.
-        features = self.encoder(views.flatten(0, 1))
+    def forward(self, views: Tensor | tuple[Tensor, ...]) -> dict[str, Tensor]:
+        # All views in one forward pass, so that BatchNorm computes one set of statistics over all of them; with
+        # several sizes one pass of the encoder for each, and one of the heads, as SwAV's and DINO's authors have it.
+        sizes = (views,) if isinstance(views, Tensor) else views
+        found = [self.encoder(x.flatten(0, 1)) for x in sizes]
+        shape = (len(sizes[0]), sum(x.shape[1] for x in sizes))
+        features = found[0]
+        if len(found) > 1:
+            own = [f.unflatten(0, x.shape[:2]) for f, x in zip(found, sizes, strict=True)]
+            features = torch.cat(own, dim=1).flatten(0, 1)
         outputs: dict[str, Tensor] = {}
         for name, head in self.heads.items():
             outputs[name] = head(outputs["projection"] if name == "prediction" else features)
-        return {name: output.unflatten(0, views.shape[:2]) for name, output in outputs.items()}
+        return {name: output.unflatten(0, shape) for name, output in outputs.items()}
 
 
 def build_model(description: Mapping[str, Any]) -> PretrainingModel:

@@ -9,11 +9,11 @@ from typing import Any, cast
 import timm
 from torch import Tensor, nn
 
-from ..errors import ConfigError, unknown_name
+from ..errors import ConfigError, first_line, unknown_name
 from ..parts import check_no_shadow, find
 from .own_encoder import build_own_encoder
 from .pooling import AveragePool2d, GlobalMaxPool2d
-from .timm_encoders import STEMS, build_timm_encoder, only_its_own_stem, resize_inputs, too_small
+from .timm_encoders import STEMS, build_timm_encoder, feature_dim_at, only_its_own_stem, resize_inputs, too_small
 from .widths import set_widths
 
 
@@ -194,3 +194,15 @@ def build_encoder(
     if channels:
         set_widths(encoder, channels)
     return encoder
+
+
+def check_sizes(encoder: nn.Module, name: str, in_channels: int, sizes: Sequence[int]) -> None:
+    """Raise ConfigError where an encoder that was built cannot take square images of one of these sizes in px."""
+    for size in sizes:
+        try:
+            feature_dim_at(encoder, in_channels, size)
+        except Exception as error:  # of any type: the model does not accept this size
+            raise ConfigError(
+                f"model.encoder={name} cannot take local views of {size} px beside global ones of {max(sizes)} px: "
+                f"{first_line(error)}; change augment.local.image_size, or use another encoder"
+            ) from None

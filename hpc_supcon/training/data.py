@@ -123,7 +123,7 @@ def loader_options(config: Config) -> LoaderOptions:
     crop = None
     if data.crop_while_decoding:
         assert data.image_size is not None  # see config.check
-        crop = CropOptions(data.views, data.image_size, augment.crop_scale, augment.crop_ratio)
+        crop = CropOptions(data.views_per_image, data.image_size, augment.crop_scale, augment.crop_ratio)
     return LoaderOptions(data.workers, data.timeout_s, data.on_corrupt, crop)
 
 
@@ -169,7 +169,7 @@ def build_training_order(config: Config, splits: Splits) -> Order:
 
 def _check_batches(config: Config, order: Order, splits: Splits) -> None:
     """Raise DataError when a batch of the first epoch has no two images of one class, and the loss needs pairs."""
-    if config.data.views > 1 or not any(loss_spec(term).needs_pairs for term in config.loss.weights):
+    if config.data.views_per_image > 1 or not any(loss_spec(term).needs_pairs for term in config.loss.weights):
         return
     labels = splits.train.labels[order.epoch(config.seed, 0, 0, 1)].sort(dim=1).values
     all_different = (labels[:, 1:] != labels[:, :-1]).all(dim=1)

@@ -1,11 +1,11 @@
 """Exponential moving averages of a model's weights: for evaluation, as the momentum encoder of a queue, and as the
-momentum target of BYOL and MoCo."""
+momentum target of BYOL, MoCo and DINO."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -92,10 +92,11 @@ class MomentumTarget(nn.Module):
         projections: Tensor = self.network(views)["projection"]
         return projections
 
-    def update(self, model: PretrainingModel, step: int) -> None:
-        """Call after the optimizer step number `step`, counted from 0."""
-        online = [*model.encoder.parameters(), *model.heads["projection"].parameters()]
-        update_average(self.network.parameters(), online, self._momentum(step))
+    def update(self, model: PretrainingModel, step: int, also: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
+        """Call after the optimizer step number `step`, counted from 0. also: more (averages, weights)."""
+        online = [*model.encoder.parameters(), *model.heads["projection"].parameters(), *(w for _, w in also)]
+        average = [*self.network.parameters(), *(a for a, _ in also)]
+        update_average(average, online, self._momentum(step))
 
 
 def momentum_at(step: int, *, base: float, final: float | None, steps: int) -> float:
