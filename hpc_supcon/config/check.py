@@ -10,6 +10,7 @@ from pathlib import PurePath
 from typing import Literal, get_args
 
 from ..errors import ConfigError
+from .check_channels import check_channels
 from .check_evaluation import check_probes, check_pruning, check_report, check_target, has_no_validation
 from .check_labels import check_labels
 from .deepspeed import check_own_keys
@@ -34,11 +35,11 @@ def check_config(
 ) -> None:
     """Raise ConfigError where settings contradict each other. Reads neither data nor device.
 
-    stages: those that will run; what only others use is not checked. (The fine-tuning of `prune` is a pre-training
-    with settings of its own.) world_size: number of ranks, where it is known.
+    stages: those that will run; what only others use is not checked. world_size: of the ranks, where it is known.
     """
     if stages:
         _check_loader(config)
+        check_channels(config, stages)
         check_labels(config, stages)
     if "pretrain" in stages:
         check_encoder(config.model.encoder)

@@ -2,18 +2,20 @@
 
 from .corruptions import CORRUPTIONS, SEVERITIES, corrupt
 from .fingerprint import DataFingerprint, class_differences, fingerprint
+from .levels import bits_of, check_depth, dtype_of, full_scale, is_picture, random_levels
 from .loaders import LOADERS, CropOptions, LoaderOptions, build_loader, choose_loader, replaced_on_all_ranks
 from .loaders.base import Batch, Loader
 from .order import EvalOrder, Order, TrainOrder
 from .samplers import SAMPLERS, ClassBalanced, LongTailAware, build_order
 from .sources.beton import BetonSource, open_beton
 from .sources.listing import Note
-from .sources.source import ArraySource, Source, channel_statistics, normalization_of
+from .sources.source import ArraySource, Source, channel_statistics, normalization_of, pixel_dtype
 from .sources.splits import SOURCES, Splits, convert_splits, load_splits, open_source
 from .sources.stratify import stratified_sample, stratified_split
 from .views.parameters import ViewParameters
 from .views.pixels import EvalTransform
-from .views.views import POLICIES, Views
+from .views.policies import POLICIES
+from .views.views import Views
 
 __all__ = [
     "CORRUPTIONS",
@@ -40,18 +42,25 @@ __all__ = [
     "TrainOrder",
     "ViewParameters",
     "Views",
+    "bits_of",
     "build_loader",
     "build_order",
     "channel_statistics",
+    "check_depth",
     "choose_loader",
     "class_differences",
     "convert_splits",
     "corrupt",
+    "dtype_of",
     "fingerprint",
+    "full_scale",
+    "is_picture",
     "load_splits",
     "normalization_of",
     "open_beton",
     "open_source",
+    "pixel_dtype",
+    "random_levels",
     "replaced_on_all_ranks",
     "stratified_sample",
     "stratified_split",

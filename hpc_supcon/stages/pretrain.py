@@ -120,6 +120,8 @@ def _report_start(
     if training.weights is not None:
         log.log("weights", step, **asdict(training.weights))
         progress.print(training.weights.summary())
+    if training.state.views.left_out:
+        progress.print(training.state.views.left_out)
     if config.data.loader == "auto":
         progress.print(f"loader: {data.loader} ({data.reason})")
 

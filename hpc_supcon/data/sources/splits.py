@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...errors import ConfigError, DataError, unknown_name
+from ..levels import MAX_CHANNELS
 from .beton import open_beton, read_manifest
 from .builtin import digits, synthetic
 from .convert import convert
@@ -83,8 +84,8 @@ class SourceOptions:
     note: Note | None = None
 
     def __post_init__(self) -> None:
-        if self.channels not in (None, 1, 3):
-            raise ConfigError(f"data.channels must be 1 (gray) or 3 (RGB), not {self.channels}")
+        if self.channels is not None and not 1 <= self.channels <= MAX_CHANNELS:
+            raise ConfigError(f"data.channels must be within 1..{MAX_CHANNELS}, not {self.channels}")
         if self.image_size is not None and self.image_size < 1:
             raise ConfigError(f"data.image_size must be at least 1 pixel, not {self.image_size}")
 
@@ -166,8 +167,9 @@ def load_splits(
     see `open_beton`.
 
     root: folder of the files (not for digits and synthetic). download: fetch them where they are missing.
-    image_size (pixels) and channels (1 or 3): what images are converted to; None keeps theirs. exif: whether images
-    of a folder are turned upright. labels: none for a folder of images without labels, see `open_unlabeled`.
+    image_size (pixels) and channels: what images are converted to; None keeps theirs. Only gray and
+    RGB are converted, to each other: another number must be that of the images. exif: whether images of a
+    folder are turned upright. labels: none for a folder of images without labels, see `open_unlabeled`.
     validation_fraction in [0, 1): share of train that becomes the validation split, stratified, drawn with `seed`;
     0 gives none. A data set with a validation split keeps it. train_images: train on this many of the images that
     are left, in the same proportions of classes. synthetic: arguments of `builtin.synthetic`, for that name only.
