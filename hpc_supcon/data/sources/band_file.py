@@ -37,7 +37,7 @@ from .image_file import (
     turn_of,
 )
 from .source import channels_error, fit_images
-from .tiff_file import GRAY, gray_pages, is_tiff, read_pages, read_tiff
+from .tiff_file import GRAY, gray_pages, is_part, is_tiff, read_pages, read_tiff
 
 _STORED_MODES = {"LA": 2, "RGBA": 4, "CMYK": 4, **CHANNELS_OF_MODE}
 """Pillow's modes of 8-bit channels that are read as they are stored."""
@@ -92,7 +92,7 @@ def _form_of_picture(path: Path, exif: Exif, channels: int | None) -> StoredForm
                     f"image {path} has {pages} gray pages of one size: data.channels={pages} reads them as channels, "
                     "data.channels=1 the first one alone"
                 )
-            if deep or pages == channels != 1 or channels not in (None, *PICTURE_CHANNELS):
+            if deep or is_part(image) or pages == channels != 1 or channels not in (None, *PICTURE_CHANNELS):
                 return None
             if channels is None and image.mode not in CHANNELS_OF_MODE:
                 raise mode_error(path, image.mode)
@@ -118,8 +118,10 @@ def _pixels_of_picture(path: Path, image_format: ImageFormat) -> Pixels | None:
     if path.suffix.lower() not in FORMATS["TIFF"]:
         return None
     with opened(path) as image, named(f"image {path}"):
-        stacks = image_format.convert and gray_pages(image) == image_format.channels > 1
-        return read_pages(image) if stacks else None
+        if not is_part(image):
+            stacks = image_format.convert and gray_pages(image) == image_format.channels > 1
+            return read_pages(image) if stacks else None
+    return read_tiff(path, image_format.channels)
 
 
 def _as_picture(path: Path, pixels: Pixels, image_format: ImageFormat) -> Image.Image:

@@ -18,6 +18,8 @@ from .bands import Pixels
 from .image_file import check_pixels, named, open_image, regular
 
 _MAGIC = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
+_SAMPLES = 277
+"""Tag of a TIFF: numbers of a pixel. Pillow reads one of several as gray where each has a plane of its own."""
 _ORIENTATION = 274
 """Tag of a TIFF: which way its rows and columns run, numbered as in EXIF."""
 GRAY = {"L": np.uint8, "I;16": np.uint16, "I;16L": np.uint16, "I;16B": np.uint16, "I;16N": np.uint16}
@@ -30,10 +32,15 @@ def is_tiff(path: Path) -> bool:
         return file.read(4) in _MAGIC
 
 
+def is_part(image: Image.Image) -> bool:
+    """Whether Pillow would read one of several samples of the pixels of a TIFF."""
+    return image.format == "TIFF" and image.mode in GRAY and image.tag_v2.get(_SAMPLES, 1) > 1  # type: ignore[attr-defined]
+
+
 def gray_pages(image: Image.Image) -> int:
     """How many pages a TIFF has that are all gray, of one size and depth; 1 where they are not."""
     n = getattr(image, "n_frames", 1)
-    if image.format != "TIFF" or n == 1 or image.mode not in GRAY:
+    if image.format != "TIFF" or n == 1 or image.mode not in GRAY or is_part(image):
         return 1
     forms = set()
     for page in range(n):
@@ -66,7 +73,7 @@ def read_tiff(path: Path, channels: int | None) -> Pixels:
             image = open_image(file)
         except UnidentifiedImageError:
             image = None
-        if image is not None and image.mode in GRAY:
+        if image is not None and image.mode in GRAY and not is_part(image):
             pages = gray_pages(image)
             stacked = read_pages(image) if channels not in (1, 3) or channels == pages else None
             return np.array(image, dtype=GRAY[image.mode])[None] if stacked is None else stacked
