@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 from ..errors import ConfigError
+from .check_channels import check_channels
 from .check_data import check_data
 from .check_evaluation import check_probes, check_pruning, check_report, check_target, has_no_validation
 from .check_labels import check_labels
@@ -36,12 +37,12 @@ def check_config(
 ) -> None:
     """Raise ConfigError where settings contradict each other. Reads neither data nor device.
 
-    stages: those that will run; what only others use is not checked. (The fine-tuning of `prune` is a pre-training
-    with settings of its own.) world_size: number of ranks, where it is known.
+    stages: those that will run; what only others use is not checked. world_size: of the ranks, where it is known.
     """
     if stages:
         check_parts(config, stages)
         check_data(config)
+        check_channels(config, stages)
         check_labels(config, stages)
     if "pretrain" in stages:
         check_encoder(config.model.encoder)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from .. import checkpoint, run_folder
 from ..config import Config
-from ..data import EvalTransform, Source
+from ..data import EvalTransform, Source, full_scale
 from ..distributed.collectives import gather_objects, gather_rows, propagate_errors
 from ..distributed.launch import Runtime
 from ..errors import ConfigError, HubError, RunFolderError
@@ -79,7 +79,7 @@ class Spaces(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         found: dict[str, Tensor] = {}
         if "pixels" in self.widths:
-            found["pixels"] = F.adaptive_avg_pool2d(images.float() / 255, self.side).flatten(1)
+            found["pixels"] = F.adaptive_avg_pool2d(images.float() / full_scale(images.dtype), self.side).flatten(1)
         if self.model is not None and self.transform is not None:
             found["encoder"] = self.model.encoder(self.transform(images))
             if "projection" in self.widths:

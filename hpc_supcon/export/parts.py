@@ -33,7 +33,8 @@ class ModelPart:
     """Normalized images float32 [N, C, S, S] -> the output that PARTS names."""
     description: dict[str, Any]
     """Plain data from which `build_part` builds the module again: part, checkpoint (name of the folder it was loaded
-    from), channels (1: gray, 3: RGB), image_size (px), normalization (mean and std per channel, in units of 0..1),
+    from), channels (1: gray, 3: RGB), image_size (px), normalization (mean and std per channel, in units of 0..1, and
+    bits of the images where they are not 8),
     classes (names: those of the run or, for logits, of their columns), encoder, projection and probe (how to build
     them; null where there is none)."""
 
@@ -52,16 +53,21 @@ class ModelPart:
         return self.description["channels"], size, size
 
     @property
+    def bits(self) -> int:
+        """Of each channel of an image, 8 or 16."""
+        return int(self.description["normalization"].get("bits", 8))
+
+    @property
     def classes(self) -> tuple[str, ...]:
         return tuple(self.description["classes"])
 
     def with_normalization(self) -> nn.Sequential:
-        """uint8 images [N, C, S, S] -> the output, as evaluation computes it."""
+        """Images uint8 or uint16 (see `bits`) [N, C, S, S] -> the output, as evaluation computes it."""
         return nn.Sequential(EvalTransform(**self.description["normalization"]), self.module).eval()
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 images [N, C, S, S] on the CPU -> the output."""
+        """Images [N, C, S, S] on the CPU -> the output."""
         return self.with_normalization()(images)
 
 
@@ -154,7 +160,7 @@ def model_part(
     *,
     checkpoint: str,
     classes: list[str],
-    normalization: dict[str, list[float]],
+    normalization: dict[str, Any],
     encoder: dict[str, Any] | None,
     projection: dict[str, Any] | None = None,
     probe: dict[str, Any] | None = None,

@@ -83,8 +83,8 @@ def check_target(path: Path, *, force: bool) -> None:
 
 
 def _write(run: Path, folder: Path, to: str, license: str | None, page: bool) -> Written:
-    from ..report.page import render
-    from ..report.runs import page_of_runs
+    from ..pages.page import render
+    from ..pages.runs import page_of_runs
 
     name = run_folder.read_config(run).name
     try:

@@ -153,7 +153,7 @@ def build_encoder(
     Args:
         name: a key of ENCODERS, any name in `timm.list_models()`, or that of an encoder of a user's own (see
             own_encoder.py).
-        in_channels: 1 or 3, the images' channels.
+        in_channels: the images' channels, 1..64.
         image_size: side of the square images in px.
         stem: "small" (a 3x3 convolution of stride 1, no max-pool), "standard" (the architecture's, made for 224 px)
             or "auto", which is small for images up to 64 px. timm's ResNets and DenseNets have both (see

@@ -185,7 +185,8 @@ class ConvDecoder(nn.Module):
         for c_in, c_out, side in ((128, 64, sides[2]), (64, 32, sides[1]), (32, channels, sides[0])):
             # a stride-2 convolution maps both 2s - 1 and 2s to s: the output padding selects the right one
             layers.append(nn.ConvTranspose2d(c_in, c_out, 3, 2, 1, output_padding=1 - side % 2))
-            layers += [nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)] if c_out != channels else [nn.Tanh()]
+            layers += [nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)]
+        layers[-2:] = [nn.Tanh()]  # of the images
         self.convs = nn.Sequential(*layers)
         for layer in layers:
             if isinstance(layer, nn.ConvTranspose2d):

@@ -228,4 +228,6 @@ def _wrong_shapes(
             hint = f"; the file has the other stem: set model.stem={'standard' if value.shape[-1] == 7 else 'small'}"
         elif value.shape[1] != target.shape[1]:
             hint = f"; the file is for images of {value.shape[1]} channels: set data.channels={value.shape[1]}"
+            if target.shape[1] not in (1, 3):  # which are converted to no other number
+                hint = f"; the file is for images of {value.shape[1]} channels, not {target.shape[1]}: use null"
     return ConfigError(f"model.weights={path}: shapes differ: {shown}{more}{hint}")

@@ -164,6 +164,8 @@ def _report_start(
         progress.print(training.weights.summary())
     if facts["trained_parameters"] < facts["parameters"]:
         progress.print(_partly(config, facts, training.weights is None and step == 0))
+    if training.state.views.left_out:
+        progress.print(training.state.views.left_out)
     if config.data.loader == "auto":
         progress.print(f"loader: {data.loader} ({data.reason})")
 

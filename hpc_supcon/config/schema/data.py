@@ -18,12 +18,15 @@ from .names import (
     SourceName,
 )
 
+Channels = Annotated[int, Field(ge=1, le=64)]
+
 
 class SyntheticConfig(Section):
     images: Count = Field(description="number of training images", json_schema_extra={"unit": "images"})
     classes: Annotated[int, Field(ge=2)] = Field(description="number of classes")
-    channels: Literal[1, 3] = Field(description="1 is gray, 3 is RGB")
+    channels: Channels = Field(description="1 is gray, 3 is RGB")
     image_size: Count = Field(description="side of the square images", json_schema_extra={"unit": "px"})
+    bits: Literal[8, 16] = Field(description="of the levels: 8 gives 0..255, 16 gives 0..65535")
 
 
 class ColumnsConfig(Section):
@@ -58,8 +61,9 @@ class DataConfig(Section):
         description="resize the shorter side to this and crop the center; null keeps the images' own size",
         json_schema_extra={"unit": "px"},
     )
-    channels: Literal[1, 3] | None = Field(
-        description="convert every image to 1 (gray) or 3 (RGB) channels; null: all must have the same number"
+    channels: Channels | None = Field(
+        description="convert every image to 1 (gray) or 3 (RGB) channels; any other number must be that of the "
+        "images; null: all must have the same number"
     )
     exif: Literal["transpose", "ignore"] = Field(
         description="image files; transpose: images are turned upright by their EXIF orientation; ignore: they are "
@@ -102,8 +106,8 @@ class DataConfig(Section):
         description="read the images from these .beton files (made of data.source by `hpc-supcon convert`)"
     )
     loader: LoaderName = Field(
-        description="resident: the whole set as uint8 on the device; torch: worker processes; ffcv: .beton files; "
-        "dali: image files, decoded by NVIDIA DALI; auto: the fastest one that fits"
+        description="resident: the whole set on the device, as it is stored; torch: worker processes; ffcv: .beton "
+        "files; dali: image files, decoded by NVIDIA DALI; auto: the fastest one that fits"
     )
     workers: Count = Field(description="processes or threads that decode, per rank")
     timeout_s: Positive = Field(description="longest wait for one batch", json_schema_extra={"unit": "s"})
@@ -159,7 +163,8 @@ ViewProbability = Probability | tuple[Probability, ...]
 class AugmentConfig(Section):
     policy: PolicyName | OwnPolicy = Field(
         description="none: resize alone; flip_crop, pad_crop: crop and flip; simaugment: crop, flip, color jitter, "
-        "gray, blur, solarization; autoaugment, randaugment and policies of your own: crop, flip, their operations"
+        "gray, blur, solarization, for other than 1 or 3 channels crop, flip, blur; autoaugment, randaugment: crop, "
+        "flip, their operations, for 8-bit images of 1 or 3 channels; policies of your own: crop, flip, what they do"
     )
     options: Options = Field(description="arguments of a policy of your own; null: none")
     crop: Literal["auto", "resized", "padded"] = Field(

@@ -20,8 +20,9 @@ from PIL import Image
 from torch import Tensor
 
 from ...errors import DataError
+from .bands import Pixels
 from .image_file import MODE_OF_CHANNELS, Exif, named, open_image
-from .source import Pixels, channels_first, resize_and_crop, stack_images
+from .source import channels_first, resize_and_crop, stack_images
 
 FORMAT = "hpc-supcon beton 1"
 JPEG, RAW = 0, 1

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ..crop_boxes import draw_boxes, draw_padded_boxes
-from .levels import to_planes
-from .pixels import copy_async, cut_windows, flip_selected, resample
+from .pixels import copy_async, cut_windows, flip_selected, planes_of, resample
 
 
 class Crops:
@@ -55,6 +54,6 @@ class Crops:
         """
         if self.padding is not None and self.outside is not None:
             windows = cut_windows(images, boxes, self.image_size, self.padding, self.outside)
-            return to_planes(flip_selected(windows, torch.arange(len(flip)), flip))
+            return planes_of(flip_selected(windows, torch.arange(len(flip)), flip))
         flip = copy_async(flip, images.device)
         return resample(images, boxes.unsqueeze(1), flip.unsqueeze(1), self.image_size).squeeze(2)

@@ -40,6 +40,11 @@ class MultiCrop(nn.Module):
     def channels(self) -> int:
         return self.global_views.channels
 
+    @property
+    def left_out(self) -> str:
+        """See `Views.left_out`."""
+        return self.global_views.left_out
+
     def forward(self, images: Tensor) -> ImageViews:
         """Draw, then render: see `Views.forward`."""
         return self.render(images, self.draw(len(images), images.shape[-2], images.shape[-1]))

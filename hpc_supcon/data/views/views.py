@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ...errors import ConfigError, unknown_name
 from ...parts import find
 from ..crop_boxes import check_crops
+from ..levels import PICTURE_CHANNELS, check_depth, dtype_of, full_scale, is_picture, movable
 from .color import (
     Jitter,
     PerView,
@@ -27,22 +28,11 @@ from .color import (
     solarize,
 )
 from .crops import Crops
-from .levels import span, to_levels, to_planes
 from .ops import operate_
 from .own_policy import OwnPolicy
 from .parameters import ViewParameters
-from .pixels import copy_async, flip_selected, normalize_, normalize_levels_
-from .policies import AutoAugment, RandAugment
-
-POLICIES: dict[str, Callable[..., AutoAugment | RandAugment | None]] = {
-    "none": lambda **_: None,
-    "flip_crop": lambda **_: None,
-    "pad_crop": lambda **_: None,
-    "simaugment": lambda **_: None,
-    "autoaugment": lambda *, autoaugment, **_: AutoAugment(autoaugment),
-    "randaugment": lambda *, randaugment, **_: RandAugment(**randaugment),
-}
-"""`augment.policy` -> the operations it adds to crop and flip, if any."""
+from .pixels import copy_async, flip_selected, normalize_, normalize_levels_, planes_of, span, to_levels
+from .policies import POLICIES, check_policy, left_out
 
 FUSED_SIDE = 64
 """Largest side in pixels of the images and views that one kernel computes on CUDA."""
@@ -51,7 +41,7 @@ CPU_CACHE = 1 << 22
 
 
 class Views(nn.Module):
-    """uint8 [B, C, H, W] -> float [B, V, C, S, S], normalized; from uint8 [B, V, C, S, S] where they are cropped.
+    """uint8 or uint16 [B, C, H, W] -> float [B, V, C, S, S], normalized; from [B, V, C, S, S] where they are cropped.
 
     Policies, each distributed and computed as torchvision's transforms do for single images:
 
@@ -59,7 +49,9 @@ class Views(nn.Module):
     - flip_crop: random resized crop, flip
     - pad_crop: random crop of the padded image, flip
     - simaugment: crop, flip, color jitter, gray, gaussian blur (SimCLR's), solarization (BYOL's)
-    - autoaugment, randaugment: crop, flip, then their operations on whole gray levels
+    - autoaugment, randaugment: crop, flip, then their operations on whole gray levels, of 8-bit gray and RGB alone
+
+    Images of other than 1 or 3 channels get no color jitter (see policies.left_out).
 
     Everything random is drawn from the module's own generators, which `reseed` starts anew: one on the CPU and,
     for boxes and factors on CUDA, a second one there. Small images on CUDA take one kernel (triton.py), all others
@@ -88,6 +80,7 @@ class Views(nn.Module):
         *,
         mean: Tensor | Sequence[float],
         std: Tensor | Sequence[float],
+        bits: int = 8,
         policy: str = "simaugment",
         crop: Literal["auto", "resized", "padded"] = "auto",
         padding: int = 4,
@@ -125,16 +118,20 @@ class Views(nn.Module):
         # Not persistent: they belong to the configuration of the run, not to the weights in a checkpoint.
         self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.float32), persistent=False)
         self.register_buffer("std", torch.as_tensor(std, dtype=torch.float32), persistent=False)
-        self.channels = len(self.mean)
-        photometric = policy == "simaugment"
+        self.channels, self.pixels = len(self.mean), dtype_of(bits)
+        check_policy(policy, self.channels, bits)
+        photometric = policy == "simaugment" and self.channels in PICTURE_CHANNELS
         color = photometric and self.channels == 3
         strengths = (brightness * photometric, contrast * photometric, saturation * color, hue * color)
         self.jitter = Jitter(strengths, jitter_probability)
         self.jitters = bool(self.jitter.permutations)
         self.flip, self.grayscale = flip * self.crops.random, grayscale * color
-        self.blur = per_view("blur", blur, count) * photometric
+        is_simaugment = policy == "simaugment"
+        self.blur = per_view("blur", blur, count) * is_simaugment
         self.solarize = per_view("solarize", solarize, count) * photometric
         self.blurs, self.solarizes = bool(self.blur.any()), bool(self.solarize.any())
+        self.left_out = left_out(policy, self.channels)
+        """A line for the user about what these images do not get of the policy; empty where they get all of it."""
         changes = (self.jitters, self.operations, self.grayscale, self.blurs, self.solarizes, self.own)
         self.changes_colors = any(map(bool, changes))
         if self.blurs and image_size < 2:
@@ -144,7 +141,7 @@ class Views(nn.Module):
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 [B, C, H, W] or [B, V, C, S, S] -> float [B, V, C, S, S], same device; advances the generators."""
+        """Levels [B, C, H, W] or [B, V, C, S, S] -> float [B, V, C, S, S], same device; advances the generators."""
         return self.render(images, self.draw(len(images), images.shape[-2], images.shape[-1]))
 
     def draw(self, batch: int, height: int, width: int) -> ViewParameters:
@@ -190,6 +187,7 @@ class Views(nn.Module):
         """The views with these parameters: [B, V, C, S, S] of `dtype`; draws no random numbers."""
         B, C, V, S = len(images), images.shape[-3], self.count, self.image_size
         assert images.ndim == 4 or images.shape[1:] == (V, C, S, S), f"cropped images of shape {tuple(images.shape)}"
+        check_depth(images.dtype, self.pixels)
         assert self.channels == C, f"mean and std are for {self.channels} channels, the images have {C}"
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         views = torch.empty((B * V, C, S, S), dtype=self.dtype, device=images.device, memory_format=layout)
@@ -215,6 +213,7 @@ class Views(nn.Module):
 
     def _takes_kernel(self, images: Tensor) -> bool:
         simple = self.crops.random and not (self.operations or self.own or self.blurs) and images.ndim == 4
+        simple = simple and is_picture(self.channels, self.pixels)  # other images take torch operations
         small = max(*images.shape[-2:], self.image_size) <= FUSED_SIDE
         return images.is_cuda and simple and small and find_spec("triton") is not None
 
@@ -252,9 +251,9 @@ class Views(nn.Module):
         """Cropped, resized and flipped: float32 [C, n, S, S] in 0..1."""
         flip = parameters.flip[rows]
         if images.ndim == 5:
-            return to_planes(flip_selected(images.flatten(0, 1), rows, flip))
+            return planes_of(flip_selected(images.flatten(0, 1), rows, flip))
         device_rows = copy_async(rows, images.device)
-        per_view = images.index_select(0, device_rows // self.count)
+        per_view = movable(images).index_select(0, device_rows // self.count).view(images.dtype)
         return self.crops.cut(per_view, parameters.boxes.index_select(0, device_rows), flip)
 
     def _write_flipped(self, images: Tensor, parameters: ViewParameters, rows: Tensor, views: Tensor) -> None:
@@ -262,7 +261,7 @@ class Views(nn.Module):
         pixels = flip_selected(images.flatten(0, 1), rows, parameters.flip[rows])
         target = views[span(rows)]
         x = target if target.dtype == torch.float32 else torch.empty_like(target, dtype=torch.float32)
-        normalize_levels_(x.copy_(pixels), self.mean, self.std)
+        normalize_levels_(x.copy_(pixels), self.mean, self.std, full_scale(self.pixels))
         if x is not target:
             target.copy_(x)
 
