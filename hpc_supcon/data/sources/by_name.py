@@ -32,8 +32,9 @@ class SourceOptions:
     """What is opened, and how its images are read.
 
     root: folder of the files, and what else each source takes (not for digits and synthetic). download: fetch a
-    missing set of torchvision. image_size (pixels) and channels: what images are converted to; None keeps theirs; only
-    gray and RGB are converted to each other. exif: whether images in files are turned upright. labels: none for images without labels. synthetic:
+    missing set of torchvision. image_size (pixels) and channels: what images are converted to; None keeps theirs;
+    only gray and RGB are converted, to each other. exif: whether images in files are turned upright. labels: none for
+    images without labels. synthetic:
     arguments of `builtin.synthetic`. columns, image_root: of tables, see `open_manifest`, `open_huggingface` and
     `open_shards`. arguments: of a source that is a user's own code, besides root. check_files: whether files that a
     manifest names are looked for. note: receives lines about files that were passed over and classes without images.

@@ -11,9 +11,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .bands import Pixels
 from .folder import format_of
 from .image_file import Exif, ImageFormat, encoded_image, named, read_image
-from .source import Pixels, channels_first, resize_and_crop, stack_images
+from .source import channels_first, resize_and_crop, stack_images
 
 
 class EncodedImages(Protocol):

@@ -109,6 +109,14 @@ def read_image(path: Path | str, image_format: ImageFormat, data: bytes | None =
     return upright
 
 
+def whole_form(path: Path | str, exif: Exif, data: bytes | None = None) -> tuple[str, tuple[int, int]]:
+    """(mode, (width, height)) of an image that decodes. Raises as `read_image`."""
+    with opened(path, data) as image, named(f"image {path}"):
+        image.load()
+        mode, turn = image.mode, turn_of(image, exif)
+        return mode, (image if turn is None else image.transpose(turn)).size
+
+
 def encoded_image(
     path: Path | str, image_format: ImageFormat, data: bytes | None = None
 ) -> tuple[bytes, tuple[int, int]]:
