@@ -136,6 +136,7 @@ def test_the_target_is_the_moving_average_and_gets_no_gradient(name):
     state.objective.losses[name].register_forward_hook(lambda m, args, out: seen.append(args[1]))
     for step, batch in enumerate(batches[:4]):
         before = copy.deepcopy(state.objective.target.network)
+        teacher = state.objective.losses[name].teacher_prototypes.clone() if name == "dino" else None
         result = train_step(state, batch, options)
         assert torch.equal(seen[-1], result.outputs["target"])
         m = momentum_at(step, base=0.9, final=None if name == "moco_v2" else 1.0, steps=4)
@@ -145,9 +146,22 @@ def test_the_target_is_the_moving_average_and_gets_no_gradient(name):
             torch.testing.assert_close(new, m * old + (1 - m) * weight)
             assert new.grad is None
             assert not new.requires_grad
+        if name == "dino":
+            loss = state.objective.losses[name]
+            torch.testing.assert_close(loss.teacher_prototypes, m * teacher + (1 - m) * loss.prototypes.detach())
     if name == "moco_v2":
         keys = state.objective.losses[name].keys
         torch.testing.assert_close(keys[:, :24], result.outputs["target"].transpose(0, 1))
+
+
+def test_the_predictor_alone_keeps_its_learning_rate():
+    state, _, _ = build(0, 1, overrides_of("simsiam, constant"))
+    state.engine.set_learning_rate(0.003)
+    predictor = {id(p) for p in state.model.heads["prediction"].parameters()}
+    rates = {id(p): group["lr"] for group in state.engine._optimizer.param_groups for p in group["params"]}
+    assert {rates[id(p)] for p in state.model.parameters() if id(p) in predictor} == {0.1}
+    assert {rates[id(p)] for p in state.model.parameters() if id(p) not in predictor} == {0.003}
+    assert len(rates) == len(list(state.model.parameters()))
 
 
 @pytest.mark.parametrize("name", FORMS)

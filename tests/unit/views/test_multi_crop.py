@@ -100,6 +100,8 @@ def test_the_configuration_says_what_each_size_is():
     assert (large.blur.tolist(), small.blur.tolist()) == (pytest.approx([1.0, 0.1]), [0.5] * 4)
     assert (large.solarize.tolist(), small.solarize.tolist()) == (pytest.approx([0.0, 0.2]), [0.25] * 4)
     assert large.jitter.probability == small.jitter.probability == 0.8
+    one = config.augment.of_one_view()  # of a probe that trains on augmented images
+    assert (one.blur, one.solarize, one.crop_scale) == (1.0, 0.0, config.augment.crop_scale)
     none = load_config("default", [*overrides, "data.views.local=0"], stages=("pretrain",))
     assert isinstance(build_views(none, description), Views)
 
