@@ -52,11 +52,12 @@ def forked_not_spawned(monkeypatch):
 
 @pytest.fixture
 def own_code(monkeypatch):
-    """Import paths that a test allows, modules that it imports and packages that it installs are forgotten after it."""
+    """Import paths that a test allows, modules that it imports and packages that it installs are forgotten after
+    it."""
     from hpc_supcon import parts
 
     def forget():
-        parts._allowed.clear()
+        known_names.allowed.clear()
         parts._imported.cache_clear()
         parts._entry_points.cache_clear()
 
@@ -68,5 +69,5 @@ def own_code(monkeypatch):
     for name in set(sys.modules) - before:
         if not name.startswith(("hpc_supcon", "tests", "torch")):
             module = sys.modules[name]
-            if str(getattr(module, "__file__", None) or "").startswith(("/tmp", os.environ.get("TMPDIR", "/tmp"))):  # noqa: S108
+            if str(getattr(module, "__file__", None) or "").startswith(("/tmp", os.environ.get("TMPDIR", "/tmp"))):
                 del sys.modules[name]

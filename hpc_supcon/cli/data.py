@@ -35,8 +35,27 @@ def data_settings(overrides: list[str] | None, *given: str) -> DataConfig:
     return validated(json.dumps(data), origins, "the settings").data
 
 
+def _own_options(own: DataConfig) -> dict[str, Any]:
+    """What SourceOptions takes of these settings."""
+    from ..data import Columns
+
+    keys = ("image_size", "channels", "exif", "labels", "image_root")
+    return {key: getattr(own, key) for key in keys} | {"columns": Columns(**own.columns.model_dump())}
+
+
+def _source_of(path: str) -> str:
+    """The kind of data set that a path names by its form."""
+    if path.startswith("hf:"):
+        return "huggingface"
+    if path.lower().endswith((".csv", ".tsv", ".parquet")):
+        return "manifest"
+    return "webdataset" if path.lower().endswith(".tar") else "image_folder"
+
+
 def convert(
-    data: Annotated[str, typer.Argument(metavar="DATA", help="An image folder, or a source such as cifar10.")],
+    data: Annotated[
+        str, typer.Argument(metavar="DATA", help="An image folder, or a source: cifar10, manifest, webdataset ...")
+    ],
     out: Annotated[Path, typer.Argument(metavar="OUT.beton", help="Writes OUT.train.beton, OUT.test.beton ...")],
     settings: DataSettings = None,
     root: Annotated[Path | None, typer.Option(help="data.root: folder of a source that is no image folder.")] = None,
@@ -49,18 +68,15 @@ def convert(
     """Write a data set as .beton files with manifests, for data.loader=ffcv (data.beton=OUT.beton)."""
     is_folder = "/" in data or Path(data).is_dir()
     own = data_settings(settings, "data.source", "data.beton", *["data.root"] * (is_folder or root is not None))
-    from ..data import convert_splits, open_source
+    from ..data import OWN_SOURCES, convert_splits, open_source
 
     name = "image_folder" if is_folder else data
     splits = open_source(
         name,
         data if is_folder else root or own.root,
         download=download or own.download,
-        # the files of a folder keep their sizes, mixed ones too: image_size is applied to them when they are read
-        image_size=own.image_size or 1 if is_folder else own.image_size,
-        channels=own.channels,
-        exif=own.exif,
-        labels=own.labels,
+        # files keep their sizes, mixed ones too: image_size is applied to them when they are read
+        **(_own_options(own) | {"image_size": own.image_size or 1 if name in OWN_SOURCES else own.image_size}),
         synthetic=own.synthetic.model_dump() if name == "synthetic" else None,
         note=warn,
     )
@@ -69,25 +85,37 @@ def convert(
         manifests = convert_splits(name, splits, out, progress=update, **options)
     for split, manifest in manifests.items():
         sys.stdout.write(f"{split}: {manifest['samples']} images, {manifest['bytes']:,} bytes\n")
-    exif = f" data.exif={own.exif}" if is_folder and own.exif != "transpose" else ""
+    exif = f" data.exif={own.exif}" if name in OWN_SOURCES and own.exif != "transpose" else ""
     labels = " data.labels=none" if own.labels == "none" else ""
     sys.stdout.write(f"use: data.source={name} data.beton={printable(out)}{exif}{labels}\n")
 
 
 def verify(
-    path: Annotated[Path, typer.Argument(metavar="PATH", help="An image folder or a .beton file.")],
+    path: Annotated[
+        Path,
+        typer.Argument(metavar="PATH", help="An image folder, a manifest, a .beton, or what data.root is."),
+    ],
     settings: DataSettings = None,
     debug: Debug = False,
 ) -> None:
     """Decode every image; list sizes, classes, and each image that training with these settings would refuse."""
-    own = data_settings(settings, "data.source", "data.beton", "data.root")
+    own = data_settings(settings, "data.beton", "data.root")
+    named = any(text.startswith("data.source=") for text in settings or [])
+    source = own.source if named else _source_of(str(path))
+    from ..data import OWN_SOURCES
     from ..data.sources.verify import verify as verify_images
 
-    given: dict[str, Any] = {"image_size": own.image_size, "channels": own.channels, "exif": own.exif}
-    given["labels"] = own.labels
+    if source not in OWN_SOURCES:
+        raise ConfigError(
+            f"data.source={source}: its files are checked when they are read; verify reads {', '.join(OWN_SOURCES)}"
+        )
     with progress_bars() as update:
         reports = verify_images(
-            path, progress=lambda done, total: update(printable(path.name), done, total), note=warn, **given
+            str(path),
+            source=source,
+            progress=lambda done, total: update(printable(path.name), done, total),
+            note=warn,
+            **_own_options(own),
         )
     broken = 0
     for name, report in reports.items():

@@ -6,10 +6,10 @@ the machine (GPUs, compilers, optional packages) when training is set up.
 
 from __future__ import annotations
 
-from pathlib import PurePath
 from typing import Literal, get_args
 
 from ..errors import ConfigError
+from .check_data import check_data
 from .check_evaluation import check_probes, check_pruning, check_report, check_target, has_no_validation
 from .check_labels import check_labels
 from .check_parts import check_parts
@@ -40,7 +40,7 @@ def check_config(
     """
     if stages:
         check_parts(config, stages)
-        _check_loader(config)
+        check_data(config)
         check_labels(config, stages)
     if "pretrain" in stages:
         check_encoder(config.model.encoder)
@@ -105,31 +105,6 @@ def _check_graphs(config: Config, world_size: int) -> None:
         raise ConfigError(
             f"train.cuda_graphs=true: the pass of {world_size} ranks exchanges statistics and gradients, which a "
             "replayed graph does not wait for; use train.cuda_graphs=false, or one rank"
-        )
-
-
-def _check_loader(config: Config) -> None:
-    data = config.data
-    if data.beton is not None and PurePath(data.beton).suffix != ".beton":
-        raise ConfigError(f"data.beton={data.beton}: must end in .beton")
-    if data.loader == "ffcv" and data.beton is None:
-        raise ConfigError(
-            "data.loader=ffcv reads .beton files: make them with `hpc-supcon convert DATA OUT.beton`, set data.beton"
-        )
-    if data.loader == "dali" and (data.source != "image_folder" or data.beton is not None):
-        raise ConfigError("data.loader=dali reads image files: use data.source=image_folder and no data.beton")
-    if data.crop_while_decoding and data.image_size is None:
-        raise ConfigError("data.crop_while_decoding needs data.image_size: the side of the crops")
-    if data.crop_while_decoding and config.augment.policy == "none":
-        raise ConfigError("data.crop_while_decoding crops at random, which augment.policy=none forbids")
-    if data.crop_while_decoding and config.augment.is_padded:
-        raise ConfigError(
-            "data.crop_while_decoding takes resized crops, not padded ones (augment.policy, augment.crop)"
-        )
-    made = data.synthetic
-    if data.source == "synthetic" and data.beton is None and made.images < made.classes:
-        raise ConfigError(
-            f"data.synthetic.images={made.images}: data.synthetic.classes={made.classes} need at least one image each"
         )
 
 

@@ -6,6 +6,7 @@ from itertools import pairwise
 from typing import Any, get_args
 
 from ..errors import ConfigError, unknown_name
+from .check_data import OWN_SOURCES
 from .schema import Config
 from .schema.names import (
     ClassifierLossName,
@@ -22,10 +23,10 @@ WITHOUT_FILES = ("digits", "synthetic")
 
 
 def has_no_validation(config: Config) -> bool:
-    """Only an image folder, or the .beton files made of one, and a source of a user's own may have a validation split
-    of its own."""
-    has_its_own = config.data.source == "image_folder" or config.data.source not in get_args(SourceName)
-    return config.data.validation_fraction == 0 and not has_its_own
+    """Only a user's own images, or the .beton files made of them, and a source that is a user's own code may have a
+    validation split of their own."""
+    may_have = config.data.source in OWN_SOURCES or config.data.source not in get_args(SourceName)
+    return config.data.validation_fraction == 0 and not may_have
 
 
 def check_target(section: str, monitor: str, target: float | None) -> None:
@@ -61,16 +62,16 @@ def _check_sets(config: Config, setting: str, sets: list[tuple[str, str, str | N
     for text, source, path in sets:
         if source not in get_args(SourceName):
             raise ConfigError(unknown_name(setting, source, get_args(SourceName)))
-        if path == "" or (source == "image_folder" and path is None):
+        if path == "" or (source in OWN_SOURCES and path is None):
             raise ConfigError(f"{setting}={text}: name its folder as {source}:PATH")
         is_transfer = setting == "probe.transfer"
         # a folder whose labels the run did not use may be read with them; of other sources there is only one
         is_own = path in (None, data.root) and not (is_transfer and data.labels == "none")
         if source == data.source and (
-            is_own or source in WITHOUT_FILES or (is_transfer and source != "image_folder")
+            is_own or source in WITHOUT_FILES or (is_transfer and source not in OWN_SOURCES)
         ):
             raise ConfigError(f"{setting}={text}: that is the run's own data; name another data set")
-    names = [text if source == "image_folder" else source for text, source, _ in sets]
+    names = [text if source in OWN_SOURCES else source for text, source, _ in sets]
     if len(set(names)) < len(names):
         raise ConfigError(f"{setting} names a data set twice: {', '.join(names)}")
 

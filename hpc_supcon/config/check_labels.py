@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import get_args
 
 from ..errors import ConfigError
+from .check_data import OWN_SOURCES
 from .schema import Config, names
 
 UNSUPERVISED = frozenset({"simclr", *get_args(names.OfViewsName), *get_args(names.DecoderLossName)})
@@ -18,10 +19,10 @@ def check_labels(config: Config, stages: Sequence[str]) -> None:
     data = config.data
     if data.labels == "folders":
         return
-    if data.source in get_args(names.SourceName) and data.source != "image_folder":
+    if data.source in get_args(names.SourceName) and data.source not in OWN_SOURCES:
         raise ConfigError(
-            f"data.labels=none is for data.source=image_folder; {data.source} has labels, which "
-            "loss.supervised=false or loss.name=simclr do not use"
+            f"data.labels=none is for data.source={', '.join(get_args(names.OwnSourceName))}; {data.source} has "
+            "labels, which loss.supervised=false or loss.name=simclr do not use"
         )
     if "pretrain" in stages:
         _check_training(config)

@@ -1,7 +1,7 @@
 """The settings that may name a part of a user's own (see parts.py), and who gave such a name.
 
-A name that is an import path counts where the user gives it: in an override, a recipe or a grid file given by path, or
-by `--allow-code`. The files of a run folder or of a grid folder are none of these, by whatever way they are read.
+A name that is an import path counts where the user gives it: in an override, a recipe or a grid file given by path,
+or by `--allow-code`. The files of a run folder or of a grid folder are none of these, by whatever way they are read.
 """
 
 from __future__ import annotations
@@ -48,7 +48,8 @@ def import_paths(settings: Any, prefix: str = "") -> Iterator[str]:
 
 
 def _texts(value: Any) -> Iterator[str]:
-    """The texts in the value of a setting: itself, those of a list, the keys of a mapping; of a grid's axis, in turn."""
+    """The texts in the value of a setting: itself, those of a list, the keys of a mapping; of a grid's axis, in
+    turn."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, (list, Mapping)):

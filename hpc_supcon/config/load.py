@@ -20,7 +20,6 @@ from .check import Stage, check_config
 from .explain import explain, name_origin, unknown_key
 from .schema import Config
 
-
 OPTIONS = tuple(f"{section}.options" for section in ("data", "augment", "model", "loss", "probe"))
 """Settings that are mappings with keys of their own: a later one adds to them."""
 

@@ -19,6 +19,7 @@ NEUTRAL = (
     "name",
     "run_dir",
     "data.root",
+    "data.image_root",
     "data.download",
     "data.workers",
     "data.timeout_s",

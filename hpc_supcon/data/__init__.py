@@ -7,17 +7,23 @@ from .loaders.base import Batch, Loader
 from .order import EvalOrder, Order, TrainOrder
 from .samplers import SAMPLERS, ClassBalanced, LongTailAware, build_order
 from .sources.beton import BetonSource, open_beton
+from .sources.by_name import OWN_SOURCES, SOURCES
+from .sources.datasets import Datasets, dataset_splits
+from .sources.huggingface import HUB
 from .sources.listing import Note
 from .sources.source import ArraySource, Source, channel_statistics, normalization_of
-from .sources.splits import SOURCES, Splits, convert_splits, load_splits, open_source
+from .sources.splits import Splits, convert_splits, load_splits, open_source
 from .sources.stratify import stratified_sample, stratified_split
+from .sources.tables import Columns
 from .views.parameters import ViewParameters
 from .views.pixels import EvalTransform
 from .views.views import POLICIES, Views
 
 __all__ = [
     "CORRUPTIONS",
+    "HUB",
     "LOADERS",
+    "OWN_SOURCES",
     "POLICIES",
     "SAMPLERS",
     "SEVERITIES",
@@ -26,8 +32,10 @@ __all__ = [
     "Batch",
     "BetonSource",
     "ClassBalanced",
+    "Columns",
     "CropOptions",
     "DataFingerprint",
+    "Datasets",
     "EvalOrder",
     "EvalTransform",
     "Loader",
@@ -47,6 +55,7 @@ __all__ = [
     "class_differences",
     "convert_splits",
     "corrupt",
+    "dataset_splits",
     "fingerprint",
     "load_splits",
     "normalization_of",

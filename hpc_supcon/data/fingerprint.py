@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -17,28 +16,27 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
 from ..errors import DataError
 from .sources.beton import BetonSource, labels_digest, read_manifest
 from .sources.datasets import DatasetSource
+from .sources.encoded import EncodedSource
+from .sources.file_sizes import THREADS, IntArray, file_sizes
 from .sources.folder import FolderSource
 from .sources.source import ArraySource, Source
 from .sources.splits import Splits
 
-IntArray = npt.NDArray[np.int64]
 FileSizes = Callable[[Sequence[Path]], IntArray]
 """Files -> their sizes in bytes, int64 [n]; -1 where there is no regular file."""
 
-THREADS, CHUNK = 32, 512
-"""File systems of clusters answer many questions at once; a thread asks for `CHUNK` files at a time."""
 SAMPLE, SAMPLE_BYTES = 256, 16 << 10
 """So many files of a split are read, this many bytes of each: names and sizes may be equal where images are not."""
 ITEM_SAMPLE = 64
 """So many items of a split of a torch Dataset are read."""
 SHOWN = 3
 """Classes that are named where more differ."""
-FILES, BETON, PIXELS, ITEMS = "image files", ".beton files", "arrays of pixels", "items of a dataset"
+FILES, BETON, PIXELS = "image files", ".beton files", "arrays of pixels"
+ITEMS, ENCODED = "items of a dataset", "images in archives"
 
 
 @dataclass(frozen=True)
@@ -66,7 +64,7 @@ class DataFingerprint:
     """A data set with its splits; equal for equal data on any machine. Made by `fingerprint`."""
 
     kind: str
-    """FILES, BETON, PIXELS or ITEMS."""
+    """FILES, BETON, PIXELS, ITEMS or ENCODED."""
     classes: tuple[str, ...]
     splits: dict[str, SplitFingerprint]
     """By name (train, validation, test), those that the set has."""
@@ -108,7 +106,8 @@ class DataFingerprint:
         if self.classes == other.classes and mine.labels != theirs.labels:
             return f"other labels in {name}{counts}"
         if self.kind != FILES:
-            return f"other {self.kind} in {name}" if mine.content != theirs.content else ""
+            is_other = (mine.sizes, mine.content) != (theirs.sizes, theirs.content)
+            return f"other {self.kind} in {name}" if is_other else ""
         if mine.names != theirs.names:
             return f"files of other names in {name}"
         if mine.sizes != theirs.sizes:
@@ -159,7 +158,7 @@ def fingerprint(splits: Splits, sizes: FileSizes | None = None) -> DataFingerpri
 
 
 def _kind(source: Source) -> str:
-    kinds = {FolderSource: FILES, BetonSource: BETON, DatasetSource: ITEMS}
+    kinds = {FolderSource: FILES, BetonSource: BETON, DatasetSource: ITEMS, EncodedSource: ENCODED}
     return next((kind for cls, kind in kinds.items() if isinstance(source, cls)), PIXELS)
 
 
@@ -177,6 +176,11 @@ def _split(source: Source, sizes: FileSizes) -> SplitFingerprint:
         file = str(read_manifest(source.path)["sha256"]).encode()
         content = hashlib.sha256(file + source.rows.astype("<i8").tobytes()).hexdigest()
         return SplitFingerprint(counts, digest, content=content)
+    if isinstance(source, EncodedSource):
+        known = source.sizes()
+        return SplitFingerprint(
+            counts, digest, sizes="" if known is None else _of(known), content=_encoded_sample(source)
+        )
     if isinstance(source, DatasetSource):
         return SplitFingerprint(counts, digest, content=_item_sample(source))
     assert isinstance(source, ArraySource)
@@ -188,26 +192,6 @@ def _split(source: Source, sizes: FileSizes) -> SplitFingerprint:
 
 def _of(numbers: IntArray) -> str:
     return hashlib.sha256(numbers.astype("<i8").tobytes()).hexdigest()
-
-
-def file_sizes(paths: Sequence[Path]) -> IntArray:
-    """See FileSizes. Asks with many threads."""
-    sizes = np.empty(len(paths), dtype=np.int64)
-
-    def ask(start: int) -> None:
-        sizes[start : start + CHUNK] = [_size(path) for path in paths[start : start + CHUNK]]
-
-    with ThreadPoolExecutor(THREADS) as pool:
-        list(pool.map(ask, range(0, len(paths), CHUNK)))
-    return sizes
-
-
-def _size(path: Path) -> int:
-    try:
-        found = os.stat(path)  # noqa: PTH116 (a million paths: half the time of Path.stat)
-    except OSError:
-        return -1
-    return found.st_size if stat.S_ISREG(found.st_mode) else -1
 
 
 def _strided(n: int, sample: int) -> list[int]:
@@ -224,6 +208,18 @@ def _item_sample(source: DatasetSource) -> str:
         except DataError:
             pixels = b""
         digest.update(len(pixels).to_bytes(8, "little") + pixels)
+    return digest.hexdigest()
+
+
+def _encoded_sample(source: EncodedSource) -> str:
+    """sha256 of the sizes and first bytes of evenly strided images, in order."""
+    digest = hashlib.sha256()
+    for i in _strided(len(source), SAMPLE):
+        try:
+            data = source.data(i)
+        except DataError:
+            data = b""
+        digest.update(len(data).to_bytes(8, "little") + data[:SAMPLE_BYTES])
     return digest.hexdigest()
 
 

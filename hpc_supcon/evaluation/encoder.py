@@ -72,7 +72,10 @@ def load_model(folder: Path, *, step: int | None = None) -> tuple[PretrainingMod
     with propagate_errors():
         if rank() == 0:
             check_has_encoder(folder)
-            if changed := run_folder.changed_parts(folder, run_folder.read_config(folder), ("encoders",)):
+            frozen = (folder / run_folder.PARTS).exists()
+            if frozen and (
+                changed := run_folder.changed_parts(folder, run_folder.read_config(folder), ("encoders",))
+            ):
                 warn(f"{folder}: the code of its encoder is not that which it was trained with: {'; '.join(changed)}")
             checkpoints = folder / run_folder.CHECKPOINTS
             found = _choose(checkpoints) if step is None else checkpoint.load_checkpoint(path_of(checkpoints, step))

@@ -16,7 +16,7 @@ from typing import Any
 from .. import run_folder
 from ..checkpoint import Checkpoint, load_newest, mismatch_is_corrupt
 from ..config import Config
-from ..data import SOURCES, DataFingerprint, Splits
+from ..data import HUB, OWN_SOURCES, SOURCES, DataFingerprint, Splits
 from ..errors import ConfigError, DataError
 from ..parts import file_name
 from ..training.agreement import saved_fingerprint
@@ -25,25 +25,30 @@ from .encoder import check_has_encoder
 
 RESET = (
     "data.options=null", "data.labels=folders", "data.beton=null", "data.loader=auto", "data.train_images=null",
-    "data.crop_while_decoding=false", "probe.transfer=[]", "probe.ood=[]", "probe.corruptions=[]",
+    "data.crop_while_decoding=false", "data.image_root=null", "data.columns.image=null", "data.columns.label=null",
+    "data.columns.split=null", "probe.transfer=[]", "probe.ood=[]", "probe.corruptions=[]",
 )  # fmt: skip
 """Of a run's settings, those that are of its own data, which another data.source does not take over."""
 _NAME = 40
-MADE_OR_KNOWN = frozenset(SOURCES) - {"image_folder"}
-"""Sources of which there is one data set, whatever the folder: of image folders and a user's own there are many."""
+
+
+def _is_one_of_many(source: str) -> bool:
+    """Whether it depends on data.root which images it has: those of a user's own."""
+    return source in OWN_SOURCES or source not in SOURCES
 
 
 def data_name(config: Config) -> str:
-    """By which the results on a data set are filed: its source; of an image folder its name and a digest of its path,
-    for two folders may have one name."""
+    """By which the results on a data set are filed: its source; of a user's own images the name of their folder or
+    file and a digest of its path, for two may have one name."""
     data = config.data
     place = data.beton or data.root
     source = file_name(data.source)
-    if data.source in MADE_OR_KNOWN or place is None:
+    if not _is_one_of_many(data.source) or place is None:
         return source
-    path = os.path.abspath(Path(place).expanduser())  # noqa: PTH100 (links are not followed)
+    is_path = not place.startswith(HUB)
+    path = os.path.abspath(Path(place).expanduser()) if is_path else place  # noqa: PTH100 (links are not followed)
     name = re.sub(r"[^A-Za-z0-9_.-]+", "_", Path(path).stem if data.beton else Path(path).name)[:_NAME]
-    name = name if source == "image_folder" else f"{source}-{name}"
+    name = name if data.source in SOURCES else f"{source}-{name}"
     return f"{name}-{hashlib.sha256(os.fsencode(path)).hexdigest()[:6]}"
 
 
@@ -56,12 +61,12 @@ def overrides_of_probe(own: Config, overrides: Sequence[str]) -> list[str]:
 
 
 def is_other_data(own: Config, config: Config) -> bool:
-    """Whether the settings name other data than the run's own, or labels that its own do not have. Other places of an
-    image folder count: they may hold a copy, see `is_copy`."""
+    """Whether the settings name other data than the run's own, or labels that its own do not have. Other places of a
+    user's own images count: they may hold a copy, see `is_copy`."""
     a, b = own.data, config.data
     if a.source != b.source or a.labels != b.labels:
         return True
-    return b.source not in MADE_OR_KNOWN and (a.root, a.beton, a.options) != (b.root, b.beton, b.options)
+    return _is_one_of_many(b.source) and (a.root, a.beton, a.options) != (b.root, b.beton, b.options)
 
 
 def is_copy(own: Config, config: Config, found: Checkpoint, data: DataFingerprint) -> bool:
@@ -130,6 +135,8 @@ def transfer_configs(config: Config, image_size: int, channels: int) -> Iterator
             "loader": loader,
             "train_images": None,
             "crop_while_decoding": False,
+            "image_root": None,
+            "columns": config.data.columns.model_copy(update={"image": None, "label": None, "split": None}),
         }
         yield text, _converted(own, image_size, channels, **changes)
 

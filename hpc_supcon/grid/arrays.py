@@ -27,8 +27,8 @@ class JobArray:
 def job_arguments(
     frozen: FrozenGrid, nodes: JobNodes
 ) -> tuple[str, str | list[str], str | list[str], tuple[str, ...]]:
-    """Arguments of worker.run_nodes: stage, config path and run folder, or lists of paths if the job is packed; and the
-    code that may be executed, which whoever submits has allowed."""
+    """Arguments of worker.run_nodes: stage, config path and run folder, or lists of paths if the job is packed; and
+    the code that may be executed, which whoever submits has allowed."""
     configs, folders = [str(frozen.config(n)) for n in nodes], [str(frozen.run_folder(n)) for n in nodes]
     stage, code = nodes[0].stage, frozen.code
     return (stage, configs, folders, code) if len(nodes) > 1 else (stage, configs[0], folders[0], code)

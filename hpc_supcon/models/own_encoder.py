@@ -19,8 +19,8 @@ def build_own_encoder(
 ) -> nn.Module:
     """The nn.Module that the part returns for these arguments: images float32 [N, C, S, S] -> [N, feature_dim].
 
-    Its attribute `feature_dim` is an int, and `out_dim` where that is given. Where it has `output_layers`, the names of
-    the layers that map to `out_dim`, they are kept. Raises PartError.
+    Its attribute `feature_dim` is an int, and `out_dim` where that is given. Where it has `output_layers`, the names
+    of the layers that map to `out_dim`, they are kept. Raises PartError.
     """
     encoder = part.build(options, in_channels=in_channels, image_size=image_size, out_dim=out_dim)
     if not isinstance(encoder, nn.Module):
@@ -32,8 +32,8 @@ def build_own_encoder(
         )
     if out_dim is not None and width != out_dim:
         raise PartError(
-            f"{part.where}: model.out_dim={out_dim}, but its feature_dim is {width}: make it return out_dim features, "
-            "or use model.out_dim=null"
+            f"{part.where}: model.out_dim={out_dim}, but its feature_dim is {width}: make it return out_dim "
+            "features, or use model.out_dim=null"
         )
     _check_output(part, encoder, (IMAGES, in_channels, image_size, image_size), width)
     own: Any = encoder
@@ -53,7 +53,7 @@ def _check_output(part: Part, encoder: nn.Module, shape: tuple[int, ...], width:
     if not isinstance(features, Tensor) or tuple(features.shape) != (shape[0], width):
         found = list(features.shape) if isinstance(features, Tensor) else type(features).__name__
         raise PartError(
-            f"{part.where}: maps images {list(shape)} to {found}, not to features {[shape[0], width]}, [N, feature_dim]"
+            f"{part.where}: maps images {list(shape)} to {found}, not to {[shape[0], width]}, [N, feature_dim]"
         )
     if not features.is_floating_point():
         raise PartError(f"{part.where}: its features are {features.dtype}, not floating point")

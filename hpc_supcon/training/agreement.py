@@ -16,7 +16,7 @@ from .. import __version__
 from ..checkpoint import Checkpoint
 from ..config import Config
 from ..data import DataFingerprint, Splits, class_differences, fingerprint
-from ..data.fingerprint import IntArray, file_sizes
+from ..data.sources.file_sizes import IntArray, file_sizes
 from ..data.sources.folder import FolderSource
 from ..distributed.agreement import ranks_that_differ
 from ..distributed.collectives import gather_objects, rank, world_size

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from ..config import Config
 from ..data import (
     ArraySource,
+    Columns,
     CropOptions,
     DataFingerprint,
     Loader,
@@ -80,6 +81,8 @@ def splits_of(config: Config, *, check_hash: bool = False, note: Note | None = N
         channels=data.channels,
         exif=data.exif,
         labels=data.labels,
+        columns=Columns(**data.columns.model_dump()),
+        image_root=data.image_root,
         validation_fraction=data.validation_fraction,
         train_images=data.train_images,
         seed=config.seed,

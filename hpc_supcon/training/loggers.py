@@ -68,8 +68,8 @@ class OwnLogger:
 
 
 def open_logger(name: str, folder: Path, resumed_at: int | None) -> Logger | None:
-    """The logger of that name for a run folder, of LOGGERS or of a user's own; None for a tracker. Raises ConfigError,
-    CodeNotAllowed."""
+    """The logger of that name for a run folder, of LOGGERS or of a user's own; None for a tracker. Raises
+    ConfigError, CodeNotAllowed."""
     if (own := find("loggers", name, LOGGERS)) is not None:
         return OwnLogger(own, folder, resumed_at)
     if name not in LOGGERS:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
@@ -42,7 +44,7 @@ def one_rank(rank, world_size, known_sizes, supervised):
     objective.supervised = supervised
     edges = EDGES[world_size]
     own = slice(edges[rank], edges[rank + 1])
-    sizes = [b - a for a, b in zip(edges, edges[1:], strict=False)] if known_sizes else None
+    sizes = [b - a for a, b in pairwise(edges)] if known_sizes else None
     loss = objective(parallel(x[own]), x[own], LABELS[own], None, sizes)
     loss.backward()
     gradients = {n: p.grad.clone() for n, p in model.named_parameters()}

@@ -128,25 +128,25 @@ def test_what_is_wrong_with_a_part_is_told_in_a_line_with_origin_and_remedy(here
     (here / "own_broken.py").write_text("import nothing_of_this_name\n")
     (here / "own_exit.py").write_text("raise SystemExit(3)\n")
     for overrides, said in [
-        (["loss.name=own_missing:Loss"], "override 'loss.name=own_missing:Loss': loss.name=own_missing:Loss: own_missing "
-         "cannot be imported: ModuleNotFoundError"),
+        (["loss.name=own_missing:Loss"], "override 'loss.name=own_missing:Loss': loss.name=own_missing:Loss: "
+         "own_missing cannot be imported: ModuleNotFoundError"),
         (["loss.name=own_broken:Loss"], "No module named 'nothing_of_this_name'"),
         (["loss.name=own_exit:Loss"], "SystemExit: 3"),
         (["loss.name=own_e:Los", "loss.options.scale=1"], "unknown name in own_e 'Los'; did you mean 'Loss'"),
         (["loss.name=own_e:number"], "is of type int, not a class or a function"),
-        (["loss.name=own_e:Loss", "loss.options={scale: 1, marginn: 1}"], "unknown option of own_e:Loss 'marginn'; did "
-         "you mean 'margin'?"),
+        (["loss.name=own_e:Loss", "loss.options={scale: 1, marginn: 1}"], "unknown option of own_e:Loss 'marginn'; "
+         "did you mean 'margin'?"),
         (["loss.name=own_e:Loss"], "missing a required argument: 'scale'; give it in loss.options"),
-        (["model.encoder=own_e:without"], "takes no argument 'in_channels', but is called with in_channels, image_size"),
-        (["model.encoder=own_e:encoder", "model.options={out_dim: 3}"], "model.options.out_dim: own_e:encoder is given "
-         "its out_dim by other settings"),
+        (["model.encoder=own_e:without"], "takes no argument 'in_channels', but is called with in_channels, image"),
+        (["model.encoder=own_e:encoder", "model.options={out_dim: 3}"], "model.options.out_dim: own_e:encoder is "
+         "given its out_dim by other settings"),
         (["loss.options={margin: 1}"], "loss.options is for a part of your own, but loss.name=supcon_out is one of "
          "hpc_supcon"),
         (["model.options={width: 1}"], "model.options is for a part of your own, but model.encoder=conv"),
         (["model.encoder=own_e::x"], "unknown model.encoder 'own_e::x'"),
         (["data.source=own-e:x"], "unknown data.source 'own-e:x'"),
-        (["loss.terms={own_e:anything: 1, own_e:Loss: 1}", "loss.options={scale: 1}"], "with several parts of one's own, "
-         "give {NAME: {option: value}}"),
+        (["loss.terms={own_e:anything: 1, own_e:Loss: 1}", "loss.options={scale: 1}"], "with several parts of one's "
+         "own, give {NAME: {option: value}}"),
         (["model.encoder=own_e:encoder", "model.stem=small"], "has only its own stem"),
     ]:  # fmt: skip
         assert said in refused(*overrides), overrides

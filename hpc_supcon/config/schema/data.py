@@ -17,10 +17,33 @@ class SyntheticConfig(Section):
     image_size: Count = Field(description="side of the square images", json_schema_extra={"unit": "px"})
 
 
+class ColumnsConfig(Section):
+    image: str | None = Field(
+        description="manifest: the column of paths, null: path, file, filename or image; huggingface: the column of "
+        "images, null: the only one of the type Image; webdataset: the extension of the images, null: jpg, png ..."
+    )
+    label: str | None = Field(
+        description="manifest: null: label, class, target or category; huggingface: null: the only ClassLabel; "
+        "webdataset: the extension of the labels, such as txt, or json.label for an entry; null: cls"
+    )
+    split: str | None = Field(description="manifest: the column that says train, validation or test; null: split")
+
+
 class DataConfig(Section):
-    source: SourceName | OwnSource = Field(description="the data set")
+    source: SourceName | OwnSource = Field(
+        description="the data set; image_folder: train/CLASS/*.jpg; manifest: a table of paths and labels; "
+        "huggingface: a set of the package datasets; webdataset: tars"
+    )
     options: Options = Field(description="arguments of a source of your own, besides root; null: none")
-    root: str | None = Field(description="folder that holds the data set (digits and synthetic need none)")
+    root: str | None = Field(
+        description="folder that holds the data set (digits and synthetic need none); manifest: a .csv, .tsv or "
+        ".parquet, or a folder with train.csv and test.csv; huggingface: a folder of save_to_disk or of Parquet "
+        "files, or hf:OWNER/NAME; webdataset: a folder of tars, or a pattern such as {train,test}-{000..015}.tar"
+    )
+    columns: ColumnsConfig = Field(description="where a table or a tar has images and labels")
+    image_root: str | None = Field(
+        description="manifest: folder at which relative paths start; null: that of the manifest"
+    )
     download: bool = Field(description="fetch a missing torchvision data set into data.root")
     image_size: Count | None = Field(
         description="resize the shorter side to this and crop the center; null keeps the images' own size",
@@ -30,12 +53,12 @@ class DataConfig(Section):
         description="convert every image to 1 (gray) or 3 (RGB) channels; null: all must have the same number"
     )
     exif: Literal["transpose", "ignore"] = Field(
-        description="image folders; transpose: images are turned upright by their EXIF orientation; ignore: they are "
+        description="image files; transpose: images are turned upright by their EXIF orientation; ignore: they are "
         "read as stored"
     )
     labels: Literal["folders", "none"] = Field(
-        description="image folders; folders: train/CLASS/*.jpg; none: no labels, images at any depth of data.root, "
-        "or of its folders train, val, test"
+        description="folders: as the source gives them (image_folder: names of folders, train/CLASS/*.jpg); none: no "
+        "labels, in an image_folder images at any depth of data.root, or of its folders train, val, test"
     )
     validation_fraction: Annotated[float, Field(ge=0, lt=1)] = Field(
         description="share of the training images set aside for validation, stratified, where the data set has no "

@@ -29,7 +29,9 @@ OwnPolicy = Annotated[str, AfterValidator(Own("policies"))]
 OwnProbe = Annotated[str, AfterValidator(Own("probes"))]
 OwnLogger = Annotated[str, AfterValidator(Own("loggers"))]
 
-SourceName = Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", "image_folder", "synthetic"]
+OwnSourceName = Literal["image_folder", "manifest", "huggingface", "webdataset"]
+"""Sources of whatever images a user has at data.root, with labels or without."""
+SourceName = Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", OwnSourceName, "synthetic"]
 SamplerName = Literal["random", "class_balanced", "long_tail_aware"]
 LoaderName = Literal["auto", "resident", "torch", "ffcv", "dali"]
 PolicyName = Literal["none", "flip_crop", "pad_crop", "simaugment", "autoaugment", "randaugment"]

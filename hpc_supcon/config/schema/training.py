@@ -261,8 +261,8 @@ class TrainConfig(Section):
         "results in their last bits; false: an error"
     )
     allow_code_change: bool = Field(
-        description="resume although the file of a source, encoder, loss or policy of your own is not the one that the "
-        "run was started with"
+        description="resume although the file of a source, encoder, loss or policy of your own is not the one that "
+        "the run was started with"
     )
 
 

@@ -12,6 +12,7 @@ from ...distributed.collectives import all_sum
 from ...errors import ConfigError, unknown_name
 from ..order import Order
 from ..sources.beton import BetonSource
+from ..sources.encoded import EncodedSource
 from ..sources.folder import FolderSource
 from ..sources.source import ArraySource, Source
 from .base import CropOptions, EpochSteps, Loader, LoaderOptions, OnCorrupt
@@ -87,7 +88,7 @@ def choose_loader(source: Source, device: torch.device | str, options: LoaderOpt
         why = "crops are taken from the images as they are stored"
     if isinstance(source, BetonSource) and find_spec("ffcv") is not None:
         return "ffcv", f"{why}, in a .beton file"
-    if isinstance(source, FolderSource) and device.type == "cuda" and _has_dali():
+    if isinstance(source, FolderSource | EncodedSource) and device.type == "cuda" and _has_dali():
         return "dali", f"{why}, in files that the GPU decodes"
     return "torch", why
 

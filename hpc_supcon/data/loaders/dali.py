@@ -21,6 +21,7 @@ import torch.utils.dlpack
 from torch import Tensor
 
 from ...errors import ConfigError, CorruptSample, LoaderDied, MissingExtra
+from ..sources.encoded import EncodedSource
 from ..sources.folder import FolderSource
 from ..sources.source import Source
 from .base import Batch, EpochSteps, LoaderOptions, count_replaced, served
@@ -60,10 +61,8 @@ class DaliLoader:
     """
 
     def __init__(self, source: Source, steps: EpochSteps, device: torch.device | str, options: LoaderOptions) -> None:
-        if not isinstance(source, FolderSource):
-            raise ConfigError(
-                "data.loader=dali decodes image files (data.source=image_folder): choose another loader"
-            )
+        if not isinstance(source, FolderSource | EncodedSource):
+            raise ConfigError("data.loader=dali decodes image files, which these data are not: choose another loader")
         _import_dali()
         self._source, self._device, self._options = source, torch.device(device), options
         self._reader = SampleReader(source, steps.seed, options.crop, options.on_corrupt)

@@ -38,6 +38,7 @@ from .beton import (
     labels_digest,
     manifest_path,
 )
+from .encoded import EncodedSource
 from .folder import FolderSource
 from .image_file import named, open_image
 from .jpeg import whole_jpeg
@@ -90,7 +91,7 @@ class _Encoding:
     def _jpeg_file(self, i: int, image: Image.Image) -> bytes | None:
         """The bytes of the image's file where it is a JPEG of the same mode and the same way up, which every decoder
         takes; else None."""
-        if not isinstance(self.source, FolderSource):
+        if not isinstance(self.source, FolderSource | EncodedSource):
             return None
         data, size = self.source.encoded(i)  # without EXIF data, turned where need be
         copy = whole_jpeg(data)
@@ -100,6 +101,8 @@ class _Encoding:
             return copy if stored.mode == image.mode else None
 
     def name_of(self, i: int) -> str:
+        if isinstance(self.source, EncodedSource):
+            return f"image {self.source.name(i)}"
         return f"image {self.source.paths[i]}" if isinstance(self.source, FolderSource) else f"image {i}"
 
     def chunk(self, start: int) -> list[tuple[int, int, int, bytes]]:
@@ -219,7 +222,7 @@ def _aligned(position: int) -> int:
 def _manifest(path: Path, source: Source, samples: np.ndarray, name: str) -> dict[str, Any]:
     sides = np.unique(np.concatenate((samples["image"]["width"], samples["image"]["height"])))
     # only files have EXIF data; of other sets there is nothing to say
-    exif = {"exif": source.image_format.exif} if isinstance(source, FolderSource) else {}
+    exif = {"exif": source.image_format.exif} if isinstance(source, FolderSource | EncodedSource) else {}
     return exif | {
         "format": FORMAT,
         "name": name,

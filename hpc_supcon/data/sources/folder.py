@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -112,7 +112,7 @@ def open_folder(
 
     listings = list_splits(root, ("train", *held_out), SUFFIXES, note)
     classes = tuple(listings["train"])
-    image_format = _format_of([p for paths in listings["train"].values() for p in paths], image_size, channels, exif)
+    image_format = format_of([p for paths in listings["train"].values() for p in paths], image_size, channels, exif)
 
     def source(name: str) -> FolderSource:
         paths = [path for class_name in classes for path in listings[name][class_name]]
@@ -150,7 +150,7 @@ def open_unlabeled(
         for line in lines:
             if note is not None:
                 note(line)
-    image_format = _format_of(listings["train"], image_size, channels, exif)
+    image_format = format_of(listings["train"], image_size, channels, exif)
     found: dict[str, FolderSource | None] = {
         name: FolderSource(paths, torch.zeros(len(paths), dtype=torch.int64), (), image_format)
         for name, paths in listings.items()
@@ -160,11 +160,20 @@ def open_unlabeled(
     return train, found["val"] if len(held_out) == 2 else None, found[held_out[-1]] if held_out else None
 
 
-def _format_of(paths: Sequence[Path], image_size: int | None, channels: int | None, exif: Exif) -> ImageFormat:
-    """The given size and channels and, where they are None, those of the first image that is whole."""
+def format_of(
+    names: Sequence[Path | str],
+    image_size: int | None,
+    channels: int | None,
+    exif: Exif,
+    data: Callable[[int], bytes] | None = None,
+) -> ImageFormat:
+    """The given size and channels and, where they are None, those of the first image that is whole.
+
+    names: of the images; data: the bytes of each, where the names are not paths. Raises DataError and CorruptSample.
+    """
     if image_size is not None and channels is not None:
-        return ImageFormat(channels, image_size, convert=True, resize=True, reference=paths[0], exif=exif)
-    first, mode, (width, height) = _first_whole(paths, exif)
+        return ImageFormat(channels, image_size, convert=True, resize=True, reference=names[0], exif=exif)
+    first, mode, (width, height) = _first_whole(names, exif, data)
     if image_size is None and width != height:
         raise DataError(f"{first} is {width}x{height} pixels, not square: set data.image_size to resize and crop")
     if channels is None and mode not in CHANNELS_OF_MODE:
@@ -179,13 +188,15 @@ def _format_of(paths: Sequence[Path], image_size: int | None, channels: int | No
     )
 
 
-def _first_whole(paths: Sequence[Path], exif: Exif) -> tuple[Path, str, tuple[int, int]]:
-    """(path, mode, (width, height)) of the first image that decodes. Raises the error of the first one if none does,
+def _first_whole(
+    names: Sequence[Path | str], exif: Exif, data: Callable[[int], bytes] | None
+) -> tuple[Path | str, str, tuple[int, int]]:
+    """(name, mode, (width, height)) of the first image that decodes. Raises the error of the first one if none does,
     and DataError for an image that is whole but never read."""
     damaged: CorruptSample | None = None
-    for path in paths:
+    for i, name in enumerate(names):
         try:
-            return path, *whole_form(path, exif)
+            return name, *whole_form(name, exif, None if data is None else data(i))
         except CorruptSample as error:
             damaged = damaged or error
     assert damaged is not None  # a class has images

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ...errors import ConfigError, DataError, unknown_name
 from ...parts import find
 from .beton_splits import open_beton_splits, split_file
-from .builtin import digits, synthetic
+from .by_name import OWN_SOURCES, SOURCES, Found, Labels, SourceOptions
 from .convert import convert
 from .datasets import Datasets, dataset_splits
-from .folder import open_folder, open_unlabeled, unreadable_is_data_error
-from .image_file import Exif
-from .listing import Note
-from .source import ArraySource, Source, fit_images
+from .folder import unreadable_is_data_error
+from .source import Source
 from .stratify import stratified_sample, stratified_split
-from .vision import open_cifar, open_mnist
-
-Labels = Literal["folders", "none"]
-"""Whether the images of a folder have labels: the names of its class folders, or none."""
 
 
 @dataclass(frozen=True)
@@ -71,161 +65,55 @@ class Splits:
         return self.train.image_size
 
 
-@dataclass(frozen=True)
-class SourceOptions:
-    """Arguments of the functions in SOURCES; see load_splits. Raises ConfigError for values outside their ranges."""
-
-    root: Path | None = None
-    download: bool = False
-    image_size: int | None = None
-    channels: int | None = None
-    exif: Exif = "transpose"
-    labels: Labels = "folders"
-    synthetic: Mapping[str, int] | None = None
-    note: Note | None = None
-
-    def __post_init__(self) -> None:
-        if self.channels not in (None, 1, 3):
-            raise ConfigError(f"data.channels must be 1 (gray) or 3 (RGB), not {self.channels}")
-        if self.image_size is not None and self.image_size < 1:
-            raise ConfigError(f"data.image_size must be at least 1 pixel, not {self.image_size}")
-
-
-def _digits(options: SourceOptions) -> Splits:
-    return _in_memory(digits(), options)
-
-
-def _mnist(name: str, options: SourceOptions) -> Splits:
-    return _in_memory(open_mnist(name, options.root, download=options.download), options)
-
-
-def _cifar(name: str, options: SourceOptions) -> Splits:
-    return _in_memory(open_cifar(name, options.root, download=options.download), options)
-
-
-def _image_folder(options: SourceOptions) -> Splits:
-    given: dict[str, Any] = {"image_size": options.image_size, "channels": options.channels, "exif": options.exif}
-    if options.root is None:
-        content = "train/CLASS/*.jpg|png and test/ or val/" if options.labels == "folders" else "images"
-        raise DataError(f"image_folder needs data.root: a folder with {content}")
-    if options.labels == "none":
-        return Splits(*open_unlabeled(options.root, **given, note=options.note))
-    return Splits(*open_folder(options.root, **given, note=options.note))
-
-
-def _synthetic(options: SourceOptions) -> Splits:
-    given = {"image_size": options.image_size, "channels": options.channels}
-    arguments = {key: value for key, value in given.items() if value is not None} | dict(options.synthetic or {})
-    train, test = synthetic(**arguments)
-    return Splits(train, None, test)
-
-
-def _given(datasets: Datasets, origin: str, options: SourceOptions) -> Splits:
-    return Splits(
-        *dataset_splits(
-            datasets,
-            image_size=options.image_size,
-            channels=options.channels,
-            has_labels=options.labels != "none",
-            origin=origin,
-            note=options.note,
-        )
-    )
-
-
-def _converted(beton: str | Path, name: str, options: SourceOptions, *, check_hash: bool) -> Splits:
-    return Splits(
-        *open_beton_splits(
-            beton,
-            name,
-            image_size=options.image_size,
-            channels=options.channels,
-            exif=options.exif,
-            has_labels=options.labels != "none",
-            check_hash=check_hash,
-        )
-    )
-
-
-def _in_memory(sources: tuple[ArraySource, ArraySource], options: SourceOptions) -> Splits:
-    train, test = (
-        ArraySource(
-            fit_images(source.stack(), image_size=options.image_size, channels=options.channels),
-            source.labels,
-            source.classes,
-        )
-        for source in sources
-    )
-    return Splits(train, None, test)
-
-
-SOURCES: dict[str, Callable[[SourceOptions], Splits]] = {
-    "digits": _digits,
-    "mnist": partial(_mnist, "mnist"),
-    "fashion_mnist": partial(_mnist, "fashion_mnist"),
-    "cifar10": partial(_cifar, "cifar10"),
-    "cifar100": partial(_cifar, "cifar100"),
-    "image_folder": _image_folder,
-    "synthetic": _synthetic,
-}
-"""`data.source` -> the splits that the data set has itself."""
-
-
 def load_splits(
     name: str,
     *,
-    root: str | Path | None = None,
-    download: bool = False,
-    image_size: int | None = None,
-    channels: int | None = None,
-    exif: Exif = "transpose",
-    labels: Labels = "folders",
     validation_fraction: float = 0.1,
     train_images: int | None = None,
     seed: int = 0,
-    synthetic: Mapping[str, int] | None = None,
     beton: str | Path | None = None,
     check_hash: bool = True,
-    note: Note | None = None,
     datasets: Datasets | None = None,
-    arguments: Mapping[str, Any] | None = None,
+    **options: Any,
 ) -> Splits:
-    """The data set called `name` (a key of SOURCES), or the .beton files it was converted to.
+    """The data set called `name` (a key of SOURCES), or the .beton files it was converted to, or `datasets`.
 
-    arguments: of a source of a user's own, whose name is no key of SOURCES, besides `root`; it returns datasets.
-
-    datasets: torch Datasets to take in place of a data set of SOURCES, which `name` only names in messages; see
-    `dataset_splits`. Of the other arguments, those after `labels` and `image_size` and `channels` count for them.
+    options: fields of SourceOptions, which say what is opened and how. validation_fraction in [0, 1): share of train
+    that becomes the validation split, stratified, drawn with `seed`; 0 gives none. A data set with a validation split
+    keeps it. train_images: train on this many of the images that are left, in the same proportions of classes.
 
     beton: PATH/NAME.beton means the files PATH/NAME.train.beton, NAME.test.beton and, where the data set had a
     validation split, NAME.validation.beton, as `convert_splits` writes them; `root` is then not needed. check_hash:
-    see `open_beton`.
+    see `open_beton`; of the ranks that share files, one is enough to check them.
 
-    root: folder of the files (not for digits and synthetic). download: fetch them where they are missing.
-    image_size (pixels) and channels (1 or 3): what images are converted to; None keeps theirs. exif: whether images
-    of a folder are turned upright. labels: none for a folder of images without labels, see `open_unlabeled`.
-    validation_fraction in [0, 1): share of train that becomes the validation split, stratified, drawn with `seed`;
-    0 gives none. A data set with a validation split keeps it. train_images: train on this many of the images that
-    are left, in the same proportions of classes. synthetic: arguments of `builtin.synthetic`, for that name only.
-    note: receives lines about files that were passed over and classes without images; see listing.list_splits.
+    datasets: torch Datasets, see `dataset_splits`; `name` then names them in messages, and of the options
+    image_size, channels, labels and note count.
 
-    Image folders are listed here and decoded by `stack`, which finds images that are damaged.
+    Files are listed here and decoded by `stack`, which finds images that are damaged.
     Raises ConfigError for unknown names and values outside their ranges, DataError for missing or damaged data.
     """
     if datasets is None and (own := find("sources", name, SOURCES)) is not None:
-        datasets = own.build(arguments, root=root)
-    open_splits = _source(name) if datasets is None else partial(_given, datasets, name)
-    if synthetic and name != "synthetic":
+        datasets = own.build(options.get("arguments"), root=options.get("root"))
+    if options.get("synthetic") and name != "synthetic":
         raise ConfigError(f"options of synthetic data were given, but the data is {name}")
     if datasets is not None and beton is not None:
         raise ConfigError(f"data.beton={beton}: .beton files are not made of {name}; use data.beton=null")
     if not 0 <= validation_fraction < 1:
         raise ConfigError(f"data.validation_fraction must be in [0, 1), not {validation_fraction}")
-    if datasets is None:
-        _check_labels(name, labels)
-    options = SourceOptions(_folder(root), download, image_size, channels, exif, labels, synthetic, note)
+    given = SourceOptions(**{"check_files": check_hash, **options})
     with unreadable_is_data_error():
-        splits = open_splits(options) if beton is None else _converted(beton, name, options, check_hash=check_hash)
+        if datasets is not None:
+            found: Found = _given(datasets, name, given)
+        elif beton is not None:
+            _check_name(name, given.labels)
+            found = _converted(beton, name, given, check_hash=check_hash)
+        else:
+            found = _open(name, given)
+    return _with_validation(Splits(*found), validation_fraction, train_images, seed)
+
+
+def _with_validation(splits: Splits, validation_fraction: float, train_images: int | None, seed: int) -> Splits:
+    """See load_splits."""
     train, validation = splits.train, splits.validation
     if validation is None and validation_fraction > 0:
         kept, picked = stratified_split(train.labels, fraction=validation_fraction, seed=seed)
@@ -241,38 +129,48 @@ def load_splits(
     return Splits(train, validation, splits.test)
 
 
-def open_source(
-    name: str,
-    root: str | Path | None = None,
-    *,
-    download: bool = False,
-    image_size: int | None = None,
-    channels: int | None = None,
-    exif: Exif = "transpose",
-    labels: Labels = "folders",
-    synthetic: Mapping[str, int] | None = None,
-    note: Note | None = None,
-) -> Splits:
-    """The data set called `name` with the splits that it has itself. Arguments and errors: see `load_splits`."""
+def open_source(name: str, root: str | Path | None = None, **options: Any) -> Splits:
+    """The data set called `name` with the splits that it has itself. Options and errors: see `load_splits`."""
     with unreadable_is_data_error():
-        _check_labels(name, labels)
-        options = SourceOptions(_folder(root), download, image_size, channels, exif, labels, synthetic, note)
-        return _source(name)(options)
+        return Splits(*_open(name, SourceOptions(root, **options)))
 
 
-def _check_labels(name: str, labels: Labels) -> None:
-    if labels == "none" and name != "image_folder":
-        raise ConfigError(f"data.labels=none is for image folders, but data.source={name} has labels: use folders")
+def _open(name: str, options: SourceOptions) -> Found:
+    _check_name(name, options.labels)
+    return SOURCES[name](options)
 
 
-def _source(name: str) -> Callable[[SourceOptions], Splits]:
+def _check_name(name: str, labels: Labels) -> None:
     if name not in SOURCES:
         raise ConfigError(unknown_name("data.source", name, SOURCES))
-    return SOURCES[name]
+    if labels == "none" and name not in OWN_SOURCES:
+        raise ConfigError(
+            f"data.labels=none is for images of your own ({', '.join(OWN_SOURCES)}), but data.source={name} has "
+            "labels: use folders"
+        )
 
 
-def _folder(root: str | Path | None) -> Path | None:
-    return None if root is None else Path(root).expanduser()
+def _given(datasets: Datasets, origin: str, options: SourceOptions) -> Found:
+    return dataset_splits(
+        datasets,
+        image_size=options.image_size,
+        channels=options.channels,
+        has_labels=options.labels != "none",
+        origin=origin,
+        note=options.note,
+    )
+
+
+def _converted(beton: str | Path, name: str, options: SourceOptions, *, check_hash: bool) -> Found:
+    return open_beton_splits(
+        beton,
+        name,
+        image_size=options.image_size,
+        channels=options.channels,
+        exif=options.exif,
+        has_labels=options.labels != "none",
+        check_hash=check_hash,
+    )
 
 
 def convert_splits(

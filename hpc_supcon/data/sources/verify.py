@@ -12,11 +12,8 @@ from typing import Any
 
 from ...errors import DataError
 from .beton import open_beton
-from .folder import open_folder, open_unlabeled, unreadable_is_data_error
-from .image_file import Exif
-from .listing import Note
 from .source import Source
-from .splits import Labels
+from .splits import open_source
 
 _CHUNK = 64  # images that a thread decodes at a time
 
@@ -46,33 +43,27 @@ class SplitReport:
 def verify(
     path: str | Path,
     *,
-    image_size: int | None = None,
-    channels: int | None = None,
-    exif: Exif = "transpose",
-    labels: Labels = "folders",
+    source: str = "image_folder",
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-    note: Note | None = None,
+    **options: Any,
 ) -> dict[str, SplitReport]:
-    """A report for each split of an image folder ("train", "test", perhaps "validation"), or for a .beton file.
+    """A report for each split of a set of OWN_SOURCES ("train", "test", perhaps "validation"), or for a .beton file.
 
-    Every image is decoded, by `workers` threads (None: one per processor); progress(images decoded, all images);
-    note: see listing.list_splits. image_size, channels, exif, labels: as training would read the set, see
-    `load_splits`. Raises DataError where the set as a whole is wrong: its layout, sizes that need image_size, a
-    .beton that differs from its manifest.
+    source: the kind of the set, whose root is `path`. Every image is decoded, by `workers` threads (None: one per
+    processor); progress(images decoded, all images). options: as training would read the set, see SourceOptions.
+    Raises DataError where the set as a whole is wrong: its layout, sizes that need image_size, a .beton that differs
+    from its manifest.
     """
-    path = Path(path)
-    given: dict[str, Any] = {"image_size": image_size, "channels": channels, "exif": exif}
-    if path.suffix == ".beton" or path.is_file():
-        return {path.name: verify_source(open_beton(path, **given), workers=workers, progress=progress)}
-    with unreadable_is_data_error():
-        opened = open_unlabeled if labels == "none" else open_folder
-        train, validation, test = opened(path, **given, note=note)
-    splits = {"train": train, "validation": validation, "test": test}
+    file = Path(path)
+    if source == "image_folder" and (file.suffix == ".beton" or file.is_file()):
+        given = {key: options[key] for key in ("image_size", "channels", "exif") if key in options}
+        return {file.name: verify_source(open_beton(file, **given), workers=workers, progress=progress)}
+    splits = open_source(source, path, **options)
     return {
-        name: verify_source(source, workers=workers, progress=progress)
-        for name, source in splits.items()
-        if source is not None
+        name: verify_source(one, workers=workers, progress=progress)
+        for name, one in vars(splits).items()
+        if one is not None
     }
 
 

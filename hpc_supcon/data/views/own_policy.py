@@ -20,8 +20,8 @@ class OwnPolicy:
     """The callable that the part returns: (uint8 [n, C, S, S], generator) -> uint8 of the same shape.
 
     All that is random in it must be drawn from the torch.Generator, which is on the device of the views: views then
-    follow from the run's seed, rank and step, and a resumed run has the same ones. It is called once for every piece of
-    a batch that is rendered; the pieces of the two-pass step are rendered twice, with generators of the same seed.
+    follow from the run's seed, rank and step, and a resumed run has the same ones. It is called once for every piece
+    of a batch that is rendered; the pieces of the two-pass step are rendered twice, with generators of the same seed.
     """
 
     def __init__(self, part: Part, options: Mapping[str, Any] | None, channels: int, image_size: int) -> None:
@@ -37,8 +37,8 @@ class OwnPolicy:
             first, again = (self(made_up, 1) for _ in range(2))
         if not torch.equal(first, again):
             raise PartError(
-                f"{self._where}: gives other views for a generator of the same seed: draw all that is random from the "
-                "generator it is given, or a resumed run would see other views"
+                f"{self._where}: gives other views for a generator of the same seed: draw all that is random from "
+                "the generator it is given, or a resumed run would see other views"
             )
 
     def draw(self, n: int, generator: torch.Generator) -> Tensor:

@@ -14,20 +14,11 @@ from ...errors import ConfigError, unknown_name
 from ...parts import find
 from ..crop_boxes import check_crops, draw_boxes, draw_padded_boxes
 from .color import SIGMA, Jitter, check_probabilities, check_strengths, gaussian_blur, grayscale, kernel_size
+from .levels import span, to_levels, to_planes
 from .ops import operate_
 from .own_policy import OwnPolicy
 from .parameters import ViewParameters
-from .pixels import (
-    copy_async,
-    cut_windows,
-    flip_selected,
-    normalize_,
-    normalize_levels_,
-    resample,
-    span,
-    to_levels,
-    to_planes,
-)
+from .pixels import copy_async, cut_windows, flip_selected, normalize_, normalize_levels_, resample
 from .policies import AutoAugment, RandAugment
 
 POLICIES: dict[str, Callable[..., AutoAugment | RandAugment | None]] = {

@@ -37,7 +37,8 @@ PROBES: dict[str, ProbeSpec] = {
 
 
 def probe_spec(kind: str) -> ProbeSpec:
-    """The entry of PROBES, or that of a probe of a user's own, which is imported. Raises ConfigError, CodeNotAllowed."""
+    """The entry of PROBES, or that of a probe of a user's own, which is imported. Raises ConfigError,
+    CodeNotAllowed."""
     if find("probes", kind, PROBES) is not None:
         return OWN
     if kind not in PROBES:

@@ -75,8 +75,8 @@ def _make(kind: str, options: Any) -> tuple[str, Any]:
     for name in ("fit", "predict"):
         if not callable(getattr(made, name, None)):
             raise PartError(
-                f"{part.where}: returned {type(made).__name__}, which has no method {name}: a probe has fit(features, "
-                "labels) and predict(features)"
+                f"{part.where}: returned {type(made).__name__}, which has no method {name}: a probe has "
+                "fit(features, labels) and predict(features)"
             )
     return part.where, made
 

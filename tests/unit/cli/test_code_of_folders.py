@@ -107,14 +107,14 @@ def test_no_command_is_forgotten():
 @pytest.mark.parametrize("command", COMMANDS, ids=" ".join)
 def test_every_command_refuses_a_folder_that_names_code(capsys, marker, command):
     write_folders()
-    before = {path for path in Path().rglob("*")}
+    before = set(Path().rglob("*"))
     assert "nothing of it was imported; if you know this code and trust it, add --allow-code evil:run" in refused(
         capsys, *command, *COMMANDS[command]
     )
     # what is allowed is one name, not another one of the same module
     assert "--allow-code evil:run" in refused(capsys, *command, *COMMANDS[command], "--allow-code", "evil:other")
     assert not marker.exists()
-    assert {path for path in Path().rglob("*")} == before
+    assert set(Path().rglob("*")) == before
 
 
 @pytest.mark.parametrize("setting", VALUES)

@@ -16,7 +16,8 @@ from hpc_supcon.config.schema import ProbeConfig, names
 from hpc_supcon.data.corruptions import BENCHMARK, CORRUPTIONS
 from hpc_supcon.data.loaders import LOADERS
 from hpc_supcon.data.samplers import SAMPLERS
-from hpc_supcon.data.sources.splits import SOURCES, open_source
+from hpc_supcon.data.sources.by_name import OWN_SOURCES, SOURCES
+from hpc_supcon.data.sources.splits import open_source
 from hpc_supcon.data.views.policies import AUTOAUGMENT_NAMES
 from hpc_supcon.data.views.views import POLICIES
 from hpc_supcon.errors import ConfigError
@@ -52,6 +53,7 @@ def losses_by(fact) -> set[str]:
     ("literal", "registry"),
     [
         (names.SourceName, SOURCES),
+        (names.OwnSourceName, OWN_SOURCES),
         (names.SamplerName, SAMPLERS),
         (names.LoaderName, ["auto", *LOADERS]),
         (names.PolicyName, POLICIES),

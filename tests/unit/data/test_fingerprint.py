@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 
 from hpc_supcon.data import ArraySource, DataFingerprint, Splits, convert_splits, fingerprint, load_splits
-from hpc_supcon.data.fingerprint import class_differences, file_sizes
+from hpc_supcon.data.fingerprint import class_differences
+from hpc_supcon.data.sources.file_sizes import file_sizes
 
 CLASSES = ("cat", "dog")
 

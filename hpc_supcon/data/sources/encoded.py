@@ -1,0 +1,110 @@
+"""A source over image files that lie in archives or tables, which are decoded whenever they are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from PIL import Image
+from torch import Tensor
+
+from .folder import format_of
+from .image_file import Exif, ImageFormat, encoded_image, named, read_image
+from .source import Pixels, channels_first, resize_and_crop, stack_images
+
+
+class EncodedImages(Protocol):
+    """Image files by number. Can be sent to other processes, and read by many threads."""
+
+    def __len__(self) -> int: ...
+
+    def name(self, i: int) -> str:
+        """Of image i in messages: where it lies, and its number or key there."""
+        ...
+
+    def data(self, i: int) -> bytes:
+        """The bytes of the file. Raises CorruptSample where they are not there."""
+        ...
+
+    def sizes(self) -> npt.NDArray[np.int64] | None:
+        """Bytes of every file, int64 [N], where they are known without reading them."""
+        ...
+
+
+class EncodedSource:
+    """Source over EncodedImages."""
+
+    def __init__(
+        self, images: EncodedImages, rows: Tensor, labels: Tensor, classes: Sequence[str], image_format: ImageFormat
+    ) -> None:
+        """rows int64 [N]: which of `images` these are; labels int64 [N]: theirs, zeros without classes."""
+        assert rows.shape == labels.shape
+        self.images, self.rows, self.labels = images, rows, labels
+        self.classes = tuple(classes)
+        self.image_format = image_format
+        self.channels, self.image_size = image_format.channels, image_format.image_size
+        self.paths = None
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def name(self, i: int) -> str:
+        """See EncodedImages.name."""
+        return self.images.name(int(self.rows[i]))
+
+    def data(self, i: int) -> bytes:
+        """The bytes of image i. Raises CorruptSample."""
+        return self.images.data(int(self.rows[i]))
+
+    def sizes(self) -> npt.NDArray[np.int64] | None:
+        """See EncodedImages.sizes."""
+        sizes = self.images.sizes()
+        return None if sizes is None else sizes[self.rows.numpy()]
+
+    def read(self, i: int) -> Tensor:
+        """uint8 [C, S, S]. Raises CorruptSample naming the image; DataError where mode or size differ."""
+        return torch.from_numpy(self._decode(i).copy())
+
+    def pil_image(self, i: int) -> Image.Image:
+        """See Source.pil_image. Raises as `read`."""
+        return read_image(self.name(i), self.image_format, self.data(i))
+
+    def encoded(self, i: int) -> tuple[bytes, tuple[int, int]]:
+        """Image i as the bytes of a file that every decoder reads the same; see image_file.encoded_image."""
+        return encoded_image(self.name(i), self.image_format, self.data(i))
+
+    def stack(self) -> Tensor:
+        """See stack_images. Raises as `read`."""
+        return stack_images(self._decode, len(self), (self.channels, self.image_size, self.image_size))
+
+    def _decode(self, i: int) -> Pixels:
+        image = self.pil_image(i)
+        with named(f"image {self.name(i)}"):
+            return channels_first(resize_and_crop(image, self.image_size))
+
+    def subset(self, indices: Tensor | Sequence[int]) -> EncodedSource:
+        chosen = torch.as_tensor(indices, dtype=torch.int64)
+        return EncodedSource(self.images, self.rows[chosen], self.labels[chosen], self.classes, self.image_format)
+
+
+class _Names(Sequence[str]):
+    """The names of images, each made when it is asked for."""
+
+    def __init__(self, images: EncodedImages) -> None:
+        self._images = images
+
+    def __len__(self) -> int:
+        return len(self._images)
+
+    def __getitem__(self, i: int) -> str:  # type: ignore[override]
+        if i >= len(self):
+            raise IndexError(i)
+        return self._images.name(i)
+
+
+def format_of_encoded(images: EncodedImages, image_size: int | None, channels: int | None, exif: Exif) -> ImageFormat:
+    """See folder.format_of."""
+    return format_of(_Names(images), image_size, channels, exif, images.data)
