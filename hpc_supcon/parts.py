@@ -14,8 +14,7 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
@@ -24,8 +23,10 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from . import known_names
 from .environment import RANK_VARIABLES
 from .errors import CodeNotAllowed, HpcSupconError, PartError, raised_where, unknown_name
+from .known_names import check_given
 from .plugins import installed_entry_points, package_of
 from .terminal import note
 
@@ -51,15 +52,8 @@ ONE: dict[Kind, str] = {
     "loggers": "log.to",
 }
 """What a part of a kind is called in messages."""
-OBJECT: dict[Kind, str] = {"sources": "source", "encoders": "encoder", "losses": "loss"}
-"""The arguments by which a caller gives an object in place of a part."""
 
 _PATH = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*(?:\.[^\W\d]\w*)*")
-_allowed: set[str] = set()
-_objects: dict[tuple[Kind, str], Part] = {}
-"""Parts that are objects of the caller's, in place of what their names would be imported as."""
-_named: set[str] = set()
-"""Import paths that a folder holds and that may be read there, but not imported."""
 
 
 @dataclass(frozen=True)
@@ -148,49 +142,16 @@ def allow(names: Iterable[str], where: str) -> None:
     names. `where`: who gives them, for messages."""
     for name in names:
         _split(name, where)
-        _allowed.add(name)
+        known_names.allowed.add(name)
 
 
 def allowed() -> list[str]:
-    return sorted(_allowed)
-
-
-@contextmanager
-def given(objects: Iterable[Part], named: Iterable[str] = ()) -> Iterator[None]:
-    """Inside, these parts are what their names stand for; and the import paths `named` may stand in what is read, but
-    are not imported. Names that are both imported and given are objects."""
-    found = {(part.kind, part.name): part for part in objects}
-    before = dict(_objects), set(_named)
-    not_allowed = {name for _, name in found} - _allowed  # to be imported, once the block has ended
-    _objects.update(found)
-    _named.update(named)
-    try:
-        yield
-    finally:
-        _objects.clear()
-        _objects.update(before[0])
-        _named.clear()
-        _named.update(before[1])
-        _allowed.difference_update(not_allowed)
-
-
-def object_part(kind: Kind, name: str, call: Callable[..., Any], of: object) -> Part:
-    """The part `name` that `call` makes. of: the object, or its class, whose module is recorded; of a script or a
-    notebook, which has much else in it, the sha256 is that of the text of the class or function alone."""
-    module = getattr(of, "__module__", None) or type(of).__module__
-    file = getattr(sys.modules.get(module), "__file__", None)
-    try:
-        is_alone = file is None or module == "__main__"
-        text = inspect.getsource(of).encode() if is_alone else Path(file).read_bytes()  # type: ignore[arg-type]
-    except (OSError, TypeError):  # built in, or typed into an interpreter
-        text = None
-    digest = None if text is None else hashlib.sha256(text).hexdigest()
-    return Part(kind, name, call, module, _version_of(module), file, digest)
+    return sorted(known_names.allowed)
 
 
 def check_allowed(names: Iterable[str], where: str) -> None:
     """Raise CodeNotAllowed where one of these names is an import path that the user has not given."""
-    known = _allowed | _named | {name for _, name in _objects}
+    known = known_names.known()
     if refused := [name for name in dict.fromkeys(names) if is_path(name) and name not in known]:
         flags = " ".join(f"--allow-code {name}" for name in refused)
         raise CodeNotAllowed(
@@ -225,14 +186,10 @@ def find(kind: Kind, name: str, builtin: Collection[str] = ()) -> Part | None:
 
     Raises PartError where it cannot be imported, CodeNotAllowed for an import path that the user has not given.
     """
-    if (kind, name) in _objects:
-        return _objects[kind, name]
-    if name in _named and name not in _allowed:
-        again = f"give the object again, hs.load(RUN_DIR, {OBJECT[kind]}=...), or " if kind in OBJECT else ""
-        raise CodeNotAllowed(
-            f"{ONE[kind]}={name}: is not of this package, and nothing was imported: {again}let it be imported, "
-            f"hs.load(RUN_DIR, allow_code=[{name!r}])"
-        )
+    if (kind, name) in known_names.objects:
+        own: Part = known_names.objects[kind, name]
+        return own
+    check_given(kind, name, ONE[kind])
     if is_path(name):
         check_allowed([name], ONE[kind])
         return _imported(kind, name, name)
@@ -279,7 +236,7 @@ def _imported(kind: Kind, name: str, path: str) -> Part:
         digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
     if all(os.environ.get(key, "0") in ("", "0") for key in RANK_VARIABLES if key != "WORLD_SIZE"):
         note(f"{where}: imported {module_name} from {file or 'Python itself'}")
-    return Part(kind, name, found, module_name, _version_of(module_name), file, digest)
+    return Part(kind, name, found, module_name, version_of(module_name), file, digest)
 
 
 def _import(name: str, where: str, *, from_here: bool) -> Any:
@@ -329,7 +286,7 @@ def _entry_points() -> dict[Kind, dict[str, list[EntryPoint]]]:
     return {kind: found.get(kind, {}) for kind in KINDS}
 
 
-def _version_of(module: str) -> str | None:
+def version_of(module: str) -> str | None:
     names = metadata.packages_distributions().get(module.partition(".")[0], [])
     return f"{names[0]} {metadata.version(names[0])}" if names else None
 

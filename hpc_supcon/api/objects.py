@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import inspect
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
@@ -20,7 +21,8 @@ from ..config import Config
 from ..config.code import paths_in
 from ..data.sources.datasets import Datasets
 from ..errors import ConfigError
-from ..parts import Kind, Part, object_part
+from ..known_names import given as known
+from ..parts import Kind, Part, version_of
 from .settings import overrides_of
 
 SourceObject = Datasets
@@ -69,7 +71,7 @@ class Objects:
                 of = _class_of(found)
                 own = f"{_name_of(of)}.{_digest(found)}" if kind == "sources" else _name_of(of)
                 name = (self.names or {}).get(kind) or own
-                yield object_part(kind, name, calls[kind](found), of)
+                yield _part(kind, name, calls[kind](found), of)
 
     def overrides(self) -> list[str]:
         """The settings that name the objects."""
@@ -102,8 +104,22 @@ def named_in(folder: Path) -> list[str]:
 @contextmanager
 def given(objects: Objects) -> Iterator[None]:
     """Inside, the names of the objects stand for them."""
-    with parts.given(list(objects.parts()), objects.named):
+    with known({(part.kind, part.name): part for part in objects.parts()}, objects.named):
         yield
+
+
+def _part(kind: Kind, name: str, call: Callable[..., Any], of: object) -> Part:
+    """The part `name` that `call` makes. of: the object, or its class, whose module is recorded; of a script or a
+    notebook, which has much else in it, the sha256 is that of the text of the class or function alone."""
+    module = getattr(of, "__module__", None) or type(of).__module__
+    file = getattr(sys.modules.get(module), "__file__", None)
+    try:
+        is_alone = file is None or module == "__main__"
+        text = inspect.getsource(of).encode() if is_alone else Path(file).read_bytes()  # type: ignore[arg-type]
+    except (OSError, TypeError):  # built in, or typed into an interpreter
+        text = None
+    digest = None if text is None else hashlib.sha256(text).hexdigest()
+    return Part(kind, name, call, module, version_of(module), file, digest)
 
 
 def _class_of(found: Any) -> Any:

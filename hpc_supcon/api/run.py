@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import nn
 
-from .. import parts, run_folder
+from .. import known_names, run_folder
 from ..config import Config
 from ..data import EvalTransform
 from ..errors import RunFolderError, printable
@@ -54,7 +54,7 @@ class Run:
         self.dir = Path(dir)
         """The run folder."""
         run_folder.check_is_run(self.dir)
-        with parts.given((), named_in(self.dir)):
+        with known_names.given({}, named_in(self.dir)):
             self.config: Config = run_folder.read_config(self.dir)
         """Its settings: `run.config.optim.lr`. What each means: `hpc-supcon config --schema`."""
         self._objects = (objects or Objects()).of_run(self.dir, self.config)

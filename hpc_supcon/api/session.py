@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from .. import parts
+from .. import known_names
 from ..config import Config, Stage
 from ..distributed.launch import Runtime
 from ..errors import ConfigError
@@ -45,7 +45,7 @@ def running(
         with (
             unchanged_process(),
             # what a folder names is read, to be compared; nothing of it is imported for that
-            parts.given((), named_in(folder or config.folder)),
+            known_names.given({}, named_in(folder or config.folder)),
             started(config, stages, facts, resume=resume, folder=folder, of_run=of_run) as (runtime, data),
         ):
             yield runtime, data

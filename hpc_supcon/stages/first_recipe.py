@@ -193,9 +193,8 @@ def _augment(objective: Objective, side: int, channels: int, mirrored: bool) -> 
 
 def _views_per_second(encoder: str, side: int, channels: int, device: str, batch: int = 64) -> float:
     """Of forward and backward pass, the faster of two after one to warm up."""
-    model = build_encoder(encoder, in_channels=channels, image_size=side).to(
-        device, memory_format=torch.channels_last
-    )
+    model = build_encoder(encoder, in_channels=channels, image_size=side).to(device)
+    model = model.to(memory_format=torch.channels_last)
     x = torch.randn(batch, channels, side, side, device=device).contiguous(memory_format=torch.channels_last)
     best = float("inf")
     for i in range(3):

@@ -23,6 +23,7 @@ from ..distributed.preemption import handle_interrupts, interrupted, requested
 from ..distributed.watchdog import current_watchdog
 from ..environment import code_commit
 from ..errors import Preempted
+from ..notebook import in_notebook
 from ..terminal import console, note, warn
 from ..training.build import Start, build_training
 from ..training.callbacks import Callback, Callbacks
@@ -184,7 +185,7 @@ def _machine(runtime: Runtime) -> dict[str, Any]:
     called = Path(sys.argv[0]).name
     program = "python -m hpc_supcon" if called == "__main__.py" else called
     return {
-        "command": f"{program} {shlex.join(sys.argv[1:])}",
+        "command": "a notebook" if in_notebook() else f"{program} {shlex.join(sys.argv[1:])}",
         "host": platform.node(),
         "device": torch.cuda.get_device_name(runtime.device) if on_cuda else runtime.device.type,
         "threads": torch.get_num_threads(),
