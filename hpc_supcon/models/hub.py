@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,9 +36,15 @@ def download(name: str, revision: str | None, file: str) -> tuple[Path, str | No
 
 @contextmanager
 def hub_errors(where: str, file: str | None = None) -> Iterator[None]:
-    """Inside, errors of huggingface_hub become a HubError of one line. where: the model; file: what is read of it."""
+    """Inside, errors of huggingface_hub become a HubError of one line. where: the model; file: what is read of it.
+
+    Without a network huggingface_hub tries for half a minute; what it tells of each attempt is not shown.
+    """
     from huggingface_hub import errors as hub
 
+    logger = logging.getLogger("huggingface_hub")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
     try:
         yield
     except HpcSupconError:
@@ -57,3 +64,5 @@ def hub_errors(where: str, file: str | None = None) -> Iterator[None]:
         raise HubError(f"{where}: has no {file}; only models in safetensors are read from the Hub") from None
     except Exception as error:  # of the network, of any type, or an answer of the Hub that is not expected
         raise HubError(f"{where}: the Hub did not do it: {on_one_line(error)}") from None
+    finally:
+        logger.setLevel(level)
