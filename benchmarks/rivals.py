@@ -55,6 +55,11 @@ GROUPS: dict[str, tuple[int, dict[str, dict[str, Any]]]] = {
     "views": (
         3,
         {
+            "DINO": {
+                "loss.name": "dino", "loss.prototypes": 1024, "loss.frozen_epochs": 1,
+                "loss.teacher_warmup_epochs": 4, "model.projection_layers": 3, "model.projection_activation": "gelu",
+                "model.momentum_encoder": 0.99, "model.momentum_final": 1.0,
+            },
             "SimCLR": {"loss.name": "simclr", "loss.temperature": 0.2},
             "MoCo v2": {
                 "loss.name": "moco_v2", "loss.temperature": 0.2, "loss.queue_size": 4096,

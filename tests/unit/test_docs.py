@@ -59,8 +59,7 @@ def test_a_command_exists_with_these_options_and_settings(arguments):
             context = command.make_context(name, [a for a in rest if a != "..."], parent=context)
     overrides = [a for a in arguments if re.match(r"[a-z_]+(\.[a-z_0-9]+)*=", a) and not a.endswith("...")]
     recipe = arguments[1] if arguments[0] in OF_RUNS and len(arguments) > 1 else "default"
-    keys = {override.partition("=")[0] for override in overrides}
-    assert keys <= set(cfg.flatten(cfg.load_config())), keys
+    cfg.resolve("default", overrides)
     if recipe in cfg.recipe_names() and arguments[0] in OF_RUNS:
         cfg.load_config(recipe, overrides)
 
