@@ -1,9 +1,15 @@
-"""A source over image files that lie in archives or tables, which are decoded whenever they are read."""
+"""A source over image files that lie in archives or tables, which are decoded whenever they are read.
+
+What reads files reads these too: each is a path that opens to its bytes.
+"""
 
 from __future__ import annotations
 
+import io
+import os
 from collections.abc import Sequence
-from typing import Protocol
+from pathlib import Path, PosixPath
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -32,6 +38,27 @@ class EncodedImages(Protocol):
     def sizes(self) -> npt.NDArray[np.int64] | None:
         """Bytes of every file, int64 [N], where they are known without reading them."""
         ...
+
+
+class EncodedFile(PosixPath):
+    """One of EncodedImages, as the file that it would be: its path is its name in messages."""
+
+    images: EncodedImages
+    number: int
+
+    @classmethod
+    def of(cls, images: EncodedImages, i: int) -> EncodedFile:
+        file = cls(images.name(i))
+        file.images, file.number = images, i
+        return file
+
+    def open(self, *_: Any, **__: Any) -> Any:
+        """Its bytes, to be read. Raises as EncodedImages.data."""
+        return io.BytesIO(self.images.data(self.number))
+
+    def stat(self, **_: Any) -> NoReturn:
+        """There is no such file on disk."""
+        raise FileNotFoundError(os.fspath(self))
 
 
 class EncodedSource:
@@ -70,11 +97,14 @@ class EncodedSource:
 
     def pil_image(self, i: int) -> Image.Image:
         """See Source.pil_image. Raises as `read`."""
-        return read_image(self.name(i), self.image_format, self.data(i))
+        return read_image(self._file(i), self.image_format)
+
+    def _file(self, i: int) -> EncodedFile:
+        return EncodedFile.of(self.images, int(self.rows[i]))
 
     def encoded(self, i: int) -> tuple[bytes, tuple[int, int]]:
         """Image i as the bytes of a file that every decoder reads the same; see image_file.encoded_image."""
-        return encoded_image(self.name(i), self.image_format, self.data(i))
+        return encoded_image(self._file(i), self.image_format)
 
     def stack(self) -> Tensor:
         """See stack_images. Raises as `read`."""
@@ -90,8 +120,8 @@ class EncodedSource:
         return EncodedSource(self.images, self.rows[chosen], self.labels[chosen], self.classes, self.image_format)
 
 
-class _Names(Sequence[str]):
-    """The names of images, each made when it is asked for."""
+class _Files(Sequence[Path]):
+    """The files of images, each made when it is asked for."""
 
     def __init__(self, images: EncodedImages) -> None:
         self._images = images
@@ -99,12 +129,12 @@ class _Names(Sequence[str]):
     def __len__(self) -> int:
         return len(self._images)
 
-    def __getitem__(self, i: int) -> str:  # type: ignore[override]
+    def __getitem__(self, i: int) -> Path:  # type: ignore[override]
         if i >= len(self):
             raise IndexError(i)
-        return self._images.name(i)
+        return EncodedFile.of(self._images, i)
 
 
 def format_of_encoded(images: EncodedImages, image_size: int | None, channels: int | None, exif: Exif) -> ImageFormat:
     """See folder.format_of."""
-    return format_of(_Names(images), image_size, channels, exif, images.data)
+    return format_of(_Files(images), image_size, channels, exif)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -160,20 +160,11 @@ def open_unlabeled(
     return train, found["val"] if len(held_out) == 2 else None, found[held_out[-1]] if held_out else None
 
 
-def format_of(
-    names: Sequence[Path | str],
-    image_size: int | None,
-    channels: int | None,
-    exif: Exif,
-    data: Callable[[int], bytes] | None = None,
-) -> ImageFormat:
-    """The given size and channels and, where they are None, those of the first image that is whole.
-
-    names: of the images; data: the bytes of each, where the names are not paths. Raises DataError and CorruptSample.
-    """
+def format_of(paths: Sequence[Path], image_size: int | None, channels: int | None, exif: Exif) -> ImageFormat:
+    """The given size and channels and, where they are None, those of the first image that is whole."""
     if image_size is not None and channels is not None:
-        return ImageFormat(channels, image_size, convert=True, resize=True, reference=names[0], exif=exif)
-    first, mode, (width, height) = _first_whole(names, exif, data)
+        return ImageFormat(channels, image_size, convert=True, resize=True, reference=paths[0], exif=exif)
+    first, mode, (width, height) = _first_whole(paths, exif)
     if image_size is None and width != height:
         raise DataError(f"{first} is {width}x{height} pixels, not square: set data.image_size to resize and crop")
     if channels is None and mode not in CHANNELS_OF_MODE:
@@ -188,15 +179,13 @@ def format_of(
     )
 
 
-def _first_whole(
-    names: Sequence[Path | str], exif: Exif, data: Callable[[int], bytes] | None
-) -> tuple[Path | str, str, tuple[int, int]]:
-    """(name, mode, (width, height)) of the first image that decodes. Raises the error of the first one if none does,
+def _first_whole(paths: Sequence[Path], exif: Exif) -> tuple[Path, str, tuple[int, int]]:
+    """(path, mode, (width, height)) of the first image that decodes. Raises the error of the first one if none does,
     and DataError for an image that is whole but never read."""
     damaged: CorruptSample | None = None
-    for i, name in enumerate(names):
+    for path in paths:
         try:
-            return name, *whole_form(name, exif, None if data is None else data(i))
+            return path, *whole_form(path, exif)
         except CorruptSample as error:
             damaged = damaged or error
     assert damaged is not None  # a class has images

@@ -1,7 +1,5 @@
 """How one image file becomes pixels: which formats are read, and what of EXIF, modes and transparency.
 
-The bytes of a file that lies in an archive or a table may be given; its name then only names it in messages.
-
 Pillow alone decides whether an image is damaged and what its pixels are. Whatever it raises becomes CorruptSample,
 which names the file.
 """
@@ -78,18 +76,18 @@ class ImageFormat:
     """Whether `channels` is set: convert every mode to it. Otherwise another mode is an error."""
     resize: bool
     """Whether `image_size` is set: resize every image to it. Otherwise another size is an error."""
-    reference: Path | str
+    reference: Path
     """The image whose mode and size all others must have where these are not set."""
     exif: Exif = "transpose"
 
 
-def read_image(path: Path | str, image_format: ImageFormat, data: bytes | None = None) -> Image.Image:
+def read_image(path: Path, image_format: ImageFormat) -> Image.Image:
     """The image in the channels of the format, in its own size, turned as the format says.
 
     Transparency is dropped, as by Pillow's convert("RGB"). Raises CorruptSample; DataError where mode or size are not
     those of the format, for more than 8 bits per channel, and for what is not a regular file.
     """
-    with _opened(path, data) as image:
+    with _opened(path) as image:
         _check_mode(path, image.mode, image_format)
         with named(f"image {path}"):
             image.load()
@@ -98,27 +96,24 @@ def read_image(path: Path | str, image_format: ImageFormat, data: bytes | None =
     return upright
 
 
-def whole_form(path: Path | str, exif: Exif, data: bytes | None = None) -> tuple[str, tuple[int, int]]:
+def whole_form(path: Path, exif: Exif) -> tuple[str, tuple[int, int]]:
     """(mode, (width, height)) of an image that decodes. Raises as `read_image`."""
-    with _opened(path, data) as image, named(f"image {path}"):
+    with _opened(path) as image, named(f"image {path}"):
         image.load()
         mode, turn = image.mode, _turn(image, exif)
         return mode, (image if turn is None else image.transpose(turn)).size
 
 
-def encoded_image(
-    path: Path | str, image_format: ImageFormat, data: bytes | None = None
-) -> tuple[bytes, tuple[int, int]]:
+def encoded_image(path: Path, image_format: ImageFormat) -> tuple[bytes, tuple[int, int]]:
     """The image as the bytes of a file that every decoder reads the same, and its (width, height).
 
     These are the bytes of the file, without EXIF data, where it is a JPEG or PNG of mode L or RGB that need not be
     turned; damage after the header is then not found. Other images are decoded and become a PPM. Raises as
     `read_image`.
     """
-    if data is None:
-        with _regular(path) as file, named(f"image {path}"):
-            data = file.read()
-    with _opened(path, data) as image:
+    with _regular(path) as file, named(f"image {path}"):
+        data = file.read()
+    with _opened(path, io.BytesIO(data)) as image:
         _check_mode(path, image.mode, image_format)
         with named(f"image {path}"):
             plain = _plain(image, data, image_format.exif)
@@ -165,10 +160,9 @@ def _reason(error: Exception) -> str:
 
 
 @contextmanager
-def _regular(path: Path | str) -> Iterator[BinaryIO]:
+def _regular(path: Path) -> Iterator[BinaryIO]:
     """The open file. Raises DataError for what is not a regular file, CorruptSample for one that cannot be read."""
     with named(f"image {path}"):
-        path = Path(path)
         check_regular(path)
         file = path.open("rb")
     with file:
@@ -176,20 +170,18 @@ def _regular(path: Path | str) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def _opened(path: Path | str, data: bytes | None = None) -> Iterator[Image.Image]:
+def _opened(path: Path, data: BinaryIO | None = None) -> Iterator[Image.Image]:
     """The image with its header read, from the file or from its bytes."""
-    with _regular(path) if data is None else io.BytesIO(data) as file, _header_read(path, file) as image:
-        yield image
-
-
-@contextmanager
-def _header_read(path: Path | str, file: BinaryIO) -> Iterator[Image.Image]:
+    if data is None:
+        with _regular(path) as file, _opened(path, file) as image:
+            yield image
+        return
     with named(f"image {path}"):
         try:
-            image = open_image(file)
+            image = open_image(data)
         except UnidentifiedImageError:
-            file.seek(0)
-            content = file.read(_HEADER)
+            data.seek(0)
+            content = data.read(_HEADER)
             if not content:
                 raise ValueError("the file is empty") from None
             if (jpeg.bits_per_channel(content) or 8) > 8:
@@ -249,7 +241,7 @@ def _is_deep(image: Image.Image) -> bool:
     return any(count > 8 for count in (bits if isinstance(bits, tuple) else (bits,)))
 
 
-def _check_mode(path: Path | str, mode: str, image_format: ImageFormat) -> None:
+def _check_mode(path: Path, mode: str, image_format: ImageFormat) -> None:
     if image_format.convert:
         return
     if mode not in CHANNELS_OF_MODE:
@@ -261,7 +253,7 @@ def _check_mode(path: Path | str, mode: str, image_format: ImageFormat) -> None:
         )
 
 
-def _check_size(path: Path | str, size: tuple[int, int], image_format: ImageFormat) -> None:
+def _check_size(path: Path, size: tuple[int, int], image_format: ImageFormat) -> None:
     expected = (image_format.image_size, image_format.image_size)
     if not image_format.resize and size != expected:
         raise DataError(
@@ -270,12 +262,12 @@ def _check_size(path: Path | str, size: tuple[int, int], image_format: ImageForm
         )
 
 
-def mode_error(path: Path | str, mode: str) -> DataError:
+def mode_error(path: Path, mode: str) -> DataError:
     """For an image of a mode that is only read where data.channels is set."""
     return DataError(
         f"image {path} has mode {mode}, which is neither gray nor RGB: data.channels=3 converts all images to RGB"
     )
 
 
-def _depth_error(path: Path | str) -> DataError:
+def _depth_error(path: Path) -> DataError:
     return DataError(f"image {path} has more than 8 bits per channel: convert it to 8 bits first")
