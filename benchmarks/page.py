@@ -24,9 +24,9 @@ from playwright.sync_api import Browser, sync_playwright
 
 from hpc_supcon import run_folder
 from hpc_supcon.config import load_config
-from hpc_supcon.report.page import render, write_page
-from hpc_supcon.report.runs import page_of_runs
-from hpc_supcon.report.thumbnails import WEBP, write_thumbnails
+from hpc_supcon.pages.page import render, write_page
+from hpc_supcon.pages.runs import page_of_runs
+from hpc_supcon.pages.thumbnails import WEBP, write_thumbnails
 
 MAPS = [f"{when}{space}-{method}" for when in ("", "initial-") for space in ("encoder", "projection") for method in
         ("pca", "tsne", "umap")]  # fmt: skip

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 from hpc_supcon import cli
-from hpc_supcon.report.statistics import mean_and_interval
+from hpc_supcon.pages.statistics import mean_and_interval
 
 LOSSES, SEEDS, RATES = ("supcon_out", "cross_entropy"), (0, 1, 2), (0.8, 0.9, 0.95)
 METHODS = {

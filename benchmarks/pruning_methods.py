@@ -27,6 +27,7 @@ from torch.func import functional_call
 from torchvision.datasets import MNIST
 
 from hpc_supcon.models import build_encoder
+from hpc_supcon.pages.statistics import mean_and_interval
 from hpc_supcon.pruning import (
     BlockFisher,
     Categorical,
@@ -37,7 +38,6 @@ from hpc_supcon.pruning import (
     prunable,
     removal_scores,
 )
-from hpc_supcon.report.statistics import mean_and_interval
 
 RATES = (0.8, 0.9, 0.95)
 FACTORS = (1.0, 0.1, 0.01)

@@ -58,6 +58,10 @@ class PartChanged(HpcSupconError):
     """The code of a part of a user's own is not that which the run was started with."""
 
 
+class HubError(HpcSupconError):
+    """A model cannot be read from the Hugging Face Hub, or written there."""
+
+
 class LaunchError(HpcSupconError):
     """The distributed environment (torchrun, Slurm) is partial or contradicts itself."""
 
@@ -126,6 +130,12 @@ class ExportError(HpcSupconError):
 
 class MissingExtra(HpcSupconError):
     """An optional package is needed; the message contains the command that installs it."""
+
+
+class CallbackError(HpcSupconError):
+    """A callback of the user's raised an exception, which is this error's `__cause__`; training ended."""
+
+    exit_code = 1
 
 
 class NonFinite(HpcSupconError):

@@ -6,6 +6,7 @@ import errno
 import fcntl
 import os
 import secrets
+import shutil
 import stat
 import threading
 import time
@@ -49,6 +50,36 @@ def atomic_path(path: Path, *, durable: bool = True) -> Iterator[Path]:
         raise
     finally:
         partial.unlink(missing_ok=True)
+
+
+@contextmanager
+def atomic_folder(path: Path, *, replace: bool = False) -> Iterator[Path]:
+    """A new folder beside `path` to write files into: renamed to `path` after the block, or removed if that raises.
+
+    replace: a folder that is there already makes room, and is removed afterwards; else there must be none, or an
+    empty one. Raises OSError, which names a file.
+    """
+    partial = path.with_name(f".{path.name}.partial-{secrets.token_hex(4)}")
+    partial.mkdir()
+    try:
+        yield partial
+        for written in partial.rglob("*"):
+            _sync(written)
+        sync_folder(partial)
+        if replace and path.is_dir():
+            old = path.with_name(f".{path.name}.old-{secrets.token_hex(4)}")
+            path.rename(old)
+            partial.rename(path)
+            shutil.rmtree(old)
+        else:
+            partial.rename(path)
+        sync_folder(path.parent)
+    except OSError as error:
+        if error.filename is None:
+            error.filename = str(path)
+        raise
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def sync_folder(path: Path) -> None:

@@ -18,12 +18,16 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from importlib import metadata
+from importlib.metadata import EntryPoint
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from . import known_names
 from .environment import RANK_VARIABLES
 from .errors import CodeNotAllowed, HpcSupconError, PartError, raised_where, unknown_name
+from .known_names import check_given
+from .plugins import installed_entry_points, package_of
 from .terminal import note
 
 Kind = Literal["sources", "encoders", "losses", "policies", "probes", "loggers"]
@@ -50,7 +54,6 @@ ONE: dict[Kind, str] = {
 """What a part of a kind is called in messages."""
 
 _PATH = re.compile(r"[^\W\d]\w*(?:\.[^\W\d]\w*)*:[^\W\d]\w*(?:\.[^\W\d]\w*)*")
-_allowed: set[str] = set()
 
 
 @dataclass(frozen=True)
@@ -102,7 +105,7 @@ class Part:
                 f"{self.where}: {error}; give it in {setting} (its signature: {_signature(self.call)})"
             ) from None
 
-    def build(self, options: Mapping[str, Any] | None = None, **given: Any) -> Any:
+    def build(self, options: Mapping[str, Any] | None = None, /, **given: Any) -> Any:
         """What the part returns for these arguments. Raises PartError for whatever it raises."""
         return run(self.where, self.call, **given, **(options or {}))
 
@@ -111,13 +114,16 @@ class Part:
         return {"module": self.module, "version": self.version, "file": self.file, "sha256": self.sha256}
 
 
-def run(where: str, function: Callable[..., Any], *arguments: Any, **keywords: Any) -> Any:
-    """What a function of a part returns. Raises PartError, of one line, for whatever it raises."""
+def run(where: str, function: Callable[..., Any], /, *arguments: Any, **keywords: Any) -> Any:
+    """What a function of a part returns. Raises PartError, of one line, for whatever it raises, but for a lack of
+    memory, which others tell."""
     try:
         return function(*arguments, **keywords)
-    except HpcSupconError:
+    except (HpcSupconError, MemoryError):
         raise
     except Exception as error:
+        if type(error).__name__ == "OutOfMemoryError" or "DefaultCPUAllocator" in str(error):  # PyTorch's
+            raise
         raise PartError(f"{where}: failed: {raised_where(error)} (--debug shows where)") from error
 
 
@@ -136,16 +142,17 @@ def allow(names: Iterable[str], where: str) -> None:
     names. `where`: who gives them, for messages."""
     for name in names:
         _split(name, where)
-        _allowed.add(name)
+        known_names.allowed.add(name)
 
 
 def allowed() -> list[str]:
-    return sorted(_allowed)
+    return sorted(known_names.allowed)
 
 
 def check_allowed(names: Iterable[str], where: str) -> None:
     """Raise CodeNotAllowed where one of these names is an import path that the user has not given."""
-    if refused := [name for name in dict.fromkeys(names) if is_path(name) and name not in _allowed]:
+    known = known_names.known()
+    if refused := [name for name in dict.fromkeys(names) if is_path(name) and name not in known]:
         flags = " ".join(f"--allow-code {name}" for name in refused)
         raise CodeNotAllowed(
             f"{where}: names code to be executed, {', '.join(refused)}: nothing of it was imported; if you know this "
@@ -169,7 +176,7 @@ def check_no_shadow(kind: Kind, name: str, builtin: Collection[str]) -> None:
     """Raise PartError where an installed package has registered the name of a part of this package."""
     if name in builtin and name in (found := _entry_points()[kind]):
         raise PartError(
-            f"{ONE[kind]}={name}: {_package(found[name][0])} registers that name, which hpc_supcon has itself "
+            f"{ONE[kind]}={name}: {package_of(found[name][0])} registers that name, which hpc_supcon has itself "
             f"(entry point {GROUP}{kind}): uninstall it, or have it renamed"
         )
 
@@ -179,13 +186,17 @@ def find(kind: Kind, name: str, builtin: Collection[str] = ()) -> Part | None:
 
     Raises PartError where it cannot be imported, CodeNotAllowed for an import path that the user has not given.
     """
+    if (kind, name) in known_names.objects:
+        own: Part = known_names.objects[kind, name]
+        return own
+    check_given(kind, name, ONE[kind])
     if is_path(name):
         check_allowed([name], ONE[kind])
         return _imported(kind, name, name)
     check_no_shadow(kind, name, builtin)
     found = _entry_points()[kind].get(name, [])
     if len(found) > 1:
-        packages = " and ".join(sorted(map(_package, found)))
+        packages = " and ".join(sorted(map(package_of, found)))
         raise PartError(f"{ONE[kind]}={name}: {packages} register that name both: uninstall one of them")
     return _imported(kind, name, found[0].value) if found and name not in builtin else None
 
@@ -225,7 +236,7 @@ def _imported(kind: Kind, name: str, path: str) -> Part:
         digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
     if all(os.environ.get(key, "0") in ("", "0") for key in RANK_VARIABLES if key != "WORLD_SIZE"):
         note(f"{where}: imported {module_name} from {file or 'Python itself'}")
-    return Part(kind, name, found, module_name, _version_of(module_name), file, digest)
+    return Part(kind, name, found, module_name, version_of(module_name), file, digest)
 
 
 def _import(name: str, where: str, *, from_here: bool) -> Any:
@@ -269,34 +280,13 @@ def _split(path: str, where: str) -> tuple[str, str]:
 
 
 @cache
-def _entry_points() -> dict[Kind, dict[str, list[metadata.EntryPoint]]]:
-    """Kind -> name -> its entry points, of which there should be one.
-
-    Those of installed packages: what lies in the current directory is not installed, although Python may have it in
-    its path.
-    """
-    here = Path.cwd()
-    path = [folder for folder in sys.path if folder and Path(folder).resolve() != here.resolve()]
-    found: dict[Kind, dict[str, list[metadata.EntryPoint]]] = {kind: {} for kind in KINDS}
-    seen: set[str] = set()
-    for package in metadata.distributions(path=path):
-        own = [entry for entry in package.entry_points if entry.group.startswith(GROUP)]
-        if not own or package.metadata["Name"] in seen:
-            continue
-        seen.add(package.metadata["Name"])
-        for entry in own:
-            kind: Any = entry.group.removeprefix(GROUP)
-            if kind in found:
-                found[kind].setdefault(entry.name, []).append(entry)
-    return found
+def _entry_points() -> dict[Kind, dict[str, list[EntryPoint]]]:
+    """Kind -> name -> its entry points, of which there should be one."""
+    found = installed_entry_points(GROUP)
+    return {kind: found.get(kind, {}) for kind in KINDS}
 
 
-def _package(entry: metadata.EntryPoint) -> str:
-    package: Any = getattr(entry, "dist", None)  # Python 3.10 knows it of some
-    return f"the package {package.metadata['Name']}" if package is not None else f"the module {entry.value}"
-
-
-def _version_of(module: str) -> str | None:
+def version_of(module: str) -> str | None:
     names = metadata.packages_distributions().get(module.partition(".")[0], [])
     return f"{names[0]} {metadata.version(names[0])}" if names else None
 

@@ -29,8 +29,9 @@ def is_used(folder: Path) -> bool:
         raise RunFolderError(f"{folder}: cannot be read: {error.strerror}") from None
 
 
-def check_usable(folder: Path, config: Config, *, resume: bool) -> None:
-    """Raise RunFolderError unless a run with this config may write here. Changes nothing."""
+def check_usable(folder: Path, config: Config, *, resume: bool, kinds: tuple[Kind, ...] = KINDS) -> None:
+    """Raise RunFolderError unless a run with this config may write here; PartChanged for other code of parts of
+    `kinds`. Changes nothing."""
     if not is_used(folder):
         return
     if not folder.is_dir():
@@ -43,7 +44,7 @@ def check_usable(folder: Path, config: Config, *, resume: bool) -> None:
             f"{folder}: holds a run with other settings ({'; '.join(changed)}); resume with the same ones, "
             "or choose another run_dir"
         )
-    if (code := changed_parts(folder, config)) and not config.train.allow_code_change:
+    if (code := changed_parts(folder, config, kinds)) and not config.train.allow_code_change:
         raise PartChanged(
             f"{folder}: the code is not that which the run was started with: {'; '.join(code)}; bring it back, go on "
             "with train.allow_code_change=true, or choose another run_dir"

@@ -160,21 +160,42 @@ def moco(q, k, queue, tau):
     return _mean(losses)
 
 
-def swav(z, prototypes, tau, epsilon=0.05, iterations=3):
-    """Mean over both views of -sum_k q_k log p_k, q by rounds of Sinkhorn-Knopp (Caron et al., equation 2)."""
+def swav(z, prototypes, tau, epsilon=0.05, iterations=3, *, given=None, queue=None):
+    """Mean over global views of -sum_k q_k log p_k, q by rounds of Sinkhorn-Knopp (Caron et al., equation 2).
+
+    given: number of global views, whose codes all other views predict; None: all. queue: by global view, embeddings
+    that are assigned together with the batch's.
+    """
     n, views, _ = z.shape
+    given = views if given is None else given
     k = len(prototypes)
-    loss, scores = (
-        0.0,
-        [[[(_unit(z[b, v]) * _unit(c)).sum() for c in prototypes] for b in range(n)] for v in range(2)],
-    )
-    for v in range(views):
-        q = [[math.exp(float(s.detach()) / epsilon) for s in row] for row in scores[v]]
+    scores = [[[(_unit(z[b, v]) * _unit(c)).sum() for c in prototypes] for b in range(n)] for v in range(views)]
+    losses = []
+    for v in range(given):
+        rows = [[float(s.detach()) for s in row] for row in scores[v]]
+        if queue is not None:
+            rows += [[float((past * _unit(c.detach())).sum()) for c in prototypes] for past in queue[v]]
+        q = [[math.exp(s / epsilon) for s in row] for row in rows]
         for _ in range(iterations):
             shares = [sum(row[j] for row in q) for j in range(k)]
             q = [[row[j] / shares[j] / k for j in range(k)] for row in q]
-            q = [[x / sum(row) / n for x in row] for row in q]
-        for b in range(n):
-            exps = [torch.exp(s / tau) for s in scores[1 - v][b]]
-            loss = loss - sum(n * q[b][j] * torch.log(exps[j] / sum(exps)) for j in range(k)) / views / n
-    return loss
+            q = [[x / sum(row) / len(q) for x in row] for row in q]
+        for other in range(views):
+            for b in range(n if other != v else 0):
+                exps = [torch.exp(s / tau) for s in scores[other][b]]
+                losses.append(-sum(len(q) * q[b][j] * torch.log(exps[j] / sum(exps)) for j in range(k)))
+    return _mean(losses)
+
+
+def dino(z, target, prototypes, teacher_prototypes, center, tau, teacher_tau):
+    """Mean over pairs of -sum_k P_t log P_s (Caron et al. 2021, algorithm 1); no pair of a view with itself."""
+    losses, target = [], target.detach()
+    for b in range(len(z)):
+        for g in range(target.shape[1]):
+            t = torch.stack([(_unit(target[b, g]) * _unit(c)).sum() for c in teacher_prototypes])
+            p_t = torch.softmax((t - center) / teacher_tau, dim=0)
+            for v in range(z.shape[1]):
+                if v != g:
+                    s = torch.stack([(_unit(z[b, v]) * _unit(c)).sum() for c in prototypes])
+                    losses.append(-(p_t * torch.log_softmax(s / tau, dim=0)).sum())
+    return _mean(losses)

@@ -54,10 +54,10 @@ def forked_not_spawned(monkeypatch):
 def own_code(monkeypatch):
     """Import paths that a test allows, modules that it imports and packages that it installs are forgotten after
     it."""
-    from hpc_supcon import parts
+    from hpc_supcon import known_names, parts
 
     def forget():
-        parts._allowed.clear()
+        known_names.allowed.clear()
         parts._imported.cache_clear()
         parts._entry_points.cache_clear()
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from hpc_supcon import run_folder
 from hpc_supcon.config import load_config
-from hpc_supcon.report.thumbnails import write_thumbnails
+from hpc_supcon.pages.thumbnails import write_thumbnails
 
 CLASSES = ["cat", "dog", "horse"]
 HOSTILE = [

@@ -79,7 +79,7 @@ def measure_row(
             raise
         return _without_numbers(row, OUT_OF_MEMORY)
     best, worst = min(rounds, key=lambda b: b.total), max(rounds, key=lambda b: b.total)
-    views = row.batch_size * config.data.views
+    views = row.batch_size * config.data.views_per_image
     return StepRow(
         row.encoder, row.precision, row.compile, row.batch_size, "ok",
         views_per_s=views / best.total, views_per_s_worst=views / worst.total, encoder_share=best.share(ENCODER),

@@ -7,7 +7,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.table import Table
@@ -16,27 +16,27 @@ from typer.main import get_command
 from .. import __version__
 from ..config import Config, Stage, load_config, schema_rows, to_yaml
 from ..distributed.resolve import check_one_process
+from ..environment import code_commit
 from ..errors import HpcSupconError, Preempted
-from ..terminal import only_told, output
+from ..stages.probe_settings import settings_of_probe
+from ..stages.start import refused_together, started
+from ..terminal import output
 from .bench import bench
 from .checkpoints import checkpoints
-from .common import Debug, Overrides, refused_together, started
+from .common import Debug, Overrides
 from .data import convert, verify
+from .doctor import doctor
 from .embeddings import embeddings
 from .export import embed, export, predict
 from .grid import grid
 from .guard import guarded
-from .probe import settings_of_probe
+from .init import init
 from .prune import prune
+from .push import push
 from .report import compare, report, write_own_page
 from .results import print_results
 from .streams import safe_streams
 from .track import track
-
-if TYPE_CHECKING:
-    from ..distributed.launch import Runtime
-    from ..stages.results import ResultWriter
-    from ..training.data import Data
 
 QUICKSTART = "quickstart"
 RUN: tuple[Stage, ...] = ("pretrain", "probe")
@@ -53,7 +53,6 @@ app = typer.Typer(
     "loader died; 5 another rank was lost or hangs; 6 out of memory; 75 preempted (SIGTERM, SIGUSR2) and saved: "
     "start again with --resume.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -67,10 +66,13 @@ app.command("embeddings")(embeddings)
 app.command("export")(export)
 app.command("embed")(embed)
 app.command("predict")(predict)
+app.command("push")(push)
 app.add_typer(grid, name="grid")
 app.command("report")(report)
 app.command("compare")(compare)
 app.command("track")(track)
+app.command("doctor")(doctor)
+app.command("init")(init)
 
 ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG", help="A recipe's name or a YAML file.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Resume from the run folder's newest checkpoint.")]
@@ -90,6 +92,7 @@ def run(
     with started(settings, RUN, command, resume=resume) as (runtime, data):
         from ..distributed.collectives import propagate_errors
         from ..evaluation.probes import check_probes
+        from ..stages.pretrain_run import pretrain_and_draw
         from ..stages.probe import probe, start_without_encoder
         from ..stages.results import ResultWriter
 
@@ -97,7 +100,7 @@ def run(
             check_probes(settings, data.splits)
         writer = ResultWriter()
         if settings.probe.needs_encoder:
-            folder = _pretrained(settings, runtime, data, resume, writer)
+            folder = pretrain_and_draw(settings, runtime, data, resume=resume, writer=writer)
         else:
             folder = start_without_encoder(settings, runtime)
         results = probe(folder, settings, runtime, data, writer=writer)
@@ -121,27 +124,12 @@ def pretrain_command(
         settings = _settings(config, overrides, ("pretrain",))
     command = {"command": "pretrain", "--resume": "yes" if resume else "no"}
     with started(settings, ("pretrain",), command, resume=resume) as (runtime, data):
+        from ..stages.pretrain_run import pretrain_and_draw
         from ..stages.results import ResultWriter
 
         writer = ResultWriter()
-        _pretrained(settings, runtime, data, resume, writer)
+        pretrain_and_draw(settings, runtime, data, resume=resume, writer=writer)
         writer.check()
-
-
-def _pretrained(settings: Config, runtime: Runtime, data: Data, resume: bool, writer: ResultWriter) -> Path:
-    """Pre-train, draw the curves (and an autoencoder's images); returns the run folder. Collective."""
-    from ..evaluation.monitor import online_probe
-    from ..evaluation.plots import draw_training_curves
-    from ..stages.pretrain import pretrain
-    from ..stages.reconstruct import evaluate_autoencoder
-
-    folder = pretrain(settings, runtime, data, resume=resume, online_probe=online_probe(settings, runtime, data))
-    with only_told():
-        if runtime.is_main:
-            draw_training_curves(folder, title=settings.report.title)
-    if "reconstruction" in settings.loss.weights:
-        evaluate_autoencoder(folder, settings, runtime, data, writer=writer)
-    return folder
 
 
 @app.command("probe")
@@ -236,7 +224,8 @@ def _is_first_on_node() -> bool:
 
 def _version(value: bool) -> None:
     if value:
-        sys.stdout.write(f"hpc-supcon {__version__}\n")
+        commit = code_commit().removeprefix(f"version {__version__}")
+        sys.stdout.write(f"hpc-supcon {__version__}{f' ({commit})' if commit else ''}\n")
         raise typer.Exit
 
 

@@ -10,8 +10,9 @@ from rich.table import Table
 
 from ..config import check_report
 from ..run_folder import read_config
+from ..stages.start import refused_together, started
 from ..terminal import output
-from .common import Debug, Overrides, refused_together, started
+from .common import Debug, Overrides
 
 if TYPE_CHECKING:
     from ..evaluation.map_figures import FittedMap

@@ -85,7 +85,8 @@ def embed(
     check_output(out, force=force)
     with _inference_options(device, batch_size, skip_corrupt) as options:
         loaded = load_part(run_dir, part)
-        opened = open_images(images, loaded.shape, loaded.classes, exif=read_config(run_dir).data.exif)
+        exif = read_config(run_dir).data.exif
+        opened = open_images(images, loaded.shape, loaded.classes, exif=exif, bits=loaded.bits)
         outputs = embed_images(loaded, opened, out, force=force, **options)
     _report_left_out(outputs.problems, opened)
     if opened.unknown_classes:
@@ -120,7 +121,8 @@ def predict(
         check_output(out, force=force)
     with _inference_options(device, batch_size, skip_corrupt) as options:
         classifier = load_part(run_dir, "classifier", probe)
-        opened = open_images(images, classifier.shape, classifier.classes, exif=read_config(run_dir).data.exif)
+        exif = read_config(run_dir).data.exif
+        opened = open_images(images, classifier.shape, classifier.classes, exif=exif, bits=classifier.bits)
         predictions = predict_images(classifier, opened, **options)
     _report_left_out(predictions.problems, opened)
     if out is not None:

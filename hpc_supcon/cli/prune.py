@@ -10,8 +10,9 @@ import typer
 from rich.table import Table
 
 from ..run_folder import RESULTS, read_config
+from ..stages.start import refused_together, started
 from ..terminal import output
-from .common import Debug, refused_together, started
+from .common import Debug
 
 ABOUT = ("method", "scope", "schedule")
 HEADINGS = {key: key for key in (*ABOUT, "label", "loss", "rewind")}

@@ -13,7 +13,7 @@ from ..terminal import note, only_told, output, warn
 from .common import Debug
 
 if TYPE_CHECKING:
-    from ..report.compare import Comparison
+    from ..pages.compare import Comparison
 
 FORMATS = ("terminal", "markdown", "latex", "csv")
 RunDirs = Annotated[list[Path] | None, typer.Argument(metavar="RUN_DIR...", help="Run folders.")]
@@ -32,9 +32,9 @@ def report(
 ) -> None:
     """Write everything that is known of one run or of several into one page, which opens from the disk."""
     folders = _given(run_dirs, "report")
-    from ..report.page import check_page_output, render, write_page
-    from ..report.runs import PAGE, page_of_runs
-    from ..report.watch import watch as watch_runs
+    from ..pages.page import check_page_output, render, write_page
+    from ..pages.runs import PAGE, page_of_runs
+    from ..pages.watch import watch as watch_runs
 
     path = out or (folders[0] / PAGE if len(folders) == 1 else Path(PAGE))
     page = page_of_runs(folders)
@@ -61,9 +61,9 @@ def compare(
     if format not in FORMATS:
         raise ConfigError(unknown_name("format", format, FORMATS))
     folders = _given(run_dirs, "compare")
-    from ..report.compare import as_csv, as_latex, as_markdown
-    from ..report.compare import compare as compare_runs
-    from ..report.read import read_runs
+    from ..pages.compare import as_csv, as_latex, as_markdown
+    from ..pages.compare import compare as compare_runs
+    from ..pages.read import read_runs
 
     runs = read_runs(folders)
     comparison = compare_runs(runs)
@@ -87,7 +87,7 @@ def _print(comparison: Comparison) -> None:
     from rich.table import Table
     from rich.text import Text
 
-    from ..report.compare import NOTE, table_of
+    from ..pages.compare import NOTE, table_of
 
     console = output()
     for section in comparison.sections:
@@ -104,8 +104,8 @@ def _print(comparison: Comparison) -> None:
 
 def write_own_page(folder: Path) -> None:
     """Write RUN_DIR/report.html at the end of a run, and print its path. What prevents that is only told."""
-    from ..report.page import render, write_page
-    from ..report.runs import PAGE, page_of_runs
+    from ..pages.page import render, write_page
+    from ..pages.runs import PAGE, page_of_runs
 
     with only_told():
         write_page(folder / PAGE, render(page_of_runs([folder])))

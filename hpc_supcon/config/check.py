@@ -9,18 +9,20 @@ from __future__ import annotations
 from typing import Literal, get_args
 
 from ..errors import ConfigError
+from .check_channels import check_channels
 from .check_data import check_data
 from .check_evaluation import check_probes, check_pruning, check_report, check_target, has_no_validation
 from .check_labels import check_labels
+from .check_model import check_model
 from .check_parts import check_parts
+from .check_views import check_views
 from .deepspeed import check_own_keys
-from .encoders import OWN_ENCODERS, check_encoder, is_own_encoder
+from .encoders import check_encoder
 from .schema import Config, names
 
 Stage = Literal["pretrain", "probe", "prune"]
 
 CONTRASTIVE = frozenset(get_args(names.ContrastiveName))
-OF_VIEWS = frozenset(get_args(names.OfViewsName))
 WITH_TARGET = frozenset(get_args(names.TargetName))
 PAIRWISE = frozenset(get_args(names.PairwiseName))
 CLASSIFYING = frozenset(get_args(names.ClassifierLossName))
@@ -35,19 +37,19 @@ def check_config(
 ) -> None:
     """Raise ConfigError where settings contradict each other. Reads neither data nor device.
 
-    stages: those that will run; what only others use is not checked. (The fine-tuning of `prune` is a pre-training
-    with settings of its own.) world_size: number of ranks, where it is known.
+    stages: those that will run; what only others use is not checked. world_size: of the ranks, where it is known.
     """
     if stages:
         check_parts(config, stages)
         check_data(config)
+        check_channels(config, stages)
         check_labels(config, stages)
     if "pretrain" in stages:
         check_encoder(config.model.encoder)
     if _pretrains(config, stages):
-        _check_encoder_options(config)
+        check_model(config)
         _check_loss(config)
-        _check_views(config)
+        check_views(config)
         _check_queue(config)
         _check_sampler(config)
         _check_validation(config)
@@ -108,18 +110,8 @@ def _check_graphs(config: Config, world_size: int) -> None:
         )
 
 
-def _check_encoder_options(config: Config) -> None:
-    """Whether an encoder of timm has two stems is known once it is built."""
-    model = config.model
-    has_one_stem = model.encoder in OWN_ENCODERS or is_own_encoder(model.encoder)
-    if has_one_stem and model.stem != "auto":
-        raise ConfigError(f"model.stem={model.stem}: {model.encoder} has only its own stem; use auto")
-    if DECODING & config.loss.weights.keys() and model.encoder != "conv":
-        raise ConfigError(f"model.encoder={model.encoder} has no decoder, which reconstruction needs; use conv")
-
-
 def _check_loss(config: Config) -> None:
-    loss, terms, views = config.loss, config.loss.weights.keys(), config.data.views
+    loss, terms, views = config.loss, config.loss.weights.keys(), config.data.views_per_image
     if "simclr" in terms and views < 2:
         raise ConfigError("loss.name=simclr pulls an image's views together: it needs data.views of 2 or more")
     if not loss.supervised and not terms & PAIRWISE and not loss.own:
@@ -156,22 +148,10 @@ def _check_loss(config: Config) -> None:
         )
 
 
-def _check_views(config: Config) -> None:
-    """The losses that compare views without labels."""
-    terms, loss_of_own = config.loss.weights.keys(), config.loss.own
-    for name in sorted(terms & OF_VIEWS):
-        if config.data.views < 2:
-            raise ConfigError(f"loss.name={name} compares an image's views: it needs data.views of 2 or more")
-        if others := sorted((terms & (OF_VIEWS | CONTRASTIVE) - {name}) | set(loss_of_own)):
-            raise ConfigError(
-                f"loss.terms: {name} and {others[0]} would shape one projection in two ways; use one of them"
-            )
-
-
 def _check_queue(config: Config) -> None:
     loss, model, terms = config.loss, config.model, config.loss.weights.keys()
     with_target = sorted(terms & WITH_TARGET)
-    if loss.queue_size and not terms & (CONTRASTIVE | {"moco_v2"}):
+    if loss.queue_size and not terms & (CONTRASTIVE | {"moco_v2", "swav"}):
         raise ConfigError(f"loss.queue_size={loss.queue_size}: {loss.label} takes no queue; use 0")
     if "moco_v2" in terms and not loss.queue_size:
         raise ConfigError("loss.name=moco_v2 compares with a queue of keys: set loss.queue_size (published: 65536)")
@@ -184,7 +164,7 @@ def _check_queue(config: Config) -> None:
             f"loss.name={with_target[0]} aims at a momentum target: set model.momentum_encoder "
             "(BYOL: 0.996, MoCo: 0.999)"
         )
-    if model.momentum_encoder is not None and not with_target and not loss.queue_size:
+    if model.momentum_encoder is not None and not with_target and not (loss.queue_size and terms & CONTRASTIVE):
         raise ConfigError("model.momentum_encoder makes the keys of a queue: set loss.queue_size as well")
     if model.momentum_final is not None and not with_target:
         raise ConfigError(

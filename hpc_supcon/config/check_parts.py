@@ -16,7 +16,7 @@ Used = tuple[parts.Kind, str, Mapping[str, Any] | None]
 
 def own_parts(config: Config, stages: Sequence[str] = ("pretrain", "probe", "prune")) -> Iterator[Used]:
     """The parts that are not of this package, of those that `stages` use. Raises PartError."""
-    if parts.is_own("sources", config.data.source, get_args(names.SourceName)) and config.data.beton is None:
+    if parts.is_own("sources", config.data.source, get_args(names.SourceName)):
         yield "sources", config.data.source, config.data.options
     if is_own_encoder(config.model.encoder):
         yield "encoders", config.model.encoder, config.model.options

@@ -83,15 +83,22 @@ def check_folder(folder: Path) -> None:
 
     A file that cannot be read says so where it is used.
     """
+    for path, found in paths_in(folder).items():
+        parts.check_allowed(found, str(path))
+
+
+def paths_in(folder: Path) -> dict[Path, list[str]]:
+    """The import paths in each file of a run folder or a grid folder that can be read."""
+    files: dict[Path, list[str]] = {}
     for name in (CONFIG, GRID):
         path = folder / name
         try:
             text = path.read_bytes()
             if name == GRID:
-                found = list(_texts(json.loads(text).get(CODE)))
+                files[path] = list(_texts(json.loads(text).get(CODE)))
             else:
                 may = _MAY_HOLD_A_PATH.search(text)
-                found = list(import_paths(yaml12.loads(text.decode(), str(path)))) if may else []
+                files[path] = list(import_paths(yaml12.loads(text.decode(), str(path)))) if may else []
         except (OSError, ValueError, AttributeError, RecursionError, ConfigError):
             continue
-        parts.check_allowed(found, str(path))
+    return files

@@ -22,6 +22,8 @@ from .schema import Config
 
 OPTIONS = tuple(f"{section}.options" for section in ("data", "augment", "model", "loss", "probe"))
 """Settings that are mappings with keys of their own: a later one adds to them."""
+NUMBER_OR_MAPPING = ("data.views",)
+"""Settings that are a number, or a mapping whose keys are given like those of a section."""
 
 
 def recipe_names() -> list[str]:
@@ -155,11 +157,15 @@ def merge(
                     f"{where}: {path} is the old name of {prefix}{key}, which is given as well; drop one"
                 )
             path = f"{prefix}{key}"
-        if key not in into:
+        if key not in into and prefix.removesuffix(".") not in NUMBER_OR_MAPPING:
             raise ConfigError(f"{where}: {unknown_key(path, into, prefix)}")
-        if isinstance(into[key], dict) and path in OPTIONS and isinstance(value, dict):
+        if isinstance(into.get(key), dict) and path in OPTIONS and isinstance(value, dict):
             into[key], origins[path] = {**into[key], **value}, where
-        elif isinstance(into[key], dict) and path not in OPTIONS:
+        elif (
+            isinstance(into.get(key), dict)
+            and path not in OPTIONS
+            and (path not in NUMBER_OR_MAPPING or isinstance(value, dict))
+        ):
             if not isinstance(value, dict):
                 raise ConfigError(f"{where}: {path} is a section with its own keys: {', '.join(into[key])}")
             merge(into[key], value, where, origins, f"{path}.")

@@ -77,7 +77,10 @@ def gather_rows(x: Tensor, rows: list[int] | None = None) -> Tensor:
     if world_size() == 1:
         return x
     with phase("gather"):
-        return _gather_rows(x, rows if rows is not None else gather_sizes(x))
+        rows = rows if rows is not None else gather_sizes(x)
+        if x.dtype == torch.uint16:  # which no backend sends
+            return _gather_rows(x.contiguous().view(torch.uint8), rows).view(torch.uint16)
+        return _gather_rows(x, rows)
 
 
 def gather_rows_of(tensors: list[Tensor], rows: list[int] | None = None) -> list[Tensor]:

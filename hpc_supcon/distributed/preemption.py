@@ -16,6 +16,8 @@ from types import FrameType
 SIGNALS = (signal.SIGTERM, signal.SIGUSR2)
 
 _reasons: list[str] = []
+_interrupts: list[int] = []
+"""The SIGINTs since `handle_interrupts` began."""
 
 
 def requested() -> str | None:
@@ -59,3 +61,34 @@ def handle_signals() -> Iterator[int | None]:
         os.close(read_end)
         os.close(write_end)
         _reasons.clear()
+
+
+def interrupted() -> bool:
+    """Whether Ctrl-C was pressed in a `handle_interrupts` block."""
+    return bool(_interrupts)
+
+
+@contextmanager
+def handle_interrupts() -> Iterator[None]:
+    """Inside, the first SIGINT (Ctrl-C, a notebook's stop button) only sets the flag `interrupted`, so that the step
+    under way can be completed and saved; a second one raises KeyboardInterrupt at once. Afterwards the previous
+    handler is back.
+
+    Outside the main thread, and where SIGINT is ignored or another program handles it, nothing changes.
+    """
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGINT) is not signal.default_int_handler:
+        yield
+        return
+
+    def handler(number: int, frame: FrameType | None) -> None:
+        _interrupts.append(number)
+        if len(_interrupts) > 1:
+            raise KeyboardInterrupt
+
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        _interrupts.clear()

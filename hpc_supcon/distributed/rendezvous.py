@@ -15,6 +15,7 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
+from itertools import count
 from typing import Any
 
 from torch.distributed import PrefixStore, TCPStore  # type: ignore[attr-defined]
@@ -28,6 +29,8 @@ ANSWER_TIMEOUT_S = 3.0
 OCCUPIED_S = 8.0
 """After this time a port on which something else answers is taken to be occupied for good."""
 POLL_INTERVAL_S = 0.1
+_starts = count()
+"""Every process of a run numbers its starts alike: one that calls several functions of the API has several."""
 _GREETING = "hpc-supcon"
 _ARRIVED, _CLASH, _NO_CLASH = "arrived", "clash", "-"
 
@@ -171,7 +174,7 @@ def _connect(meeting: Meeting, port: int, deadline: float) -> Any:
 def _join(store: Any, meeting: Meeting, message: str, deadline: float) -> tuple[Any, list[str]]:
     """Wait until all ranks have come, each once."""
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # torchrun's agent keeps its store over restarts
-    store = PrefixStore(f"hpc_supcon/start/{attempt}", store)
+    store = PrefixStore(f"hpc_supcon/start/{attempt}/{next(_starts)}", store)
     store.compare_set(_CLASH, "", _NO_CLASH)
     if store.add(f"taken/{meeting.rank}", 1) > 1:
         place = f"{meeting.host}:{meeting.ports[0]}"

@@ -25,6 +25,7 @@ def with_cross_entropy(config: Config) -> Config:
     changes = {"name": "cross_entropy", "terms": None, "supervised": True, "queue_size": 0}
     return config.model_copy(
         update={
+            "data": config.data.model_copy(update={"views": config.data.crops[0]}),  # without local views
             "loss": config.loss.model_copy(update=changes),
             "model": config.model.model_copy(update={"momentum_encoder": None}),
             "log": config.log.model_copy(update={"gradient_response": False}),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from .. import checkpoint, run_folder
@@ -10,7 +11,7 @@ from ..config import Config, flatten
 from ..data import DataFingerprint, EvalTransform, Splits, class_differences
 from ..distributed.collectives import gather_objects, propagate_errors, rank
 from ..errors import CheckpointCorrupt, DataError, RunFolderError
-from ..models import PretrainingModel, build_model
+from ..models import PretrainingModel, build_model, merged
 from ..terminal import warn
 from ..training.agreement import check_same_checkpoint, saved_fingerprint
 
@@ -72,7 +73,10 @@ def load_model(folder: Path, *, step: int | None = None) -> tuple[PretrainingMod
     with propagate_errors():
         if rank() == 0:
             check_has_encoder(folder)
-            if changed := run_folder.changed_parts(folder, run_folder.read_config(folder), ("encoders",)):
+            frozen = (folder / run_folder.PARTS).exists()
+            if frozen and (
+                changed := run_folder.changed_parts(folder, run_folder.read_config(folder), ("encoders",))
+            ):
                 warn(f"{folder}: the code of its encoder is not that which it was trained with: {'; '.join(changed)}")
             checkpoints = folder / run_folder.CHECKPOINTS
             found = _choose(checkpoints) if step is None else checkpoint.load_checkpoint(path_of(checkpoints, step))
@@ -83,10 +87,11 @@ def load_model(folder: Path, *, step: int | None = None) -> tuple[PretrainingMod
         with checkpoint.mismatch_is_corrupt(found.path):
             model = build_model(found.state)
             model.load_state_dict(found.tensors.get("ema", found.tensors["model"]))
+            state = merged(model, found.state)
             EvalTransform(**found.state["normalization"])  # used later: checked here, where an error names the file
             tuple(found.state["classes"])
     check_same_checkpoint(found)
-    return model, found
+    return model, replace(found, state=state)
 
 
 def _choose(checkpoints: Path) -> checkpoint.Checkpoint:

@@ -9,13 +9,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from ..data import EvalOrder, EvalTransform, Loader, LoaderOptions, Source, Splits, build_loader
+from ..data import EvalOrder, EvalTransform, Loader, LoaderOptions, Source, Splits, build_loader, pixel_dtype
 from ..distributed.collectives import gather_rows
 from ..distributed.launch import Runtime
 from .left_out import count_left_out
 
 LabeledRows = tuple[Tensor, Tensor]
-"""(features float32 [n, D] or images uint8 [n, C, H, W], labels int64 [n])."""
+"""(features float32 [n, D] or images uint8 or uint16 [n, C, H, W], labels int64 [n])."""
 IndexedRows = tuple[Tensor, Tensor, Tensor]
 """The same and, int64 [n], which images of the source they are: some may be left out."""
 CHUNK = 1024
@@ -82,12 +82,12 @@ def read_indexed(
     loader: str = "resident",
     options: LoaderOptions | None = None,
 ) -> IndexedRows:
-    """This rank's share of the source as its loader serves it: (images uint8 [n_r, C, H, W], labels int64 [n_r],
+    """This rank's share of the source as its loader serves it: (images [n_r, C, H, W], labels int64 [n_r],
     index int64 [n_r])."""
     with closing(_build_loader(source, runtime, batch_size, loader, options)) as opened:
         batches = list(opened.epoch(0))
     if not batches:
-        images = torch.empty(0, source.channels, source.image_size, source.image_size, dtype=torch.uint8)
+        images = torch.empty(0, source.channels, source.image_size, source.image_size, dtype=pixel_dtype(source))
         none = torch.empty(0, dtype=torch.int64, device=runtime.device)
         return images.to(runtime.device), none, none
     return (

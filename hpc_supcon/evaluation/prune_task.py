@@ -22,6 +22,7 @@ from ..distributed.collectives import gather_objects
 from ..distributed.launch import Runtime
 from ..errors import ConfigError, RunFolderError
 from ..files import write_atomically
+from ..losses import loss_spec
 from ..models import PretrainingModel
 from ..pruning import (
     CHANNEL_SCORES,
@@ -106,13 +107,17 @@ def _measuring(
     if config.prune.loss == "cross_entropy":
         model, objective = with_classifier(model, found.state, config, runtime, data), None
         config = with_cross_entropy(config)
+    contrastive = any(loss_spec(name).contrastive for name in config.loss.weights)
     train: dict[str, Any] = {"engine": "ddp", "ema": None, "compile": False, "cuda_graphs": False}
     train |= {"precision": unscaled(config.train.precision), "activation_checkpointing": False}
     changes: dict[str, Any] = {
         "train": config.train.model_copy(update=train),
-        "loss": config.loss.model_copy(update={"queue_size": 0}),
+        # of two sizes of views, the global ones: images of this size are what the encoder is used on
+        "data": config.data.model_copy(update={"views": config.data.crops[0]}),
+        # the queue of a contrastive loss is left out; that of another one is in its state
+        "loss": config.loss.model_copy(update={"queue_size": 0} if contrastive else {}),
         # the momentum is that of a target, or of a queue, which is left out
-        "model": config.model.model_copy(
+        "model": config.model.trained_whole.model_copy(
             update={"weights": None}
             if needs_target(config.loss.weights)
             else {"momentum_encoder": None, "weights": None}

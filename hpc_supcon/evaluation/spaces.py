@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from .. import checkpoint, run_folder
 from ..config import Config
-from ..data import EvalTransform, Source
+from ..data import EvalTransform, Source, full_scale
 from ..distributed.collectives import gather_objects, gather_rows, propagate_errors
 from ..distributed.launch import Runtime
-from ..errors import ConfigError, RunFolderError
+from ..errors import ConfigError, HubError, RunFolderError
 from ..metric_file import METRICS, read_events
 from ..models import PretrainingModel
 from ..seeding import changed_since
@@ -79,7 +79,7 @@ class Spaces(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         found: dict[str, Tensor] = {}
         if "pixels" in self.widths:
-            found["pixels"] = F.adaptive_avg_pool2d(images.float() / 255, self.side).flatten(1)
+            found["pixels"] = F.adaptive_avg_pool2d(images.float() / full_scale(images.dtype), self.side).flatten(1)
         if self.model is not None and self.transform is not None:
             found["encoder"] = self.model.encoder(self.transform(images))
             if "projection" in self.widths:
@@ -182,7 +182,7 @@ def _initial(folder: Path, config: Config, runtime: Runtime, found: checkpoint.C
             if weights is not None and runtime.is_main and _loaded(folder) not in (None, weights.sha256):
                 raise ConfigError(f"model.weights={config.model.weights} is another file than at that time")
             return model
-    except ConfigError as error:
+    except (ConfigError, HubError) as error:
         if runtime.is_main:
             note(f"embeddings: not drawn before training: {error}")
         return None

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..data import dtype_of, full_scale, random_levels
 from ..errors import ConfigError, ExportError, MissingExtra, first_line, unknown_name
 from ..files import check_output, output_file
 from .formats import FORMATS, FileFormat, PixelFunction, metadata_of
@@ -78,9 +79,7 @@ def _convert(part: ModelPart, format: str) -> bytes:
 def _verify(part: ModelPart, file_format: FileFormat, file: Path, what: str) -> float:
     """The largest difference between the outputs of file and model. Raises ExportError above the tolerance."""
     generator = torch.Generator().manual_seed(0)
-    batches = [
-        torch.randint(0, 256, (n, *part.shape), dtype=torch.uint8, generator=generator) for n in CHECKED_BATCHES
-    ]
+    batches = [random_levels((n, *part.shape), dtype_of(part.bits), generator) for n in CHECKED_BATCHES]
     try:
         function = file_format.read(file)
         return max(_difference(part, function, images, what) for images in batches)
@@ -92,7 +91,7 @@ def _verify(part: ModelPart, file_format: FileFormat, file: Path, what: str) -> 
 
 @torch.no_grad()
 def _difference(part: ModelPart, function: PixelFunction, images: Tensor, what: str) -> float:
-    expected, actual = part(images), function(images.float() / 255)
+    expected, actual = part(images), function(images.float() / full_scale(images.dtype))
     if actual.shape != expected.shape:
         raise ExportError(
             f"{what}: for {len(images)} images the file gives {list(actual.shape)}, the model {list(expected.shape)}"

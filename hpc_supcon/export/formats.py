@@ -16,6 +16,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from ..data import dtype_of, full_scale
 from ..errors import ExportError
 from ..renamed import new_state
 from .parts import ModelPart, PixelModel, build_part
@@ -36,7 +37,7 @@ PixelFunction = Callable[[Tensor], Tensor]
 class FileFormat:
     suffix: str
     input: str
-    """The values that the model in the file expects."""
+    """The values that the model in the file expects; {full} is the highest level of a pixel."""
     to_bytes: Callable[[ModelPart, Metadata], bytes]
     read: Callable[[Path], PixelFunction]
     needs: tuple[str, ...] = ()
@@ -49,13 +50,14 @@ def metadata_of(part: ModelPart, format: str) -> dict[str, str]:
 
     description = part.description
     channels, size, _ = part.shape
+    kind = {1: "gray", 3: "RGB"}.get(channels, f"{channels} channels")
+    scaled = FORMATS[format].input.format(full=full_scale(dtype_of(part.bits)))
     metadata = {
         "made_by": f"hpc-supcon {__version__}",
         "format": format,
         "part": part.name,
         "checkpoint": description["checkpoint"],
-        "input": f"float32 [N, {channels}, {size}, {size}], {'gray' if channels == 1 else 'RGB'}, "
-        + FORMATS[format].input,
+        "input": f"float32 [N, {channels}, {size}, {size}], {kind}, {scaled}",
         "resize": f"shorter side to {size} px (bilinear, antialiased), then the central square",
         "output": f"{part.output}, float32 [N, D]",
         "normalization": json.dumps(description["normalization"]),
@@ -170,11 +172,11 @@ def _read_onnx(path: Path) -> PixelFunction:
     return lambda images: torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
 
 
-_PIXELS = "0..1, not normalized: the normalization is in the model"
+_PIXELS = "0..1 (pixel / {full}), not normalized: the normalization is in the model"
 FORMATS = {
     "safetensors": FileFormat(
         ".safetensors",
-        "normalized: (pixel / 255 - mean) / std",
+        "normalized: (pixel / {full} - mean) / std",
         _safetensors_bytes,
         _read_safetensors,
     ),

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..data import BetonSource, Source, open_beton
+from ..data import BetonSource, Source, dtype_of, is_picture, open_beton, pixel_dtype
 from ..data.sources.folder import FolderSource
 from ..data.sources.image_file import SUFFIXES, Exif, ImageFormat
 from ..data.sources.listing import check_regular, list_images
@@ -44,7 +44,7 @@ class DecodedBatch:
     """Consecutive images of an ImageSet, without those that do not decode."""
 
     images: Tensor
-    """uint8 [n, C, S, S]."""
+    """uint8 or uint16 [n, C, S, S]."""
     indices: tuple[int, ...]
     """Their positions in the ImageSet."""
     problems: tuple[str, ...]
@@ -52,16 +52,26 @@ class DecodedBatch:
 
 
 def open_images(
-    paths: Sequence[Path], shape: tuple[int, int, int], classes: Sequence[str], *, exif: Exif = "transpose"
+    paths: Sequence[Path],
+    shape: tuple[int, int, int],
+    classes: Sequence[str],
+    *,
+    exif: Exif = "transpose",
+    bits: int = 8,
 ) -> ImageSet:
     """The images in `paths`: image files, folders, or one .beton file. Nothing is decoded yet.
 
     shape: (C, S, S) to which every image is converted, as training does with an image folder: to gray or RGB, shorter
-    side to S px, central square. classes: the model's, for the labels. exif: data.exif of the model's run. Raises
-    DataError.
+    side to S px, central square. classes: the model's, for the labels. exif: data.exif of the model's run. bits:
+    of each channel, 8 or 16; other images are refused where they are decoded. Raises DataError.
     """
     betons = [path for path in paths if path.suffix == ".beton"]
     if betons:
+        if not is_picture(shape[0], dtype_of(bits)):
+            raise DataError(
+                f"{betons[0]}: .beton files hold 8-bit images of 1 or 3 channels, but the model is for {shape[0]} of "
+                f"{bits} bits: pass image files"
+            )
         if len(paths) > 1:
             raise DataError(f"{betons[0]}: a .beton file stands alone; pass the other images in another call")
         return _open_beton(betons[0], shape, classes, exif)
@@ -82,7 +92,9 @@ def open_images(
     image_paths = sorted(files)
     if not image_paths:
         raise DataError("no images given: name image files, folders or a .beton file")
-    image_format = ImageFormat(shape[0], shape[1], convert=True, resize=True, reference=image_paths[0], exif=exif)
+    image_format = ImageFormat(
+        shape[0], shape[1], convert=True, resize=True, reference=image_paths[0], exif=exif, bits=bits
+    )
     source = FolderSource(image_paths, torch.zeros(len(image_paths), dtype=torch.int64), (), image_format)
     names = [path.parent.name for path in image_paths]
     unknown, given = _unknown(names, classes), tuple(map(str, image_paths))
@@ -148,6 +160,6 @@ def _batch(source: Source, start: int, results: list[Tensor | DataError], *, ski
     if problems and not skip_corrupt:
         raise type(problems[0])(f"{problems[0]}; --skip-corrupt leaves such images out") from problems[0]
     decoded = [(start + k, result) for k, result in enumerate(results) if isinstance(result, Tensor)]
-    shape = (source.channels, source.image_size, source.image_size)
-    images = torch.stack([image for _, image in decoded]) if decoded else torch.empty(0, *shape, dtype=torch.uint8)
+    none = torch.empty(0, source.channels, source.image_size, source.image_size, dtype=pixel_dtype(source))
+    images = torch.stack([image for _, image in decoded]) if decoded else none
     return DecodedBatch(images, tuple(i for i, _ in decoded), tuple(map(str, problems)))

@@ -33,7 +33,8 @@ class ModelPart:
     """Normalized images float32 [N, C, S, S] -> the output that PARTS names."""
     description: dict[str, Any]
     """Plain data from which `build_part` builds the module again: part, checkpoint (name of the folder it was loaded
-    from), channels (1: gray, 3: RGB), image_size (px), normalization (mean and std per channel, in units of 0..1),
+    from), channels (1: gray, 3: RGB), image_size (px), normalization (mean and std per channel, in units of 0..1, and
+    bits of the images where they are not 8),
     classes (names: those of the run or, for logits, of their columns), encoder, projection and probe (how to build
     them; null where there is none)."""
 
@@ -52,16 +53,21 @@ class ModelPart:
         return self.description["channels"], size, size
 
     @property
+    def bits(self) -> int:
+        """Of each channel of an image, 8 or 16."""
+        return int(self.description["normalization"].get("bits", 8))
+
+    @property
     def classes(self) -> tuple[str, ...]:
         return tuple(self.description["classes"])
 
     def with_normalization(self) -> nn.Sequential:
-        """uint8 images [N, C, S, S] -> the output, as evaluation computes it."""
+        """Images uint8 or uint16 (see `bits`) [N, C, S, S] -> the output, as evaluation computes it."""
         return nn.Sequential(EvalTransform(**self.description["normalization"]), self.module).eval()
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """uint8 images [N, C, S, S] on the CPU -> the output."""
+        """Images [N, C, S, S] on the CPU -> the output."""
         return self.with_normalization()(images)
 
 
@@ -85,13 +91,13 @@ def build_part(description: dict[str, Any]) -> nn.Module:
     """The module of a `ModelPart.description`, in eval mode, its weights still to be loaded."""
     probe = None if description["probe"] is None else build_probe(description["probe"])
     if probe is not None and probe.input != "features":
-        return _classifier(None, probe).eval()
+        return as_classifier(None, probe).eval()
     encoder = build_encoder(**description["encoder"])
     if probe is not None:
-        return _classifier(encoder, probe).eval()
+        return as_classifier(encoder, probe).eval()
     if description["projection"] is None:
         return encoder.eval()
-    return _with_projection(encoder, Projection(cast(int, encoder.feature_dim), **description["projection"])).eval()
+    return with_projection(encoder, Projection(cast(int, encoder.feature_dim), **description["projection"])).eval()
 
 
 def _load_pretrained(folder: Path, part: str) -> ModelPart:
@@ -100,9 +106,9 @@ def _load_pretrained(folder: Path, part: str) -> ModelPart:
         heads = ", ".join(model.heads)
         raise RunFolderError(f"{folder}: this run's loss trained no projection (it has: {heads}); use --part encoder")
     has_projection = part == "projection"
-    module = _with_projection(model.encoder, model.heads["projection"]) if has_projection else model.encoder
+    module = with_projection(model.encoder, model.heads["projection"]) if has_projection else model.encoder
     state = found.state
-    return _build(
+    return model_part(
         part,
         module,
         checkpoint=found.name,
@@ -136,9 +142,9 @@ def _load_classifier(folder: Path, kind: str | None) -> ModelPart:
     elif fitted.input == "pixels":
         channels = len(description["normalization"]["mean"])
         image_shape = channels, isqrt(description["in_dim"] // channels)
-    return _build(
+    return model_part(
         "classifier",
-        _classifier(encoder, fitted),
+        as_classifier(encoder, fitted),
         checkpoint=name,
         classes=description["classes"],
         normalization=description["normalization"],
@@ -148,13 +154,13 @@ def _load_classifier(folder: Path, kind: str | None) -> ModelPart:
     )
 
 
-def _build(
+def model_part(
     name: str,
     module: nn.Module,
     *,
     checkpoint: str,
     classes: list[str],
-    normalization: dict[str, list[float]],
+    normalization: dict[str, Any],
     encoder: dict[str, Any] | None,
     projection: dict[str, Any] | None = None,
     probe: dict[str, Any] | None = None,
@@ -178,11 +184,11 @@ def _build(
     return ModelPart(module.eval().requires_grad_(False), description)
 
 
-def _with_projection(encoder: nn.Module, projection: nn.Module) -> nn.Sequential:
+def with_projection(encoder: nn.Module, projection: nn.Module) -> nn.Sequential:
     return nn.Sequential(OrderedDict(encoder=encoder, projection=projection))
 
 
-def _classifier(encoder: nn.Module | None, probe: FittedProbe) -> nn.Sequential:
+def as_classifier(encoder: nn.Module | None, probe: FittedProbe) -> nn.Sequential:
     """encoder: the run's, for a probe of features. The probe's own normalization is left out, because the images that
     a part reads are normalized."""
     if probe.input == "features":

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from ..files import atomic_path
-from ..report.scores import name_of
+from ..pages.scores import name_of
 from .tables import ERRORS, TableData, is_numeric, key_of
 
 if TYPE_CHECKING:

@@ -7,14 +7,14 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import LaunchError, RunFolderError, printable
-from ..report.compare import compare
-from ..report.curves import cost_of
-from ..report.formats import duration
-from ..report.page import Page, Section, render, write_page
-from ..report.read import Run, number, read_run
-from ..report.runs import PAGE, data_of, facts_of, headlines_of_groups, record_sections, result_sections
-from ..report.scores import name_of
-from ..report.tables import Cell, Table, text_cell
+from ..pages.compare import compare
+from ..pages.curves import cost_of
+from ..pages.formats import duration
+from ..pages.page import Page, Section, render, write_page
+from ..pages.read import Run, number, read_run
+from ..pages.runs import PAGE, data_of, facts_of, headlines_of_groups, record_sections, result_sections
+from ..pages.scores import name_of
+from ..pages.tables import Cell, Table, text_cell
 from .charts import DASHES, has_lines, series_of
 from .folder import FrozenGrid, read_records
 from .node_state import FAILED, NodeState, node_states

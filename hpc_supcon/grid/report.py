@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..files import write_atomically
-from ..report.formats import csv_text, markdown_table, tex
-from ..report.scores import name_of
+from ..pages.formats import csv_text, markdown_table, tex
+from ..pages.scores import name_of
 from .cells import slug
 from .charts import draw
 from .folder import FrozenGrid

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import RunFolderError
 from ..files import atomic_path
 from ..metric_file import METRICS, read_events
-from ..report.statistics import mean_and_interval
+from ..pages.statistics import mean_and_interval
 from .charts import COLORS
 from .folder import FrozenGrid
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, RunFolderError, unknown_name
-from ..report.statistics import mean_and_interval
+from ..pages.statistics import mean_and_interval
 from ..run_folder import read_scores
 from .expand import Cell
 from .folder import FrozenGrid

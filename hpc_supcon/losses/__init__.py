@@ -11,6 +11,7 @@ from .diagnostics import (
     gradient_response,
     mean_similarity,
 )
+from .dino import DINOLoss
 from .moco import MoCoLoss
 from .pairwise import PairwiseStats, global_mean, pairwise_stats
 from .pointwise import CrossEntropyLoss, CrossEntropyMAELoss, ReconstructionLoss
@@ -26,6 +27,7 @@ __all__ = [
     "BarlowTwinsLoss",
     "CrossEntropyLoss",
     "CrossEntropyMAELoss",
+    "DINOLoss",
     "GradientResponse",
     "LossSpec",
     "MoCoLoss",

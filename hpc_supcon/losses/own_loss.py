@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -35,11 +34,9 @@ class OwnLoss(nn.Module):
         Raises PartError."""
         super().__init__()
         self._where = part.where
-        module = part.build(options.get(part.name))
-        if not isinstance(module, nn.Module):
-            raise PartError(f"{part.where}: returned {type(module).__name__}, not a torch.nn.Module")
-        self.module = module
-        self._try(projection_dim, views)
+        self.module = _module(part, options)
+        with torch.random.fork_rng(devices=[]), torch.enable_grad():
+            self._try(_module(part, options), projection_dim, views)
 
     def forward(
         self, embeddings: Tensor, labels: Tensor | None, *, images_per_rank: list[int] | None = None
@@ -67,21 +64,27 @@ class OwnLoss(nn.Module):
             )
         return loss
 
-    def _try(self, dim: int, views: int) -> None:
-        """Raise PartError unless the loss of made-up embeddings depends on them. Leaves the loss as it is."""
+    def _try(self, module: nn.Module, dim: int, views: int) -> None:
+        """Raise PartError unless the loss of made-up embeddings depends on them. `module`: one like the loss's own,
+        which may keep what it has seen."""
         generator = torch.Generator().manual_seed(0)
         z = F.normalize(torch.randn(IMAGES, views, dim, generator=generator), dim=-1).requires_grad_()
-        module = copy.deepcopy(self.module)
-        with torch.random.fork_rng(devices=[]), torch.enable_grad():
-            loss = self._checked(run(self._where, module, z, torch.arange(IMAGES) // 2))
-            if not loss.requires_grad:
-                raise PartError(
-                    f"{self._where}: its value does not depend on the embeddings, so nothing would be trained"
-                )
-            gradient = run(self._where, torch.autograd.grad, loss, z, allow_unused=True)[0]
+        loss = self._checked(run(self._where, module, z, torch.arange(IMAGES) // 2))
+        if not loss.requires_grad:
+            raise PartError(
+                f"{self._where}: its value does not depend on the embeddings, so nothing would be trained"
+            )
+        gradient = run(self._where, torch.autograd.grad, loss, z, allow_unused=True)[0]
         if gradient is None:
             raise PartError(
                 f"{self._where}: its value does not depend on the embeddings, so nothing would be trained"
             )
         if not torch.isfinite(gradient).all():
             raise LossInputError(f"{self._where}: its gradient is NaN or Inf for made-up embeddings of unit length")
+
+
+def _module(part: Part, options: Mapping[str, Mapping[str, Any]]) -> nn.Module:
+    module = part.build(options.get(part.name))
+    if not isinstance(module, nn.Module):
+        raise PartError(f"{part.where}: returned {type(module).__name__}, not a torch.nn.Module")
+    return module

@@ -13,6 +13,7 @@ from torch import nn
 from ..errors import ConfigError, unknown_name
 from ..parts import find
 from .contrastive import SimCLRLoss, SupConLoss, TCLLoss
+from .dino import DINOLoss
 from .moco import MoCoLoss
 from .own_loss import OwnLoss
 from .pointwise import CrossEntropyLoss, CrossEntropyMAELoss, ReconstructionLoss
@@ -44,6 +45,8 @@ class LossSpec:
     """An image needs a second view, or another image of its class in the batch."""
     of_views: bool = False
     """Compares the views of images, without labels and without `pairwise_stats`."""
+    multi_crop: bool = False
+    """Takes more views than the first `global_views`, of another size."""
     other: Output | None = None
     """A second output that the loss reads."""
     raw: bool = False
@@ -77,7 +80,8 @@ LOSSES: dict[str, LossSpec] = {
     "simsiam": LossSpec(SimSiamLoss, "prediction", uses_labels=False, of_views=True, other="projection", raw=True),
     "byol": LossSpec(BYOLLoss, "prediction", uses_labels=False, of_views=True, other="target", raw=True),
     "moco_v2": LossSpec(MoCoLoss, "projection", uses_labels=False, of_views=True, other="target"),
-    "swav": LossSpec(SwAVLoss, "projection", uses_labels=False, of_views=True),
+    "swav": LossSpec(SwAVLoss, "projection", uses_labels=False, of_views=True, multi_crop=True),
+    "dino": LossSpec(DINOLoss, "projection", uses_labels=False, of_views=True, multi_crop=True, other="target"),
     "triplet": LossSpec(TripletLoss, "features", needs_pairs=True),
     "cross_entropy": LossSpec(CrossEntropyLoss, "classifier"),
     "cross_entropy_mae": LossSpec(CrossEntropyMAELoss, "classifier"),

@@ -1,9 +1,10 @@
 """Encoders, heads, and the model that pre-training optimizes."""
 
 from .activation_checkpointing import apply_activation_checkpointing, frozen_running_statistics
-from .build import PretrainingModel, build_head, build_model
+from .build import PretrainingModel, adapt, build_head, build_model, build_without_adapters, merged
 from .determinism import check_deterministic
-from .encoders import ENCODERS, build_encoder
+from .encoders import ENCODERS, build_encoder, check_sizes
+from .freezing import train_only
 from .heads import (
     NORMS,
     ConvDecoder,
@@ -33,14 +34,19 @@ __all__ = [
     "PretrainingModel",
     "Projection",
     "SingleHead",
+    "adapt",
     "apply_activation_checkpointing",
     "build_decoder",
     "build_encoder",
     "build_head",
     "build_model",
+    "build_without_adapters",
     "check_deterministic",
+    "check_sizes",
     "frozen_running_statistics",
     "load_weights",
+    "merged",
     "set_widths",
     "synchronize_batchnorm",
+    "train_only",
 ]

@@ -9,11 +9,11 @@ from typing import Any, cast
 import timm
 from torch import Tensor, nn
 
-from ..errors import ConfigError, unknown_name
+from ..errors import ConfigError, first_line, unknown_name
 from ..parts import check_no_shadow, find
 from .own_encoder import build_own_encoder
 from .pooling import AveragePool2d, GlobalMaxPool2d
-from .timm_encoders import STEMS, build_timm_encoder, only_its_own_stem, resize_inputs, too_small
+from .timm_encoders import STEMS, build_timm_encoder, feature_dim_at, only_its_own_stem, resize_inputs, too_small
 from .widths import set_widths
 
 
@@ -153,7 +153,7 @@ def build_encoder(
     Args:
         name: a key of ENCODERS, any name in `timm.list_models()`, or that of an encoder of a user's own (see
             own_encoder.py).
-        in_channels: 1 or 3, the images' channels.
+        in_channels: the images' channels, 1..64.
         image_size: side of the square images in px.
         stem: "small" (a 3x3 convolution of stride 1, no max-pool), "standard" (the architecture's, made for 224 px)
             or "auto", which is small for images up to 64 px. timm's ResNets and DenseNets have both (see
@@ -194,3 +194,15 @@ def build_encoder(
     if channels:
         set_widths(encoder, channels)
     return encoder
+
+
+def check_sizes(encoder: nn.Module, name: str, in_channels: int, sizes: Sequence[int]) -> None:
+    """Raise ConfigError where an encoder that was built cannot take square images of one of these sizes in px."""
+    for size in sizes:
+        try:
+            feature_dim_at(encoder, in_channels, size)
+        except Exception as error:  # of any type: the model does not accept this size
+            raise ConfigError(
+                f"model.encoder={name} cannot take local views of {size} px beside global ones of {max(sizes)} px: "
+                f"{first_line(error)}; change augment.local.image_size, or use another encoder"
+            ) from None

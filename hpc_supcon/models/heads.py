@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..errors import ConfigError
 
 NORMS = ("none", "hidden", "all")
+ACTIVATIONS = {"relu": nn.ReLU, "gelu": nn.GELU}
 
 
 class Projection(nn.Module):
@@ -20,22 +21,36 @@ class Projection(nn.Module):
 
     SimCLR (Chen et al. 2020, section 2.1) and SupCon (Khosla et al. 2020, section 3.1). `layers`: 2 or more. `norm`:
     BatchNorm after every layer but the last ("hidden"), or after the last as well ("all", there without weights, as
-    in SimSiam). `unit`: scale the rows to unit length.
+    in SimSiam). `activation`: relu, or gelu, with the initial weights of DINO's head (Caron et al. 2021, appendix C):
+    a truncated normal distribution of std 0.02, biases 0. `unit`: scale the rows to unit length.
     """
 
     def __init__(
-        self, in_dim: int, hidden: int, out_dim: int, layers: int = 2, norm: str = "none", *, unit: bool = True
+        self,
+        in_dim: int,
+        hidden: int,
+        out_dim: int,
+        layers: int = 2,
+        norm: str = "none",
+        activation: str = "relu",
+        *,
+        unit: bool = True,
     ) -> None:
         super().__init__()
         assert norm in NORMS
         self.unit = unit
         self.hidden = nn.Linear(in_dim, hidden)
-        parts = _activation(hidden, norm)
+        parts = _activation(hidden, norm, activation)
         for _ in range(layers - 2):
-            parts += [nn.Linear(hidden, hidden), *_activation(hidden, norm)]
+            parts += [nn.Linear(hidden, hidden), *_activation(hidden, norm, activation)]
         self.middle = nn.Sequential(*parts)
         self.out = nn.Linear(hidden, out_dim)
         self.last = nn.BatchNorm1d(out_dim, affine=False) if norm == "all" else nn.Identity()
+        if activation == "gelu":
+            for layer in self.modules():
+                if isinstance(layer, nn.Linear):
+                    nn.init.trunc_normal_(layer.weight, std=0.02)
+                    nn.init.zeros_(layer.bias)
 
     def forward(self, features: Tensor) -> Tensor:
         z = self.last(self.out(self.middle(self.hidden(features))))
@@ -43,8 +58,9 @@ class Projection(nn.Module):
         return F.normalize(z, dim=1) if self.unit else z
 
 
-def _activation(width: int, norm: str) -> list[nn.Module]:
-    return [nn.ReLU()] if norm == "none" else [nn.BatchNorm1d(width), nn.ReLU()]
+def _activation(width: int, norm: str, activation: str) -> list[nn.Module]:
+    function = ACTIVATIONS[activation]()
+    return [function] if norm == "none" else [nn.BatchNorm1d(width), function]
 
 
 class Predictor(nn.Module):
@@ -169,7 +185,8 @@ class ConvDecoder(nn.Module):
         for c_in, c_out, side in ((128, 64, sides[2]), (64, 32, sides[1]), (32, channels, sides[0])):
             # a stride-2 convolution maps both 2s - 1 and 2s to s: the output padding selects the right one
             layers.append(nn.ConvTranspose2d(c_in, c_out, 3, 2, 1, output_padding=1 - side % 2))
-            layers += [nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)] if c_out != channels else [nn.Tanh()]
+            layers += [nn.BatchNorm2d(c_out), nn.ReLU(inplace=True)]
+        layers[-2:] = [nn.Tanh()]  # of the images
         self.convs = nn.Sequential(*layers)
         for layer in layers:
             if isinstance(layer, nn.ConvTranspose2d):

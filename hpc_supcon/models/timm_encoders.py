@@ -24,7 +24,7 @@ def build_timm_encoder(name: str, in_channels: int, size: int, stem: str, out_di
     """timm's model `name` for square images of `size` px: see `build_encoder`. Raises ConfigError."""
     try:
         model = _create(name, in_channels, size, stem, out_dim)
-        model.feature_dim = _feature_dim(model, in_channels, size)
+        model.feature_dim = feature_dim_at(model, in_channels, size)
     except ConfigError:
         raise
     except Exception as error:  # timm's models raise anything for sizes that they do not accept
@@ -91,18 +91,18 @@ def _fill_kernel(module: ConvMlp, args: tuple[Any, ...]) -> tuple[Any, ...]:
     return (average_pool2d(x, max(side, x.shape[-2]), max(side, x.shape[-1])), *args[1:])
 
 
-def _feature_dim(model: nn.Module, in_channels: int, size: int) -> int:
+def feature_dim_at(model: nn.Module, in_channels: int, size: int) -> int:
     """Width of the model's output, found by a forward pass on the meta device, which takes milliseconds."""
     with torch.no_grad():
         images = torch.empty(2, in_channels, size, size, device="meta")
-        features = functional_call(model.eval(), _on_meta_once(model), (images,), tie_weights=False)
+        features = functional_call(model.eval(), tensors_on_meta(model), (images,), tie_weights=False)
     model.train()
     if not isinstance(features, torch.Tensor) or features.ndim != 2:
         raise ValueError("it returns no feature vectors")
     return features.shape[1]
 
 
-def _on_meta_once(model: nn.Module) -> dict[str, Tensor]:
+def tensors_on_meta(model: nn.Module) -> dict[str, Tensor]:
     """Parameters and buffers on the meta device, each module's under one name.
 
     Some of timm's models (CoaT) have a module in several places. `functional_call` replaces the tensors of each name
@@ -129,7 +129,7 @@ def _cannot_take(name: str, in_channels: int, size: int, error: Exception) -> Co
 
     def takes(side: int) -> bool:
         try:
-            _feature_dim(for_any_size or _on_meta(name, in_channels, side), in_channels, side)
+            feature_dim_at(for_any_size or _on_meta(name, in_channels, side), in_channels, side)
         except Exception:  # of any type: the model does not accept this size
             return False
         return True

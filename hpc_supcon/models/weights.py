@@ -1,4 +1,4 @@
-"""Initial encoder weights from files of other projects: timm, torchvision, SupContrast, solo-learn, MoCo."""
+"""Initial encoder weights: of timm, torchvision, SupContrast, solo-learn, MoCo, and of models that were pushed."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import ConfigError, UnsafeWeights
+from .weight_files import WeightFile, read_weight_file
 
 CONTAINERS = ("state_dict", "model", "model_state_dict")
 """Keys under which training scripts save the state dict."""
@@ -47,9 +48,12 @@ class LoadedWeights:
     """In the file, not in the encoder: classifiers and projections."""
     ignored: list[str]
     """Momentum encoders and queues in the file."""
+    commit: str | None = None
+    """Of a model on the Hugging Face Hub."""
 
     def summary(self) -> str:
-        parts = [f"weights: {len(self.loaded)} tensors from {self.path} (sha256 {self.sha256[:12]})"]
+        commit = "" if self.commit is None else f"commit {self.commit}, "
+        parts = [f"weights: {len(self.loaded)} tensors from {self.path} ({commit}sha256 {self.sha256[:12]})"]
         for what, names in (("not in the file", self.missing), ("not used", self.unexpected + self.ignored)):
             if names:
                 more = f" and {len(names) - 5} more" if len(names) > 5 else ""
@@ -57,20 +61,22 @@ class LoadedWeights:
         return "; ".join(parts)
 
 
-def load_weights(encoder: nn.Module, path: Path | str) -> LoadedWeights:
-    """Load the weights in `path` into an encoder of `build_encoder`. Where it raises, the encoder is unchanged.
+def load_weights(encoder: nn.Module, where: Path | str) -> LoadedWeights:
+    """Load the weights in `where` into an encoder of `build_encoder`. Where it raises, the encoder is unchanged.
 
-    Reads .safetensors files and files of `torch.save` (.pt, .pth, .ckpt, .pth.tar), the latter with
-    `weights_only=True`: nothing in the file is executed. Every tensor of the encoder must be in the file in the same
-    shape, except the output layer and BatchNorm's batch counters.
+    where: a file, a folder that `hpc-supcon push` wrote, or a model on the Hugging Face Hub (hf:NAME@REVISION), of
+    which only model.safetensors is read. Files may be .safetensors files and files of `torch.save` (.pt, .pth, .ckpt,
+    .pth.tar), the latter with `weights_only=True`: nothing in the file is executed. Every tensor of the encoder must
+    be in the file in the same shape, except the output layer and BatchNorm's batch counters.
 
     Raises:
         UnsafeWeights: the file cannot be loaded without executing code.
         ConfigError: it cannot be read, or has weights of another architecture; the message names tensors.
+        HubError, MissingExtra: a model on the Hub cannot be downloaded.
     """
-    path = Path(path)
-    payload = _read(path)
-    stored = _state_dict(_unpack(path, payload), path)
+    file = read_weight_file(where)
+    path = file.name
+    stored = _state_dict(_unpack(file), path)
     own = encoder.state_dict()
     names, surplus = _match(stored, own)
     optional = _optional(encoder, own)
@@ -78,7 +84,7 @@ def load_weights(encoder: nn.Module, path: Path | str) -> LoadedWeights:
     wrong = {name for name, value in fitted.items() if value.shape != own[name].shape}
     required = [name for name in own if name not in names and name not in optional]
     if len(fitted) <= len(own) // 2 or surplus:
-        raise _another_architecture(path, stored, own, surplus)
+        raise _another_architecture(file, stored, own, surplus)
     if wrong - optional:
         raise _wrong_shapes(path, fitted, own, [name for name in own if name in wrong - optional])
     if required:
@@ -88,24 +94,19 @@ def load_weights(encoder: nn.Module, path: Path | str) -> LoadedWeights:
     used = {names[name] for name in good}
     left = [key for key in stored if key not in used]
     return LoadedWeights(
-        str(path),
-        hashlib.sha256(payload).hexdigest(),
+        path,
+        hashlib.sha256(file.payload).hexdigest(),
         loaded=list(good),
         missing=[name for name in own if name not in good],
         unexpected=[key for key in left if not MOMENTUM.search(key)],
         ignored=[key for key in left if MOMENTUM.search(key)],
+        commit=file.commit,
     )
 
 
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise ConfigError(f"model.weights={path}: cannot be read: {error.strerror}") from None
-
-
-def _unpack(path: Path, payload: bytes) -> Any:
-    if path.suffix == ".safetensors":
+def _unpack(file: WeightFile) -> Any:
+    path, payload = file.name, file.payload
+    if file.is_safetensors:
         try:
             return dict(
                 sorted(safetensors.torch.load(payload).items())
@@ -131,7 +132,7 @@ def _unpack(path: Path, payload: bytes) -> Any:
         ) from None
 
 
-def _state_dict(content: Any, path: Path) -> dict[str, Tensor]:
+def _state_dict(content: Any, path: str) -> dict[str, Tensor]:
     """The tensors, taken out of the dictionaries that training scripts save them in. Raises ConfigError."""
     while isinstance(content, Mapping):
         inner = next((content[key] for key in CONTAINERS if isinstance(content.get(key), Mapping)), None)
@@ -202,20 +203,21 @@ def _optional(encoder: nn.Module, own: Mapping[str, Tensor]) -> set[str]:
 
 
 def _another_architecture(
-    path: Path, stored: Mapping[str, Tensor], own: Mapping[str, Tensor], surplus: list[str]
+    file: WeightFile, stored: Mapping[str, Tensor], own: Mapping[str, Tensor], surplus: list[str]
 ) -> ConfigError:
     def first(tensors: Mapping[str, Tensor]) -> str:
         return ", ".join(f"{name} {list(t.shape)}" for name, t in list(tensors.items())[:3])
 
-    what = f"model.weights={path}: weights of another architecture: "
+    what = f"model.weights={file.name}: weights of another architecture: "
+    hint = f" Its config.json names {file.made_for}: see model.encoder" if file.made_for else ""
     if surplus:
-        larger = first({key: stored[key] for key in surplus})
-        return ConfigError(f"{what}{len(surplus)} of the file's tensors do not exist in the encoder: {larger} ...")
-    return ConfigError(f"{what}the file has {first(stored)} ...; the encoder has {first(own)} ...")
+        larger = f"{first({key: stored[key] for key in surplus})} ...{hint}"
+        return ConfigError(f"{what}{len(surplus)} of the file's tensors do not exist in the encoder: {larger}")
+    return ConfigError(f"{what}the file has {first(stored)} ...; the encoder has {first(own)} ...{hint}")
 
 
 def _wrong_shapes(
-    path: Path, fitted: Mapping[str, Tensor], own: Mapping[str, Tensor], wrong: list[str]
+    path: str, fitted: Mapping[str, Tensor], own: Mapping[str, Tensor], wrong: list[str]
 ) -> ConfigError:
     shown = ", ".join(f"{name} is {list(fitted[name].shape)}, not {list(own[name].shape)}" for name in wrong[:3])
     more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
@@ -226,4 +228,6 @@ def _wrong_shapes(
             hint = f"; the file has the other stem: set model.stem={'standard' if value.shape[-1] == 7 else 'small'}"
         elif value.shape[1] != target.shape[1]:
             hint = f"; the file is for images of {value.shape[1]} channels: set data.channels={value.shape[1]}"
+            if target.shape[1] not in (1, 3):  # which are converted to no other number
+                hint = f"; the file is for images of {value.shape[1]} channels, not {target.shape[1]}: use null"
     return ConfigError(f"model.weights={path}: shapes differ: {shown}{more}{hint}")

@@ -30,6 +30,7 @@ from ..evaluation.maps import (
     sample_of,
 )
 from ..evaluation.neighbors import Neighbors, choose_queries, find_neighbors, neighbors_figure
+from ..evaluation.pictures import pictures_of
 from ..evaluation.spaces import (
     TrainedModel,
     Version,
@@ -39,7 +40,7 @@ from ..evaluation.spaces import (
     reads_encoder,
 )
 from ..files import atomic_path, write_atomically
-from ..report.thumbnails import TILE, WEBP, write_thumbnails
+from ..pages.thumbnails import TILE, WEBP, write_thumbnails
 from ..seeding import stream
 from ..terminal import note, only_told, warn
 from ..training.data import Data
@@ -210,10 +211,10 @@ def _write_thumbnails(folder: Path, source: Source, index: Tensor) -> None:
         image = source.read(i)
         if max(image.shape[1:]) > TILE:  # one at a time: thousands of large images do not fit into memory
             sides = [max(1, round(side * TILE / max(image.shape[1:]))) for side in image.shape[1:]]
-            image = F.interpolate(image[None].float(), sides, mode="area")[0].round().to(torch.uint8)
+            image = F.interpolate(image[None].float(), sides, mode="area")[0].round().to(image.dtype)
         images.append(image)
     try:
-        write_thumbnails(folder, torch.stack(images).numpy(), index.numpy())
+        write_thumbnails(folder, pictures_of(torch.stack(images)).numpy(), index.numpy())
     except (OSError, ValueError) as error:
         raise RunFolderError(f"{folder / WEBP}: not written: {error}") from None
 
@@ -250,7 +251,8 @@ def _neighbors(
             return
         with writer.may_fail():
             _save_neighbors(folder / FOLDER / "neighbors.json", config, source, found, trained.found.name)
-        shown = {int(i): source.read(int(i)) for i in torch.cat([found.queries, found.index.flatten()]).unique()}
+        numbers = torch.cat([found.queries, found.index.flatten()]).unique().tolist()
+        shown = dict(zip(numbers, pictures_of(torch.stack([source.read(i) for i in numbers])), strict=True))
         same = int((source.labels[found.index] == source.labels[found.queries][:, None]).sum())
         title = f"{config.name}: nearest {report.split} images by the encoder's features ({trained.found.name})"
         if source.classes:

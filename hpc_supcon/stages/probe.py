@@ -12,7 +12,7 @@ from torch import nn
 
 from .. import run_folder
 from ..config import Config, digest
-from ..data import EvalTransform, Source, normalization_of
+from ..data import EvalTransform, Source, check_depth, normalization_of, pixel_dtype
 from ..distributed.collectives import propagate_errors
 from ..distributed.folder_lock import locked
 from ..distributed.launch import Runtime
@@ -160,6 +160,8 @@ def _tasks(
             normalization = normalization_of(data.splits.train)
         description = {"classes": list(data.splits.classes), "normalization": normalization}
     transform = EvalTransform(**description["normalization"]).to(runtime.device)
+    with propagate_errors():
+        check_depth(pixel_dtype(data.splits.train), transform.dtype)
     serving: dict[str, Any] = {"loader": data.loader, "options": data.evaluation}
 
     def read(source: Source, input: str) -> IndexedRows:
@@ -183,7 +185,7 @@ def _check_other(folder: Path, config: Config, runtime: Runtime, data: Data) -> 
     name, splits = data_name(config), data.splits
     check_scores(config, name)
     if runtime.is_main:
-        channels = "RGB" if splits.channels == 3 else "gray"
+        channels = {1: "gray", 3: "RGB"}.get(splits.channels, f"{splits.channels}-channel")
         normalized = " and normalized as it was trained" if config.probe.needs_encoder else ""
         note(
             f"{folder}: other data, {name}: {len(splits.classes)} classes, read as {channels} images of "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from ..distributed.collectives import propagate_errors
 from ..distributed.launch import Runtime
 from ..errors import ConfigError, RunFolderError
 from ..evaluation.classifier import with_classifier, with_cross_entropy
-from ..models import PretrainingModel, build_model
+from ..models import PretrainingModel, build_model, merged
 from ..models import load_weights as load_pretrained
 from ..pruning import GradualPruning, WeightMasks
 from ..seeding import stream
@@ -47,6 +48,8 @@ def pruned_config(folder: Path, config: Config, rate: float) -> Config:
         tuned = with_cross_entropy(config) if settings.finetune.loss == "cross_entropy" else config
         changes |= {"loss": tuned.loss, "log": tuned.log, "train": _train(config), "optim": _optim(config)}
         changes["model"] = tuned.model.model_copy(update={"weights": None})
+    # the adapters are merged; weights that were not trained are pruned and fine-tuned as well
+    changes["model"] = changes.get("model", config.model).trained_whole
     return config.model_copy(update=changes)
 
 
@@ -201,8 +204,8 @@ def rewound(
     assert point is not None
     with propagate_errors(), undisturbed(torch.nn.Identity(), runtime.device):
         torch.manual_seed(stream(config.seed, "model"))  # as build_training draws them
-        model = build_model(found.state)
         if point[0] == "initial":
+            model = build_model(found.state)
             if config.model.weights is not None:
                 load_pretrained(model.encoder, config.model.weights)
             tensors = {name: part for name, part in found.tensors.items() if name != "objective"}
@@ -210,5 +213,7 @@ def rewound(
         step = point[1] * (steps_per_epoch if point[0] == "epoch" else 1)
         early = checkpoint.load_checkpoint(path_of(folder / run_folder.CHECKPOINTS, step))
         with checkpoint.mismatch_is_corrupt(early.path):
+            model = build_model(early.state)
             model.load_state_dict(early.tensors["model"])
-    return model, early
+            state = merged(model, early.state)
+    return model, replace(early, state=state)

@@ -11,13 +11,14 @@ from torch import Tensor
 
 from .. import run_folder
 from ..config import Config
-from ..data import EvalTransform, Source
+from ..data import EvalTransform, Source, is_picture
 from ..distributed.collectives import propagate_errors
 from ..distributed.folder_lock import locked
 from ..distributed.launch import Runtime
 from ..errors import CorruptSample
 from ..evaluation.encoder import load_model
 from ..evaluation.left_out import left_out_entry, tell_left_out
+from ..evaluation.pictures import shown_range, stretched
 from ..evaluation.plots import draw_image_rows
 from ..evaluation.reconstruction import interpolate, reconstruct, reconstruction_errors, to_pixels
 from ..models import PretrainingModel
@@ -94,16 +95,22 @@ def _evaluate(folder: Path, config: Config, runtime: Runtime, data: Data, writer
 def _draw(folder: Path, model: PretrainingModel, source: Source, transform: EvalTransform) -> None:
     """plots/reconstructions.png and plots/interpolation.png, of evenly strided images: sources are often sorted by
     class."""
-    x = transform(_some_images(source, IMAGES).to(transform.mean.device))
+    images = _some_images(source, IMAGES)
+    x = transform(images.to(transform.mean.device))
     rows = {"original": to_pixels(x, transform), "reconstruction": reconstruct(model, x)}
+    decoded = interpolate(model, x[0], x[-1], STEPS)
+    if not is_picture(images.shape[1], images.dtype):  # all in the range of the originals
+        shown = shown_range(rows["original"])
+        rows = {name: stretched(row, shown) * 2 - 1 for name, row in rows.items()}
+        decoded = stretched(decoded, shown) * 2 - 1
     draw_image_rows(folder, "reconstructions", rows)
-    blank = torch.ones_like(x[:1]).expand(STEPS - 2, -1, -1, -1)  # white
+    blank = torch.ones_like(rows["original"][:1]).expand(STEPS - 2, -1, -1, -1)  # white
     ends = torch.cat([rows["original"][:1], blank, rows["original"][-1:]])
-    draw_image_rows(folder, "interpolation", {"original": ends, "decoded": interpolate(model, x[0], x[-1], STEPS)})
+    draw_image_rows(folder, "interpolation", {"original": ends, "decoded": decoded})
 
 
 def _some_images(source: Source, count: int) -> Tensor:
-    """uint8 [<= count, C, H, W]: evenly strided images, or the next ones that decode."""
+    """[<= count, C, H, W] as stored: evenly strided images, or the next ones that decode."""
     images: dict[int, Tensor] = {}
     for start in (k * len(source) // count for k in range(min(count, len(source)))):
         for i in range(start, len(source)):

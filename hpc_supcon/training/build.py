@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..config import Config
-from ..data import Splits, Views, normalization_of
+from ..data import MultiCrop, Splits, Views, normalization_of
 from ..distributed.agreement import ranks_that_differ
 from ..distributed.collectives import propagate_errors
 from ..distributed.launch import Runtime
@@ -20,9 +20,12 @@ from ..losses import loss_spec
 from ..models import (
     LoadedWeights,
     PretrainingModel,
+    adapt,
     apply_activation_checkpointing,
-    build_model,
+    build_without_adapters,
     check_deterministic,
+    check_sizes,
+    train_only,
 )
 from ..models import load_weights as load_pretrained
 from ..pruning import GradualPruning, WeightMasks
@@ -67,8 +70,14 @@ def build_training(
             model = start.model
         else:
             model, weights = initial_model(config, description, load_weights=load_weights)
+        if config.model.train is not None:
+            train_only(model, config.model.train)
         check_deterministic(model.encoder, config.model.encoder, description["encoder"], runtime.device)
         views = build_views(config, description)
+        if isinstance(views, MultiCrop):
+            check_sizes(
+                model.encoder, config.model.encoder, views.channels, [part.image_size for part in views.parts]
+            )
         plan = build_plan(config, loader.steps_per_epoch)
         objective = _build_objective(config, model, views, plan, runtime)
         if start is not None and start.objective is not None:
@@ -93,24 +102,28 @@ def initial_model(
     description: of `describe_model`, or of a checkpoint of the run. Raises ConfigError, UnsafeWeights.
     """
     torch.manual_seed(stream(config.seed, "model"))  # the same on all ranks, so that their weights are equal
-    model = build_model(description)
-    if not load_weights or config.model.weights is None:
-        return model, None
-    return model, load_pretrained(model.encoder, config.model.weights)
+    model, weights = build_without_adapters(description), None
+    if load_weights and config.model.weights is not None:
+        weights = load_pretrained(model.encoder, config.model.weights)
+    adapt(model, description)
+    return model, weights
 
 
 def _build_objective(
-    config: Config, model: PretrainingModel, views: Views, plan: TrainingPlan, runtime: Runtime
+    config: Config, model: PretrainingModel, views: Views | MultiCrop, plan: TrainingPlan, runtime: Runtime
 ) -> Objective:
     """What `model` is trained to minimize; a momentum target starts as its copy."""
     settings = {
         **config.loss.model_dump(),
         "options": {name: config.loss.options_of(name) for name in config.loss.own},
         "precision": loss_precision(runtime.device, config.loss.precision, config.train.precision),
-        # of MoCo's queue and SwAV's prototypes
+        # of MoCo's queue, and of the prototypes of SwAV and DINO
         "projection_dim": config.model.projection_dim,
-        "views": config.data.views,
+        "views": config.data.views_per_image,
+        "global_views": config.data.crops[0],
         "seed": stream(config.seed, "loss"),
+        "steps_per_epoch": plan.steps_per_epoch,
+        "queue_start_steps": config.loss.queue_start_epoch * plan.steps_per_epoch,
         "frozen_steps": round(config.loss.frozen_epochs * plan.steps_per_epoch),
     }
     target = None
@@ -151,8 +164,12 @@ def describe_model(config: Config, splits: Splits) -> dict[str, Any]:
             "out_dim": model.projection_dim,
             "layers": model.projection_layers,
             "norm": model.projection_norm,
+            # left out as "channels" above
+            **({} if model.projection_activation == "relu" else {"activation": model.projection_activation}),
             "unit": not any(loss_spec(name).raw for name in config.loss.weights),
         },
+        # left out where there are none, as are the narrower layers
+        **({} if model.lora.rank is None else {"lora": model.lora.model_dump()}),
         "predictor": {"hidden": model.predictor_hidden},
         "heads": heads_of(config.loss.weights),
         "classes": list(splits.classes),
@@ -160,20 +177,22 @@ def describe_model(config: Config, splits: Splits) -> dict[str, Any]:
     }
 
 
-def build_views(config: Config, description: dict[str, Any], *, seed: int = 0) -> Views:
+def build_views(config: Config, description: dict[str, Any], *, seed: int = 0) -> Views | MultiCrop:
     """The random views; `seed`: of a stream. Training reseeds them in every step."""
-    return Views(
-        config.data.views,
-        description["encoder"]["image_size"],
-        **description["normalization"],
-        seed=seed,
-        channels_last=config.train.channels_last,
-        **config.augment.model_dump(),
-    )
+    many, few = config.data.crops
+    settings = config.augment.model_dump(exclude={"local"})
+    settings |= {**description["normalization"], "channels_last": config.train.channels_last}
+    views = Views(many, description["encoder"]["image_size"], **settings, seed=seed)
+    if not few:
+        return views
+    local = config.augment.local.model_dump()
+    both = MultiCrop(views, Views(few, local.pop("image_size"), **{**settings, **local, "crop": "resized"}))
+    both.reseed(seed)
+    return both
 
 
 def _build_state(
-    config: Config, model: PretrainingModel, objective: Objective, views: Views, runtime: Runtime
+    config: Config, model: PretrainingModel, objective: Objective, views: Views | MultiCrop, runtime: Runtime
 ) -> TrainState:
     """The state of a run at its start. Collective. Raises ConfigError for what the engine refuses."""
     train, optim = config.train, config.optim
@@ -191,7 +210,13 @@ def _build_state(
     ema = None if train.ema is None else WeightAverage(placed, train.ema)
     if train.activation_checkpointing:
         apply_activation_checkpointing(placed.encoder)
-    optimizer = partial(build_optimizer, lr=peak_lr(config), **optim.model_dump(include=OPTIMIZER_SETTINGS))
+    keeps_rate = optim.predictor_schedule == "constant"
+    optimizer = partial(
+        build_optimizer,
+        lr=peak_lr(config),
+        constant=list(placed.heads["prediction"].parameters()) if keeps_rate else [],
+        **optim.model_dump(include=OPTIMIZER_SETTINGS),
+    )
     parts = EngineParts(
         model=placed,
         objective=objective,

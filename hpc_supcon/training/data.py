@@ -16,11 +16,14 @@ from ..data import (
     Order,
     Source,
     Splits,
+    bits_of,
     build_loader,
     build_order,
+    check_depth,
     choose_loader,
     load_splits,
     open_source,
+    pixel_dtype,
 )
 from ..distributed.collectives import gather_objects, propagate_errors
 from ..distributed.launch import Runtime
@@ -97,9 +100,10 @@ def splits_of(config: Config, *, check_hash: bool = False, note: Note | None = N
 def open_ood(config: Config, splits: Splits) -> dict[str, Source]:
     """The test split of each data set of `probe.ood`, converted to the size and channels of the run's images.
 
-    Raises DataError where one is missing or damaged.
+    Raises DataError where one is missing or damaged, or has another depth.
     """
-    data, made = config.data, config.data.synthetic
+    data, made, dtype = config.data, config.data.synthetic, pixel_dtype(splits.train)
+    generated = {"images": made.images, "classes": made.classes, "bits": bits_of(dtype)}
     found: dict[str, Source] = {}
     for text, name, root in config.probe.ood_sets:
         try:
@@ -110,8 +114,9 @@ def open_ood(config: Config, splits: Splits) -> dict[str, Source]:
                 image_size=splits.image_size,
                 channels=splits.channels,
                 exif=data.exif,
-                synthetic={"images": made.images, "classes": made.classes} if name == "synthetic" else None,
+                synthetic=generated if name == "synthetic" else None,
             ).labeled_test
+            check_depth(pixel_dtype(found[text]), dtype)
         except DataError as error:
             raise DataError(f"probe.ood={text}: {error} (in probe.ood, the folder follows a colon)") from None
     return found
@@ -123,7 +128,7 @@ def loader_options(config: Config) -> LoaderOptions:
     crop = None
     if data.crop_while_decoding:
         assert data.image_size is not None  # see config.check
-        crop = CropOptions(data.views, data.image_size, augment.crop_scale, augment.crop_ratio)
+        crop = CropOptions(data.views_per_image, data.image_size, augment.crop_scale, augment.crop_ratio)
     return LoaderOptions(data.workers, data.timeout_s, data.on_corrupt, crop)
 
 
@@ -169,7 +174,7 @@ def build_training_order(config: Config, splits: Splits) -> Order:
 
 def _check_batches(config: Config, order: Order, splits: Splits) -> None:
     """Raise DataError when a batch of the first epoch has no two images of one class, and the loss needs pairs."""
-    if config.data.views > 1 or not any(loss_spec(term).needs_pairs for term in config.loss.weights):
+    if config.data.views_per_image > 1 or not any(loss_spec(term).needs_pairs for term in config.loss.weights):
         return
     labels = splits.train.labels[order.epoch(config.seed, 0, 0, 1)].sort(dim=1).values
     all_different = (labels[:, 1:] != labels[:, :-1]).all(dim=1)

@@ -1,11 +1,11 @@
 """Exponential moving averages of a model's weights: for evaluation, as the momentum encoder of a queue, and as the
-momentum target of BYOL and MoCo."""
+momentum target of BYOL, MoCo and DINO."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -31,15 +31,19 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self.decay = decay
         self._model = model
-        self._average = {name: p.detach().clone() for name, p in model.named_parameters()}
+        # parameters that are not trained are their own average
+        self._trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self._average = {name: p.detach().clone() for name, p in self._trained.items()}
 
     def update(self) -> None:
         """Call after each optimizer step."""
-        update_average(self._average.values(), self._model.parameters(), self.decay)
+        update_average(self._average.values(), self._trained.values(), self.decay)
 
     def prune(self, masks: Mapping[str, Tensor]) -> None:
         """Set to zero where the masks, by parameter, are False: weights that were pruned in the model."""
         for name, mask in masks.items():
+            if name not in self._average:
+                continue
             self._average[name].masked_fill_(~mask.to(self._average[name].device), 0.0)
 
     @contextmanager
@@ -52,7 +56,7 @@ class WeightAverage:
             self._swap()
 
     def _swap(self) -> None:
-        for name, p in self._model.named_parameters():
+        for name, p in self._trained.items():
             p.data, self._average[name] = self._average[name], p.data
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -75,9 +79,9 @@ class MomentumTarget(nn.Module):
         """`momentum`: of a step, counted from 0, in 0..1."""
         super().__init__()
         projection = model.heads["projection"]
-        self.network = copy.deepcopy(PretrainingModel(model.encoder, {"projection": projection})).requires_grad_(
-            False
-        )
+        frozen = tuple(name for name in model.frozen_norms if name.startswith(("encoder.", "heads.projection.")))
+        copied = copy.deepcopy(PretrainingModel(model.encoder, {"projection": projection}, frozen_norms=frozen))
+        self.network = copied.requires_grad_(False)
         self._momentum = momentum
 
     @torch.no_grad()
@@ -88,10 +92,11 @@ class MomentumTarget(nn.Module):
         projections: Tensor = self.network(views)["projection"]
         return projections
 
-    def update(self, model: PretrainingModel, step: int) -> None:
-        """Call after the optimizer step number `step`, counted from 0."""
-        online = [*model.encoder.parameters(), *model.heads["projection"].parameters()]
-        update_average(self.network.parameters(), online, self._momentum(step))
+    def update(self, model: PretrainingModel, step: int, also: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
+        """Call after the optimizer step number `step`, counted from 0. also: more (averages, weights)."""
+        online = [*model.encoder.parameters(), *model.heads["projection"].parameters(), *(w for _, w in also)]
+        average = [*self.network.parameters(), *(a for a, _ in also)]
+        update_average(average, online, self._momentum(step))
 
 
 def momentum_at(step: int, *, base: float, final: float | None, steps: int) -> float:

@@ -12,8 +12,10 @@ from torch import Tensor
 
 from ..data import Batch, replaced_on_all_ranks
 from ..distributed.collectives import gather_objects
+from ..distributed.preemption import interrupted
 from ..distributed.watchdog import current_watchdog
 from ..phases import phase
+from .callbacks import Callbacks
 from .checkpointer import Checkpointer
 from .memory import memory_advice
 from .metrics import Meter, MetricLog, ProgressLine
@@ -33,14 +35,15 @@ def fit(
     log: MetricLog,
     progress: ProgressLine,
     after_step: Callable[[], None] = lambda: None,
+    callbacks: Callbacks | None = None,
 ) -> bool:
-    """Train from `state.step` to `plan.steps`, or until early stopping ends the run.
+    """Train from `state.step` to `plan.steps`, or until early stopping or a callback ends the run.
 
     after_step: called after each completed step. Returns True when the run was preempted (see
-    distributed/watchdog.py) and has saved before its end. Raises NonFinite, OutOfMemory, and what the loader,
-    `checkpointer` and `validate` raise. Collective.
+    distributed/watchdog.py) or interrupted, and has saved before its end. Raises NonFinite, OutOfMemory,
+    CallbackError, and what the loader, `checkpointer` and `validate` raise. Collective.
     """
-    loop = _Loop(training, checkpointer, validate, log, progress)
+    loop = _Loop(training, checkpointer, validate, log, progress, callbacks or Callbacks())
     state, plan = training.state, training.plan
     state.parallel.train()
     meter, watchdog = Meter(plan.images_per_step), current_watchdog()
@@ -57,14 +60,15 @@ def fit(
                 with memory_advice(state, batch, training.options):
                     result = train_step(state, batch, training.options)
                 meter.add(result.loss)
-                preempted = watchdog.completed(state.step) and state.step < plan.steps
+                preempted = (watchdog.completed(state.step) or interrupted()) and state.step < plan.steps
                 if state.step % plan.log_every == 0 or state.step == plan.steps:
                     state.confirm_finite()
                     numbers, more = meter.read(plan.steps - state.step), loop.measure(batch, result)
                     log.log("train", state.step, epoch=epoch, lr=lr, **numbers, **more)
                     progress.update(state.step, numbers)
+                    loop.callbacks.step(state.step, {"epoch": epoch, "lr": lr, **numbers, **more})
                     collapsed = collapsed or loop.warn_if_collapsed(more)
-                if loop.validate_and_save(preempted=preempted):
+                if loop.end_step(preempted=preempted):
                     meter.skip()
                 collect_garbage(state.step)
                 after_step()
@@ -72,6 +76,8 @@ def fit(
                     break
             state.confirm_finite()
             progress.end_epoch(epoch + 1, numbers or meter.read(plan.steps - state.step))
+    if not preempted:
+        loop.callbacks.end(state.step)
     if state.device.type == "cuda":
         torch.cuda.synchronize(state.device)
     return preempted
@@ -86,17 +92,30 @@ class _Loop:
     validate: Validate | None
     log: MetricLog
     progress: ProgressLine
+    callbacks: Callbacks
 
     @property
     def done(self) -> bool:
         state = self.training.state
-        return state.step >= self.training.plan.steps or (state.stopping is not None and state.stopping.stop)
+        stops = self.callbacks.reason is not None or (state.stopping is not None and state.stopping.stop)
+        return stops or state.step >= self.training.plan.steps
 
     @property
     def validation_is_due(self) -> bool:
         state = self.training.state
         is_step = self.validate is not None and self.training.plan.validate_at(state.step)
         return is_step and state.last_validated_step < state.step
+
+    def end_step(self, *, preempted: bool) -> bool:
+        """What comes after each step and its numbers; whether it validated. Collective."""
+        step, steps_per_epoch = self.training.state.step, self.training.plan.steps_per_epoch
+        if step % steps_per_epoch == 0:
+            self.callbacks.epoch(step // steps_per_epoch)
+        validated = self.validate_and_save(preempted=preempted)
+        if self.callbacks.reason is not None:
+            self.log.log("stopped", step, reason=self.callbacks.reason)
+            self.progress.print(f"stopped at step {step}: {self.callbacks.reason}")
+        return validated
 
     def validate_and_save(self, *, preempted: bool = False) -> bool:
         """Validate, then save, where either is due after this step; whether it validated. Collective.
@@ -123,6 +142,7 @@ class _Loop:
         self.log.log("validation", state.step, **numbers)
         self.progress.print_validation(state.step, numbers)
         state.last_validated_step = state.step
+        self.callbacks.evaluation(state.step, numbers)
         stopping = state.stopping
         if stopping is None:
             return False

@@ -86,7 +86,7 @@ def peak_bytes(state: TrainState, batch: Batch, options: StepOptions, images: in
     try:
         with _LiveBytes() as live:
             own = batch.images[:images]
-            x = state.views.render(own, state.views.draw(len(own), *own.shape[-2:]))
+            x = state.views(own)
             with options.autocast():
                 outputs = state.model(x)
             total = torch.stack([out.float().sum() for out in outputs.values()]).sum()

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..config.schema.saving import LogConfig
 from ..data import Batch
 from ..metric_file import METRICS, AppendedLines, rewind
+from ..notebook import NotebookBar, in_notebook
 from ..phases import phase
 from ..terminal import console, note, warn
 from ..tracking import processes
@@ -136,7 +137,8 @@ class MetricLog:
 
 
 class ProgressLine:
-    """A progress bar on a terminal; elsewhere (a log file) a line after an epoch, at most one every 10 s.
+    """A progress bar on a terminal and in a notebook; elsewhere (a log file) a line after an epoch, at most one every
+    10 s.
 
     Prints nothing where `shown` is False, as on ranks other than 0.
     """
@@ -147,6 +149,7 @@ class ProgressLine:
         self._epochs = epochs
         self._shown = shown
         self._live = shown and console.is_terminal
+        self._bar = NotebookBar("pretrain", total_steps) if shown and in_notebook() else None
         self._last_line = time.monotonic()
         self._progress = Progress(
             TextColumn("{task.description}", style="bold", markup=False),
@@ -164,6 +167,8 @@ class ProgressLine:
         text = f"loss {numbers['loss']:.4f}  {numbers['images_per_s']:,.0f} images/s  "
         text += f"data wait {numbers['data_wait']:.1%}"
         self._progress.update(self._task, completed=step, numbers=text)
+        if self._bar is not None:
+            self._bar.update(step, f"{text}  {numbers['time_left_s']:.0f} s left")
 
     def print_validation(self, step: int, numbers: dict[str, float]) -> None:
         self.print(f"step {step}  validation " + "  ".join(f"{name} {value:.4f}" for name, value in numbers.items()))
@@ -176,7 +181,7 @@ class ProgressLine:
     def end_epoch(self, epoch: int, numbers: dict[str, float]) -> None:
         """Print the numbers of an epoch where there is no bar; `epoch` counts from 1."""
         due = time.monotonic() - self._last_line >= self.MIN_INTERVAL_S or epoch == self._epochs
-        if self._shown and not self._live and due:
+        if self._shown and not self._live and self._bar is None and due:
             self._last_line = time.monotonic()
             note(
                 f"epoch {epoch}/{self._epochs}  loss {numbers['loss']:.4f}  {numbers['images_per_s']:,.0f} images/s  "

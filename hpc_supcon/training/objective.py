@@ -10,8 +10,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+from ..data import ImageViews
 from ..distributed.collectives import all_sum, gather_sizes, rank, world_size
 from ..losses import (
+    DINOLoss,
     MoCoLoss,
     SwAVLoss,
     alignment_and_uniformity,
@@ -78,31 +80,35 @@ class Objective(nn.Module):
     def heads(self) -> list[str]:
         return heads_of(self.weights)
 
-    def momentum_outputs(self, model: PretrainingModel, views: Tensor) -> dict[str, Tensor]:
+    def momentum_outputs(self, model: PretrainingModel, views: ImageViews) -> dict[str, Tensor]:
         """What losses read beside the outputs of `model` for views [B, V, C, H, W]: the target's embeddings
-        "target" [B, V, D], without gradient; empty without a target."""
+        "target" [B, V, D], of the global views where there are several sizes, without gradient; empty without a
+        target."""
         if self.target is None:
             return {}
         with phase("target"):
-            return {"target": self.target.embeddings(model, views)}
+            return {"target": self.target.embeddings(model, views if isinstance(views, Tensor) else views[0])}
 
     def after_step(
         self, model: PretrainingModel, outputs: Mapping[str, Tensor], step: int, images_per_rank: list[int] | None
     ) -> None:
         """Move the target towards `model`, and let losses keep what they need of this step, after the optimizer step
         number `step`, counted from 0. Collective."""
-        if self.target is not None:
-            with phase("target"):
-                self.target.update(model, step)
         for loss in self.losses.values():
-            if isinstance(loss, (MoCoLoss, SwAVLoss)):
+            if isinstance(loss, (MoCoLoss, SwAVLoss, DINOLoss)):
                 with phase("queue"):
                     loss.after_step(outputs, images_per_rank)
+        if self.target is not None:
+            with phase("target"):
+                also = [
+                    pair for loss in self.losses.values() if isinstance(loss, DINOLoss) for pair in loss.followers()
+                ]
+                self.target.update(model, step, also)
 
     def forward(
         self,
         outputs: Mapping[str, Tensor],
-        views: Tensor | None,
+        views: ImageViews | None,
         labels: Tensor,
         queue: Any = None,
         images_per_rank: list[int] | None = None,
@@ -120,7 +126,7 @@ class Objective(nn.Module):
         self,
         name: str,
         outputs: Mapping[str, Tensor],
-        views: Tensor | None,
+        views: ImageViews | None,
         labels: Tensor,
         queue: Any,
         images_per_rank: list[int] | None,
@@ -154,11 +160,11 @@ class Objective(nn.Module):
             queue = (queue[0], None)
         return self.loss_of[name](output, pair_labels, queue=queue, rows_per_rank=rows)
 
-    def pointwise(self, name: str, output: Tensor, views: Tensor | None, labels: Tensor) -> Tensor:
+    def pointwise(self, name: str, output: Tensor, views: ImageViews | None, labels: Tensor) -> Tensor:
         """The mean over this rank's images of a loss of single images (of a classifier or decoder)."""
         if self.specs[name].head == "classifier":
             return self.loss_of[name](output.flatten(0, 1), labels.repeat_interleave(output.shape[1]))
-        assert views is not None
+        assert isinstance(views, Tensor)
         return self.loss_of[name](output, self.targets(views))
 
     def targets(self, views: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import seeding
-from ..data import Loader, Views
+from ..data import Loader, MultiCrop, Views
 from ..distributed.collectives import gather_objects
 from ..errors import NonFinite
 from ..models import LoadedWeights, PretrainingModel
@@ -93,7 +93,7 @@ class TrainState:
     """The bare model, whose weights are saved."""
     engine: Engine
     """Runs that model on all ranks, and updates it."""
-    views: Views
+    views: Views | MultiCrop
     objective: Objective
     device: torch.device
     queue: MomentumQueue | None = None

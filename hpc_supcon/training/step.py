@@ -12,11 +12,12 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import reduce
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..data import Batch
+from ..data import Batch, ImageViews
 from ..distributed.collectives import all_sum, world_size
 from ..models import frozen_running_statistics
 from ..phases import BACKWARD, ENCODER, LOSS, PROJECTION, on_gradient, phase
@@ -50,11 +51,12 @@ def train_step(state: TrainState, batch: Batch, options: StepOptions) -> StepRes
     # drawn once for the whole batch: the views do not depend on how it is cut into pieces
     with phase("views"):
         state.views.reseed(stream(options.seed, "views", options.rank, state.step))
-        drawn = state.views.draw(n_images, *batch.images.shape[-2:])
+        drawn: Any = state.views.draw(n_images, *batch.images.shape[-2:])
 
-    def views(piece: slice) -> Tensor:
+    def views(piece: slice) -> ImageViews:
         with phase("views"):
-            return state.views.render(batch.images[piece], state.views.select(drawn, piece))
+            own: Any = state.views.select(drawn, piece)
+            return state.views.render(batch.images[piece], own)
 
     compute_gradients = _one_pass if len(pieces) == 1 else _two_passes
     loss, outputs, keys = compute_gradients(state, batch, options, views, pieces)
@@ -97,7 +99,7 @@ Passed = tuple[Tensor, dict[str, Tensor], list[Tensor]]
 
 
 def _one_pass(
-    state: TrainState, batch: Batch, options: StepOptions, views: Callable[[slice], Tensor], pieces: list[slice]
+    state: TrainState, batch: Batch, options: StepOptions, views: Callable[[slice], ImageViews], pieces: list[slice]
 ) -> Passed:
     x = views(pieces[0])
     with options.autocast():
@@ -108,7 +110,7 @@ def _one_pass(
 
 
 def _two_passes(
-    state: TrainState, batch: Batch, options: StepOptions, views: Callable[[slice], Tensor], pieces: list[slice]
+    state: TrainState, batch: Batch, options: StepOptions, views: Callable[[slice], ImageViews], pieces: list[slice]
 ) -> Passed:
     parts, keys, rng_states = [], [], []
     with torch.no_grad(), frozen_running_statistics(state.model), options.autocast():
@@ -140,7 +142,7 @@ def _skip_overflow(state: TrainState, loss: Tensor, norm: Tensor) -> bool:
     return state.engine.skip_step()
 
 
-def _forward(forward: Callable[[Tensor], dict[str, Tensor]], views: Tensor) -> dict[str, Tensor]:
+def _forward(forward: Callable[[ImageViews], dict[str, Tensor]], views: ImageViews) -> dict[str, Tensor]:
     with phase(ENCODER):
         outputs = forward(views)
         for output in outputs.values():
@@ -152,7 +154,7 @@ def _loss(
     state: TrainState,
     options: StepOptions,
     outputs: dict[str, Tensor],
-    views: Tensor | None,
+    views: ImageViews | None,
     labels: Tensor,
     backward: Callable[[Tensor], None],
 ) -> Tensor:
@@ -168,9 +170,10 @@ def _loss(
     return loss
 
 
-def _keys(state: TrainState, views: Tensor, outputs: dict[str, Tensor]) -> list[Tensor]:
+def _keys(state: TrainState, views: ImageViews, outputs: dict[str, Tensor]) -> list[Tensor]:
     if state.queue is None:
         return []
+    assert isinstance(views, Tensor)  # see config.check_views
     with phase("queue"):
         return [state.queue.keys(views, outputs["projection"])]
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import Config
-from ..data import EvalOrder, EvalTransform, Order, Source, Splits, TrainOrder, Views, build_loader
+from ..data import EvalOrder, EvalTransform, MultiCrop, Order, Source, Splits, TrainOrder, Views, build_loader
 from ..distributed.collectives import all_sum
 from ..distributed.launch import Runtime
 from ..errors import ConfigError, CorruptSample
@@ -155,7 +155,7 @@ def _pointwise_losses(
 
 
 def _pairwise_losses(
-    training: Training, names: list[str], batches: Iterator[tuple[Tensor, Tensor]], views: Views
+    training: Training, names: list[str], batches: Iterator[tuple[Tensor, Tensor]], views: Views | MultiCrop
 ) -> dict[str, float]:
     """Losses that compare images: means over global batches of random views, without the incomplete last batch."""
     state = training.state

@@ -8,8 +8,8 @@ import re
 import pytest
 
 from hpc_supcon.config import load_config
-from hpc_supcon.report.page import render, write_page
-from hpc_supcon.report.runs import page_of_runs
+from hpc_supcon.pages.page import render, write_page
+from hpc_supcon.pages.runs import page_of_runs
 from tests.run_folders import HOSTILE, full_run
 
 

@@ -23,6 +23,15 @@ FORMS = {
     "recomputed": ["train.activation_checkpointing=true"],
     "averaged weights and a queue": ["train.ema=0.9", "model.momentum_encoder=0.9", "loss.queue_size=30"],
     "a momentum target": ["loss.name=byol", "model.momentum_encoder=0.9", "model.momentum_final=1.0"],
+    "a constant rate": ["loss.name=simsiam", "optim.predictor_schedule=constant", *OPTIMIZERS["sgd"]],
+    "views of two sizes": [
+        "loss.name=dino",
+        "loss.prototypes=16",
+        "model.momentum_encoder=0.9",
+        "model.input_size=8",
+        "data.views={global: 2, local: 2}",
+        "augment.local.image_size=6",
+    ],
 }
 
 

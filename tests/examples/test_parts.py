@@ -15,7 +15,13 @@ from tests.own_code import install, run
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 PARTS = ["own_encoder.py", "own_loss.py", "own_policy.py", "own_probe.py"]
-SMALL = ["train.epochs=1", "data.train_images=300", "report.embeddings=false", "report.html=false"]
+SMALL = [
+    "train.epochs=1",
+    "data.train_images=300",
+    "data.batch_size=60",
+    "report.embeddings=false",
+    "report.html=false",
+]
 
 
 def commands(file: str) -> list[list[str]]:

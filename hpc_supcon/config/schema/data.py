@@ -7,14 +7,26 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from .base import Count, NonNegative, Options, Positive, Probability, Section
-from .names import AutoAugmentName, LoaderName, OwnPolicy, OwnSource, PolicyName, SamplerName, SourceName
+from .names import (
+    AutoAugmentName,
+    CropName,
+    LoaderName,
+    OwnPolicy,
+    OwnSource,
+    PolicyName,
+    SamplerName,
+    SourceName,
+)
+
+Channels = Annotated[int, Field(ge=1, le=64)]
 
 
 class SyntheticConfig(Section):
     images: Count = Field(description="number of training images", json_schema_extra={"unit": "images"})
     classes: Annotated[int, Field(ge=2)] = Field(description="number of classes")
-    channels: Literal[1, 3] = Field(description="1 is gray, 3 is RGB")
+    channels: Channels = Field(description="1 is gray, 3 is RGB")
     image_size: Count = Field(description="side of the square images", json_schema_extra={"unit": "px"})
+    bits: Literal[8, 16] = Field(description="of the levels: 8 gives 0..255, 16 gives 0..65535")
 
 
 class ColumnsConfig(Section):
@@ -49,8 +61,9 @@ class DataConfig(Section):
         description="resize the shorter side to this and crop the center; null keeps the images' own size",
         json_schema_extra={"unit": "px"},
     )
-    channels: Literal[1, 3] | None = Field(
-        description="convert every image to 1 (gray) or 3 (RGB) channels; null: all must have the same number"
+    channels: Channels | None = Field(
+        description="convert every image to 1 (gray) or 3 (RGB) channels; any other number must be that of the "
+        "images; null: all must have the same number"
     )
     exif: Literal["transpose", "ignore"] = Field(
         description="image files; transpose: images are turned upright by their EXIF orientation; ignore: they are "
@@ -72,7 +85,10 @@ class DataConfig(Section):
         description="GLOBAL number of images per optimizer step, over all ranks, before views",
         json_schema_extra={"unit": "images"},
     )
-    views: Count = Field(description="augmented views of each image in a batch")
+    views: Count | dict[CropName, Annotated[int, Field(ge=0)]] = Field(
+        description="views of each image in a batch; {global: 2, local: 6}: of two sizes, the smaller local ones by "
+        "augment.local (multi-crop; swav, dino)"
+    )
     sampler: SamplerName = Field(
         description="which images share a batch; class_balanced: classes_per_batch x images_per_class; "
         "long_tail_aware: see long_tail_alpha"
@@ -90,8 +106,8 @@ class DataConfig(Section):
         description="read the images from these .beton files (made of data.source by `hpc-supcon convert`)"
     )
     loader: LoaderName = Field(
-        description="resident: the whole set as uint8 on the device; torch: worker processes; ffcv: .beton files; "
-        "dali: image files, decoded by NVIDIA DALI; auto: the fastest one that fits"
+        description="resident: the whole set on the device, as it is stored; torch: worker processes; ffcv: .beton "
+        "files; dali: image files, decoded by NVIDIA DALI; auto: the fastest one that fits"
     )
     workers: Count = Field(description="processes or threads that decode, per rank")
     timeout_s: Positive = Field(description="longest wait for one batch", json_schema_extra={"unit": "s"})
@@ -108,16 +124,47 @@ class DataConfig(Section):
     )
     synthetic: SyntheticConfig = Field(description="the images of source=synthetic")
 
+    @property
+    def crops(self) -> tuple[int, int]:
+        """How many global and local views each image has; views of one size are global."""
+        if isinstance(self.views, int):
+            return self.views, 0
+        return self.views["global"], self.views.get("local", 0)
+
+    @property
+    def views_per_image(self) -> int:
+        return sum(self.crops)
+
+    @model_validator(mode="after")
+    def _has_global_views(self) -> DataConfig:
+        if not isinstance(self.views, int) and self.views.get("global", 0) < 1:
+            raise ValueError("data.views: give the number of global views as well, such as {global: 2, local: 6}")
+        return self
+
 
 class RandAugmentConfig(Section):
     operations: Annotated[int, Field(ge=0)] = Field(description="operations on each view, one after the other")
     magnitude: Annotated[int, Field(ge=0, le=30)] = Field(description="strength of every operation, 0..30")
 
 
+class LocalViewsConfig(Section):
+    image_size: Count = Field(
+        description="side of the local views, at most that of the images", json_schema_extra={"unit": "px"}
+    )
+    crop_scale: tuple[Positive, Positive] = Field(description="range of their crop's share of the image area")
+    blur: Probability = Field(description="as augment.blur")
+    solarize: Probability = Field(description="as augment.solarize")
+
+
+ViewProbability = Probability | tuple[Probability, ...]
+"""Of all views, or of each one."""
+
+
 class AugmentConfig(Section):
     policy: PolicyName | OwnPolicy = Field(
         description="none: resize alone; flip_crop, pad_crop: crop and flip; simaugment: crop, flip, color jitter, "
-        "gray, blur; autoaugment, randaugment and policies of your own: crop, flip, their operations"
+        "gray, blur, solarization, for other than 1 or 3 channels crop, flip, blur; autoaugment, randaugment: crop, "
+        "flip, their operations, for 8-bit images of 1 or 3 channels; policies of your own: crop, flip, what they do"
     )
     options: Options = Field(description="arguments of a policy of your own; null: none")
     crop: Literal["auto", "resized", "padded"] = Field(
@@ -139,11 +186,21 @@ class AugmentConfig(Section):
     )
     jitter_probability: Probability = Field(description="simaugment: probability that a view is color-jittered")
     grayscale: Probability = Field(description="simaugment: probability that a view loses its color")
-    blur: Probability = Field(
-        description="simaugment: probability of a gaussian blur, sigma 0.1..2 px, kernel a tenth of the image"
+    blur: ViewProbability = Field(
+        description="simaugment: probability of a gaussian blur, sigma 0.1..2 px, kernel a tenth of the image; a "
+        "list has one for each view, such as [1.0, 0.1]"
+    )
+    solarize: ViewProbability = Field(
+        description="simaugment: probability that the brighter half of the levels is inverted; a list has one for "
+        "each view, such as [0.0, 0.2] (byol, barlow_twins)"
     )
     autoaugment: AutoAugmentName = Field(description="autoaugment: the policy that was learned on this data set")
     randaugment: RandAugmentConfig = Field(description="randaugment: how many operations, how strong")
+
+    local: LocalViewsConfig = Field(
+        description="the local views of data.views={global: 2, local: 6}; all other settings are those of the global "
+        "ones"
+    )
 
     @property
     def is_padded(self) -> bool:
@@ -152,12 +209,21 @@ class AugmentConfig(Section):
             self.crop == "padded" or (self.crop == "auto" and self.policy == "pad_crop")
         )
 
+    def of_one_view(self) -> AugmentConfig:
+        """The same, where each image has one view: with the probabilities of the first one."""
+        one = {k: v[0] for k in ("blur", "solarize") if isinstance(v := getattr(self, k), tuple)}
+        return self.model_copy(update=one)
+
     @model_validator(mode="after")
     def _ordered(self) -> AugmentConfig:
-        for name in ("crop_scale", "crop_ratio"):
-            low, high = getattr(self, name)
+        ranges = {
+            "crop_scale": self.crop_scale,
+            "crop_ratio": self.crop_ratio,
+            "local.crop_scale": self.local.crop_scale,
+        }
+        for name, (low, high) in ranges.items():
             if low > high:
                 raise ValueError(f"augment.{name}: {low} is above {high}; give [low, high]")
-        if self.crop_scale[1] > 1:
-            raise ValueError("augment.crop_scale: a crop cannot be larger than the image (at most 1.0)")
+            if high > 1 and name != "crop_ratio":
+                raise ValueError(f"augment.{name}: a crop cannot be larger than the image (at most 1.0)")
         return self

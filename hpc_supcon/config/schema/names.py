@@ -35,18 +35,25 @@ SourceName = Literal["digits", "mnist", "fashion_mnist", "cifar10", "cifar100", 
 SamplerName = Literal["random", "class_balanced", "long_tail_aware"]
 LoaderName = Literal["auto", "resident", "torch", "ffcv", "dali"]
 PolicyName = Literal["none", "flip_crop", "pad_crop", "simaugment", "autoaugment", "randaugment"]
+CropName = Literal["global", "local"]
+"""Kinds of views where they have two sizes."""
 AutoAugmentName = Literal["cifar10", "imagenet", "svhn"]
 
 OwnEncoderName = Literal["conv", "resnet9", "resnet9_small", "vgg16_bn_embed"]
 """Encoders of this package; every other name is timm's."""
 ProjectionNormName = Literal["none", "hidden", "all"]
+ActivationName = Literal["relu", "gelu"]
 StemName = Literal["auto", "small", "standard"]
 
 ContrastiveName = Literal["supcon_out", "supcon_in", "tcl", "simclr"]
 """Losses over the embeddings of all ranks, and of a queue."""
-OfViewsName = Literal["barlow_twins", "vicreg", "simsiam", "byol", "moco_v2", "swav"]
+OfViewsName = Literal["barlow_twins", "vicreg", "simsiam", "byol", "moco_v2", "swav", "dino"]
 """Losses that compare the views of images, without labels, and shape a projection of their own."""
-TargetName = Literal["byol", "moco_v2"]
+MultiCropName = Literal["swav", "dino"]
+"""Those that take views of two sizes."""
+PredictorName = Literal["simsiam", "byol"]
+"""Those that train a predictor."""
+TargetName = Literal["byol", "moco_v2", "dino"]
 """Those that aim at the embeddings of a momentum target."""
 PairwiseName = Literal[ContrastiveName, OfViewsName, "triplet"]
 """Losses that compare images or views; all others take one image at a time."""

@@ -10,7 +10,9 @@ from pydantic import Field, model_validator
 
 from ... import parts
 from .base import Count, Decay, NonNegative, Options, Positive, Probability, Section, StoppingConfig
+from .lora import LoraConfig
 from .names import (
+    ActivationName,
     BackendName,
     EngineName,
     LossName,
@@ -41,9 +43,16 @@ class ModelConfig(Section):
         json_schema_extra={"unit": "px"},
     )
     weights: str | None = Field(
-        description="initial encoder weights: a file of timm, torchvision, SupContrast, solo-learn or MoCo; "
-        "null: random"
+        description="initial encoder weights: a file of timm, torchvision, SupContrast, solo-learn or MoCo; a folder "
+        "that `hpc-supcon push` wrote; hf:NAME or hf:NAME@REVISION, a model on the Hugging Face Hub; null: random"
     )
+    train: tuple[Annotated[str, Field(min_length=1)], ...] | None = Field(
+        min_length=1,
+        description="train only these modules of the encoder, by the beginning of their names, such as "
+        "[layer4, head]: head stands for all heads, projection for one. The rest keeps its weights and BatchNorm "
+        "statistics; null: all is trained",
+    )
+    lora: LoraConfig = Field(description="low-rank adapters")
     out_dim: Count | None = Field(description="size of the features; null is the encoder's own")
     channels: dict[str, tuple[Count, ...]] | None = Field(
         min_length=1,
@@ -57,16 +66,26 @@ class ModelConfig(Section):
     projection_norm: ProjectionNormName = Field(
         description="BatchNorm in the projection: none; after its hidden layers; after all (the last without weights)"
     )
+    projection_activation: ActivationName = Field(
+        description="between the projection's layers; gelu: with initial weights of a truncated normal distribution "
+        "of std 0.02, as in DINO's head"
+    )
     predictor_hidden: Count = Field(description="byol, simsiam: width of the predictor's hidden layer")
     momentum_encoder: Annotated[float, Field(ge=0, lt=1)] | None = Field(
-        description="keys of a queue and targets (byol, moco_v2) come from a copy of the model that follows with "
-        "this momentum per step (MoCo: 0.999); null: keys from the model itself"
+        description="keys of a queue and targets (byol, moco_v2, dino) come from a copy of the model that follows "
+        "with this momentum per step (MoCo: 0.999); null: keys from the model itself"
     )
     momentum_final: Annotated[float, Field(gt=0, le=1)] | None = Field(
-        description="byol, moco_v2: the momentum at the end of training, reached by half a cosine (BYOL: 1); null: "
-        "momentum_encoder in every step"
+        description="byol, moco_v2, dino: the momentum at the end of training, reached by half a cosine (BYOL: 1); "
+        "null: momentum_encoder in every step"
     )
     sync_bn: bool = Field(description="BatchNorm statistics over all ranks (with more than one rank)")
+
+    @property
+    def trained_whole(self) -> ModelConfig:
+        """The same settings, but for training all weights: of a model whose adapters are merged."""
+        lora = self.lora.model_copy(update={"rank": None, "targets": None})
+        return self.model_copy(update={"train": None, "lora": lora})
 
 
 class LossConfig(Section):
@@ -82,7 +101,7 @@ class LossConfig(Section):
         description="false: an image's views are its positives, whatever its label (contrastive losses, triplet)"
     )
     temperature: Positive = Field(
-        description="tau: similarities are divided by it (contrastive losses, moco_v2, swav)"
+        description="tau: similarities are divided by it (contrastive losses, moco_v2, swav, dino's student)"
     )
     learnable_temperature: bool = Field(
         description="train tau as well, starting from `temperature`; it stays at or above 0.025, or 0.002 where it "
@@ -103,17 +122,33 @@ class LossConfig(Section):
     invariance_weight: NonNegative = Field(description="vicreg: lambda, the weight of the distance of views")
     variance_weight: NonNegative = Field(description="vicreg: mu, the weight of the variance of each dimension")
     covariance_weight: NonNegative = Field(description="vicreg: nu, the weight of the covariances of dimensions")
-    prototypes: Count = Field(description="swav: number of prototypes that embeddings are assigned to")
+    prototypes: Count = Field(
+        description="swav, dino: number of prototypes that embeddings are assigned to (dino: 65536)"
+    )
     frozen_epochs: NonNegative = Field(
-        description="swav: prototypes keep their first values for so long", json_schema_extra={"unit": "epochs"}
+        description="swav, dino: prototypes keep their first values for so long", json_schema_extra={"unit": "epochs"}
     )
     sinkhorn_epsilon: Annotated[float, Field(ge=0.005)] = Field(
         description="swav: how soft assignments are; cosines are divided by it"
     )
     sinkhorn_iterations: Count = Field(description="swav: rounds in which the prototypes' shares are made equal")
+    teacher_temperature: Positive = Field(description="dino: tau of the teacher, after its warm-up")
+    teacher_warmup_temperature: Positive = Field(description="dino: tau of the teacher in the first epoch")
+    teacher_warmup_epochs: Annotated[int, Field(ge=0)] = Field(
+        description="dino: the teacher's tau rises for so long; 0: it is teacher_temperature from the start",
+        json_schema_extra={"unit": "epochs"},
+    )
+    center_momentum: Annotated[float, Field(ge=0, lt=1)] = Field(
+        description="dino: momentum of the center, a moving average of the teacher's mean scores"
+    )
     queue_size: Annotated[int, Field(ge=0)] = Field(
-        description="past embeddings kept as extra columns of a contrastive loss, or as moco_v2's negatives; 0: none",
+        description="past embeddings kept as extra columns of a contrastive loss, as moco_v2's negatives, or to "
+        "share swav's prototypes with the batch; 0: none",
         json_schema_extra={"unit": "images"},
+    )
+    queue_start_epoch: Annotated[int, Field(ge=0)] = Field(
+        description="swav: the queue, which is filled from the start, is used from this epoch on, once it is full",
+        json_schema_extra={"unit": "epochs"},
     )
     backend: BackendName = Field(
         description="how contrastive losses compute similarities; reference: the whole matrix; tiled: one tile at a "
@@ -176,6 +211,10 @@ class OptimConfig(Section):
         description="linear warm-up, given in steps (then warmup_epochs is 0)", json_schema_extra={"unit": "steps"}
     )
     final_lr_fraction: Probability = Field(description="cosine and one_cycle end at this share of the peak")
+    predictor_schedule: Literal["same", "constant"] = Field(
+        description="simsiam, byol: the predictor's learning rate; same: as all others; constant: the peak in every "
+        "step (SimSiam)"
+    )
     milestones: tuple[Annotated[float, Field(gt=0, lt=1)], ...] = Field(
         min_length=1, description="step: shares of the training after which the rate is multiplied by gamma"
     )

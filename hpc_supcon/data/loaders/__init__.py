@@ -10,11 +10,12 @@ import torch
 
 from ...distributed.collectives import all_sum
 from ...errors import ConfigError, unknown_name
+from ..levels import PICTURE_CHANNELS, bits_of, is_picture
 from ..order import Order
 from ..sources.beton import BetonSource
 from ..sources.encoded import EncodedSource
 from ..sources.folder import FolderSource
-from ..sources.source import ArraySource, Source
+from ..sources.source import ArraySource, Source, pixel_dtype
 from .base import CropOptions, EpochSteps, Loader, LoaderOptions, OnCorrupt
 from .dali import DaliLoader
 from .ffcv import FfcvLoader
@@ -39,6 +40,8 @@ LOADERS: dict[str, Callable[[Source, EpochSteps, torch.device | str, LoaderOptio
 }
 """`data.loader` -> a loader that loads these steps from a source onto this device."""
 
+OF_PICTURES = ("ffcv", "dali")
+"""Loaders of 8-bit gray and RGB images alone."""
 RESIDENT_SHARE = 0.5
 """A set is kept on the device when it takes less than this share of the free memory; training needs the rest."""
 
@@ -62,6 +65,11 @@ def build_loader(
     if name not in LOADERS:
         raise ConfigError(unknown_name("data.loader", name, LOADERS))
     assert order.n == len(source)
+    if name in OF_PICTURES and not is_picture(source.channels, pixel_dtype(source)):
+        raise ConfigError(
+            f"data.loader={name} decodes 8-bit images of {' or '.join(map(str, PICTURE_CHANNELS))} channels, but "
+            f"these have {source.channels} of {bits_of(pixel_dtype(source))} bits: use data.loader=resident or torch"
+        )
     return LOADERS[name](source, EpochSteps(order, seed, rank, world_size), device, options or LoaderOptions())
 
 
@@ -76,8 +84,9 @@ def replaced_on_all_ranks(loader: Loader, device: torch.device | str = "cpu") ->
 def choose_loader(source: Source, device: torch.device | str, options: LoaderOptions) -> tuple[str, str]:
     """(name, reason) of the loader that `data.loader=auto` stands for: the fastest one that fits."""
     device = torch.device(device)
-    size, free = len(source) * source.channels * source.image_size**2, _free_memory(device)
-    needs = f"{size / 2**30:.2f} GiB as uint8, {free / 2**30:.1f} GiB free on {device}"
+    dtype, free = pixel_dtype(source), _free_memory(device)
+    size = len(source) * source.channels * source.image_size**2 * dtype.itemsize
+    needs = f"{size / 2**30:.2f} GiB as {str(dtype).removeprefix('torch.')}, {free / 2**30:.1f} GiB free on {device}"
     in_memory = isinstance(source, ArraySource)
     if in_memory and (size < free * RESIDENT_SHARE or device.type == "cpu"):
         return "resident", f"the images are in memory already ({needs})"
@@ -88,7 +97,8 @@ def choose_loader(source: Source, device: torch.device | str, options: LoaderOpt
         why = "crops are taken from the images as they are stored"
     if isinstance(source, BetonSource) and find_spec("ffcv") is not None:
         return "ffcv", f"{why}, in a .beton file"
-    if isinstance(source, FolderSource | EncodedSource) and device.type == "cuda" and _has_dali():
+    is_file = isinstance(source, FolderSource | EncodedSource) and is_picture(source.channels, dtype)
+    if is_file and device.type == "cuda" and _has_dali():
         return "dali", f"{why}, in files that the GPU decodes"
     return "torch", why
 

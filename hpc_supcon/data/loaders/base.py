@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ...errors import ConfigError
 from ..crop_boxes import check_crops
+from ..levels import movable
 from ..order import Order
 
 
@@ -18,7 +19,8 @@ class Batch:
     """One rank's part of the global batch of one step, on the rank's device."""
 
     images: Tensor
-    """uint8 [B, C, H, W], 0..255; [B, V, C, S, S], of either memory layout, where the loader crops while decoding."""
+    """uint8 [B, C, H, W], 0..255, or uint16 of 16-bit images; [B, V, C, S, S], of either memory layout, where the
+    loader crops while decoding."""
     labels: Tensor
     """int64 [B], 0 <= label < number of classes."""
     index: Tensor
@@ -36,7 +38,7 @@ def served(images: Tensor, labels: Tensor, loaded: Tensor) -> Batch:
     """
     if (loaded == LEFT_OUT).any():
         valid = loaded != LEFT_OUT
-        images, loaded = images[valid], loaded[valid]
+        images, loaded = movable(images)[valid].view(images.dtype), loaded[valid]
     return Batch(images, labels[loaded], loaded)
 
 
@@ -116,8 +118,8 @@ OnCorrupt = Literal["fail", "replace", "leave_out"]
 class CropOptions:
     """Random resized crops, taken from the image as it is stored, while it is decoded.
 
-    A loader with these options yields uint8 [B, views, C, image_size, image_size]. scale: range of the crop's
-    share of the area; ratio: range of its width / height. Raises ConfigError for values outside their ranges.
+    A loader with these options yields uint8 or uint16 [B, views, C, image_size, image_size]. scale: range of the
+    crop's share of the area; ratio: range of its width / height. Raises ConfigError for values outside their ranges.
     """
 
     views: int

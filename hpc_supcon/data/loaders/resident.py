@@ -1,4 +1,4 @@
-"""The `resident` loader: the whole set as uint8 on the device, one index_select per step.
+"""The `resident` loader: the whole set as uint8 or uint16 on the device, one index_select per step.
 
 Nothing is decoded or copied from the host during training, which makes it the fastest loader wherever
 the set fits: CIFAR-10 takes 0.15 GiB, 100,000 RGB images of 224 px take 14 GiB.
@@ -16,14 +16,15 @@ from torch import Tensor
 
 from ...errors import CorruptSample, DataError
 from ..crop_boxes import crop_boxes
-from ..sources.source import Source
+from ..levels import full_scale, movable, rounded_
+from ..sources.source import Source, pixel_dtype
 from ..views.pixels import copy_async, resample
 from .base import LEFT_OUT, Batch, BatchRequest, CropOptions, EpochSteps, LoaderOptions, count_replaced
 from .sample_reader import find_replacement
 
 
 class ResidentLoader:
-    """Loader over a source that is kept on `device` as uint8 [N, C, H, W] until `close()`.
+    """Loader over a source that is kept on `device` as uint8 or uint16 [N, C, H, W] until `close()`.
 
     Raises DataError when it does not fit into the device's memory. Crops are taken from these images, which have
     the source's image_size.
@@ -58,7 +59,7 @@ class ResidentLoader:
                 self.replaced += count_replaced(index, loaded)
                 index = loaded[loaded != LEFT_OUT]
                 device_index = index.to(device_index.device)
-            images = self._images.index_select(0, device_index)
+            images = movable(self._images).index_select(0, device_index).view(self._images.dtype)
             if self._options.crop is not None:
                 images = self._cropped(images, epoch, index, self._options.crop)
             yield Batch(images, self._labels.index_select(0, device_index), device_index)
@@ -70,7 +71,7 @@ class ResidentLoader:
         )
         boxes = copy_async(torch.from_numpy(drawn), images.device)
         views = resample(images, boxes, boxes.new_zeros(boxes.shape[:2], dtype=torch.bool), crop.image_size)
-        return views.permute(1, 2, 0, 3, 4).mul(255).round_().clamp_(0, 255).to(torch.uint8)
+        return rounded_(views.permute(1, 2, 0, 3, 4).mul(full_scale(images.dtype)), images.dtype)
 
     def _without_corrupt(self, epoch: int, index: Tensor) -> Tensor:
         """int64 [B]: what is loaded for each of `index`."""
@@ -97,7 +98,8 @@ def _stack(source: Source, options: LoaderOptions) -> tuple[Tensor, dict[int, Co
     except CorruptSample:
         if options.on_corrupt == "fail":
             raise
-    images = torch.zeros(len(source), source.channels, source.image_size, source.image_size, dtype=torch.uint8)
+    shape = len(source), source.channels, source.image_size, source.image_size
+    images = torch.zeros(shape, dtype=pixel_dtype(source))
 
     def read(i: int) -> CorruptSample | None:
         try:
@@ -116,6 +118,6 @@ def _to_device(images: Tensor, device: torch.device | str) -> Tensor:
         return images.to(device)
     except torch.OutOfMemoryError as error:
         raise DataError(
-            f"data.loader=resident needs {images.numel() / 2**30:.1f} GiB on {device} for {len(images)} images, "
+            f"data.loader=resident needs {images.nbytes / 2**30:.1f} GiB on {device} for {len(images)} images, "
             f"which do not fit: choose another data.loader or a smaller data.image_size"
         ) from error

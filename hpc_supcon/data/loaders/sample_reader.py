@@ -6,12 +6,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import torch
 from PIL import Image
 
 from ...errors import CorruptSample
 from ..crop_boxes import central_boxes, crop_boxes
 from ..philox import FloatArray, IntArray, random_index
-from ..sources.source import Pixels, Source, channels_first
+from ..sources.bands import Pixels
+from ..sources.source import Source, channels_first, pixel_dtype
 from .base import LEFT_OUT, CropOptions, OnCorrupt
 
 ATTEMPTS = 100
@@ -33,6 +35,11 @@ class SampleReader:
         if self.crop is None:
             return self.source.channels, self.source.image_size, self.source.image_size
         return self.crop.views, self.source.channels, self.crop.image_size, self.crop.image_size
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the levels: uint8 or uint16."""
+        return pixel_dtype(self.source)
 
     def fill(self, out: Pixels, epoch: int, index: IntArray) -> IntArray:
         """Write the images of index int64 [B] into out [B, ...]; returns the indices of those that were written.

@@ -62,7 +62,7 @@ class TorchLoader:
             return
         if self._pool is None:
             workers, largest = self._options.workers, self._steps.largest_batch
-            slots = torch.empty(PREFETCH_FACTOR * workers, largest, *self._reader.shape, dtype=torch.uint8)
+            slots = torch.empty(PREFETCH_FACTOR * workers, largest, *self._reader.shape, dtype=self._reader.dtype)
             pinned = torch.device(self._device).type == "cuda"
             self._pool = _WorkerPool(self._reader, slots, workers, self._options.timeout_s, pinned=pinned)
         self._pool.drain()
@@ -90,7 +90,7 @@ class _WorkerPool:
     def __init__(
         self, reader: SampleReader, slots: Tensor, workers: int, timeout_s: float, *, pinned: bool = False
     ) -> None:
-        """slots: uint8 [PREFETCH_FACTOR * workers, B, ...], where the workers write. pinned: batches are copied into
+        """slots: levels [PREFETCH_FACTOR * workers, B, ...], where the workers write. pinned: batches are copied into
         pinned memory, from which they are sent to the device without another copy."""
         self._pinned = pinned
         self._slots = _shared(slots)

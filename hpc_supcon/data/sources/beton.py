@@ -20,8 +20,9 @@ from PIL import Image
 from torch import Tensor
 
 from ...errors import DataError
+from .bands import Pixels
 from .image_file import MODE_OF_CHANNELS, Exif, named, open_image
-from .source import Pixels, channels_first, resize_and_crop, stack_images
+from .source import channels_error, channels_first, resize_and_crop, stack_images
 
 FORMAT = "hpc-supcon beton 1"
 JPEG, RAW = 0, 1
@@ -203,6 +204,8 @@ def labels_digest(labels: npt.NDArray[np.int64]) -> str:
 
 
 def _check_pixels(path: Path, manifest: dict[str, Any], channels: int | None, exif: Exif | None) -> None:
+    if channels not in (None, *MODE_OF_CHANNELS):
+        raise channels_error(f"{path} has images of", manifest["channels"], channels)
     if channels == 1 and manifest["channels"] == 3:
         raise DataError(f"{path} holds RGB images, not gray ones: convert the data again with data.channels=1")
     # files written before images were turned have no such entry; sets that are no folders have no EXIF data

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 
 from ...errors import ConfigError
 from ...seeding import stream
+from ..levels import MAX_CHANNELS, dtype_of, full_scale, rounded_
 from .source import ArraySource
 from .stratify import stratified_split
 
@@ -28,19 +29,27 @@ def digits() -> tuple[ArraySource, ArraySource]:
 
 
 def synthetic(
-    *, images: int = 1024, classes: int = 10, channels: int = 3, image_size: int = 32, seed: int = 0
+    *,
+    images: int = 1024,
+    classes: int = 10,
+    channels: int = 3,
+    image_size: int = 32,
+    bits: int = 8,
+    seed: int = 0,
 ) -> tuple[ArraySource, ArraySource]:
     """(train, test) of `images` and max(images // 4, classes) random images whose classes a network can learn.
 
     A class is a smooth random pattern; each image is that pattern rolled by up to a quarter of its size, plus a
     smooth pattern of the image alone, at a random contrast, plus pixel noise. The mean color is
-    independent of the class. A pure function of the arguments. Raises ConfigError for values outside their ranges.
+    independent of the class. channels: 1..64. bits: 8 or 16, the same images in finer levels. A pure function of the
+    arguments. Raises ConfigError for values outside their ranges.
     """
-    if classes < 1 or images < classes or image_size < 1 or channels not in (1, 3):
+    if classes < 1 or images < classes or image_size < 1 or not 1 <= channels <= MAX_CHANNELS or bits not in (8, 16):
         raise ConfigError(
-            f"synthetic data needs images >= classes >= 1, image_size >= 1 and channels 1 or 3; got images={images}, "
-            f"classes={classes}, image_size={image_size}, channels={channels}"
+            f"synthetic data needs images >= classes >= 1, image_size >= 1, channels 1..{MAX_CHANNELS} and bits 8 or "
+            f"16; got images={images}, classes={classes}, image_size={image_size}, channels={channels}, bits={bits}"
         )
+    dtype = dtype_of(bits)
     rng = np.random.default_rng(stream(seed, "synthetic", 0))
     patterns = _smooth(rng, classes, channels, image_size)
     names = [f"class-{c}" for c in range(classes)]
@@ -48,14 +57,14 @@ def synthetic(
     def split(count: int, index: int) -> ArraySource:
         rng = np.random.default_rng(stream(seed, "synthetic", index))
         labels = torch.from_numpy(rng.permutation(np.arange(count, dtype=np.int64) % classes))
-        pieces = [_images_of(patterns, chunk, rng) for chunk in labels.split(2048)]
+        pieces = [_images_of(patterns, chunk, rng, dtype) for chunk in labels.split(2048)]
         return ArraySource(torch.cat(pieces), labels, names)
 
     return split(images, 1), split(max(images // 4, classes), 2)
 
 
-def _images_of(patterns: Tensor, labels: Tensor, rng: np.random.Generator) -> Tensor:
-    """uint8 [n, C, S, S]: one image for each label."""
+def _images_of(patterns: Tensor, labels: Tensor, rng: np.random.Generator, dtype: torch.dtype) -> Tensor:
+    """`dtype` [n, C, S, S]: one image for each label."""
     n, (_, channels, size, _) = len(labels), patterns.shape
     max_shift = size // 4
     shift = torch.from_numpy(rng.integers(-max_shift, max_shift + 1, (2, n, 1)))
@@ -64,7 +73,7 @@ def _images_of(patterns: Tensor, labels: Tensor, rng: np.random.Generator) -> Te
     contrast = torch.from_numpy(rng.uniform(0.5, 1.0, (n, 1, 1, 1)).astype(np.float32))
     noise = torch.from_numpy(rng.standard_normal((n, channels, size, size), dtype=np.float32))
     values = 0.5 + 0.18 * contrast * (rolled + _smooth(rng, n, channels, size) + 0.5 * noise)
-    return (values * 255).round_().clamp_(0, 255).to(torch.uint8)
+    return rounded_(values * full_scale(dtype), dtype)
 
 
 def _smooth(rng: np.random.Generator, n: int, channels: int, size: int) -> Tensor:

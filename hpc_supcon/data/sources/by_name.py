@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...errors import ConfigError, DataError
+from ..levels import MAX_CHANNELS
 from .builtin import digits, synthetic
 from .folder import open_folder, open_unlabeled
 from .huggingface import open_huggingface
@@ -31,8 +32,9 @@ class SourceOptions:
     """What is opened, and how its images are read.
 
     root: folder of the files, and what else each source takes (not for digits and synthetic). download: fetch a
-    missing set of torchvision. image_size (pixels) and channels (1 or 3): what images are converted to; None keeps
-    theirs. exif: whether images in files are turned upright. labels: none for images without labels. synthetic:
+    missing set of torchvision. image_size (pixels) and channels: what images are converted to; None keeps theirs;
+    only gray and RGB are converted, to each other. exif: whether images in files are turned upright. labels: none for
+    images without labels. synthetic:
     arguments of `builtin.synthetic`. columns, image_root: of tables, see `open_manifest`, `open_huggingface` and
     `open_shards`. arguments: of a source that is a user's own code, besides root. check_files: whether files that a
     manifest names are looked for. note: receives lines about files that were passed over and classes without images.
@@ -54,8 +56,8 @@ class SourceOptions:
     note: Note | None = None
 
     def __post_init__(self) -> None:
-        if self.channels not in (None, 1, 3):
-            raise ConfigError(f"data.channels must be 1 (gray) or 3 (RGB), not {self.channels}")
+        if self.channels is not None and not 1 <= self.channels <= MAX_CHANNELS:
+            raise ConfigError(f"data.channels must be within 1..{MAX_CHANNELS}, not {self.channels}")
         if self.image_size is not None and self.image_size < 1:
             raise ConfigError(f"data.image_size must be at least 1 pixel, not {self.image_size}")
 

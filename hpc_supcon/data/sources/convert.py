@@ -21,7 +21,9 @@ from PIL import Image
 
 from ...errors import ConfigError, DataError
 from ...files import atomic_path
+from ..levels import bits_of, is_picture
 from ..philox import random_index
+from .bands import Bands
 from .beton import (
     ALLOCATION,
     FIELD,
@@ -42,7 +44,7 @@ from .encoded import EncodedSource
 from .folder import FolderSource
 from .image_file import named, open_image
 from .jpeg import whole_jpeg
-from .source import Source
+from .source import Source, pixel_dtype
 
 PAGE = 1 << 23
 """Bytes. FFCV reads whole pages, so no image may cross a page boundary."""
@@ -66,6 +68,7 @@ class _Encoding:
         """(mode, width, height, bytes) of image i. Raises CorruptSample, also where the file would only be copied;
         DataError for an image that a .beton cannot hold."""
         image = self.source.pil_image(i)
+        assert not isinstance(image, Bands)  # see convert
         longest = max(image.size)
         limit = longest if self.max_size is None else min(self.max_size, longest)
         if limit > SIDE:
@@ -131,7 +134,8 @@ def convert(
     progress: called after every 64 images.
 
     Until it is complete the file has another name, and it is not read without its manifest. Raises ConfigError
-    for values outside their ranges, DataError when it cannot be written, CorruptSample for an image.
+    for values outside their ranges, DataError for images of another form than 8-bit gray or RGB and when it cannot be
+    written, CorruptSample for an image.
     """
     out = Path(out)
     if out.suffix != ".beton":
@@ -142,6 +146,11 @@ def convert(
         )
     if max_size is not None and max_size < 1:
         raise ConfigError(f"max_size must be at least 1 pixel, not {max_size}")
+    if not is_picture(source.channels, pixel_dtype(source)):
+        raise DataError(
+            f"a .beton file holds 8-bit images of 1 or 3 channels, but these have {source.channels} of "
+            f"{bits_of(pixel_dtype(source))} bits: train on them with data.loader=resident or torch"
+        )
     encoding = _Encoding(source, max_size, jpeg_quality, raw_fraction)
     try:
         # the manifest is renamed last: a file is not read without the one that matches it

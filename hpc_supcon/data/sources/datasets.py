@@ -1,15 +1,10 @@
-"""Sources over map-style torch Datasets: anything with a length whose items are images or (image, label).
-
-An image is a PIL image, a uint8 tensor [C, H, W] or [H, W], or a uint8 array [H, W, C] or [H, W]; a label is an int,
-an integer of numpy or a tensor of one integer.
-"""
+"""Sources over map-style torch Datasets: anything with a length whose items are images or (image, label)."""
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,93 +13,18 @@ from torch import Tensor
 from torch.utils.data import DataLoader, IterableDataset
 
 from ...errors import CorruptSample, DataError, raised_where
-from .dataset_labels import IMAGES_ALONE, check_range, class_names, labels_of
+from ..levels import PICTURE_CHANNELS, dtype_of, is_picture
+from .bands import Bands, Picture, Pixels
+from .dataset_items import DatasetItems, MapDataset
+from .dataset_labels import check_range, class_names, labels_of
 from .image_file import CHANNELS_OF_MODE, MODE_OF_CHANNELS, named
 from .listing import Note
-from .source import Pixels, channels_first, resize_and_crop, stack_images
-
-
-class MapDataset(Protocol):
-    """What is used of a torch Dataset. It must give the same item for the same index, whenever it is asked."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: Any, /) -> Any: ...
-
+from .source import channels_error, channels_first, resize_and_crop, stack_images
 
 Datasets = Mapping[str, Any] | tuple[Any, ...] | MapDataset
 """{"train": ..., "test": ..., "validation": ...}, of which validation may be absent; (train, test) or (train,
 validation, test); a dataset alone only for images without labels."""
 SPLITS = ("train", "validation", "test")
-
-
-class DatasetItems:
-    """The items of a dataset, asked for by one thread at a time, because a dataset may keep an open file."""
-
-    def __init__(self, dataset: MapDataset, name: str) -> None:
-        """name: of the dataset in messages."""
-        self.dataset, self.name = dataset, name
-        self._lock = threading.Lock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {"dataset": self.dataset, "name": self.name}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__init__(**state)  # type: ignore[misc]
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, i: int) -> tuple[Any, Any]:
-        """(image, label) of item i, the label IMAGES_ALONE where it has none.
-
-        Raises CorruptSample for whatever the dataset raises, DataError for an item of another form.
-        """
-        with self._lock:
-            try:
-                item = self.dataset[i]
-            except Exception as error:
-                raise CorruptSample(f"{self.name}: item {i} raised {raised_where(error)}") from error
-        parts = tuple(item) if isinstance(item, tuple | list) else (item,)
-        if not 1 <= len(parts) <= 2:
-            raise DataError(f"{self.name}: item {i} has {len(parts)} parts; expected an image or (image, label)")
-        return parts[0], parts[1] if len(parts) == 2 else IMAGES_ALONE
-
-    def image(self, i: int) -> Image.Image | Pixels:
-        """The image of item i, of any mode, or uint8 [C, H, W] with C 1 or 3. Raises as `__getitem__`, and DataError
-        for an image of another type or shape."""
-        image, where = self[i][0], f"{self.name}: item {i}"
-        if isinstance(image, Image.Image):
-            with named(where):
-                image.load()
-            if image.mode.startswith(("I", "F")):
-                raise DataError(f"{where} has more than 8 bits per channel (mode {image.mode}): convert it to 8 bits")
-            return image
-        if not isinstance(image, Tensor | np.ndarray):
-            raise DataError(f"{where} is of type {type(image).__name__}, not a PIL image, a tensor or an array")
-        return _pixels(image, where)
-
-
-def _pixels(image: Tensor | np.ndarray[Any, Any], where: str) -> Pixels:
-    is_tensor = isinstance(image, Tensor)
-    kind = "a tensor" if is_tensor else "an array"
-    if (dtype := str(image.dtype).removeprefix("torch.")) != "uint8":
-        raise DataError(
-            f"{where} is {kind} of {dtype}, not uint8: return pixels as they are, 0 "
-            "to 255, without transforms such as ToTensor and Normalize (images are normalized later, on the device)"
-        )
-    pixels: Pixels = image.detach().cpu().numpy() if isinstance(image, Tensor) else image
-    shape = tuple(pixels.shape)
-    if pixels.ndim == 2:
-        pixels = pixels[None]
-    elif pixels.ndim == 3 and not is_tensor:
-        pixels = pixels.transpose(2, 0, 1)
-    if pixels.ndim != 3 or pixels.shape[0] not in MODE_OF_CHANNELS or 0 in shape:
-        layout = "[channels, height, width]" if is_tensor else "[height, width, channels]"
-        raise DataError(
-            f"{where} is {kind} of shape {list(shape)}; expected {layout} with 1 or 3 channels, or [height, width]"
-        )
-    return pixels
 
 
 @dataclass(frozen=True)
@@ -117,6 +37,13 @@ class ItemFormat:
     """Whether `channels` is set: convert every image to it. Otherwise another number is an error."""
     resize: bool
     """Whether `image_size` is set: resize every image to it. Otherwise another size is an error."""
+    bits: int = 8
+    """Of each channel, 8 or 16; an image of another depth is an error."""
+
+    @property
+    def is_picture(self) -> bool:
+        """Whether images are 8-bit gray or RGB, which are converted to each other; others are Bands."""
+        return is_picture(self.channels, dtype_of(self.bits))
 
 
 class DatasetSource:
@@ -131,38 +58,36 @@ class DatasetSource:
         self.classes = tuple(classes)
         self.item_format = item_format
         self.channels, self.image_size = item_format.channels, item_format.image_size
+        self.dtype = dtype_of(item_format.bits)
         self.paths = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def read(self, i: int) -> Tensor:
-        """uint8 [C, S, S]. Raises CorruptSample where the dataset raises; DataError where an image is of another form
-        than the first. Both name the dataset and its item."""
+        """uint8 or uint16 [C, S, S]. Raises CorruptSample where the dataset raises; DataError where an image is of
+        another form than the first. Both name the dataset and its item."""
         return torch.from_numpy(self._read(i).copy())
 
-    def pil_image(self, i: int) -> Image.Image:
+    def pil_image(self, i: int) -> Picture:
         """See Source.pil_image. Raises as `read`."""
         row, expected = int(self.rows[i]), self.item_format
-        image, where = self.items.image(row), f"{self.items.name}: item {row}"
-        if not isinstance(image, Image.Image):
-            image = Image.fromarray(np.ascontiguousarray(image[0] if len(image) == 1 else image.transpose(1, 2, 0)))
-        if not expected.convert and CHANNELS_OF_MODE.get(image.mode) != self.channels:
-            raise DataError(
-                f"{where} is of mode {image.mode}, but the first image has {self.channels} channel(s): set "
-                "data.channels=3 to convert all to RGB, or data.channels=1 to gray"
-            )
+        found, where = self.items.image(row), f"{self.items.name}: item {row}"
+        image = _picture(found, where, expected) if expected.is_picture else _bands(found, where, expected)
         if not expected.resize and image.size != (self.image_size, self.image_size):
             raise DataError(
                 f"{where} is {image.width}x{image.height} pixels, but the first image is "
                 f"{self.image_size}x{self.image_size}: set data.image_size to resize all"
             )
+        if isinstance(image, Bands):
+            return image
         with named(where):
             return image.convert(MODE_OF_CHANNELS[self.channels])
 
     def stack(self) -> Tensor:
         """See stack_images. Raises as `read`."""
-        return stack_images(self._read, len(self), (self.channels, self.image_size, self.image_size))
+        shape = (self.channels, self.image_size, self.image_size)
+        return stack_images(self._read, len(self), shape, self.dtype)
 
     def _read(self, i: int) -> Pixels:
         return channels_first(resize_and_crop(self.pil_image(i), self.image_size))
@@ -170,6 +95,34 @@ class DatasetSource:
     def subset(self, indices: Tensor | Sequence[int]) -> DatasetSource:
         chosen = torch.as_tensor(indices, dtype=torch.int64)
         return DatasetSource(self.items, self.rows[chosen], self.labels[chosen], self.classes, self.item_format)
+
+
+def _picture(found: Image.Image | Pixels, where: str, expected: ItemFormat) -> Image.Image:
+    if not isinstance(found, Image.Image):
+        if found.dtype != np.uint8 or len(found) not in PICTURE_CHANNELS:
+            raise _other_form(found, where, expected)
+        found = Image.fromarray(np.ascontiguousarray(found[0] if len(found) == 1 else found.transpose(1, 2, 0)))
+    if not expected.convert and CHANNELS_OF_MODE.get(found.mode) != expected.channels:
+        raise DataError(
+            f"{where} is of mode {found.mode}, but the first image has {expected.channels} channel(s): set "
+            "data.channels=3 to convert all to RGB, or data.channels=1 to gray"
+        )
+    return found
+
+
+def _bands(found: Image.Image | Pixels, where: str, expected: ItemFormat) -> Bands:
+    pixels = np.asarray(found) if isinstance(found, Image.Image) else found
+    if isinstance(found, Image.Image) or (len(pixels), 8 * pixels.itemsize) != (expected.channels, expected.bits):
+        raise _other_form(pixels, where, expected)
+    return Bands(pixels)
+
+
+def _other_form(pixels: Pixels, where: str, expected: ItemFormat) -> DataError:
+    channels = pixels.shape[0] if pixels.ndim == 3 else 1
+    return DataError(
+        f"{where} has {channels} channel(s) of {8 * pixels.itemsize} bits, but the first image has "
+        f"{expected.channels} of {expected.bits}: all must be alike"
+    )
 
 
 def dataset_splits(
@@ -183,8 +136,9 @@ def dataset_splits(
 ) -> tuple[DatasetSource, DatasetSource | None, DatasetSource | None]:
     """(train, validation or None, test or None) of datasets by their splits; test is None only without labels.
 
-    image_size (pixels) and channels (1 or 3): what images are converted to; None: all must be as the first one of
-    train that can be read. has_labels: whether labels are used; without, items may be images alone, and classes and
+    image_size (pixels) and channels: what images are converted to; None: all must be as the first one of
+    train that can be read. Only 8-bit gray and RGB are converted, to each other; 2 or more than 3 channels must be
+    the images' own. has_labels: whether labels are used; without, items may be images alone, and classes and
     labels are empty and zeros. origin: what names the datasets in messages. note: receives lines for the user.
 
     Classes are `train.classes`; without it they are the numbers up to the largest label of train. Labels are
@@ -268,15 +222,19 @@ def _format_of(train: DatasetItems, image_size: int | None, channels: int | None
             f"{where} is another image when it is asked for again: leave random transforms out of the dataset; views "
             "are made by augment.policy"
         )
+    bits = 8
     if isinstance(image, Image.Image):
         (width, height), found = image.size, CHANNELS_OF_MODE.get(image.mode)
     else:
-        found, height, width = image.shape
+        (found, height, width), bits = image.shape, 8 * image.itemsize
     if image_size is None and width != height:
         raise DataError(f"{where} is {width}x{height} pixels, not square: set data.image_size to resize and crop")
     if channels is None and found is None:
         raise DataError(f"{where} is neither gray nor RGB: data.channels=3 converts all images to RGB")
-    return ItemFormat(channels or found or 3, image_size or width, channels is not None, image_size is not None)
+    converts = bits == 8 and channels in PICTURE_CHANNELS and found in (None, *PICTURE_CHANNELS)
+    if channels not in (None, found) and not converts:
+        raise channels_error(f"{where} has", found or 0, channels or 0)
+    return ItemFormat(channels or found or 3, image_size or width, channels is not None, image_size is not None, bits)
 
 
 def _first_whole(items: DatasetItems) -> tuple[int, Image.Image | Pixels]:

@@ -14,12 +14,14 @@ from typing import Any, NoReturn, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 
+from ..levels import dtype_of
+from .band_file import encoded_stored, read_stored
+from .bands import Picture, Pixels
 from .folder import format_of
-from .image_file import Exif, ImageFormat, encoded_image, named, read_image
-from .source import Pixels, channels_first, resize_and_crop, stack_images
+from .image_file import Exif, ImageFormat, named
+from .source import channels_first, resize_and_crop, stack_images
 
 
 class EncodedImages(Protocol):
@@ -73,6 +75,7 @@ class EncodedSource:
         self.classes = tuple(classes)
         self.image_format = image_format
         self.channels, self.image_size = image_format.channels, image_format.image_size
+        self.dtype = dtype_of(image_format.bits)
         self.paths = None
 
     def __len__(self) -> int:
@@ -92,23 +95,25 @@ class EncodedSource:
         return None if sizes is None else sizes[self.rows.numpy()]
 
     def read(self, i: int) -> Tensor:
-        """uint8 [C, S, S]. Raises CorruptSample naming the image; DataError where mode or size differ."""
+        """uint8 or uint16 [C, S, S]. Raises CorruptSample naming the image; DataError where its form differs."""
         return torch.from_numpy(self._decode(i).copy())
 
-    def pil_image(self, i: int) -> Image.Image:
+    def pil_image(self, i: int) -> Picture:
         """See Source.pil_image. Raises as `read`."""
-        return read_image(self._file(i), self.image_format)
+        return read_stored(self._file(i), self.image_format)
 
     def _file(self, i: int) -> EncodedFile:
         return EncodedFile.of(self.images, int(self.rows[i]))
 
     def encoded(self, i: int) -> tuple[bytes, tuple[int, int]]:
-        """Image i as the bytes of a file that every decoder reads the same; see image_file.encoded_image."""
-        return encoded_image(self._file(i), self.image_format)
+        """Image i, 8-bit gray or RGB, as the bytes of a file that every decoder reads the same; see
+        image_file.encoded_image."""
+        return encoded_stored(self._file(i), self.image_format)
 
     def stack(self) -> Tensor:
         """See stack_images. Raises as `read`."""
-        return stack_images(self._decode, len(self), (self.channels, self.image_size, self.image_size))
+        shape = (self.channels, self.image_size, self.image_size)
+        return stack_images(self._decode, len(self), shape, self.dtype)
 
     def _decode(self, i: int) -> Pixels:
         image = self.pil_image(i)

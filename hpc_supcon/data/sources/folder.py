@@ -7,23 +7,15 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from ...errors import CorruptSample, DataError
-from .image_file import (
-    CHANNELS_OF_MODE,
-    SUFFIXES,
-    Exif,
-    ImageFormat,
-    encoded_image,
-    mode_error,
-    named,
-    read_image,
-    whole_form,
-)
+from ..levels import dtype_of
+from .band_file import StoredForm, encoded_stored, read_stored, stored_form
+from .bands import Picture, Pixels
+from .image_file import SUFFIXES, Exif, ImageFormat, named
 from .listing import Note, list_images, list_splits
-from .source import Pixels, channels_first, resize_and_crop, stack_images
+from .source import channels_error, channels_first, resize_and_crop, stack_images
 
 
 class FolderSource:
@@ -40,27 +32,29 @@ class FolderSource:
         self.classes = tuple(classes)
         self.image_format = image_format
         self.channels = image_format.channels
+        self.dtype = dtype_of(image_format.bits)
         self.image_size = image_format.image_size
 
     def __len__(self) -> int:
         return len(self.paths)
 
     def read(self, i: int) -> Tensor:
-        """uint8 [C, S, S]. Raises CorruptSample naming the path; DataError where mode or size differ."""
+        """uint8 or uint16 [C, S, S]. Raises CorruptSample naming the path; DataError where its form differs."""
         return torch.from_numpy(_decode(self.paths[i], self.image_format).copy())  # Pillow's own memory is read-only
 
-    def pil_image(self, i: int) -> Image.Image:
+    def pil_image(self, i: int) -> Picture:
         """See Source.pil_image. Raises as `read`."""
-        return read_image(self.paths[i], self.image_format)
+        return read_stored(self.paths[i], self.image_format)
 
     def encoded(self, i: int) -> tuple[bytes, tuple[int, int]]:
-        """Image i as the bytes of a file that every decoder reads the same; see image_file.encoded_image."""
-        return encoded_image(self.paths[i], self.image_format)
+        """Image i, 8-bit gray or RGB, as the bytes of a file that every decoder reads the same; see
+        image_file.encoded_image."""
+        return encoded_stored(self.paths[i], self.image_format)
 
     def stack(self) -> Tensor:
         """See stack_images. Raises as `read`."""
         shape = (self.channels, self.image_size, self.image_size)
-        return stack_images(lambda i: _decode(self.paths[i], self.image_format), len(self), shape)
+        return stack_images(lambda i: _decode(self.paths[i], self.image_format), len(self), shape, self.dtype)
 
     def subset(self, indices: Tensor | Sequence[int]) -> FolderSource:
         rows = torch.as_tensor(indices, dtype=torch.int64)
@@ -91,11 +85,12 @@ def open_folder(
     """(train, validation or None, test) of ROOT/train with ROOT/test and/or ROOT/val.
 
     With both, val is the validation set; where only one exists, it is the test set. Classes are the sorted names
-    of the folders in train; another split may lack some of them. Files are listed; where image_size or channels is
-    None, the first ones of train are decoded until one is whole.
+    of the folders in train; another split may lack some of them. Files are listed, and the first ones
+    of train decoded until one is whole.
 
     image_size (pixels) and channels (1 or 3): what images are converted to; None: all must be as the first one that
-    is whole. exif: whether images are turned upright. note: see listing.list_splits. Raises DataError.
+    is whole. Another number of channels, and the depth, are never converted. exif: whether images are turned upright.
+    note: see listing.list_splits. Raises DataError.
     """
     if not root.is_dir():
         raise DataError(
@@ -161,31 +156,31 @@ def open_unlabeled(
 
 
 def format_of(paths: Sequence[Path], image_size: int | None, channels: int | None, exif: Exif) -> ImageFormat:
-    """The given size and channels and, where they are None, those of the first image that is whole."""
-    if image_size is not None and channels is not None:
-        return ImageFormat(channels, image_size, convert=True, resize=True, reference=paths[0], exif=exif)
-    first, mode, (width, height) = _first_whole(paths, exif)
+    """The given size and channels and, where they are None, those of the first image that is whole; its depth."""
+    first, form = _first_whole(paths, exif, channels)
+    width, height = form.size
     if image_size is None and width != height:
         raise DataError(f"{first} is {width}x{height} pixels, not square: set data.image_size to resize and crop")
-    if channels is None and mode not in CHANNELS_OF_MODE:
-        raise mode_error(first, mode)
+    if channels not in (None, 1, 3) and form.channels != channels:
+        raise channels_error(f"image {first} has", form.channels, channels)
     return ImageFormat(
-        channels=channels or CHANNELS_OF_MODE[mode],
+        channels=channels or form.channels,
         image_size=image_size or width,
         convert=channels is not None,
         resize=image_size is not None,
         reference=first,
         exif=exif,
+        bits=form.bits,
     )
 
 
-def _first_whole(paths: Sequence[Path], exif: Exif) -> tuple[Path, str, tuple[int, int]]:
-    """(path, mode, (width, height)) of the first image that decodes. Raises the error of the first one if none does,
-    and DataError for an image that is whole but never read."""
+def _first_whole(paths: Sequence[Path], exif: Exif, channels: int | None) -> tuple[Path, StoredForm]:
+    """The first image that decodes, and its form. Raises the error of the first one if none does, and DataError for
+    an image that is whole but never read."""
     damaged: CorruptSample | None = None
     for path in paths:
         try:
-            return path, *whole_form(path, exif)
+            return path, stored_form(path, exif, channels)
         except CorruptSample as error:
             damaged = damaged or error
     assert damaged is not None  # a class has images
@@ -193,7 +188,7 @@ def _first_whole(paths: Sequence[Path], exif: Exif) -> tuple[Path, str, tuple[in
 
 
 def _decode(path: Path, image_format: ImageFormat) -> Pixels:
-    """uint8 [C, S, S]."""
-    image = read_image(path, image_format)
+    """uint8 or uint16 [C, S, S]."""
+    image = read_stored(path, image_format)
     with named(f"image {path}"):
         return channels_first(resize_and_crop(image, image_format.image_size))

@@ -17,6 +17,7 @@ from typing import IO, BinaryIO, Literal
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from ...errors import CorruptSample, DataError
+from ..levels import dtype_of, is_picture
 from . import jpeg
 from .listing import check_regular
 from .quiet import silence_pillow
@@ -31,7 +32,9 @@ FORMATS = {
 }
 """Pillow's name of each format that is read -> the usual ends of its files' names. The content decides the format:
 a PNG called x.jpg is read as a PNG. Of several frames or pages the first one is the image."""
-SUFFIXES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+ARRAY_SUFFIX = ".npy"
+"""Of arrays of NumPy, which Pillow does not read: see array_file."""
+SUFFIXES = (*(suffix for suffixes in FORMATS.values() for suffix in suffixes), ARRAY_SUFFIX)
 _NAMES = "JPEG, PNG, WebP, BMP, GIF or TIFF"
 
 CHANNELS_OF_MODE = {"L": 1, "RGB": 3}
@@ -79,29 +82,29 @@ class ImageFormat:
     reference: Path
     """The image whose mode and size all others must have where these are not set."""
     exif: Exif = "transpose"
+    bits: int = 8
+    """Of each channel, 8 or 16; an image of another depth is an error."""
+
+    @property
+    def is_picture(self) -> bool:
+        """Whether Pillow has a mode for these images; others are Bands."""
+        return is_picture(self.channels, dtype_of(self.bits))
 
 
 def read_image(path: Path, image_format: ImageFormat) -> Image.Image:
-    """The image in the channels of the format, in its own size, turned as the format says.
+    """The image in the channels of the format, in its own size, turned as the format says: of 8-bit gray or RGB, and
+    not of an array; see band_file for all others.
 
     Transparency is dropped, as by Pillow's convert("RGB"). Raises CorruptSample; DataError where mode or size are not
     those of the format, for more than 8 bits per channel, and for what is not a regular file.
     """
-    with _opened(path) as image:
-        _check_mode(path, image.mode, image_format)
+    with opened(path) as image:
+        check_mode(path, image.mode, image_format)
         with named(f"image {path}"):
             image.load()
-            upright = _upright(image, image_format)
-    _check_size(path, upright.size, image_format)
+            upright = upright_image(image, image_format)
+    check_size(path, upright.size, image_format)
     return upright
-
-
-def whole_form(path: Path, exif: Exif) -> tuple[str, tuple[int, int]]:
-    """(mode, (width, height)) of an image that decodes. Raises as `read_image`."""
-    with _opened(path) as image, named(f"image {path}"):
-        image.load()
-        mode, turn = image.mode, _turn(image, exif)
-        return mode, (image if turn is None else image.transpose(turn)).size
 
 
 def encoded_image(path: Path, image_format: ImageFormat) -> tuple[bytes, tuple[int, int]]:
@@ -111,19 +114,19 @@ def encoded_image(path: Path, image_format: ImageFormat) -> tuple[bytes, tuple[i
     turned; damage after the header is then not found. Other images are decoded and become a PPM. Raises as
     `read_image`.
     """
-    with _regular(path) as file, named(f"image {path}"):
+    with regular(path) as file, named(f"image {path}"):
         data = file.read()
-    with _opened(path, io.BytesIO(data)) as image:
-        _check_mode(path, image.mode, image_format)
+    with opened(path, io.BytesIO(data)) as image:
+        check_mode(path, image.mode, image_format)
         with named(f"image {path}"):
             plain = _plain(image, data, image_format.exif)
         if plain is not None:
-            _check_size(path, image.size, image_format)
+            check_size(path, image.size, image_format)
             return plain, image.size
         with named(f"image {path}"):
             image.load()
-            upright, buffer = _upright(image, image_format), io.BytesIO()
-            _check_size(path, upright.size, image_format)
+            upright, buffer = upright_image(image, image_format), io.BytesIO()
+            check_size(path, upright.size, image_format)
             upright.save(buffer, "PPM")
     return buffer.getvalue(), upright.size
 
@@ -133,10 +136,15 @@ def open_image(file: IO[bytes]) -> Image.Image:
     pixels: Pillow raises only above twice its limit, and warns below that."""
     silence_pillow()
     image = Image.open(file, formats=tuple(FORMATS))
-    pixels, limit = image.width * image.height, Image.MAX_IMAGE_PIXELS
+    check_pixels(image.width * image.height)
+    return image
+
+
+def check_pixels(pixels: int) -> None:
+    """Raise ValueError for more pixels than Pillow takes."""
+    limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and pixels > limit:
         raise ValueError(f"its {pixels} pixels exceed Pillow's limit of {limit}")
-    return image
 
 
 @contextmanager
@@ -160,7 +168,7 @@ def _reason(error: Exception) -> str:
 
 
 @contextmanager
-def _regular(path: Path) -> Iterator[BinaryIO]:
+def regular(path: Path) -> Iterator[BinaryIO]:
     """The open file. Raises DataError for what is not a regular file, CorruptSample for one that cannot be read."""
     with named(f"image {path}"):
         check_regular(path)
@@ -170,10 +178,11 @@ def _regular(path: Path) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def _opened(path: Path, data: BinaryIO | None = None) -> Iterator[Image.Image]:
-    """The image with its header read, from the file or from its bytes."""
+def opened(path: Path, data: BinaryIO | None = None, *, deep: bool = False) -> Iterator[Image.Image]:
+    """The image with its header read, from the file or from its bytes. Raises DataError for one of more than 8 bits
+    per channel, unless `deep`."""
     if data is None:
-        with _regular(path) as file, _opened(path, file) as image:
+        with regular(path) as file, opened(path, file, deep=deep) as image:
             yield image
         return
     with named(f"image {path}"):
@@ -185,24 +194,24 @@ def _opened(path: Path, data: BinaryIO | None = None) -> Iterator[Image.Image]:
             if not content:
                 raise ValueError("the file is empty") from None
             if (jpeg.bits_per_channel(content) or 8) > 8:
-                raise _depth_error(path) from None
+                raise depth_error(path) from None
             raise
     with image:
         with named(f"image {path}"):
-            if _is_deep(image):
-                raise _depth_error(path)
+            if not deep and is_deep(image):
+                raise depth_error(path)
         yield image
 
 
-def _upright(image: Image.Image, image_format: ImageFormat) -> Image.Image:
+def upright_image(image: Image.Image, image_format: ImageFormat) -> Image.Image:
     """The loaded image in the channels of the format, turned as it says."""
-    turn = _turn(image, image_format.exif)
+    turn = turn_of(image, image_format.exif)
     image.info.pop("transparency", None)  # what cannot be kept: Pillow would warn, or raise where it is damaged
     converted = image.convert(MODE_OF_CHANNELS[image_format.channels])
     return converted if turn is None else converted.transpose(turn)
 
 
-def _turn(image: Image.Image, exif: Exif) -> Image.Transpose | None:
+def turn_of(image: Image.Image, exif: Exif) -> Image.Transpose | None:
     """What turns a loaded image upright; Pillow has turned a TIFF by its own tag while it loaded it."""
     if exif == "ignore" or image.format == "TIFF" or _EXIF_KEYS.isdisjoint(image.info):
         return None
@@ -218,7 +227,7 @@ def _plain(image: Image.Image, data: bytes, exif: Exif) -> bytes | None:
     if image.mode not in CHANNELS_OF_MODE or "transparency" in image.info:
         return None
     if image.format in ("JPEG", "MPO"):
-        return None if _turn(image, exif) is not None else jpeg.without_exif(data)
+        return None if turn_of(image, exif) is not None else jpeg.without_exif(data)
     is_plain_png = image.format == "PNG" and not getattr(image, "is_animated", False)
     if not is_plain_png or _raw_modes(image) != {image.mode} or any(part in data for part in _PNG_ORIENTATION):
         return None
@@ -231,7 +240,7 @@ def _raw_modes(image: Image.Image) -> set[str]:
     return {tile.args if isinstance(tile.args, str) else str(tile.args[0]) for tile in tiles if tile.args}
 
 
-def _is_deep(image: Image.Image) -> bool:
+def is_deep(image: Image.Image) -> bool:
     """Whether it has more than 8 bits per channel, of which Pillow drops some without a word where there is color."""
     if image.mode.startswith(("I", "F")):
         return True
@@ -241,7 +250,7 @@ def _is_deep(image: Image.Image) -> bool:
     return any(count > 8 for count in (bits if isinstance(bits, tuple) else (bits,)))
 
 
-def _check_mode(path: Path, mode: str, image_format: ImageFormat) -> None:
+def check_mode(path: Path, mode: str, image_format: ImageFormat) -> None:
     if image_format.convert:
         return
     if mode not in CHANNELS_OF_MODE:
@@ -253,7 +262,7 @@ def _check_mode(path: Path, mode: str, image_format: ImageFormat) -> None:
         )
 
 
-def _check_size(path: Path, size: tuple[int, int], image_format: ImageFormat) -> None:
+def check_size(path: Path, size: tuple[int, int], image_format: ImageFormat) -> None:
     expected = (image_format.image_size, image_format.image_size)
     if not image_format.resize and size != expected:
         raise DataError(
@@ -269,5 +278,5 @@ def mode_error(path: Path, mode: str) -> DataError:
     )
 
 
-def _depth_error(path: Path) -> DataError:
+def depth_error(path: Path) -> DataError:
     return DataError(f"image {path} has more than 8 bits per channel: convert it to 8 bits first")

@@ -1,4 +1,4 @@
-"""Color jitter, grayscale and Gaussian blur of a batch, with a factor for each image.
+"""Color jitter, grayscale, Gaussian blur and solarization of a batch, with a factor for each image.
 
 Images are float32 [C, N, H, W] in 0..1, channels first: hue and grayscale mix channels, and are fastest on whole
 planes. Factors are float32 [N]. `blend` and `adjust_hue` work IN PLACE and return their argument.
@@ -7,6 +7,7 @@ planes. Factors are float32 [N]. `blend` and `adjust_hue` work IN PLACE and retu
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from itertools import permutations
 
 import torch
@@ -20,6 +21,8 @@ from .pixels import copy_async
 BRIGHTNESS, CONTRAST, SATURATION, HUE = range(4)
 """Operations, numbered as in torchvision's ColorJitter."""
 
+PerView = float | Sequence[float]
+"""A probability for all views, or one for each."""
 SIGMA = (0.1, 2.0)
 """Range of the blur's standard deviation in pixels, as SimCLR draws it (Chen et al. 2020, appendix A)."""
 
@@ -94,6 +97,25 @@ def gaussian_blur(x: Tensor, sigma: Tensor, size: int) -> Tensor:
     return x
 
 
+def change_(x: Tensor, chosen: Tensor, operation: Callable[[Tensor], Tensor]) -> None:
+    """Replace the chosen images (bool [N], on the CPU) of x [C, N, H, W] by what `operation` makes of them."""
+    rows = torch.where(chosen)[0]
+    if len(rows):
+        device_rows = copy_async(rows, x.device)
+        x.index_copy_(1, device_rows, operation(x.index_select(1, device_rows)))
+
+
+def draw_sigma(probability: Tensor, generator: torch.Generator) -> Tensor:
+    """float32 [n]: standard deviations of blurs in pixels, drawn from SIGMA with these probabilities [n], else 0."""
+    chance, where = torch.rand(2, len(probability), generator=generator)
+    return torch.where(chance < probability, where * (SIGMA[1] - SIGMA[0]) + SIGMA[0], torch.zeros(()))
+
+
+def solarize(x: Tensor) -> Tensor:
+    """float32 in 0..1 -> the same shape, new: 1 - x from one half on (Grill et al. 2020, BYOL, appendix B)."""
+    return torch.where(x < 0.5, x, 1 - x)
+
+
 def _per_image(value: Tensor) -> Tensor:
     return value.view(1, -1, 1, 1)
 
@@ -158,6 +180,18 @@ class Jitter(nn.Module):
             if step < blends.shape[1]:
                 blend(x, blends[:, step], blend_factors[:, step])
         return x
+
+
+def per_view(name: str, probability: PerView, count: int) -> Tensor:
+    """float32 [count], of one probability for all views or of one for each. Raises ConfigError."""
+    each = list(probability) if isinstance(probability, Sequence) else [probability] * count
+    if len(each) != count:
+        raise ConfigError(
+            f"augment.{name} has {len(each)} probabilities for {count} views: give one, or one for each"
+        )
+    for value in each:
+        check_probabilities(**{name: value})
+    return torch.tensor(each, dtype=torch.float32)
 
 
 def check_probabilities(**probabilities: float) -> None:

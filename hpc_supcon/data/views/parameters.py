@@ -27,6 +27,8 @@ class ViewParameters:
     """bool [n]: converted to gray, after the color operations."""
     sigma: Tensor
     """float32 [n]: standard deviation of the blur in pixels; 0 for none."""
+    solarize: Tensor
+    """bool [n]: solarized, after the blur."""
     operations: Tensor
     """int64 [n, steps]: operations of AutoAugment or RandAugment (indices into ops.OPERATIONS), in sequence."""
     magnitudes: Tensor

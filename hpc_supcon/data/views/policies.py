@@ -6,10 +6,13 @@ operations themselves are in ops.py.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
 from ...errors import ConfigError, unknown_name
+from ..levels import PICTURE_CHANNELS, dtype_of, is_picture
 from .ops import OPERATIONS
 
 # One sub-policy per line: operation, probability, magnitude (0..9; absent for operations without a magnitude).
@@ -125,6 +128,28 @@ def magnitude(operation: str, level: int, levels: int, height: int, width: int) 
     return float(torch.linspace(0, last[operation], levels)[level]) if operation in last else 0.0
 
 
+def check_policy(policy: str, channels: int, bits: int) -> None:
+    """Raise ConfigError for operations that are not defined for images of these channels and bits per channel."""
+    if policy in ("autoaugment", "randaugment") and not is_picture(channels, dtype_of(bits)):
+        raise ConfigError(
+            f"augment.policy={policy} changes 8-bit images of 1 or 3 channels, but these have {channels} of {bits} "
+            "bits: use flip_crop, pad_crop or simaugment"
+        )
+    if policy not in POLICIES and bits != 8:
+        raise ConfigError(f"augment.policy={policy}: policies of your own change 8-bit views, but images have {bits}")
+
+
+def left_out(policy: str, channels: int) -> str:
+    """A line about what such images do not get of the policy; empty where they get all that gray or RGB ones do.
+
+    Brightness, contrast and gray scale or mix all channels alike, as is sensible for those of one camera. Other bands
+    have units of their own, in which classes differ, so none of it is applied to them.
+    """
+    if policy == "simaugment" and channels not in PICTURE_CHANNELS:
+        return f"augment.policy=simaugment: no color jitter and no gray views, for images of {channels} channels"
+    return ""
+
+
 class AutoAugment:
     """One of 25 pairs of operations per view, each operation applied with its own probability."""
 
@@ -181,6 +206,17 @@ class RandAugment:
         choice = torch.randint(len(codes), (n, self.steps), generator=generator)
         chance = torch.rand(n, self.steps, generator=generator)
         return codes[choice], _signed(codes[choice], torch.tensor(numbers, dtype=torch.float64)[choice], chance)
+
+
+POLICIES: dict[str, Callable[..., AutoAugment | RandAugment | None]] = {
+    "none": lambda **_: None,
+    "flip_crop": lambda **_: None,
+    "pad_crop": lambda **_: None,
+    "simaugment": lambda **_: None,
+    "autoaugment": lambda *, autoaugment, **_: AutoAugment(autoaugment),
+    "randaugment": lambda *, randaugment, **_: RandAugment(**randaugment),
+}
+"""`augment.policy` -> the operations it adds to crop and flip, if any."""
 
 
 def _signed(operations: Tensor, magnitudes: Tensor, chance: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Views of small images in one pass: crop, flip, color, gray, normalization, memory layout and dtype.
+"""Views of small images in one pass: crop, flip, color, gray, solarization, normalization, memory layout and dtype.
 
 One program computes one view, all of it in registers: the source is read once per tap of the filter, the view
 written once. Because the program has the whole view, the mean gray that contrast needs is a reduction inside it.
@@ -114,11 +114,12 @@ def _views_kernel(
     S: tl.constexpr, CHANNELS: tl.constexpr, TAPS_Y: tl.constexpr, TAPS_X: tl.constexpr, PADDING: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """boxes int64 [n, 4]; factors fp32 [n, 4]; decisions uint8 [n]: 4 * row of sequences + 2 * gray + flip."""
+    """boxes int64 [n, 4]; factors fp32 [n, 4]; decisions uint8 [n]: 8 * row of sequences + 4 * solarized + 2 * gray +
+    flip."""
     view = tl.program_id(0)
     box = boxes + view * 4
     decision = tl.load(decisions + view).to(tl.int32)
-    sequence = sequences + (decision // 4) * 4
+    sequence = sequences + (decision // 8) * 4
     p = tl.arange(0, BLOCK)
     inside = p < S * S
     y, x = p // S, p % S
@@ -148,6 +149,10 @@ def _views_kernel(
             r = _gray(r, g, b, CHANNELS)
             g = r
             b = r
+    if decision // 4 % 2 != 0:
+        r = tl.where(r < 0.5, r, 1 - r)
+        g = tl.where(g < 0.5, g, 1 - g)
+        b = tl.where(b < 0.5, b, 1 - b)
     target = out + view.to(tl.int64) * stride_n + y * stride_y + x * stride_x
     tl.store(target, (r - tl.load(mean)) / tl.load(std), mask=inside)
     if CHANNELS == 3:
@@ -167,16 +172,16 @@ def render(
 ) -> None:
     """Write the views of uint8 images [B, C, H, W] to `views`, float32 or bfloat16 [n, C, S, S], n = B * V.
 
-    views: of any strides. parameters: boxes, flip, factors, permutation and grayscale are used. sequences: int64
-    [k, 4], the operations of each permutation (Jitter.sequences), k <= 64. mean, std: float32 [C]. One program
-    computes a block of S x S pixels: S <= 64. All but flip, permutation and grayscale are on the images' device.
-    outside: what is around the images, where boxes are larger than them.
+    views: of any strides. parameters: all but sigma and operations are used. sequences: int64 [k, 4], the operations
+    of each permutation (Jitter.sequences), k <= 32. mean, std: float32 [C]. One program
+    computes a block of S x S pixels: S <= 64. All but flip, permutation, grayscale and solarize are on the images'
+    device. outside: what is around the images, where boxes are larger than them.
     """
     n, C, S, _ = views.shape
     B, _, H, W = images.shape
     # one byte for each view is copied to the device; permutation -1 is the last sequence
-    decisions = parameters.permutation.remainder(len(sequences)).mul_(4)
-    decisions.add_(parameters.grayscale, alpha=2).add_(parameters.flip)
+    decisions = parameters.permutation.remainder(len(sequences)).mul_(8)
+    decisions.add_(parameters.solarize, alpha=4).add_(parameters.grayscale, alpha=2).add_(parameters.flip)
     _views_kernel[(n,)](
         images.contiguous(),
         parameters.boxes.contiguous(),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from typing import Any, Literal
 
@@ -12,33 +12,27 @@ from torch import Tensor, nn
 
 from ...errors import ConfigError, unknown_name
 from ...parts import find
-from ..crop_boxes import check_crops, draw_boxes, draw_padded_boxes
-from .color import SIGMA, Jitter, check_probabilities, check_strengths, gaussian_blur, grayscale, kernel_size
+from ..crop_boxes import check_crops
+from ..levels import PICTURE_CHANNELS, check_depth, dtype_of, full_scale, is_picture, movable
+from .color import (
+    Jitter,
+    PerView,
+    change_,
+    check_probabilities,
+    check_strengths,
+    draw_sigma,
+    gaussian_blur,
+    grayscale,
+    kernel_size,
+    per_view,
+    solarize,
+)
+from .crops import Crops
 from .ops import operate_
 from .own_policy import OwnPolicy
 from .parameters import ViewParameters
-from .pixels import (
-    copy_async,
-    cut_windows,
-    flip_selected,
-    normalize_,
-    normalize_levels_,
-    resample,
-    span,
-    to_levels,
-    to_planes,
-)
-from .policies import AutoAugment, RandAugment
-
-POLICIES: dict[str, Callable[..., AutoAugment | RandAugment | None]] = {
-    "none": lambda **_: None,
-    "flip_crop": lambda **_: None,
-    "pad_crop": lambda **_: None,
-    "simaugment": lambda **_: None,
-    "autoaugment": lambda *, autoaugment, **_: AutoAugment(autoaugment),
-    "randaugment": lambda *, randaugment, **_: RandAugment(**randaugment),
-}
-"""`augment.policy` -> the operations it adds to crop and flip, if any."""
+from .pixels import copy_async, flip_selected, normalize_, normalize_levels_, planes_of, span, to_levels
+from .policies import POLICIES, check_policy, left_out
 
 FUSED_SIDE = 64
 """Largest side in pixels of the images and views that one kernel computes on CUDA."""
@@ -47,19 +41,33 @@ CPU_CACHE = 1 << 22
 
 
 class Views(nn.Module):
-    """uint8 [B, C, H, W] -> float [B, V, C, S, S], normalized; from uint8 [B, V, C, S, S] where they are cropped.
+    """uint8 or uint16 [B, C, H, W] -> float [B, V, C, S, S], normalized; from [B, V, C, S, S] where they are cropped.
 
     Policies, each distributed and computed as torchvision's transforms do for single images:
 
     - none: resized to S alone, so that all V views are equal
     - flip_crop: random resized crop, flip
     - pad_crop: random crop of the padded image, flip
-    - simaugment: crop, flip, color jitter, gray, gaussian blur (SimCLR's)
-    - autoaugment, randaugment: crop, flip, then their operations on whole gray levels
+    - simaugment: crop, flip, color jitter, gray, gaussian blur (SimCLR's), solarization (BYOL's)
+    - autoaugment, randaugment: crop, flip, then their operations on whole gray levels, of 8-bit gray and RGB alone
+
+    Images of other than 1 or 3 channels get no color jitter (see policies.left_out).
 
     Everything random is drawn from the module's own generators, which `reseed` starts anew: one on the CPU and,
     for boxes and factors on CUDA, a second one there. Small images on CUDA take one kernel (triton.py), all others
     take torch operations; the host never waits for the device.
+
+    Arguments. count: V, views per image. image_size: S in pixels. mean, std: [C] in units of 0..1. crop: a resized
+    crop, or a square of S pixels out of the image with `padding` more pixels on each side, black or reflected
+    (padding_mode); auto: padded for pad_crop, else resized. crop_scale: range of the resized crop's share of the
+    area, within (0, 1]; crop_ratio: range of its width / height; flip: probability. All these apply to every policy
+    but none; autoaugment (cifar10, imagenet or svhn) and randaugment (`operations`, `magnitude`) to the policy of
+    that name; all others to simaugment. brightness, contrast, saturation: factors drawn from max(0, 1 - x)..1 + x;
+    hue in turns, from -x..x, x <= 0.5; jitter_probability, grayscale, blur, solarize: probabilities, the last two for
+    all views or one for each. One-channel images get no saturation, hue or grayscale. options: arguments of a policy
+    of a user's own (see OwnPolicy). seed: see `reseed`.
+    channels_last: memory layout of the views' last three dimensions; dtype: float32 or bfloat16. Raises ConfigError
+    outside these ranges.
     """
 
     mean: Tensor
@@ -72,6 +80,7 @@ class Views(nn.Module):
         *,
         mean: Tensor | Sequence[float],
         std: Tensor | Sequence[float],
+        bits: int = 8,
         policy: str = "simaugment",
         crop: Literal["auto", "resized", "padded"] = "auto",
         padding: int = 4,
@@ -85,7 +94,8 @@ class Views(nn.Module):
         hue: float = 0.1,
         jitter_probability: float = 0.8,
         grayscale: float = 0.2,
-        blur: float = 0.0,
+        blur: PerView = 0.0,
+        solarize: PerView = 0.0,
         autoaugment: str = "cifar10",
         randaugment: Mapping[str, int] | None = None,
         options: Mapping[str, Any] | None = None,
@@ -93,22 +103,9 @@ class Views(nn.Module):
         channels_last: bool = False,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        """count: V, views per image. image_size: S in pixels. mean, std: [C] in units of 0..1.
-
-        crop: a resized crop, or a square of S pixels out of the image with `padding` more pixels on each side, black
-        or reflected (padding_mode); auto: padded for pad_crop, else resized. crop_scale: range of the resized crop's
-        share of the area, within (0, 1]; crop_ratio: range of its width / height; flip: probability. All these
-        apply to every policy but none; autoaugment (cifar10, imagenet or svhn) and
-        randaugment (`operations`, `magnitude`) to the policy of that name; all others to simaugment. brightness,
-        contrast, saturation: factors are drawn from max(0, 1 - x)..1 + x; hue in turns, from -x..x, x <= 0.5;
-        jitter_probability, grayscale, blur: probabilities. One-channel images get no saturation, hue or grayscale.
-        options: arguments of a policy of a user's own (see OwnPolicy).
-        seed: see `reseed`. channels_last: memory layout of the
-        views' last three dimensions; dtype: float32 or bfloat16. Raises ConfigError outside these ranges.
-        """
         super().__init__()
         check_crops(count, image_size, crop_scale, crop_ratio)
-        check_probabilities(flip=flip, jitter_probability=jitter_probability, grayscale=grayscale, blur=blur)
+        check_probabilities(flip=flip, jitter_probability=jitter_probability, grayscale=grayscale)
         check_strengths(brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
         own = find("policies", policy, POLICIES)
         self.own = None if own is None else OwnPolicy(own, options, len(mean), image_size)
@@ -117,58 +114,50 @@ class Views(nn.Module):
         build = POLICIES["none" if own else policy]
         self.operations = build(autoaugment=autoaugment, randaugment=randaugment or {})
         self.count, self.image_size, self.dtype, self.channels_last = count, image_size, dtype, channels_last
-        self.crops, self.crop_scale, self.crop_ratio = policy != "none", crop_scale, crop_ratio
-        padded = self.crops and (crop == "padded" or (crop == "auto" and policy == "pad_crop"))
-        self.padding = padding if padded else None
-        self.outside = padding_mode if padded else None
+        self.crops = Crops(image_size, policy, crop, padding, padding_mode, crop_scale, crop_ratio)
         # Not persistent: they belong to the configuration of the run, not to the weights in a checkpoint.
         self.register_buffer("mean", torch.as_tensor(mean, dtype=torch.float32), persistent=False)
         self.register_buffer("std", torch.as_tensor(std, dtype=torch.float32), persistent=False)
-        self.channels = len(self.mean)
-        photometric = policy == "simaugment"
+        self.channels, self.pixels = len(self.mean), dtype_of(bits)
+        check_policy(policy, self.channels, bits)
+        photometric = policy == "simaugment" and self.channels in PICTURE_CHANNELS
         color = photometric and self.channels == 3
         strengths = (brightness * photometric, contrast * photometric, saturation * color, hue * color)
         self.jitter = Jitter(strengths, jitter_probability)
         self.jitters = bool(self.jitter.permutations)
-        self.flip, self.grayscale, self.blur = flip * self.crops, grayscale * color, blur * photometric
-        self.changes_colors = bool(self.jitters or self.operations or self.grayscale or self.blur or self.own)
-        if self.blur and image_size < 2:
+        self.flip, self.grayscale = flip * self.crops.random, grayscale * color
+        is_simaugment = policy == "simaugment"
+        self.blur = per_view("blur", blur, count) * is_simaugment
+        self.solarize = per_view("solarize", solarize, count) * photometric
+        self.blurs, self.solarizes = bool(self.blur.any()), bool(self.solarize.any())
+        self.left_out = left_out(policy, self.channels)
+        """A line for the user about what these images do not get of the policy; empty where they get all of it."""
+        changes = (self.jitters, self.operations, self.grayscale, self.blurs, self.solarizes, self.own)
+        self.changes_colors = any(map(bool, changes))
+        if self.blurs and image_size < 2:
             raise ConfigError(f"augment.blur needs images of at least 2 pixels a side, not {image_size}")
         self.generator = self._device_generator = torch.Generator()
         self.reseed(seed)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
-        """uint8 [B, C, H, W] or [B, V, C, S, S] -> float [B, V, C, S, S], same device; advances the generators."""
+        """Levels [B, C, H, W] or [B, V, C, S, S] -> float [B, V, C, S, S], same device; advances the generators."""
         return self.render(images, self.draw(len(images), images.shape[-2], images.shape[-1]))
 
     def draw(self, batch: int, height: int, width: int) -> ViewParameters:
         """Random parameters of `count` views of each of `batch` images of this size in pixels."""
         n, generator, device = batch * self.count, self.generator, self.mean.device
         numbers = self._numbers_generator()
-        if self.padding is not None:
-            size, padding = self.image_size, self.padding
-            if self.outside == "reflect" and padding >= min(height, width):
-                raise ConfigError(
-                    f"augment.padding={padding} mirrors more than images of {height}x{width} pixels have"
-                )
-            boxes = draw_padded_boxes(n, height, width, size, padding, generator=numbers, device=device)
-        elif self.crops:
-            boxes = draw_boxes(
-                n, height, width, scale=self.crop_scale, ratio=self.crop_ratio, generator=numbers, device=device
-            )
-        else:
-            boxes = copy_async(torch.tensor([0, 0, height, width]), device).expand(n, 4)
+        boxes = self.crops.draw(n, height, width, numbers, device)
         chance = torch.rand(3, n, generator=generator)
         factors, permutation = self.jitter.draw(chance[1], generator, numbers)
-        sigma = torch.zeros(n)
-        if self.blur:
-            blurred = torch.rand(2, n, generator=generator)
-            drawn = blurred[1] * (SIGMA[1] - SIGMA[0]) + SIGMA[0]
-            sigma = torch.where(blurred[0] < self.blur, drawn, sigma)
+        sigma = draw_sigma(self.blur.repeat(batch), generator) if self.blurs else torch.zeros(n)
         operations, magnitudes = torch.empty(n, 0, dtype=torch.int64), torch.empty(n, 0, dtype=torch.float64)
         if self.operations is not None:
             operations, magnitudes = self.operations.draw(n, self.image_size, self.image_size, generator)
+        solarized = torch.zeros(n, dtype=torch.bool)
+        if self.solarizes:
+            solarized = torch.rand(n, generator=generator) < self.solarize.repeat(batch)
         return ViewParameters(
             boxes=boxes,
             flip=chance[0] < self.flip,
@@ -176,6 +165,7 @@ class Views(nn.Module):
             permutation=permutation,
             grayscale=chance[2] < self.grayscale,
             sigma=sigma,
+            solarize=solarized,
             operations=operations,
             magnitudes=magnitudes,
             seeds=torch.empty(n, 0) if self.own is None else self.own.draw(n, generator),
@@ -197,6 +187,7 @@ class Views(nn.Module):
         """The views with these parameters: [B, V, C, S, S] of `dtype`; draws no random numbers."""
         B, C, V, S = len(images), images.shape[-3], self.count, self.image_size
         assert images.ndim == 4 or images.shape[1:] == (V, C, S, S), f"cropped images of shape {tuple(images.shape)}"
+        check_depth(images.dtype, self.pixels)
         assert self.channels == C, f"mean and std are for {self.channels} channels, the images have {C}"
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         views = torch.empty((B * V, C, S, S), dtype=self.dtype, device=images.device, memory_format=layout)
@@ -206,7 +197,7 @@ class Views(nn.Module):
                 from .triton import render
 
                 sequences = self.jitter.sequences
-                render(images, parameters, sequences, self.mean, self.std, views, outside=self.outside)
+                render(images, parameters, sequences, self.mean, self.std, views, outside=self.crops.outside)
             else:
                 write = self._write_flipped if images.ndim == 5 and not self.changes_colors else self._write
                 for rows in self._chunks(parameters, images.device):
@@ -221,7 +212,8 @@ class Views(nn.Module):
         return [chunk for group in groups for chunk in group.split(max(1, size)) if len(chunk)]
 
     def _takes_kernel(self, images: Tensor) -> bool:
-        simple = self.crops and self.operations is None and not self.own and not self.blur and images.ndim == 4
+        simple = self.crops.random and not (self.operations or self.own or self.blurs) and images.ndim == 4
+        simple = simple and is_picture(self.channels, self.pixels)  # other images take torch operations
         small = max(*images.shape[-2:], self.image_size) <= FUSED_SIDE
         return images.is_cuda and simple and small and find_spec("triton") is not None
 
@@ -235,8 +227,14 @@ class Views(nn.Module):
             x.copy_(self.own(to_levels(x), int(parameters.seeds[rows[0]])).transpose(0, 1)).mul_(1 / 255)
         if self.jitters:
             self.jitter(x, parameters.factors.index_select(0, device_rows), parameters.permutation[rows])
-        self._make_grayscale(x, parameters.grayscale[rows])
-        self._blur(x, parameters.sigma[rows])
+        if self.grayscale:
+            change_(x, parameters.grayscale[rows], lambda chosen: grayscale(chosen).expand_as(chosen))
+        if self.blurs:
+            sigma = parameters.sigma[rows]
+            drawn = copy_async(sigma[sigma > 0], x.device)
+            change_(x, sigma > 0, lambda chosen: gaussian_blur(chosen, drawn, kernel_size(self.image_size)))
+        if self.solarizes:
+            change_(x, parameters.solarize[rows], solarize)
         # in the layout of `views`, so that whole rows of memory are copied
         layout = torch.channels_last if self.channels_last else torch.contiguous_format
         normalized = normalize_(x, self.mean, self.std).transpose(0, 1)
@@ -253,22 +251,17 @@ class Views(nn.Module):
         """Cropped, resized and flipped: float32 [C, n, S, S] in 0..1."""
         flip = parameters.flip[rows]
         if images.ndim == 5:
-            return to_planes(flip_selected(images.flatten(0, 1), rows, flip))
+            return planes_of(flip_selected(images.flatten(0, 1), rows, flip))
         device_rows = copy_async(rows, images.device)
-        per_view = images.index_select(0, device_rows // self.count)
-        boxes = parameters.boxes.index_select(0, device_rows)
-        if self.padding is not None and self.outside is not None:
-            windows = cut_windows(per_view, boxes, self.image_size, self.padding, self.outside)
-            return to_planes(flip_selected(windows, torch.arange(len(rows)), flip))
-        flip = copy_async(flip, images.device)
-        return resample(per_view, boxes.unsqueeze(1), flip.unsqueeze(1), self.image_size).squeeze(2)
+        per_view = movable(images).index_select(0, device_rows // self.count).view(images.dtype)
+        return self.crops.cut(per_view, parameters.boxes.index_select(0, device_rows), flip)
 
     def _write_flipped(self, images: Tensor, parameters: ViewParameters, rows: Tensor, views: Tensor) -> None:
         """As `_write`, where images [B, V, C, S, S] are cropped already and only need flip and normalization."""
         pixels = flip_selected(images.flatten(0, 1), rows, parameters.flip[rows])
         target = views[span(rows)]
         x = target if target.dtype == torch.float32 else torch.empty_like(target, dtype=torch.float32)
-        normalize_levels_(x.copy_(pixels), self.mean, self.std)
+        normalize_levels_(x.copy_(pixels), self.mean, self.std, full_scale(self.pixels))
         if x is not target:
             target.copy_(x)
 
@@ -278,20 +271,6 @@ class Views(nn.Module):
         for step in range(operations.shape[1]):
             operate_(pixels, operations[:, step], magnitudes[:, step])
         return x.copy_(pixels.transpose(0, 1)).mul_(1 / 255)
-
-    def _make_grayscale(self, x: Tensor, chosen: Tensor) -> None:
-        """Convert the chosen views (bool [n], on the CPU) of x [C, n, S, S] to gray, in place."""
-        if self.grayscale > 0:
-            rows = copy_async(torch.where(chosen)[0], x.device)
-            x.index_copy_(1, rows, grayscale(x.index_select(1, rows)).expand(x.shape[0], -1, -1, -1))
-
-    def _blur(self, x: Tensor, sigma: Tensor) -> None:
-        """Blur the views of x [C, n, S, S] whose sigma ([n], on the CPU) is above 0, in place."""
-        rows = torch.where(sigma > 0)[0]
-        if len(rows):
-            device_rows, device_sigma = copy_async(rows, x.device), copy_async(sigma[rows], x.device)
-            blurred = gaussian_blur(x.index_select(1, device_rows), device_sigma, kernel_size(self.image_size))
-            x.index_copy_(1, device_rows, blurred)
 
     def denormalize(self, views: Tensor) -> Tensor:
         """Normalized views [..., C, S, S] -> pixels in 0..1."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from functools import partial
+
+import torch
+
 from ...config import Config
-from ...data import Splits
+from ...data import Splits, bits_of, check_depth, is_picture, pixel_dtype
 from ...errors import ConfigError, unknown_name
 from ...parts import find
 from ...training.data import open_ood
@@ -52,10 +56,15 @@ def check_probes(config: Config, splits: Splits) -> None:
     Cheap: meant for before training. Images without labels have no probes but those of `probe.transfer`.
     """
     if config.probe.transfer_sets:
-        check_transfer(config, splits.image_size, splits.channels, check_probes)
+        check_transfer(config, splits.image_size, splits.channels, partial(_check_other, pixel_dtype(splits.train)))
         config = without_transfer(config)
     if not splits.has_labels:
         return
+    if config.probe.corruption_names and not is_picture(splits.channels, pixel_dtype(splits.train)):
+        raise ConfigError(
+            f"probe.corruptions are for 8-bit images of 1 or 3 channels, but these have {splits.channels} of "
+            f"{bits_of(pixel_dtype(splits.train))} bits: use probe.corruptions=[]"
+        )
     images = config.probe.corruption_images if config.probe.corruption_names else None
     if images is not None and images > len(splits.labeled_test):
         raise ConfigError(
@@ -68,3 +77,9 @@ def check_probes(config: Config, splits: Splits) -> None:
         settings = config.probe.options_of(kind) if is_own else getattr(config.probe, kind)
         probe_spec(kind).check(f"probe.{kind}", settings, splits)
     open_ood(config, splits)  # so that one that is missing is told before training
+
+
+def _check_other(dtype: torch.dtype, config: Config, splits: Splits) -> None:
+    """`check_probes` of other data, whose levels must be those of the run's own."""
+    check_depth(pixel_dtype(splits.train), dtype)
+    check_probes(config, splits)

@@ -55,7 +55,8 @@ def preprocessing(task: ProbeTask, *, augment: bool) -> Callable[[Tensor], Tenso
     config = task.config
     if not augment:
         return EvalTransform(**task.description["normalization"]).to(task.runtime.device)
-    one = config.model_copy(update={"data": config.data.model_copy(update={"views": 1})})
+    update = {"data": config.data.model_copy(update={"views": 1}), "augment": config.augment.of_one_view()}
+    one = config.model_copy(update=update)
     seed = stream(one.seed, "finetune views", task.runtime.rank)
     views = build_views(one, dict(task.description), seed=seed).to(task.runtime.device)
     return lambda images: views(images).flatten(0, 1)

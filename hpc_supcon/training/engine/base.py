@@ -10,6 +10,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from torch import Tensor, nn
 
+from ...data import ImageViews
 from ...distributed.launch import Runtime, has_fast_bf16
 from ...errors import CheckpointCorrupt
 from ...models import PretrainingModel, synchronize_batchnorm
@@ -96,8 +97,8 @@ class Engine(Protocol):
     can_accumulate: bool
     """Whether gradients of several passes can be accumulated before they are averaged over ranks."""
 
-    def forward(self, views: Tensor) -> dict[str, Tensor]:
-        """The model's outputs for views [B, V, C, H, W]."""
+    def forward(self, views: ImageViews) -> dict[str, Tensor]:
+        """The model's outputs for views [B, V, C, H, W], of one size or several."""
         ...
 
     def no_sync(self) -> AbstractContextManager[None]:

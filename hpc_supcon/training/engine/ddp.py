@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from ...data import ImageViews
 from ...distributed.launch import Runtime
 from ...models import synchronize_batchnorm
 from ..optim import set_learning_rate
@@ -38,7 +39,7 @@ class DdpEngine:
         self._parameters = named_parameters(parts.model, parts.objective)
         self._optimizer = parts.make_optimizer(list(self._parameters.values()))
 
-    def forward(self, views: Tensor) -> dict[str, Tensor]:
+    def forward(self, views: ImageViews) -> dict[str, Tensor]:
         return self._forward(views)
 
     def no_sync(self) -> AbstractContextManager[None]:

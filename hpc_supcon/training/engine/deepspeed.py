@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ...data import ImageViews
 from ...distributed.launch import Launch
 from ...errors import ConfigError
 from ..optim import set_learning_rate
@@ -63,7 +64,7 @@ class DeepSpeedEngine:
         # without synchronized statistics all ranks take rank 0's, as under DDP
         self._broadcast_buffers = parts.runtime.world_size > 1 and not parts.sync_bn
 
-    def forward(self, views: Tensor) -> dict[str, Tensor]:
+    def forward(self, views: ImageViews) -> dict[str, Tensor]:
         if self._broadcast_buffers and self.parallel.training:
             _broadcast_from_rank_0(list(self._model.buffers()))
         return self._engine(views)
@@ -155,7 +156,7 @@ class _CompiledForward(nn.Module):
         self.model = model
         self._forward = [forward]  # in a list: a module would be registered as a child
 
-    def forward(self, views: Tensor) -> dict[str, Tensor]:
+    def forward(self, views: ImageViews) -> dict[str, Tensor]:
         return self._forward[0](views)
 
 

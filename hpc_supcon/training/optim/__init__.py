@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, Literal
 
 import torch
@@ -89,12 +89,14 @@ def build_optimizer(
     lars_eta: float = 0.001,
     lars_clip: bool = False,
     lamb_norm_range: tuple[float, float] | None = None,
+    constant: Collection[nn.Parameter] = (),
 ) -> torch.optim.Optimizer:
     """The optimizer called `name` with two groups: weights, and norms and biases.
 
     Parameters with at most one dimension (biases, the scales of BatchNorm and LayerNorm, a learned temperature)
     have no weight decay unless `decay` is "all", and LARS and LAMB do not adapt their learning rate. `momentum` is
-    beta 1 of AdamW and LAMB; `eps` None is the optimizer's own default.
+    beta 1 of AdamW and LAMB; `eps` None is the optimizer's own default. Parameters in `constant` get two groups of
+    their own, whose learning rate `set_learning_rate` leaves as it is.
 
     Raises ConfigError for an unknown name.
     """
@@ -109,16 +111,21 @@ def build_optimizer(
         "lars_clip": lars_clip,
         "lamb_norm_range": lamb_norm_range,
     }
-    weights, others = [p for p in params if p.ndim > 1], [p for p in params if p.ndim <= 1]
-    groups: Groups = [
-        {"params": weights, "lr": lr, "weight_decay": weight_decay},
-        {"params": others, "lr": lr, "weight_decay": weight_decay if decay == "all" else 0.0},
-    ]
-    if name in ("lars", "lamb"):
-        groups[1]["adapt"] = False
+    fixed = {id(p) for p in constant}
+    groups: Groups = []
+    for is_constant in [False, True] if fixed else [False]:
+        own = [p for p in params if (id(p) in fixed) == is_constant]
+        shared = {"lr": lr, "constant_lr": is_constant} if is_constant else {"lr": lr}
+        weights, others = [p for p in own if p.ndim > 1], [p for p in own if p.ndim <= 1]
+        groups.append({"params": weights, "weight_decay": weight_decay, **shared})
+        groups.append({"params": others, "weight_decay": weight_decay if decay == "all" else 0.0, **shared})
+        if name in ("lars", "lamb"):
+            groups[-1]["adapt"] = False
     return OPTIMIZERS[name](groups, settings)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, lr: float) -> None:
+    """Of all groups but those whose learning rate is constant."""
     for group in optimizer.param_groups:
-        group["lr"] = lr
+        if not group.get("constant_lr"):
+            group["lr"] = lr

@@ -19,6 +19,7 @@ ARGUMENTS = {
     "export": ["export", "run", "--format", "onnx"],
     "embed": ["embed", "run", "images", "-o", "out.npz"],
     "predict": ["predict", "run", "images"],
+    "push": ["push", "run", "--to", "model"],
     "bench": ["bench", "loss", "--size", "8"],
     "grid": ["grid", "expand", "grid.yaml"],
     "report": ["report", "run"],

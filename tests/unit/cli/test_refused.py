@@ -18,6 +18,8 @@ CHANNELS = ["prune.method=channels"]
 RAMP = ["prune.schedule=gradual", "prune.finetune.iterations=10"]
 ROUNDS = ["prune.schedule=iterative", "prune.finetune.iterations=10"]
 UNLABELED = ["data.source=image_folder", "data.labels=none", "loss.name=simclr"]
+MULTI_CROP = ["loss.name=swav", "model.encoder=resnet9_small", "data.views={global: 2, local: 4}"]
+FIVE = ["data.source=image_folder", "data.root=images", "data.channels=5"]
 NO_VALIDATION = ["data.source=mnist", "data.validation_fraction=0", "probe.linear.lrs=[0.1]"]
 
 # what is wrong: (overrides, part of the line that is shown)
@@ -96,6 +98,37 @@ WRONG = {
         [*UNLABELED, "probe.kind=softmax"],
         "data.labels=none: probe.kind=softmax reads pixels of the run's own images",
     ),
+    "too many channels": (["data.channels=65"], "data.channels: input should be less than or equal to 64"),
+    "no channels": (["data.synthetic.channels=0"], "data.synthetic.channels: input should be greater than or equal"),
+    "a depth that no image has": (["data.synthetic.bits=12"], "data.synthetic.bits: input should be 8 or 16"),
+    "five channels of gray images": (
+        ["data.channels=5"],
+        "data.channels=5: the images of data.source=digits become 1 (gray) or 3 (RGB) channels",
+    ),
+    "five channels of a .beton": (
+        [*FIVE, "data.beton=a.beton"],
+        "data.channels=5: .beton files hold images of 1 or 3 channels; use data.beton=null",
+    ),
+    "five channels and a loader of pictures": (
+        [*FIVE, "data.loader=dali"],
+        "data.channels=5: data.loader=dali decodes 8-bit images of 1 or 3 channels; use resident or torch",
+    ),
+    "five channels and operations on gray levels": (
+        [*FIVE, "augment.policy=randaugment"],
+        "data.channels=5: augment.policy=randaugment changes 8-bit images of 1 or 3 channels; use flip_crop",
+    ),
+    "16 bits and operations on gray levels": (
+        ["data.source=synthetic", "data.synthetic.bits=16", "augment.policy=autoaugment"],
+        "data.synthetic.bits=16: augment.policy=autoaugment changes 8-bit images of 1 or 3 channels",
+    ),
+    "five channels and corruptions": (
+        [*FIVE, "probe.corruptions=fog"],
+        "data.channels=5: probe.corruptions are for 8-bit images of 1 or 3 channels; use []",
+    ),
+    "channels of synthetic images by two settings": (
+        ["data.source=synthetic", "data.channels=5"],
+        "data.channels=5 but data.synthetic.channels=3: set only the second",
+    ),
     "a transfer to unknown data": (["probe.transfer=minst"], "unknown probe.transfer 'minst'; did you mean 'mnist'"),
     "a transfer to the run's own data": (
         ["probe.transfer=[mnist, digits]"],
@@ -156,6 +189,36 @@ WRONG = {
     "moco without a queue": (
         ["loss.name=moco_v2", "model.momentum_encoder=0.9"],
         "loss.name=moco_v2 compares with a queue of keys",
+    ),
+    "dino without a teacher": (["loss.name=dino"], "loss.name=dino aims at a momentum target"),
+    "views of two sizes for a loss of one": (
+        ["loss.name=vicreg", "data.views={global: 2, local: 4}"],
+        "data.views={global: 2, local: 4}: vicreg takes views of one size",
+    ),
+    "local views alone": (["loss.name=swav", "data.views={local: 4}"], "data.views: give the number of global views"),
+    "local views that are larger than global ones": (
+        [*MULTI_CROP, "data.image_size=16", "augment.local.image_size=17"],
+        "augment.local.image_size=17: local views are larger than the global ones",
+    ),
+    "local crops that are larger than global ones": (
+        [*MULTI_CROP, "augment.crop_scale=[0.1, 0.2]"],
+        "augment.local.crop_scale=[0.05, 0.4]: local crops may be larger than the global ones",
+    ),
+    "views of two sizes from a loader that crops": (
+        [*MULTI_CROP, "data.image_size=32", "data.crop_while_decoding=true"],
+        "data.crop_while_decoding takes crops of one size",
+    ),
+    "views of two sizes for an encoder of one": (
+        [*MULTI_CROP, "model.encoder=conv"],
+        "model.encoder=conv takes images of one size",
+    ),
+    "a probability for each of three views": (
+        ["augment.solarize=[0.0, 0.2, 0.1]"],
+        "augment.solarize=[0.0, 0.2, 0.1] has 3 probabilities for data.views=2",
+    ),
+    "a constant rate without a predictor": (
+        ["loss.name=vicreg", "optim.predictor_schedule=constant"],
+        "optim.predictor_schedule=constant: vicreg trains no predictor",
     ),
     "two losses that shape one projection": (
         ["loss.terms={byol: 1.0, tcl: 1.0}"],

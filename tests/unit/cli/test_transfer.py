@@ -18,9 +18,9 @@ from hpc_supcon.config import load_config
 from hpc_supcon.data import EvalTransform, load_splits
 from hpc_supcon.errors import DataError
 from hpc_supcon.evaluation.encoder import load_model
-from hpc_supcon.report.compare import compare
-from hpc_supcon.report.read import read_runs
-from hpc_supcon.report.runs import page_of_runs
+from hpc_supcon.pages.compare import compare
+from hpc_supcon.pages.read import read_runs
+from hpc_supcon.pages.runs import page_of_runs
 from hpc_supcon.training.objective import Objective
 
 FAST = [

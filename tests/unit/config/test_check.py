@@ -14,6 +14,7 @@ DEEPSPEED = "train.engine=deepspeed"
 VALIDATE = "validation.every_epochs=1"
 NO_VALIDATION = "data.validation_fraction=0"
 ONE_RATE = "probe.linear.lrs=[0.1]"
+MULTI_CROP = "data.views={global: 2, local: 4}"
 GRAPHS = ["train.cuda_graphs=true", "train.compile=true"]
 
 
@@ -51,7 +52,7 @@ PRETRAIN = [
     (["model.momentum_encoder=0.9"], r"model\.momentum_encoder .* set loss\.queue_size as well"),
     *[
         (["loss.name=" + name, "data.views=1"], rf"loss\.name={name} .* data\.views of 2 or more")
-        for name in ("barlow_twins", "vicreg", "simsiam", "byol", "moco_v2", "swav")
+        for name in ("barlow_twins", "vicreg", "simsiam", "byol", "moco_v2", "swav", "dino")
     ],
     (["loss.name=byol"], r"loss\.name=byol aims at a momentum target: set model\.momentum_encoder"),
     (
@@ -64,7 +65,7 @@ PRETRAIN = [
     ),
     (
         ["loss.name=simsiam", "model.momentum_final=1"],
-        r"model\.momentum_final is for byol and moco_v2, not for simsiam",
+        r"model\.momentum_final is for byol and dino and moco_v2, not for simsiam",
     ),
     (["loss.name=simsiam", "model.momentum_encoder=0.9"], r"model\.momentum_encoder makes the keys of a queue"),
     (["loss.terms={simsiam: 1.0, tcl: 1.0}"], r"loss\.terms: simsiam and tcl would shape one projection in two ways"),
@@ -72,6 +73,45 @@ PRETRAIN = [
         ["loss.name=byol", "model.momentum_encoder=0.99", "loss.queue_size=8"],
         r"loss\.queue_size=8: byol takes no queue",
     ),
+    (["loss.name=dino"], r"loss\.name=dino aims at a momentum target: set model\.momentum_encoder"),
+    (
+        ["loss.name=dino", "model.momentum_encoder=0.9", "loss.queue_size=8"],
+        r"loss\.queue_size=8: dino takes no queue",
+    ),
+    (
+        ["loss.name=swav", "loss.queue_size=8", "model.momentum_encoder=0.9"],
+        r"momentum_encoder makes the keys of a queue",
+    ),
+    (
+        ["optim.predictor_schedule=constant"],
+        r"predictor_schedule=constant: supcon_out trains no predictor, as byol and",
+    ),
+    # views of two sizes
+    *[
+        ([f"loss.name={name}", MULTI_CROP], rf"data\.views={{global: 2, local: 4}}: {name} takes views of one size")
+        for name in ("supcon_out", "triplet", "cross_entropy", "vicreg")
+    ],
+    (
+        ["loss.name=simclr", "data.views={global: 1, local: 1}"],
+        r"data\.views={global: 1, local: 1}: simclr takes views of one",
+    ),
+    (["loss.terms={swav: 1.0, cross_entropy: 0.1}", MULTI_CROP], r"cross_entropy takes views of one size"),
+    (["loss.name=swav", "data.views={global: 1, local: 4}"], r"loss\.name=swav .* data\.views of 2 or more"),
+    (
+        ["loss.name=swav", MULTI_CROP, "data.image_size=32", "data.crop_while_decoding=true"],
+        r"local: 4}: data\.crop_while_decoding takes crops of one size",
+    ),
+    (["loss.name=swav", MULTI_CROP, "augment.policy=none"], r"augment\.policy=none takes no crops"),
+    (["loss.name=swav", MULTI_CROP, "model.encoder=conv"], r"model\.encoder=conv takes images of one size"),
+    (
+        ["loss.name=swav", MULTI_CROP, "data.image_size=12"],
+        r"augment\.local\.image_size=16: local views are larger than the global ones, .* data\.image_size=12",
+    ),
+    (
+        ["loss.name=swav", MULTI_CROP, "augment.crop_scale=[0.1, 0.3]"],
+        r"augment\.local\.crop_scale=\[0\.05, 0\.4\]: local crops may be larger than .*=\[0\.1, 0\.3\]",
+    ),
+    (["augment.blur=[1.0, 0.1, 0.3]"], r"augment\.blur=\[1\.0, 0\.1, 0\.3\] has 3 probabilities for data\.views=2"),
     # the data
     (["data.sampler=class_balanced"], r"data\.sampler=class_balanced needs data\.classes_per_batch and"),
     (

@@ -105,6 +105,14 @@ def test_text_that_looks_like_something_else_survives_writing_and_reading(value)
         ),
         (["prune.rate=[0.1, a]"], ["prune.rate: ", "valid number, not 'a'"]),
         (["data=3"], ["data is a section", "batch_size"]),
+        (["data.views={local: 4}"], ["data.views: give the number of global views as well"]),
+        (["data.views.local=4"], ["data.views: give the number of global views as well"]),
+        (["data.views={global: 2, locl: 4}"], ["unknown data.views 'locl'; did you mean 'local'?"]),
+        (["data.views={global: 2, local: -1}"], ["data.views: ", "greater than or equal to 0"]),
+        (["data.views=0"], ["data.views: ", "greater than or equal to 1"]),
+        (["augment.solarize=1.5"], ["augment.solarize: ", "less than or equal to 1, not 1.5"]),
+        (["augment.solarize=[0.0, 1.5]"], ["augment.solarize: ", "less than or equal to 1, not 1.5"]),
+        (["augment.local.crop_scale=[0.5, 0.2]"], ["augment.local.crop_scale: 0.5 is above 0.2"]),
         (["data.batch_size.x=3"], ["data.batch_size"]),
         (
             ["augment.crop_scale=[0.5,0.2]"],
@@ -227,6 +235,22 @@ def test_no_mapping_gives_anything_but_a_config_or_a_named_error(tmp_path_factor
     path.write_text(yaml12.dumps(data), encoding="utf-8")
     with contextlib.suppress(ConfigError):
         cfg.load_config(path)
+
+
+def test_a_number_of_views_and_a_mapping_replace_each_other_and_a_mapping_has_keys(tmp_path):
+    base, child = tmp_path / "base.yaml", tmp_path / "child.yaml"
+    base.write_text("data: {views: {global: 2, local: 6}}", encoding="utf-8")
+    child.write_text("base: ./base.yaml\ndata: {views: 3}", encoding="utf-8")
+    config = cfg.load_config(base)
+    assert (config.data.views, config.data.crops) == ({"global": 2, "local": 6}, (2, 6))
+    assert cfg.load_config(base, ["data.views.local=4"]).data.crops == (2, 4)
+    assert cfg.load_config(base, ["data.views={local: 1}"]).data.crops == (2, 1)
+    assert (cfg.load_config(child).data.views, cfg.load_config(child).data.crops) == (3, (3, 0))
+    assert cfg.load_config(child, ["data.views={global: 2}"]).data.crops == (2, 0)
+    assert cfg.validated(cfg.load_config(base).model_dump_json(), {}, "").data.crops == (2, 6)
+    assert cfg.differences(config, cfg.load_config(child)) == [
+        "data.views.global: 2 -> None", "data.views.local: 6 -> None", "data.views: None -> 3",
+    ]  # fmt: skip
 
 
 def test_a_recipe_builds_on_its_base(tmp_path):

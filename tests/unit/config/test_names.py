@@ -33,7 +33,7 @@ from hpc_supcon.losses.temperature import FP32_TEMPERATURE
 from hpc_supcon.losses.temperature import MIN_TEMPERATURE as LEAST_OF_THE_LOSSES
 from hpc_supcon.losses.triplet import MINING
 from hpc_supcon.models.encoders import ENCODERS, build_encoder
-from hpc_supcon.models.heads import NORMS, build_decoder
+from hpc_supcon.models.heads import ACTIVATIONS, NORMS, build_decoder
 from hpc_supcon.models.timm_encoders import STEMS
 from hpc_supcon.pruning import CHANNEL_SCORES, PRUNERS, SCOPES, VALUES
 from hpc_supcon.tracking import TRACKERS
@@ -60,6 +60,7 @@ def losses_by(fact) -> set[str]:
         (names.AutoAugmentName, AUTOAUGMENT_NAMES),
         (names.OwnEncoderName, ENCODERS),
         (names.ProjectionNormName, NORMS),
+        (names.ActivationName, ACTIVATIONS),
         (names.StemName, STEMS),
         (names.LossName, LOSSES),
         (names.MiningName, MINING),
@@ -84,7 +85,9 @@ def losses_by(fact) -> set[str]:
         (Stage, STAGES),
         # what the rules between settings know of the losses
         (names.ContrastiveName, losses_by(lambda spec: spec.contrastive)),
+        (names.MultiCropName, losses_by(lambda spec: spec.multi_crop)),
         (names.OfViewsName, losses_by(lambda spec: spec.of_views)),
+        (names.PredictorName, losses_by(lambda spec: spec.head == "prediction")),
         (names.TargetName, losses_by(lambda spec: spec.other == "target")),
         (names.PairwiseName, losses_by(lambda spec: spec.pairwise)),
         (names.ClassifierLossName, losses_by(lambda spec: spec.head == "classifier")),

@@ -42,13 +42,26 @@ SELFSUP = {
 
 RIVALS = {
     # recipe: (loss, its weight, optimizer, learning rate, weight decay, what decays,
-    # projection (hidden width, layers, norms, size), crops from, saturation, blur)
-    "barlow-twins": ("barlow_twins", 0.1, "lars", 0.3, 1e-4, "weights", (2048, 3, "hidden", 2048), 0.08, 0.2, 0),
-    "vicreg": ("vicreg", 1, "lars", 0.3, 1e-4, "weights", (2048, 3, "hidden", 2048), 0.2, 0.2, 0),
-    "simsiam": ("simsiam", 1, "sgd", 0.5, 1e-5, "all", (2048, 3, "all", 2048), 0.08, 0.4, 0.5),
-    "byol": ("byol", 1, "lars", 1.0, 1e-5, "weights", (4096, 2, "hidden", 256), 0.08, 0.2, 0),
-    "swav": ("swav", 1, "lars", 0.6, 1e-6, "weights", (2048, 2, "hidden", 128), 0.08, 0.8, 0.5),
-    "moco-v2": ("moco_v2", 1, "sgd", 0.3, 1e-4, "all", (2048, 2, "none", 256), 0.08, 0.4, 0.5),
+    # projection (hidden width, layers, norms, size), crops from, saturation, blur, solarization)
+    "barlow-twins": (
+        "barlow_twins",
+        0.1,
+        "lars",
+        0.3,
+        1e-4,
+        "weights",
+        (2048, 3, "hidden", 2048),
+        0.08,
+        0.2,
+        0,
+        (0, 0.2),
+    ),
+    "vicreg": ("vicreg", 1, "lars", 0.3, 1e-4, "weights", (2048, 3, "hidden", 2048), 0.2, 0.2, 0, 0.1),
+    "simsiam": ("simsiam", 1, "sgd", 0.5, 1e-5, "all", (2048, 3, "all", 2048), 0.08, 0.4, 0.5, 0),
+    "byol": ("byol", 1, "lars", 1.0, 1e-5, "weights", (4096, 2, "hidden", 256), 0.08, 0.2, 0, (0, 0.2)),
+    "swav": ("swav", 1, "lars", 0.6, 1e-6, "weights", (2048, 2, "hidden", 128), 0.08, 0.8, 0.5, 0),
+    "moco-v2": ("moco_v2", 1, "sgd", 0.3, 1e-4, "all", (2048, 2, "none", 256), 0.08, 0.4, 0.5, 0),
+    "dino": ("dino", 1, "lars", 0.3, 1e-6, "weights", (2048, 3, "none", 256), 0.08, 0.2, 0, (0, 0.2)),
 }
 """As in solo-learn's scripts for CIFAR-10."""
 
@@ -168,7 +181,7 @@ def test_self_supervised_tuned_contrastive_learning(data):
 @pytest.mark.parametrize("method", RIVALS)
 def test_rivals_without_labels(method):
     config = cfg.load_config(f"{method}-cifar10")
-    loss, weight, optimizer, lr, weight_decay, decay, projection, crop, saturation, blur = RIVALS[method]
+    loss, weight, optimizer, lr, weight_decay, decay, projection, crop, saturation, blur, solarize = RIVALS[method]
     model, optim, augment = config.model, config.optim, config.augment
     assert config.loss.weights == {loss: weight}
     assert (config.data.source, config.data.views, config.data.batch_size) == ("cifar10", 2, 256)
@@ -187,20 +200,42 @@ def test_rivals_without_labels(method):
     assert (augment.brightness, augment.contrast, augment.hue) == ((0.8, 0.8, 0.2) if strong else (0.4, 0.4, 0.1))
     assert augment.saturation == saturation
     assert (augment.jitter_probability, augment.grayscale, augment.blur) == (0.8, 0.2, blur)
+    assert augment.solarize == solarize
+    assert optim.predictor_schedule == ("constant" if loss == "simsiam" else "same")
     if loss in ("byol", "simsiam"):
         assert model.predictor_hidden == {"byol": 4096, "simsiam": 512}[loss]
-    momentum = {"byol": (0.99, 1), "moco_v2": (0.99, 0.999)}.get(loss, (None, None))
+    momentum = {"byol": (0.99, 1), "moco_v2": (0.99, 0.999), "dino": (0.9995, 1)}.get(loss, (None, None))
     assert (model.momentum_encoder, model.momentum_final) == momentum
     if loss == "moco_v2":
         assert (config.loss.queue_size, config.loss.temperature) == (32768, 0.2)
     if loss == "swav":
         assert (config.loss.prototypes, config.loss.temperature, config.loss.frozen_epochs) == (3000, 0.1, 2)
         assert (config.loss.sinkhorn_epsilon, config.loss.sinkhorn_iterations) == (0.05, 3)
+        assert (config.loss.queue_size, config.loss.queue_start_epoch) == (3840, 50)
+    if loss == "dino":
+        assert (config.loss.prototypes, config.loss.temperature, config.loss.frozen_epochs) == (4096, 0.1, 1)
+        teacher = config.loss.teacher_warmup_temperature, config.loss.teacher_temperature
+        assert (*teacher, config.loss.teacher_warmup_epochs, config.loss.center_momentum) == (0.04, 0.07, 50, 0.9)
+    assert model.projection_activation == ("gelu" if loss == "dino" else "relu")
     if loss == "vicreg":
         weights = config.loss.invariance_weight, config.loss.variance_weight, config.loss.covariance_weight
         assert weights == (25, 25, 1)
     assert config.loss.redundancy_weight == 0.005
     assert (config.probe.linear.epochs, config.probe.linear.lrs) == (100, (0.5,))
+
+
+def test_variants_with_local_crops():
+    (_, swav), (_, dino) = (
+        [
+            cfg.load_config(f"{name}-cifar10", overrides, stages=("pretrain",))
+            for overrides in variants_of(f"{name}-cifar10")
+        ]
+        for name in ("swav", "dino")
+    )
+    assert swav.data.crops == dino.data.crops == (2, 6)
+    # as in solo-learn's multi-crop script for CIFAR, but for the strength of the color jitter
+    assert (swav.augment.crop_scale, swav.augment.local.crop_scale) == ((0.2, 1), (0.08, 0.5))
+    assert (swav.augment.local.image_size, dino.augment.local.image_size) == (18, 16)
 
 
 def test_the_deck_compares_losses_on_one_trunk():

@@ -9,12 +9,12 @@ import pytest
 
 from hpc_supcon.config import MAY_DIFFER, differences, flatten, load_config, shared_settings
 
-README = Path(__file__).parents[3] / "README.md"
+GUIDE = Path(__file__).parents[3] / "docs" / "guides" / "ranks.md"
 
 
 def test_what_may_differ_between_ranks_exists_and_is_in_the_readme():
     assert set(MAY_DIFFER) <= set(flatten(load_config()))
-    table = README.read_text().partition("What may differ between ranks:")[2].partition("\n\nThe run folder")[0]
+    table = GUIDE.read_text().partition("What may differ between ranks:")[2].partition("\n\nThe run folder")[0]
     assert set(re.findall(r"`([a-z_]+\.[a-z_]+)`", table)) == set(MAY_DIFFER)
 
 

@@ -350,7 +350,7 @@ def test_an_image_of_too_many_pixels_is_refused(root, monkeypatch):
         refused(root, str(save(root / "train" / "dog" / "00.png", size=size)), "limit", image_size=8)
 
 
-@pytest.mark.parametrize("option", [{"channels": 2}, {"image_size": 0}])
+@pytest.mark.parametrize("option", [{"channels": 0}, {"channels": 65}, {"image_size": 0}])
 def test_sizes_and_channels_out_of_range_are_refused(root, option):
     with pytest.raises(ConfigError, match=f"data.{next(iter(option))} must be"):
         load_splits("image_folder", root=root, **option)

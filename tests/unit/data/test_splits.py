@@ -95,7 +95,7 @@ def test_an_unknown_name_error_suggests_the_nearest_and_lists_all():
         load_splits("cifar")
 
 
-@pytest.mark.parametrize("option", [{"channels": 2}, {"image_size": 0}])
+@pytest.mark.parametrize("option", [{"channels": 65}, {"image_size": 0}])
 @pytest.mark.parametrize("source", [{"name": "digits"}, {"name": "mnist"}, {"name": "digits", "beton": "no.beton"}])
 def test_sizes_and_channels_are_checked_before_any_file_is_read(source, option):
     with pytest.raises(ConfigError, match=f"data.{next(iter(option))} must be"):

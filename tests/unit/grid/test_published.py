@@ -147,6 +147,7 @@ RIVALS = {
     "Barlow Twins": "barlow-twins",
     "VICReg": "vicreg",
     "SwAV": "swav",
+    "DINO": "dino",
 }
 
 

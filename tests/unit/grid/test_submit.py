@@ -100,7 +100,7 @@ def test_each_stage_is_one_array_with_dependencies_and_only_stage_and_paths_are_
         pickled = DelayedSubmission.load(grid.root / "jobs" / f"{job}_submitted.pkl")
         node = grid.nodes[name]
         assert pickled.function is worker.run_nodes
-        assert pickled.args == (node.stage, str(grid.config(node)), str(grid.run_folder(node)))
+        assert pickled.args == (node.stage, str(grid.config(node)), str(grid.run_folder(node)), ())
         assert not pickled.kwargs
 
 

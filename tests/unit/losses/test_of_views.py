@@ -1,4 +1,4 @@
-"""Barlow Twins, VICReg, SimSiam, BYOL and MoCo on one process: the papers' formulas, and degenerate batches."""
+"""Barlow Twins, VICReg, SimSiam, BYOL, MoCo, SwAV, DINO on one process: the papers' formulas, degenerate batches."""
 
 from __future__ import annotations
 
@@ -19,11 +19,17 @@ def rows(seed, n=N, views=2, dtype=torch.float64):
     return torch.randn(n, views, D, generator=generator, dtype=dtype) * 1.7 + torch.arange(D)
 
 
-def make(name):
+def make(name, views=2):
     if name == "moco_v2":
-        return losses.MoCoLoss(TAU, 7, projection_dim=D, seed=3).double()
+        return losses.MoCoLoss(TAU, 7, projection_dim=D, views=views, seed=3).double()
     if name == "swav":
-        return losses.SwAVLoss(TAU, 3, projection_dim=D, seed=3).double()
+        return losses.SwAVLoss(TAU, 3, projection_dim=D, global_views=views, seed=3).double()
+    if name == "dino":
+        loss = losses.DINOLoss(TAU, 6, 0.07, 0.04, 3, projection_dim=D, seed=3).double()
+        generator = torch.Generator().manual_seed(8)
+        loss.teacher_prototypes.add_(torch.randn(6, D, generator=generator, dtype=torch.float64))
+        loss.center.copy_(torch.linspace(-0.1, 0.3, 6))
+        return loss
     return losses.LOSSES[name].factory()
 
 
@@ -36,6 +42,9 @@ def formula(name, first, second=None, loss=None):
         return brute_force.moco(first, second, loss.keys, TAU)
     if name == "swav":
         return brute_force.swav(first, loss.prototypes.detach(), TAU)
+    if name == "dino":
+        own = loss.prototypes.detach(), loss.teacher_prototypes, loss.center
+        return brute_force.dino(first, second, *own, TAU, 0.04)
     return getattr(brute_force, name)(first, second)
 
 
@@ -69,7 +78,7 @@ def test_gradients_pass_gradcheck(name):
 @pytest.mark.parametrize("name", OF_VIEWS)
 def test_three_views_are_the_mean_over_pairs_of_views(name):
     read = [x.detach() for x in arguments(name, views=3)]
-    loss = make(name) if name != "moco_v2" else losses.MoCoLoss(TAU, 7, projection_dim=D, views=3).double()
+    loss = make(name, 3)
     pairs = []
     for a, b in ((0, 1), (0, 2), (1, 2)):
         pair = [x[:, [a, b]] for x in read]

@@ -11,11 +11,13 @@ from hpc_supcon.errors import ConfigError
 from hpc_supcon.training.objective import GRADIENT_RESPONSE_LOSSES, Objective
 
 # Settings of the loss section that say which losses there are and what they are given, not how one is computed.
-NOT_OF_A_LOSS = {"options", "name", "terms", "supervised", "frozen_epochs"}
+NOT_OF_A_LOSS = {"options", "name", "terms", "supervised", "frozen_epochs", "queue_start_epoch"}
 # Parameters for those who use the losses without a configuration.
 NOT_SETTINGS = {"gather", "validate"}
-# What the queue of moco_v2 and the prototypes of swav are built from.
-FROM_OTHER_SECTIONS = {"projection_dim", "views", "seed", "frozen_steps"}
+# What the queue of moco_v2 and the prototypes of swav and dino are built from.
+FROM_OTHER_SECTIONS = {
+    *("projection_dim", "views", "global_views", "seed", "frozen_steps", "queue_start_steps", "steps_per_epoch")
+}
 
 
 def test_every_loss_can_be_built_by_its_name():
@@ -24,6 +26,7 @@ def test_every_loss_can_be_built_by_its_name():
         "byol",
         "cross_entropy",
         "cross_entropy_mae",
+        "dino",
         "moco_v2",
         "reconstruction",
         "simclr",

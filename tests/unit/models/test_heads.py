@@ -13,7 +13,7 @@ from hpc_supcon.models import LinearHeads, Projection, build_decoder, build_enco
 @pytest.mark.parametrize(
     "name", ["conv", "resnet9", "resnet9_small", "resnet18", "resnet34", "resnet50", "resnet101"]
 )
-@pytest.mark.parametrize(("channels", "size"), [(1, 28), (3, 32), (3, 33)])
+@pytest.mark.parametrize(("channels", "size"), [(1, 28), (3, 32), (3, 33), (2, 32), (64, 16)])
 def test_every_encoder_maps_images_to_features_of_its_stated_size(name, channels, size):
     encoder = build_encoder(name, in_channels=channels, image_size=size).eval()
     with torch.no_grad():
@@ -108,3 +108,12 @@ def test_no_pixel_of_an_autoencoder_stays_white_on_a_black_background():
         (output - images).square().mean().backward()
         optimizer.step()
     assert output[:, :, :8].max() < 0.0
+
+
+@pytest.mark.parametrize("channels", [1, 3, 5, 32, 64])
+def test_a_decoder_ends_in_tanh_for_any_number_of_channels(channels):
+    decoder = build_decoder("conv", 16, channels, 9)
+    images = decoder(torch.randn(4, 16) * 50)
+    assert images.shape == (4, channels, 9, 9)
+    assert images.abs().max() <= 1
+    assert sum(isinstance(layer, torch.nn.BatchNorm2d) for layer in decoder.modules()) == 2

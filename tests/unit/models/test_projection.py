@@ -42,6 +42,17 @@ def test_layers_and_norms(layers, norm, want):
         torch.testing.assert_close(z.mean(0), torch.zeros(3), atol=1e-5, rtol=0)
 
 
+def test_dinos_head_has_gelu_and_its_initial_weights():
+    torch.manual_seed(0)
+    head = Projection(512, 2048, 256, 3, activation="gelu")  # and prototypes, which are the loss's
+    assert sum(isinstance(part, nn.GELU) for part in head.modules()) == 2
+    assert not any(isinstance(part, nn.ReLU) for part in head.modules())
+    for layer in (part for part in head.modules() if isinstance(part, nn.Linear)):
+        assert float(layer.weight.detach().std()) == pytest.approx(0.02, rel=0.02)
+        assert not layer.bias.any()
+    torch.testing.assert_close(head(torch.randn(5, 512)).norm(dim=1), torch.ones(5))
+
+
 def test_a_predictor_takes_the_projections_output():
     description = {
         "encoder": {"name": "conv", "in_channels": 3, "image_size": 8},

@@ -225,6 +225,8 @@ def test_the_error_for_the_other_stem_names_the_setting_to_change(tmp_path, resn
 def test_the_error_for_other_channels_names_the_setting_to_change(tmp_path, resnet18):
     encoder = build_encoder("resnet18", stem="standard", in_channels=1)
     refused(encoder, resnet18[0], tmp_path / "w.pt", "[64, 3, 7, 7], not [64, 1, 7, 7]", "data.channels=3")
+    encoder = build_encoder("resnet18", stem="standard", in_channels=5)
+    refused(encoder, resnet18[0], tmp_path / "w.pt", "the file is for images of 3 channels, not 5: use null")
 
 
 @pytest.mark.parametrize(

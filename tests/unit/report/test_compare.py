@@ -11,8 +11,8 @@ import pytest
 from scipy import stats
 
 from hpc_supcon import cli, run_folder
-from hpc_supcon.report.compare import as_csv, as_latex, as_markdown, compare, table_of
-from hpc_supcon.report.read import read_runs
+from hpc_supcon.pages.compare import as_csv, as_latex, as_markdown, compare, table_of
+from hpc_supcon.pages.read import read_runs
 from tests.run_folders import write_run, write_scores, write_state
 
 SECTION = "linear, test"

@@ -7,7 +7,7 @@ import io
 
 import pytest
 
-from hpc_supcon.report.formats import csv_text, duration, latex_table, markdown_table, shown
+from hpc_supcon.pages.formats import csv_text, duration, latex_table, markdown_table, shown
 
 
 @pytest.mark.parametrize("formula", ["=1+1", "+1+1", "-1-1", "@SUM(A1)", "\t=1", "\r=1", '=HYPERLINK("x")', "-"])

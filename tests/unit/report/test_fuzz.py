@@ -7,10 +7,10 @@ import json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hpc_supcon.report.compare import as_csv, as_latex, as_markdown, compare
-from hpc_supcon.report.page import render
-from hpc_supcon.report.read import read_runs
-from hpc_supcon.report.runs import page_of_runs
+from hpc_supcon.pages.compare import as_csv, as_latex, as_markdown, compare
+from hpc_supcon.pages.page import render
+from hpc_supcon.pages.read import read_runs
+from hpc_supcon.pages.runs import page_of_runs
 from tests.run_folders import write_run
 
 KEYS = st.sampled_from(

@@ -15,7 +15,7 @@ from hpc_supcon.grid.cells import load as load_grid
 from hpc_supcon.grid.expand import expand
 from hpc_supcon.grid.folder import FrozenGrid, NodeRecord, append_submission, freeze, write_record
 from hpc_supcon.grid.schema import ClusterProfile, TableConfig
-from hpc_supcon.report.page import render
+from hpc_supcon.pages.page import render
 from tests.run_folders import full_run, write_run
 
 SIZES, LOSSES, SEEDS = ["64", "256"], ["supcon_out", "tcl"], 3

@@ -16,11 +16,11 @@ from PIL import Image
 
 from hpc_supcon import cli, run_folder
 from hpc_supcon.errors import OutputError, RunFolderError
-from hpc_supcon.report.curves import cost_of, curves_data, seconds_of
-from hpc_supcon.report.page import render, write_page
-from hpc_supcon.report.read import read_run
-from hpc_supcon.report.runs import page_of_runs
-from hpc_supcon.report.watch import watch
+from hpc_supcon.pages.curves import cost_of, curves_data, seconds_of
+from hpc_supcon.pages.page import render, write_page
+from hpc_supcon.pages.read import read_run
+from hpc_supcon.pages.runs import page_of_runs
+from hpc_supcon.pages.watch import watch
 from tests.run_folders import CLASSES, HOSTILE, full_run, write_events, write_maps, write_run, write_scores
 
 REFRESH = '<meta http-equiv="refresh"'
@@ -260,8 +260,8 @@ def test_scores_of_the_wrong_shape_are_passed_over(tmp_path):
 
 
 def test_maps_that_a_page_has_no_room_for_are_left_out_and_told(tmp_path, monkeypatch):
-    from hpc_supcon.report import runs
-    from hpc_supcon.report.blobs import Blobs
+    from hpc_supcon.pages import runs
+    from hpc_supcon.pages.blobs import Blobs
 
     monkeypatch.setattr(runs, "Blobs", lambda: Blobs(5000))
     page = page_of_runs([full_run(tmp_path / "run")])
@@ -389,8 +389,8 @@ def test_a_page_is_made_without_torch(python, tmp_path):
     code = f"""
 import sys
 from pathlib import Path
-from hpc_supcon.report.runs import page_of_runs
-from hpc_supcon.report.page import render
+from hpc_supcon.pages.runs import page_of_runs
+from hpc_supcon.pages.page import render
 render(page_of_runs([Path({str(folder)!r})]))
 assert not {{"torch", "matplotlib", "sklearn", "scipy.stats"}} & set(sys.modules)
 """

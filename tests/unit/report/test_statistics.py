@@ -8,7 +8,7 @@ import statistics
 import pytest
 from scipy import stats
 
-from hpc_supcon.report.statistics import fraction_interval, mean_and_interval, paired_difference
+from hpc_supcon.pages.statistics import fraction_interval, mean_and_interval, paired_difference
 
 
 @pytest.mark.parametrize("n", [2, 3, 7])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hpc_supcon.report.thumbnails import JSON, MAX_BYTES, WEBP, read_thumbnails, write_thumbnails
+from hpc_supcon.pages.thumbnails import JSON, MAX_BYTES, WEBP, read_thumbnails, write_thumbnails
 
 
 def tiles(folder):
@@ -51,7 +51,7 @@ def noise(n):
 
 
 def test_the_quality_follows_the_size(tmp_path, monkeypatch):
-    from hpc_supcon.report import thumbnails
+    from hpc_supcon.pages import thumbnails
 
     write_thumbnails(tmp_path, noise(100), range(100))
     best = (tmp_path / WEBP).stat().st_size

@@ -164,6 +164,27 @@ def test_lamb_equals_the_formula_in_a_loop(clamp, decay, beta1, beta2, eps):
     assert_equal(run(params, optimizer), lamb_reference(beta1, beta2, decay, eps, clamp or (0.0, math.inf)))
 
 
+@pytest.mark.parametrize("name", ["sgd", "lars"])
+def test_parameters_of_constant_rate_keep_it_and_all_else_is_as_for_the_others(name):
+    own, follow = parameters(), parameters()
+    settings = {"name": name, "lr": 0.5, "momentum": 0.9, "weight_decay": 0.01}
+    optimizer = build_optimizer([*own, *follow], **settings, constant=own)
+    alone, other = parameters(), parameters()
+    constant, scheduled = build_optimizer(alone, **settings), build_optimizer(other, **settings)
+    for step in range(4):
+        for params in (own, follow, alone, other):
+            for k, p in enumerate(params):
+                p.grad = torch.full_like(p, 0.1 * (k + 1) - 0.05 * step)
+        set_learning_rate(optimizer, 0.5 / (step + 1))
+        set_learning_rate(scheduled, 0.5 / (step + 1))
+        for each in (optimizer, constant, scheduled):
+            each.step()
+    own, follow, alone, other = ([p.detach() for p in params] for params in (own, follow, alone, other))
+    assert_equal(own, alone)
+    assert_equal(follow, other)
+    assert not any(torch.equal(a, b) for a, b in zip(own, follow, strict=True))
+
+
 @pytest.mark.parametrize(("momentum", "nesterov"), [(0.9, False), (0.9, True), (0.0, False)])
 def test_sgd_equals_the_formula_in_a_loop(momentum, nesterov):
     params = parameters()

@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[3]
 # Triton reads TRITON_INTERPRET when it is imported, so the checks run in a process of their own.
 PIXELS = """
 import torch
-from hpc_supcon.data import Views
+from hpc_supcon.data import MultiCrop, Views
 from hpc_supcon.data.views.triton import render
 
 torch.set_num_threads(1)
@@ -31,7 +31,7 @@ def pixels(views, images, dtype=torch.float32):
     expected = views.render(images, drawn)
     layout = torch.channels_last if views.channels_last else torch.contiguous_format
     got = torch.empty(expected.flatten(0, 1).shape, dtype=dtype, memory_format=layout)
-    render(images, drawn, views.jitter.sequences, views.mean, views.std, got, outside=views.outside)
+    render(images, drawn, views.jitter.sequences, views.mean, views.std, got, outside=views.crops.outside)
     return got.view_as(expected), expected
 
 
@@ -46,6 +46,7 @@ for channels, height, width, size in SIZES:
         dict(policy="flip_crop"),
         dict(hue=0.5, brightness=1.0, contrast=2.0, saturation=2.0, jitter_probability=1.0, channels_last=True),
         dict(hue=0.0, contrast=0.0, grayscale=0.6),
+        dict(grayscale=0.5, solarize=[0.0, 0.7]),
     ):
         got, expected = pixels(Views(2, size, **normalization, **changes), images)
         torch.testing.assert_close(got, expected, atol=5e-5, rtol=0)
@@ -61,6 +62,11 @@ views = Views(3, 32, mean=[0.4] * 3, std=[0.3] * 3, channels_last=True)
 got, expected = pixels(views, images, torch.bfloat16)
 assert got.dtype == torch.bfloat16
 torch.testing.assert_close(got.float(), expected, atol=2e-2, rtol=0)
+both = MultiCrop(*(Views(n, side, mean=[0.4] * 3, std=[0.3] * 3, solarize=0.5) for n, side in ((2, 32), (3, 14))))
+both.reseed(3)
+for views in both.parts:
+    got, expected = pixels(views, images)
+    torch.testing.assert_close(got, expected, atol=5e-5, rtol=0)
 print("pixels agree")
 """
 
@@ -115,7 +121,9 @@ def test_the_kernel_compiles_without_a_gpu(tmp_path):
         ({"policy": "flip_crop"}, 64, True),
         ({"policy": "pad_crop"}, 32, True),
         ({}, 65, False),
+        ({"solarize": [0.0, 0.2]}, 32, True),
         ({"blur": 0.5}, 32, False),
+        ({"blur": [0.0, 0.1]}, 32, False),
         ({"policy": "none"}, 32, False),
         ({"policy": "autoaugment"}, 32, False),
     ],

@@ -1,4 +1,4 @@
-"""The settings of `hpc-supcon probe`, which may name other data than the run's own."""
+"""The settings of the stage `probe`, which may name other data than the run's own."""
 
 from __future__ import annotations
 
