@@ -204,7 +204,7 @@ def labels_digest(labels: npt.NDArray[np.int64]) -> str:
 
 
 def _check_pixels(path: Path, manifest: dict[str, Any], channels: int | None, exif: Exif | None) -> None:
-    if channels not in (None, *MODE_OF_CHANNELS):
+    if channels is not None and channels not in MODE_OF_CHANNELS:
         raise channels_error(f"{path} has images of", manifest["channels"], channels)
     if channels == 1 and manifest["channels"] == 3:
         raise DataError(f"{path} holds RGB images, not gray ones: convert the data again with data.channels=1")

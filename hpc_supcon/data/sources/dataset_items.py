@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor
 
 from ...errors import CorruptSample, DataError, raised_where
-from ..levels import MAX_CHANNELS
+from ..levels import MAX_CHANNELS, PICTURE_CHANNELS
 from .bands import Pixels
 from .dataset_labels import IMAGES_ALONE
 from .image_file import named
@@ -89,7 +89,9 @@ def _pixels(image: Tensor | np.ndarray[Any, Any], where: str) -> Pixels:
         pixels = pixels[None]
     elif pixels.ndim == 3 and not is_tensor:
         pixels = pixels.transpose(2, 0, 1)
-    if pixels.ndim != 3 or not 1 <= len(pixels) <= MAX_CHANNELS or 0 in shape:
+    fits = pixels.ndim == 3 and 1 <= len(pixels) <= MAX_CHANNELS and 0 not in shape
+    # of the other layout: nobody has images of 8 channels that are 3 pixels wide
+    if not fits or (len(pixels) not in PICTURE_CHANNELS and set(PICTURE_CHANNELS) & set(pixels.shape[1:])):
         layout = "[channels, height, width]" if is_tensor else "[height, width, channels]"
         raise DataError(
             f"{where} is {kind} of shape {list(shape)}; expected {layout} with 1 to {MAX_CHANNELS} channels, or "

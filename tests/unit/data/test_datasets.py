@@ -285,9 +285,12 @@ def bad(items, **options):
 @pytest.mark.parametrize(
     ("item", "message"),
     [
-        ((torch.rand(3, 8, 8), 0), "is a tensor of float32, not uint8: return pixels as they are, 0 to 255, without"),
+        (
+            (torch.rand(3, 8, 8), 0),
+            "is a tensor of float32, not uint8 (or uint16): return pixels as they are, 0 to 255",
+        ),
         ((np.zeros((8, 8, 3)), 0), "is an array of float64, not uint8"),
-        ((np.zeros((8, 8), np.uint16), 0), "is an array of uint16, not uint8"),
+        ((np.zeros((8, 8), np.int16), 0), "is an array of int16, not uint8"),
         (
             (torch.zeros(8, 8, 3, dtype=torch.uint8), 0),
             "is a tensor of shape [8, 8, 3]; expected [channels, height, w",
@@ -391,3 +394,50 @@ def test_a_source_can_be_sent_to_another_process():
     again = pickle.loads(pickle.dumps(train))
     assert torch.equal(again.read(3), train.read(3))
     assert channel_statistics(again.subset([0]).stack())
+
+
+def deep(n, channels=5, dtype=np.uint16, size=8):
+    rng = np.random.default_rng(n)
+    return [(rng.integers(0, np.iinfo(dtype).max, (size, size, channels), dtype=dtype), i % 2) for i in range(n)]
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+@pytest.mark.parametrize("as_tensor", [False, True])
+def test_images_of_five_channels_are_read_as_they_are(dtype, as_tensor):
+    items = deep(6, dtype=dtype)
+    given = [(torch.from_numpy(x).permute(2, 0, 1), y) for x, y in items] if as_tensor else items
+    train, _, test = dataset_splits((Items(items=given), Items(items=given)), channels=5)
+    assert (train.channels, train.image_size, train.dtype) == (
+        5,
+        8,
+        {1: torch.uint8, 2: torch.uint16}[dtype().nbytes],
+    )
+    for i, (x, _) in enumerate(items):
+        assert torch.equal(train.read(i).int(), torch.from_numpy(x.transpose(2, 0, 1).astype(np.int32)))
+    assert torch.equal(train.stack()[3].int(), train.read(3).int())
+    assert torch.equal(test.subset([4]).read(0).int(), train.read(4).int())
+    small, _, _ = dataset_splits((Items(items=given), Items(items=given)), image_size=4)
+    assert small.read(0).shape == (5, 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("items", "options", "message"),
+    [
+        (deep(2), {"channels": 3}, "item 0 has 5 channels, but data.channels=3"),
+        (deep(2, channels=1), {"channels": 3}, "item 0 has 1 channel, but data.channels=3"),
+        (deep(1) + deep(1, channels=4), {}, "item 1 has 4 channel(s) of 16 bits, but the first image has 5 of 16"),
+        (deep(1) + deep(1, dtype=np.uint8), {}, "item 1 has 5 channel(s) of 8 bits, but the first image has 5 of 16"),
+        (
+            deep(1, channels=3, dtype=np.uint8) + deep(1, channels=3),
+            {},
+            "item 1 has 3 channel(s) of 16 bits, but the",
+        ),
+    ],
+)
+def test_images_of_other_channels_or_bits_are_named(items, options, message):
+    def read():
+        return dataset_splits((Items(items=items), Items(items=items)), **options)[0].stack()
+
+    with pytest.raises(DataError) as error:
+        read()
+    assert message in str(error.value)
