@@ -35,7 +35,6 @@ from .image_file import (
     opened,
     read_image,
     turn_of,
-    whole_form,
 )
 from .source import channels_error, fit_images
 from .tiff_file import GRAY, gray_pages, is_part, is_tiff, read_pages, read_tiff
@@ -80,20 +79,6 @@ def stored_form(path: Path, exif: Exif, channels: int | None) -> StoredForm:
         return form
     pixels = _stored_pixels(path, exif, channels)
     return StoredForm(len(pixels), 8 * pixels.itemsize, pixels.shape[:0:-1])
-
-
-def picture_form(name: Path | str, exif: Exif, channels: int | None, data: bytes) -> StoredForm:
-    """The form of an image of 8-bit gray or RGB, of the bytes of its file; channels: data.channels. Raises as
-    `image_file.read_image`, and DataError for other channels."""
-    if channels not in (None, *PICTURE_CHANNELS):
-        raise DataError(
-            f"data.channels={channels}: images of tables and archives are read as gray or RGB (1 or 3); keep others "
-            "in image files, with data.source=image_folder or manifest"
-        )
-    mode, size = whole_form(name, exif, data)
-    if channels is None and mode not in CHANNELS_OF_MODE:
-        raise mode_error(name, mode)
-    return StoredForm(channels or CHANNELS_OF_MODE[mode], 8, size)
 
 
 def _form_of_picture(path: Path, exif: Exif, channels: int | None) -> StoredForm | None:

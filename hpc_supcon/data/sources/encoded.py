@@ -1,19 +1,26 @@
-"""A source over image files that lie in archives or tables, which are decoded whenever they are read."""
+"""A source over image files that lie in archives or tables, which are decoded whenever they are read.
+
+What reads files reads these too: each is a path that opens to its bytes.
+"""
 
 from __future__ import annotations
 
+import io
+import os
 from collections.abc import Sequence
-from typing import Protocol
+from pathlib import Path, PosixPath
+from typing import Any, NoReturn, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from PIL import Image
 from torch import Tensor
 
-from .bands import Pixels
+from ..levels import dtype_of
+from .band_file import encoded_stored, read_stored
+from .bands import Picture, Pixels
 from .folder import format_of
-from .image_file import Exif, ImageFormat, encoded_image, named, read_image
+from .image_file import Exif, ImageFormat, named
 from .source import channels_first, resize_and_crop, stack_images
 
 
@@ -35,6 +42,27 @@ class EncodedImages(Protocol):
         ...
 
 
+class EncodedFile(PosixPath):
+    """One of EncodedImages, as the file that it would be: its path is its name in messages."""
+
+    images: EncodedImages
+    number: int
+
+    @classmethod
+    def of(cls, images: EncodedImages, i: int) -> EncodedFile:
+        file = cls(images.name(i))
+        file.images, file.number = images, i
+        return file
+
+    def open(self, *_: Any, **__: Any) -> Any:
+        """Its bytes, to be read. Raises as EncodedImages.data."""
+        return io.BytesIO(self.images.data(self.number))
+
+    def stat(self, **_: Any) -> NoReturn:
+        """There is no such file on disk."""
+        raise FileNotFoundError(os.fspath(self))
+
+
 class EncodedSource:
     """Source over EncodedImages."""
 
@@ -47,6 +75,7 @@ class EncodedSource:
         self.classes = tuple(classes)
         self.image_format = image_format
         self.channels, self.image_size = image_format.channels, image_format.image_size
+        self.dtype = dtype_of(image_format.bits)
         self.paths = None
 
     def __len__(self) -> int:
@@ -66,20 +95,25 @@ class EncodedSource:
         return None if sizes is None else sizes[self.rows.numpy()]
 
     def read(self, i: int) -> Tensor:
-        """uint8 [C, S, S]. Raises CorruptSample naming the image; DataError where mode or size differ."""
+        """uint8 or uint16 [C, S, S]. Raises CorruptSample naming the image; DataError where its form differs."""
         return torch.from_numpy(self._decode(i).copy())
 
-    def pil_image(self, i: int) -> Image.Image:
+    def pil_image(self, i: int) -> Picture:
         """See Source.pil_image. Raises as `read`."""
-        return read_image(self.name(i), self.image_format, self.data(i))
+        return read_stored(self._file(i), self.image_format)
+
+    def _file(self, i: int) -> EncodedFile:
+        return EncodedFile.of(self.images, int(self.rows[i]))
 
     def encoded(self, i: int) -> tuple[bytes, tuple[int, int]]:
-        """Image i as the bytes of a file that every decoder reads the same; see image_file.encoded_image."""
-        return encoded_image(self.name(i), self.image_format, self.data(i))
+        """Image i, 8-bit gray or RGB, as the bytes of a file that every decoder reads the same; see
+        image_file.encoded_image."""
+        return encoded_stored(self._file(i), self.image_format)
 
     def stack(self) -> Tensor:
         """See stack_images. Raises as `read`."""
-        return stack_images(self._decode, len(self), (self.channels, self.image_size, self.image_size))
+        shape = (self.channels, self.image_size, self.image_size)
+        return stack_images(self._decode, len(self), shape, self.dtype)
 
     def _decode(self, i: int) -> Pixels:
         image = self.pil_image(i)
@@ -91,8 +125,8 @@ class EncodedSource:
         return EncodedSource(self.images, self.rows[chosen], self.labels[chosen], self.classes, self.image_format)
 
 
-class _Names(Sequence[str]):
-    """The names of images, each made when it is asked for."""
+class _Files(Sequence[Path]):
+    """The files of images, each made when it is asked for."""
 
     def __init__(self, images: EncodedImages) -> None:
         self._images = images
@@ -100,12 +134,12 @@ class _Names(Sequence[str]):
     def __len__(self) -> int:
         return len(self._images)
 
-    def __getitem__(self, i: int) -> str:  # type: ignore[override]
+    def __getitem__(self, i: int) -> Path:  # type: ignore[override]
         if i >= len(self):
             raise IndexError(i)
-        return self._images.name(i)
+        return EncodedFile.of(self._images, i)
 
 
 def format_of_encoded(images: EncodedImages, image_size: int | None, channels: int | None, exif: Exif) -> ImageFormat:
     """See folder.format_of."""
-    return format_of(_Names(images), image_size, channels, exif, images.data)
+    return format_of(_Files(images), image_size, channels, exif)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ...errors import CorruptSample, DataError
 from ..levels import dtype_of
-from .band_file import StoredForm, encoded_stored, picture_form, read_stored, stored_form
+from .band_file import StoredForm, encoded_stored, read_stored, stored_form
 from .bands import Picture, Pixels
 from .image_file import SUFFIXES, Exif, ImageFormat, named
 from .listing import Note, list_images, list_splits
@@ -155,19 +155,9 @@ def open_unlabeled(
     return train, found["val"] if len(held_out) == 2 else None, found[held_out[-1]] if held_out else None
 
 
-def format_of(
-    names: Sequence[Path | str],
-    image_size: int | None,
-    channels: int | None,
-    exif: Exif,
-    data: Callable[[int], bytes] | None = None,
-) -> ImageFormat:
-    """The given size and channels and, where they are None, those of the first image that is whole; its depth.
-
-    names: of the images; data: the bytes of each, 8-bit gray or RGB, where the names are not paths. Raises DataError
-    and CorruptSample.
-    """
-    first, form = _first_whole(names, exif, channels, data)
+def format_of(paths: Sequence[Path], image_size: int | None, channels: int | None, exif: Exif) -> ImageFormat:
+    """The given size and channels and, where they are None, those of the first image that is whole; its depth."""
+    first, form = _first_whole(paths, exif, channels)
     width, height = form.size
     if image_size is None and width != height:
         raise DataError(f"{first} is {width}x{height} pixels, not square: set data.image_size to resize and crop")
@@ -184,17 +174,13 @@ def format_of(
     )
 
 
-def _first_whole(
-    names: Sequence[Path | str], exif: Exif, channels: int | None, data: Callable[[int], bytes] | None
-) -> tuple[Path | str, StoredForm]:
+def _first_whole(paths: Sequence[Path], exif: Exif, channels: int | None) -> tuple[Path, StoredForm]:
     """The first image that decodes, and its form. Raises the error of the first one if none does, and DataError for
     an image that is whole but never read."""
     damaged: CorruptSample | None = None
-    for i, name in enumerate(names):
+    for path in paths:
         try:
-            if data is None:
-                return name, stored_form(Path(name), exif, channels)
-            return name, picture_form(name, exif, channels, data(i))
+            return path, stored_form(path, exif, channels)
         except CorruptSample as error:
             damaged = damaged or error
     assert damaged is not None  # a class has images

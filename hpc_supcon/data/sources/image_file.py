@@ -1,7 +1,5 @@
 """How one image file becomes pixels: which formats are read, and what of EXIF, modes and transparency.
 
-The bytes of a file that lies in an archive or a table may be given; its name then only names it in messages.
-
 Pillow alone decides whether an image is damaged and what its pixels are. Whatever it raises becomes CorruptSample,
 which names the file.
 """
@@ -81,7 +79,7 @@ class ImageFormat:
     """Whether `channels` is set: convert every mode to it. Otherwise another mode is an error."""
     resize: bool
     """Whether `image_size` is set: resize every image to it. Otherwise another size is an error."""
-    reference: Path | str
+    reference: Path
     """The image whose mode and size all others must have where these are not set."""
     exif: Exif = "transpose"
     bits: int = 8
@@ -93,14 +91,14 @@ class ImageFormat:
         return is_picture(self.channels, dtype_of(self.bits))
 
 
-def read_image(path: Path | str, image_format: ImageFormat, data: bytes | None = None) -> Image.Image:
+def read_image(path: Path, image_format: ImageFormat) -> Image.Image:
     """The image in the channels of the format, in its own size, turned as the format says: of 8-bit gray or RGB, and
     not of an array; see band_file for all others.
 
     Transparency is dropped, as by Pillow's convert("RGB"). Raises CorruptSample; DataError where mode or size are not
     those of the format, for more than 8 bits per channel, and for what is not a regular file.
     """
-    with opened(path, data) as image:
+    with opened(path) as image:
         check_mode(path, image.mode, image_format)
         with named(f"image {path}"):
             image.load()
@@ -109,27 +107,16 @@ def read_image(path: Path | str, image_format: ImageFormat, data: bytes | None =
     return upright
 
 
-def whole_form(path: Path | str, exif: Exif, data: bytes | None = None) -> tuple[str, tuple[int, int]]:
-    """(mode, (width, height)) of an image that decodes. Raises as `read_image`."""
-    with opened(path, data) as image, named(f"image {path}"):
-        image.load()
-        mode, turn = image.mode, turn_of(image, exif)
-        return mode, (image if turn is None else image.transpose(turn)).size
-
-
-def encoded_image(
-    path: Path | str, image_format: ImageFormat, data: bytes | None = None
-) -> tuple[bytes, tuple[int, int]]:
+def encoded_image(path: Path, image_format: ImageFormat) -> tuple[bytes, tuple[int, int]]:
     """The image as the bytes of a file that every decoder reads the same, and its (width, height).
 
     These are the bytes of the file, without EXIF data, where it is a JPEG or PNG of mode L or RGB that need not be
     turned; damage after the header is then not found. Other images are decoded and become a PPM. Raises as
     `read_image`.
     """
-    if data is None:
-        with regular(path) as file, named(f"image {path}"):
-            data = file.read()
-    with opened(path, data) as image:
+    with regular(path) as file, named(f"image {path}"):
+        data = file.read()
+    with opened(path, io.BytesIO(data)) as image:
         check_mode(path, image.mode, image_format)
         with named(f"image {path}"):
             plain = _plain(image, data, image_format.exif)
@@ -181,10 +168,9 @@ def _reason(error: Exception) -> str:
 
 
 @contextmanager
-def regular(path: Path | str) -> Iterator[BinaryIO]:
+def regular(path: Path) -> Iterator[BinaryIO]:
     """The open file. Raises DataError for what is not a regular file, CorruptSample for one that cannot be read."""
     with named(f"image {path}"):
-        path = Path(path)
         check_regular(path)
         file = path.open("rb")
     with file:
@@ -192,21 +178,19 @@ def regular(path: Path | str) -> Iterator[BinaryIO]:
 
 
 @contextmanager
-def opened(path: Path | str, data: bytes | None = None, *, deep: bool = False) -> Iterator[Image.Image]:
+def opened(path: Path, data: BinaryIO | None = None, *, deep: bool = False) -> Iterator[Image.Image]:
     """The image with its header read, from the file or from its bytes. Raises DataError for one of more than 8 bits
     per channel, unless `deep`."""
-    with regular(path) if data is None else io.BytesIO(data) as file, _header_read(path, file, deep) as image:
-        yield image
-
-
-@contextmanager
-def _header_read(path: Path | str, file: BinaryIO, deep: bool) -> Iterator[Image.Image]:
+    if data is None:
+        with regular(path) as file, opened(path, file, deep=deep) as image:
+            yield image
+        return
     with named(f"image {path}"):
         try:
-            image = open_image(file)
+            image = open_image(data)
         except UnidentifiedImageError:
-            file.seek(0)
-            content = file.read(_HEADER)
+            data.seek(0)
+            content = data.read(_HEADER)
             if not content:
                 raise ValueError("the file is empty") from None
             if (jpeg.bits_per_channel(content) or 8) > 8:
@@ -266,7 +250,7 @@ def is_deep(image: Image.Image) -> bool:
     return any(count > 8 for count in (bits if isinstance(bits, tuple) else (bits,)))
 
 
-def check_mode(path: Path | str, mode: str, image_format: ImageFormat) -> None:
+def check_mode(path: Path, mode: str, image_format: ImageFormat) -> None:
     if image_format.convert:
         return
     if mode not in CHANNELS_OF_MODE:
@@ -278,7 +262,7 @@ def check_mode(path: Path | str, mode: str, image_format: ImageFormat) -> None:
         )
 
 
-def check_size(path: Path | str, size: tuple[int, int], image_format: ImageFormat) -> None:
+def check_size(path: Path, size: tuple[int, int], image_format: ImageFormat) -> None:
     expected = (image_format.image_size, image_format.image_size)
     if not image_format.resize and size != expected:
         raise DataError(
@@ -287,12 +271,12 @@ def check_size(path: Path | str, size: tuple[int, int], image_format: ImageForma
         )
 
 
-def mode_error(path: Path | str, mode: str) -> DataError:
+def mode_error(path: Path, mode: str) -> DataError:
     """For an image of a mode that is only read where data.channels is set."""
     return DataError(
         f"image {path} has mode {mode}, which is neither gray nor RGB: data.channels=3 converts all images to RGB"
     )
 
 
-def depth_error(path: Path | str) -> DataError:
+def depth_error(path: Path) -> DataError:
     return DataError(f"image {path} has more than 8 bits per channel: convert it to 8 bits first")

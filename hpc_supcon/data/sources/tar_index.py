@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 from ...errors import DataError, first_line
 from ...files import atomic_path
-from .image_file import SUFFIXES
+from .image_file import FORMATS
 from .tables import Columns
 
 VERSION = 1
@@ -31,6 +31,8 @@ _SKIPPED = re.compile(r"__[^/]*__($|/)")
 """Members that webdataset passes over as well."""
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZ": "bzip2", b"\xfd7": "xz", b"\x28\xb5": "zstd"}
 _THREADS = 8
+_IMAGES = tuple(suffix for suffixes in FORMATS.values() for suffix in suffixes)
+"""Arrays (.npy) are mapped into memory, which needs a file of their own."""
 
 
 def index_of(shards: Sequence[Path], columns: Columns, *, has_labels: bool) -> list[Any]:
@@ -146,7 +148,7 @@ def _cut_short(shard: Path, offset: int, what: str, length: int) -> DataError:
 def _image_part(parts: dict[str, Any], name: str | None, where: str) -> str:
     """The extension of the image of a sample."""
     found = (
-        [part for part in parts if f".{part}".endswith(SUFFIXES)] if name is None else [name] if name in parts else []
+        [part for part in parts if f".{part}".endswith(_IMAGES)] if name is None else [name] if name in parts else []
     )
     if len(found) == 1:
         return found[0]

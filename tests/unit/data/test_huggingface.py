@@ -6,6 +6,7 @@ import os
 import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -165,7 +166,7 @@ def test_images_that_are_not_there_are_corrupt():
     given = [None, {"bytes": b"no image", "path": None}, {"bytes": None, "path": "/nowhere.png"}]
     one = datasets.Dataset.from_dict({"img": given}, datasets.Features({"img": datasets.Image()}))
     found = huggingface._images(one, "img", "set, train split")
-    image_format = ImageFormat(3, 4, convert=True, resize=True, reference="any")
+    image_format = ImageFormat(3, 4, convert=True, resize=True, reference=Path("any"))
     train = EncodedSource(found, torch.arange(3), torch.zeros(3, dtype=torch.int64), ("a",), image_format)
     for i, message in enumerate(
         ["it has no image", "does not decode: it is not a JPEG", "/nowhere.png cannot be read"]

@@ -150,6 +150,23 @@ def test_columns_name_extensions_and_entries(tmp_path):
         assert message in str(raised.value)
 
 
+@pytest.mark.parametrize(("channels", "dtype"), [(1, np.uint16), (4, np.uint8)])
+def test_images_of_16_bits_or_more_channels_are_read_from_tars_and_tables(tmp_path, channels, dtype):
+    pixels = np.random.default_rng(0).integers(0, 300, (4, 4, channels)).astype(dtype)
+    data = io.BytesIO()
+    Image.fromarray(pixels[..., 0] if channels == 1 else pixels).save(data, "PNG")
+    root = tmp_path / "a"
+    write_tar(root / "train.tar", [("x.png", data.getvalue()), ("x.cls", b"0")])
+    write_tar(root / "test.tar", [("x.png", data.getvalue()), ("x.cls", b"0")])
+    (tmp_path / "x.png").write_bytes(data.getvalue())
+    (tmp_path / "all.csv").write_text("path,label,split\nx.png,0,train\nx.png,0,test\n")
+    for source, place in (("webdataset", root), ("manifest", tmp_path / "all.csv")):
+        train = open_source(source, place, channels=channels).train
+        assert (train.channels, train.image_size) == (channels, 4)
+        for found in (train.read(0), train.stack()[0]):
+            assert np.array_equal(found.permute(1, 2, 0).numpy(), pixels)
+
+
 def test_the_index_is_made_once_and_again_when_a_tar_changes(tmp_path, cache, monkeypatch):
     root = write_shards(tmp_path / "a")
     before = fingerprint(open_source("webdataset", root))
