@@ -1,12 +1,15 @@
-"""Pages that are made of the package when the documentation is built: every setting, every command."""
+"""What is made when the documentation is built: pages of every setting and every command, and formulas as MathML."""
 
 from __future__ import annotations
 
+import html
+import re
 import subprocess
 import sys
 from itertools import groupby
 from typing import Any
 
+from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
 
 from hpc_supcon.config import recipe_names, schema_rows
@@ -18,13 +21,26 @@ def on_files(files: Files, config: Any) -> Files:
     return files
 
 
+def on_page_content(content: str, **_: Any) -> str:
+    """Formulas as MathML, which browsers draw without a script."""
+
+    def formula(found: re.Match[str]) -> str:
+        tag, text = found[1], html.unescape(found[2]).strip()
+        made: str = convert(text[2:-2], display="block" if tag == "div" else "inline")
+        return made
+
+    return re.sub(r'(?s)<(span|div) class="arithmatex">(.*?)</\1>', formula, content)
+
+
 def settings() -> str:
     """One table for each section of the schema."""
     lines = [
         "# Settings",
         "",
-        "Every setting with its type, default and unit, as `hpc-supcon config --schema` prints them. Recipes: "
-        f"{', '.join(f'`{name}`' for name in recipe_names())}.",
+        "Every setting with its type, default and unit, as `hpc-supcon config --schema` prints them. What a recipe "
+        "changes of them: `hpc-supcon config NAME`.",
+        "",
+        f"Recipes, most with a twin `NAME-small`: {', '.join(f'`{name}`' for name in _full_recipes())}.",
         "",
     ]
     for section, rows in groupby(schema_rows(), key=lambda row: _section(row[0])):
@@ -35,6 +51,10 @@ def settings() -> str:
         ]
         lines.append("")
     return "\n".join(lines)
+
+
+def _full_recipes() -> list[str]:
+    return [name for name in recipe_names() if not name.endswith("-small")]
 
 
 def _section(key: str) -> str:
