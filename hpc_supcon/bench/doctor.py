@@ -33,6 +33,11 @@ EXTRAS = {
     "umap": ("umap", "report.methods=[umap]"),
     "wandb": ("wandb", "log.to=wandb"),
     "mlflow": ("mlflow", "log.to=mlflow"),
+    "huggingface": ("datasets", "data.source=huggingface"),
+    "webdataset": ("webdataset", "data.source=webdataset"),
+    "tiff": ("tifffile", "TIFFs of many bands"),
+    "lora": ("peft", "model.lora"),
+    "hub": ("huggingface_hub", "push --to hf:NAME"),
 }
 """Extra -> (module that shows that it is installed, what needs it)."""
 

@@ -129,7 +129,7 @@ def wide(**_):
     [
         ({"encoder": 3}, ConfigError, "encoder= is of type int"),
         ({"encoder": nn.Conv2d(1, 4, 3)}, PartError, "its attribute feature_dim is None"),
-        ({"encoder": wide}, PartError, r"to \[2, 16\], not to features \[2, 17\]"),
+        ({"encoder": wide}, PartError, r"to \[2, 16\], not to \[2, 17\], \[N, feature_dim\]"),
         ({"encoder": lambda: 3}, PartError, "returned int, not a torch.nn.Module"),
         ({"encoder": lambda: 1 / 0}, PartError, "ZeroDivisionError"),
         ({"loss": 3}, ConfigError, "loss= is of type int"),

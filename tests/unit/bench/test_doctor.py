@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -108,6 +109,7 @@ def test_every_extra_exists(request):
 
 
 def test_completion_is_offered():
-    line = ["env", "_HPC_SUPCON_COMPLETE=complete_bash", "COMP_WORDS=hpc-supcon prob", "COMP_CWORD=1"]
-    done = subprocess.run([*line, "hpc-supcon"], check=False, capture_output=True, text=True)
+    line = [sys.executable, "-m", "hpc_supcon"]
+    asked = {"_HPC_SUPCON_COMPLETE": "complete_bash", "COMP_WORDS": "hpc-supcon prob", "COMP_CWORD": "1"}
+    done = subprocess.run(line, check=False, env={**os.environ, **asked}, capture_output=True, text=True)
     assert done.stdout.split() == ["probe"]

@@ -47,8 +47,10 @@ COMMANDS = {
     ("report",): ["RUN"],
     ("compare",): ["RUN", "other"],
     ("track",): ["RUN"],
+    ("push",): ["RUN", "--to", "out"],
+    ("init",): ["RUN"],
 }
-WITHOUT_FOLDERS = {("bench", name) for name in ("loss", "loader", "step", "gpu")}
+WITHOUT_FOLDERS = {("bench", name) for name in ("loss", "loader", "step", "gpu")} | {("doctor",)}
 VALUES = {
     "data.source": "evil:run",
     "model.encoder": "evil:run",

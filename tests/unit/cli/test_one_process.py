@@ -24,6 +24,8 @@ ARGUMENTS = {
     "grid": ["grid", "expand", "grid.yaml"],
     "report": ["report", "run"],
     "track": ["track", "run"],
+    "doctor": ["doctor"],
+    "init": ["init", "images"],
     "compare": ["compare", "a", "b"],
 }
 

@@ -60,7 +60,7 @@ WRONG = {
     ),
     "no labels and a data set that has them": (
         ["data.labels=none"],
-        "data.labels=none is for data.source=image_folder; digits has labels",
+        "data.labels=none is for data.source=image_folder, manifest, huggingface, webdataset; digits has labels",
     ),
     "no labels and a loss of labels": (
         [*UNLABELED, "loss.name=tcl"],

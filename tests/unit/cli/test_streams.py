@@ -106,7 +106,7 @@ def test_an_error_of_the_system_that_names_a_file_is_one_line(monkeypatch, capsy
     def broken(*arguments, **settings):
         raise OSError(number, os.strerror(number), "/some/file")
 
-    monkeypatch.setattr(app, "app", broken)
+    monkeypatch.setattr(app, "guarded", lambda _: broken)
     with pytest.raises(SystemExit) as caught:
         app.main(["config"])
     assert caught.value.code == code

@@ -241,7 +241,7 @@ def test_inputs_are_the_default_of_the_kind_unless_the_settings_say_otherwise():
 
 
 def test_every_probe_has_a_section_of_the_configuration_and_no_section_is_without_a_probe():
-    others = {"kind", "corruptions", "corruption_images", "embedding", "ood", "transfer"}
+    others = {"kind", "options", "corruptions", "corruption_images", "embedding", "ood", "transfer"}
     assert set(PROBES) == set(type(load_config().probe).model_fields) - others
 
 
