@@ -98,7 +98,10 @@ def test_a_recipe_is_short_and_resolves(name):
 def test_a_small_twin_keeps_loss_and_optimizer(name):
     full, small = cfg.load_config(name), cfg.load_config(f"{name}-small")
     assert small.loss == full.loss
-    assert (small.optim.name, small.augment.policy) == (full.optim.name, full.augment.policy)
+    assert small.optim.name == full.optim.name
+    # few epochs want milder views than AutoAugment
+    milder = full.augment.policy == "autoaugment" and small.data.source == "image_folder" and "cifar" in name
+    assert small.augment.policy == ("pad_crop" if milder else full.augment.policy)
     assert small.probe.kind == full.probe.kind
 
 
