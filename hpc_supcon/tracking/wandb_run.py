@@ -9,7 +9,7 @@ import shlex
 import urllib.request
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 from urllib.error import HTTPError, URLError
 from urllib.parse import urlsplit
 
@@ -47,7 +47,7 @@ class WandbRun:
         self._rows = max(state.rows, self._run.step)
         self._kinds: set[str] = set()
 
-    def _init(self, config: Config, state: State, mode: str | None) -> Any:
+    def _init(self, config: Config, state: State, mode: Literal["offline"] | None) -> Any:
         settings = self._wandb.Settings(silent=True, console="off", disable_git=True, save_code=False)
         return self._wandb.init(
             project=os.environ.get("WANDB_PROJECT", PROJECT),
@@ -105,7 +105,7 @@ def _cell(value: Any) -> str | None:
     return None if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _mode(base_url: str, folder: Path, tell: Tell) -> str | None:
+def _mode(base_url: str, folder: Path, tell: Tell) -> Literal["offline"] | None:
     """`offline` without a key or a network, said in one line; None where wandb itself decides (WANDB_MODE)."""
     if os.environ.get("WANDB_MODE"):
         return None
