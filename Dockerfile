@@ -1,6 +1,6 @@
 # A machine with all optional parts: CUDA, FFCV, DALI, DeepSpeed and Slurm's client commands.
 #   docker build -t hpc-supcon .
-#   docker run --gpus all --shm-size=8g -v $PWD/runs:/work/runs hpc-supcon run quickstart
+#   docker run --gpus all --shm-size=8g -v $PWD/runs:/data/runs hpc-supcon run quickstart
 # Slurm's client finds its cluster by the host's files: -v /etc/slurm:/etc/slurm -v /run/munge:/run/munge
 FROM nvidia/cuda:13.0.1-cudnn-devel-ubuntu24.04
 
@@ -17,6 +17,6 @@ RUN python3 -m venv /opt/venv \
     && /opt/venv/bin/pip install --no-cache-dir wheel \
     && /opt/venv/bin/pip install --no-cache-dir '.[ffcv,dali,deepspeed,export]'
 
-WORKDIR /work
+WORKDIR /data
 ENTRYPOINT ["hpc-supcon"]
 CMD ["doctor"]

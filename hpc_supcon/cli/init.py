@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, cast
 
 import typer
 
@@ -14,7 +14,7 @@ from ..files import check_output, write_atomically
 from .common import Debug
 
 if TYPE_CHECKING:
-    from ..stages.first_recipe import DataFacts
+    from ..stages.first_recipe import DataFacts, Objective
 
 OBJECTIVES = ("supcon", "tcl", "cross_entropy", "simclr")
 Folder = Annotated[Path | None, typer.Argument(metavar="DATA", help="The folder of the data.")]
@@ -58,7 +58,7 @@ def init(
         minutes = float(typer.prompt("Minutes it may take", 15.0, type=float)) if asks else 15.0
     path = out or Path(typer.prompt("File of the recipe", "recipe.yaml") if asks else "recipe.yaml")
     check_output(path, force=force)
-    settings: dict[str, Any] = recipe(facts, chosen, mirrored=mirrored, minutes=minutes, device=device)  # type: ignore[arg-type]
+    settings = recipe(facts, cast("Objective", chosen), mirrored=mirrored, minutes=minutes, device=device)
     write_atomically(path, to_yaml(settings, facts))
     load_config(str(path), [], stages=("pretrain", "probe"))
     command = "run" if facts.labeled else "pretrain"

@@ -175,14 +175,13 @@ def build_encoder(
         raise ConfigError("model.stem: " + unknown_name("stem", stem, STEMS))
     encoder: Any
     check_no_shadow("encoders", name, _builtin(name))
+    own = None if name in ENCODERS else find("encoders", name, _builtin(name))
+    if (name in ENCODERS or own is not None) and stem != "auto":
+        raise only_its_own_stem(name, stem)
     if name in ENCODERS:
-        if stem != "auto":
-            raise only_its_own_stem(name, stem)
         encoder = ENCODERS[name](in_channels, size, out_dim)
         encoder.stem_kind, encoder.output_layers = "own", ("latent",)
-    elif (own := find("encoders", name, _builtin(name))) is not None:
-        if stem != "auto":
-            raise only_its_own_stem(name, stem)
+    elif own is not None:
         encoder = build_own_encoder(own, in_channels, size, out_dim, options)
     elif name in timm.list_models():
         encoder = build_timm_encoder(name, in_channels, size, stem, out_dim)

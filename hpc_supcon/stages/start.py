@@ -60,15 +60,10 @@ def started(
     from ..distributed.folder_lock import locked
     from ..distributed.monitors import monitor_ranks, start_watchdog
     from ..tracking import check_trackers, processes
-    from ..training.agreement import versions
     from ..training.data import load_data
 
     folder = folder or settings.folder
     limits = settings.runtime
-    facts = {name: str(value) for name, value in command.items()} | versions() | shared_settings(settings)
-    facts |= {f"code of {name}": str(record["sha256"]) for name, record in records(settings, stages).items()}
-    # all ranks read the folder that rank 0 writes
-    facts[f"run_dir/{run_folder.CONFIG}"] = run_folder.identity(settings.folder)
     with (
         ExitStack() as trackers,  # the last to end: no other rank waits for what they still have to send
         start_watchdog(
@@ -83,7 +78,7 @@ def started(
             start_timeout_s=limits.start_timeout_s,
             deterministic=settings.deterministic,
             reuse_memory=limits.reuse_memory,
-            facts=facts,
+            facts=_facts(settings, stages, command),
         ) as runtime,
         monitor_ranks(watchdog, runtime),
     ):
@@ -99,3 +94,14 @@ def started(
             if runtime.is_main:
                 trackers.enter_context(processes.following(folder, settings.log.trackers, settings.log.artifacts))
             yield runtime, load_data(settings, runtime)
+
+
+def _facts(settings: Config, stages: tuple[Stage, ...], command: Mapping[str, object]) -> dict[str, str]:
+    """What all ranks must have in common before anything else: name -> value."""
+    from .. import run_folder
+    from ..training.agreement import versions
+
+    facts = {name: str(value) for name, value in command.items()} | versions() | shared_settings(settings)
+    facts |= {f"code of {name}": str(record["sha256"]) for name, record in records(settings, stages).items()}
+    # all ranks read the folder that rank 0 writes
+    return facts | {f"run_dir/{run_folder.CONFIG}": run_folder.identity(settings.folder)}

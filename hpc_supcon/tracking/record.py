@@ -1,4 +1,4 @@
-"""What a tracker is told: the events of metrics.jsonl as flat numbers and texts, results, and files."""
+"""What a tracker receives: the events of metrics.jsonl as flat numbers and texts, results, and files."""
 
 from __future__ import annotations
 

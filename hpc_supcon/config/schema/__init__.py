@@ -13,10 +13,11 @@ from pydantic import Field
 from .base import Count, Positive, Section
 from .data import AugmentConfig, DataConfig
 from .evaluation import ProbeConfig
+from .model import ModelConfig
 from .pruning import PruneConfig
 from .report import ReportConfig
 from .saving import CheckpointConfig, LogConfig
-from .training import LossConfig, ModelConfig, OptimConfig, TrainConfig, ValidationConfig
+from .training import LossConfig, OptimConfig, TrainConfig, ValidationConfig
 
 
 class RuntimeConfig(Section):

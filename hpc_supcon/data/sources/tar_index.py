@@ -55,7 +55,7 @@ def _cache() -> Path:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[Path | None]:
-    """The folder of the cache, held by this process: other ranks on the node wait, and then find what it wrote. None
+    """The folder of the cache, locked for this process: other ranks on the node wait, then find what it wrote. None
     where it cannot be written."""
     try:
         folder.mkdir(parents=True, exist_ok=True)

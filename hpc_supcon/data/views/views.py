@@ -107,11 +107,8 @@ class Views(nn.Module):
         check_crops(count, image_size, crop_scale, crop_ratio)
         check_probabilities(flip=flip, jitter_probability=jitter_probability, grayscale=grayscale)
         check_strengths(brightness=brightness, contrast=contrast, saturation=saturation, hue=hue)
-        own = find("policies", policy, POLICIES)
-        self.own = None if own is None else OwnPolicy(own, options, len(mean), image_size)
-        if own is None and policy not in POLICIES:
-            raise ConfigError(unknown_name("augment.policy", policy, POLICIES))
-        build = POLICIES["none" if own else policy]
+        self.own = self._own_policy(policy, options, len(mean), image_size)
+        build = POLICIES["none" if self.own else policy]
         self.operations = build(autoaugment=autoaugment, randaugment=randaugment or {})
         self.count, self.image_size, self.dtype, self.channels_last = count, image_size, dtype, channels_last
         self.crops = Crops(image_size, policy, crop, padding, padding_mode, crop_scale, crop_ratio)
@@ -126,8 +123,7 @@ class Views(nn.Module):
         self.jitter = Jitter(strengths, jitter_probability)
         self.jitters = bool(self.jitter.permutations)
         self.flip, self.grayscale = flip * self.crops.random, grayscale * color
-        is_simaugment = policy == "simaugment"
-        self.blur = per_view("blur", blur, count) * is_simaugment
+        self.blur = per_view("blur", blur, count) * (policy == "simaugment")
         self.solarize = per_view("solarize", solarize, count) * photometric
         self.blurs, self.solarizes = bool(self.blur.any()), bool(self.solarize.any())
         self.left_out = left_out(policy, self.channels)
@@ -138,6 +134,16 @@ class Views(nn.Module):
             raise ConfigError(f"augment.blur needs images of at least 2 pixels a side, not {image_size}")
         self.generator = self._device_generator = torch.Generator()
         self.reseed(seed)
+
+    @staticmethod
+    def _own_policy(
+        policy: str, options: Mapping[str, Any] | None, channels: int, image_size: int
+    ) -> OwnPolicy | None:
+        """None for a policy of this package. Raises ConfigError for one that does not exist."""
+        own = find("policies", policy, POLICIES)
+        if own is None and policy not in POLICIES:
+            raise ConfigError(unknown_name("augment.policy", policy, POLICIES))
+        return None if own is None else OwnPolicy(own, options, channels, image_size)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:

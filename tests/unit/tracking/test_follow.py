@@ -1,4 +1,4 @@
-"""What a tracker is told of a run folder: each event once, whatever fails in between."""
+"""What a tracker receives from a run folder: each event once, whatever fails in between."""
 
 from __future__ import annotations
 
