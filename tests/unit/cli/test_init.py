@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from hpc_supcon.cli import main
@@ -48,6 +49,18 @@ def test_images_of_one_size(tmp_path, capsys):
     assert (config.augment.policy, config.augment.flip, config.loss.name) == ("pad_crop", 0.5, "supcon_out")
     assert config.data.batch_size == 16
     assert config.train.epochs == 30  # 0.6 x 60 s x 100 views/s / (60 images x 2 views)
+
+
+@pytest.mark.parametrize(("bf16", "precision", "epochs"), [(200.0, "bf16", 60), (110.0, "auto", 30)])
+def test_bf16_is_chosen_where_the_cpu_is_faster_in_it(tmp_path, monkeypatch, bf16, precision, epochs):
+    def rate(*arguments):
+        return bf16 if arguments[-1] == torch.bfloat16 else 100.0
+
+    monkeypatch.setattr(first_recipe, "_views_per_second", rate)
+    out = tmp_path / "r.yaml"
+    assert run(folder(tmp_path / "pets"), "-o", out, "--minutes", "1") == 0
+    config = load_config(str(out))
+    assert (config.train.precision, config.train.epochs) == (precision, epochs)
 
 
 def test_mixed_sizes_and_modes_get_a_size_and_channels_and_the_recipe_runs(tmp_path):
