@@ -7,6 +7,8 @@ import sys
 # Small tensors and matrices: a second thread costs more than it brings, above all where tests share the cores with
 # others and with ranks. Before numpy and torch are imported, for their children as well.
 os.environ |= dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+# as in a reader's shell: what a process prints is buffered, and its last flush comes when it ends
+os.environ.pop("PYTHONUNBUFFERED", None)
 
 import pytest
 import torch

@@ -38,6 +38,17 @@ class SafeStream:
         except OSError as error:
             self.error = self.error or error
 
+    def discard(self) -> None:
+        """Drop what could not be written: Python would try again when the process ends, and exit with 120."""
+        try:
+            number = self._stream.fileno()
+        except (OSError, ValueError):  # not a file
+            return
+        handle = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(handle, number)
+        os.close(handle)
+        self.flush()
+
     def __getattr__(self, name: str) -> Any:
         return getattr(self._stream, name)
 
@@ -56,8 +67,10 @@ def safe_streams() -> Iterator[SafeStream]:
     try:
         yield out
     finally:
-        out.flush()
-        err.flush()
+        for stream in (out, err):
+            stream.flush()
+            if stream.error is not None:
+                stream.discard()
         sys.stdout, sys.stderr = before
 
 

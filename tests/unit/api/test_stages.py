@@ -139,6 +139,7 @@ def test_prune_tells_rates_sizes_and_scores(tmp_path):
 def test_the_process_is_left_as_it_was(tmp_path):
     random.seed(3), np.random.seed(3), torch.manual_seed(3)
     torch.set_float32_matmul_precision("highest")
+    torch.use_deterministic_algorithms(False)
     handlers = [signal.signal(number, signal.getsignal(number)) for number in (signal.SIGTERM, signal.SIGINT)]
     threads, torch_threads = set(threading.enumerate()), torch.get_num_threads()
     run = hs.pretrain("quickstart", run_dir=tmp_path / "r", settings={**FAST, "runtime.threads": torch_threads + 1})

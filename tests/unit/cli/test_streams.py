@@ -41,6 +41,16 @@ def test_output_that_does_not_fit_on_the_disk_is_one_line_and_exit_code_1(comman
     assert it.stderr == "hpc-supcon: error: stdout: No space left on device; what was printed is lost\n"
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("command", [["--version"], ["config", "default"]])
+def test_the_same_of_a_process_of_its_own(command, unbuffered, monkeypatch):
+    """Python flushes its streams once more when it ends."""
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    told = "hpc-supcon: error: stdout: No space left on device; what was printed is lost\n"
+    assert shell(command, ">/dev/full") == (1, told)
+    assert shell(command, ">/dev/full 2>/dev/full") == (1, "")
+
+
 def onto_a_full_disk():
     os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
     cli.main()

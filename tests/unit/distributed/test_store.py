@@ -20,7 +20,8 @@ def test_a_local_process_is_identified_by_host_pid_and_start_time():
 
 
 def test_a_stopped_process_is_recognized():
-    code = "import sys; from hpc_supcon.distributed.store import process_id; print(process_id(), flush=True); sys.stdin.read()"
+    code = "import sys; from hpc_supcon.distributed.store import process_id\n"
+    code += "print(process_id(), flush=True); sys.stdin.read()"
     child = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     with child:
         process = child.stdout.readline().strip()
