@@ -30,6 +30,8 @@ COMMANDS = ("hpc-supcon", "torchrun", "python", "python3")
 MOST_RANKS = 2
 """torchrun starts no more, however many a page names."""
 SOCKET = "TYPED_SOCKET"
+MASTER = "TYPED_MASTER"
+"""The variable with the MASTER_ADDR of a job: the names of a local cluster's nodes are known to its own processes alone."""
 SCRIPT = f"""#!{sys.executable} -IS
 import json, os, socket, sys
 server = socket.socket(socket.AF_UNIX)
@@ -170,6 +172,8 @@ def _run(request: Request, streams: list[Stream], commands: str) -> None:
     os.chdir(request.folder)
     os.environ.clear()
     os.environ.update(request.environment)
+    if MASTER in os.environ and "SLURM_JOB_ID" in os.environ:
+        os.environ["MASTER_ADDR"] = os.environ[MASTER]
     sys.executable = f"{commands}/python"  # also for processes that this one starts
     miniature.install()
     name, *arguments = request.arguments

@@ -14,7 +14,7 @@ WAIT = "while [[ $(squeue --noheader) ]]; do sleep 0.2; done\n"
 
 def test_the_page_of_slurm(cluster, tmp_path):
     page = ROOT / "docs/guides/slurm.md"
-    variables = {name: os.environ[name] for name in ("SLURM_CONF", "PYTHONPATH")}
+    variables = {name: os.environ[name] for name in ("SLURM_CONF", "PYTHONPATH")} | {shell.MASTER: "127.0.0.1"}
     with shell.serving() as server:
         own = reader.things(tmp_path / "own", server, runs=False)
         here = type_page(typed_blocks(page, ["slurm"]), own, server, tmp_path, WAIT, **variables)
