@@ -100,9 +100,8 @@ class Server:
     def _serve(self, client: socket.socket) -> None:
         with client:
             size, descriptors, _, _ = socket.recv_fds(client, 8, 3)
-            text = b""
-            while len(text) < int.from_bytes(size, "big"):
-                text += client.recv(1 << 16)
+            with client.makefile("rb") as file:
+                text = file.read(int.from_bytes(size, "big"))
             processes = self._start(Request(**json.loads(text)), descriptors)
             for number in descriptors:
                 os.close(number)
