@@ -21,9 +21,9 @@ check: lint unit  ## before each commit: linters, types, and the unit tests as f
 unit: $(VENV)/.installed-dev  ## with another Python: make unit VENV=.venv-3.13 PYTHON=python3.13
 	$(BIN)/python -m pytest $(PARALLEL) --no-training tests/unit --ignore=tests/unit/bench
 
-oldest: $(VENV)/.installed-dev  ## the unit tests with the oldest versions that setup.cfg allows: PYTHON=python3.10
-	$(MAKE) unit VENV=.venv-oldest \
-		INSTALL="$(abspath $(BIN))/uv pip install -q --resolution lowest-direct --python .venv-oldest/bin/python"
+oldest:  ## the same with the oldest versions that setup.cfg allows: make oldest PYTHON=python3.10
+	$(MAKE) unit VENV=.venv-oldest INSTALL='$$(BIN)/python -m pip install -q --disable-pip-version-check uv \
+		&& $$(BIN)/uv pip install -q --python $$(BIN)/python --resolution lowest-direct'
 
 test: lint $(VENV)/.installed-extras  ## the whole suite, with all that can be installed: ffcv, dali, DeepSpeed, a local Slurm
 	$(BIN)/python -m pytest $(PARALLEL) -m "not alone"
