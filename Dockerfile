@@ -1,4 +1,4 @@
-# A machine with all optional parts: CUDA, FFCV, DALI, DeepSpeed and Slurm's client commands. Of the wheel in dist/.
+# A machine with CUDA, FFCV, DALI, DeepSpeed and Slurm's client commands, and the wheel in dist/ with what these need.
 #   make image
 #   docker run --gpus all --shm-size=8g -v $PWD/runs:/data/runs hpc-supcon run quickstart
 # Slurm's client finds its cluster by the host's files: -v /etc/slurm:/etc/slurm -v /run/munge:/run/munge
@@ -15,7 +15,7 @@ RUN apt-get update \
 COPY dist /opt/dist
 # DeepSpeed and FFCV are built from source: FFCV's C library for its decoder, of DeepSpeed nothing is compiled.
 RUN python3 -m venv /opt/venv \
-    && DS_BUILD_OPS=0 /opt/venv/bin/pip install --no-cache-dir "$(echo /opt/dist/*.whl)[ffcv,dali,deepspeed,export]"
+    && DS_BUILD_OPS=0 /opt/venv/bin/pip install --no-cache-dir "$(echo /opt/dist/*.whl)[ffcv,dali,deepspeed,export,report]"
 
 WORKDIR /data
 ENTRYPOINT ["hpc-supcon"]
