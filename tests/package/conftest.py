@@ -42,12 +42,10 @@ def checkout(tmp_path_factory) -> Path:
 def built(checkout) -> Path:
     """The folder in which `make dist` leaves its two files."""
     tools = Path(sys.executable).parent
-    environment = {
-        name: value for name, value in os.environ.items() if name != "MAKEFLAGS"
-    }  # of the make of the tests
-    # not into the environment of the tests, which is there
-    as_if_installed = ("--old-file", ".venv/.installed-dev")
-    call("make", "-C", checkout, "dist", f"BIN={tools}", *as_if_installed, env=environment)
+    # with the tools of these tests, not an environment of its own; and without the options of the make that runs them
+    as_if_made = ("--old-file", ".venv/.installed-dev")
+    environment = {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}
+    call("make", "-C", checkout, "dist", f"BIN={tools}", *as_if_made, env=environment)
     return checkout / "dist"
 
 
@@ -70,7 +68,7 @@ class Installed:
         there = [path for path in sys.path if path.endswith("-packages")]
         (site / "of_the_tests.pth").write_text("\n".join(there) + "\n")
         pip = [sys.executable, "-m", "pip", f"--python={self.bin / 'python'}", "install", "-q"]
-        call(*pip, "--no-deps", "--no-index", "--disable-pip-version-check", wheel)
+        call(*pip, "--no-deps", "--no-index", "--ignore-installed", "--disable-pip-version-check", wheel)
 
     def call(self, *command: object) -> str:
         """Standard output of a command of the environment that must succeed."""

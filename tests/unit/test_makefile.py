@@ -72,9 +72,8 @@ def test_another_python_and_the_oldest_versions_have_an_environment_of_their_own
     for name in ("Makefile", "setup.cfg", "pyproject.toml"):
         (tmp_path / name).write_text((ROOT / name).read_text())
     command = ["make", "--dry-run", *arguments, "PYTHON=python3.99"]
-    environment = {
-        name: value for name, value in os.environ.items() if name != "MAKEFLAGS"
-    }  # of the make of the tests
+    # without the options of the make that runs these tests
+    environment = {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}
     options = {"cwd": tmp_path, "env": environment, "check": True, "capture_output": True, "text": True}
     printed = subprocess.run(command, **options).stdout
     assert f"python3.99 -m venv {venv}\n" in printed
