@@ -2,6 +2,7 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+INSTALL = $(BIN)/python -m pip install -q --disable-pip-version-check
 # of quickstart: one for each GPU, at most two; two on a CPU
 RANKS ?= $(shell $(BIN)/python -c "import torch; print(min(2, torch.cuda.device_count()) or 2)")
 WORKERS ?= 2
@@ -10,13 +11,19 @@ PARALLEL = -n $(WORKERS) --dist loadfile
 # tests marked `alone` have the machine to themselves, one at a time; no others are in these folders but a few
 ALONE = tests/fault tests/slurm
 
-.PHONY: quickstart check test lint docs bench gpu wheels clean
+.PHONY: quickstart check unit test lint docs bench dist image oldest gpu wheels clean
 
 quickstart: $(VENV)/.installed  ## the main job on embedded data, about a minute
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node $(RANKS) -m hpc_supcon run run_dir=runs/quickstart-$$(date +%Y%m%d-%H%M%S)
 
-check: lint  ## before each commit: linters, types, and the unit tests as far as they need no training
+check: lint unit  ## before each commit: linters, types, and the unit tests as far as they need no training
+
+unit: $(VENV)/.installed-dev  ## with another Python: make unit VENV=.venv-3.13 PYTHON=python3.13
 	$(BIN)/python -m pytest $(PARALLEL) --no-training tests/unit --ignore=tests/unit/bench
+
+oldest:  ## the same with the oldest versions that setup.cfg allows: make oldest PYTHON=python3.10
+	$(MAKE) unit VENV=.venv-oldest INSTALL='$$(BIN)/python -m pip install -q --disable-pip-version-check uv \
+		&& $$(BIN)/uv pip install -q --python $$(BIN)/python --resolution lowest-direct'
 
 test: lint $(VENV)/.installed-extras  ## the whole suite, with all that can be installed: ffcv, dali, DeepSpeed, a local Slurm
 	$(BIN)/python -m pytest $(PARALLEL) -m "not alone"
@@ -31,6 +38,14 @@ docs: $(VENV)/.installed-dev  ## the documentation as a site: build/site/index.h
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/loss.py
 	$(BIN)/python benchmarks/loader.py
+
+dist: $(VENV)/.installed-dev  ## source archive, and from it the wheel, both checked
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation
+	$(BIN)/twine check --strict dist/*
+
+image: dist  ## the container of the wheel, where docker is
+	docker build -t hpc-supcon .
 
 # where there is no environment here: the Python that has PyTorch, and the wheels that were copied along
 GPU_PYTHON = $(if $(wildcard $(BIN)/python),$(BIN)/python,PYTHONPATH=$(CURDIR)/wheels/site $(PYTHON))
@@ -53,12 +68,12 @@ wheels:  ## what a machine with PyTorch and no package index lacks, for its Pyth
 
 $(VENV)/.installed: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e .
+	$(INSTALL) -e .
 	touch $@
 
 $(VENV)/.installed-dev: setup.cfg pyproject.toml
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q --disable-pip-version-check -e .[dev]
+	$(INSTALL) -e .[dev]
 	touch $(VENV)/.installed $@
 
 $(VENV)/.installed-extras: $(VENV)/.installed-dev tests/loaders/install-extras.sh tests/slurm/install-slurm.sh \
@@ -69,4 +84,4 @@ $(VENV)/.installed-extras: $(VENV)/.installed-dev tests/loaders/install-extras.s
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build dist *.egg-info

@@ -17,6 +17,9 @@ TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "SLURM_PROCID")
 """Environment variables of a process that may be one of several ranks."""
 
+COMMIT_FILE = "COMMIT"
+"""File of an installed package with the commit that it was built from: see setup.py."""
+
 _FIRST_PORT, _PORTS = 15000, 17000
 _STEP = 331  # the steps of a job are far from those of the jobs after it
 _TRIED = 16
@@ -37,10 +40,16 @@ def ports_from(port: int) -> list[int]:
 
 
 def code_commit() -> str:
-    """The package's git commit, with "+changes" if files differ from it; its version where there is no git."""
+    """The git commit that the package is of, as `known_commit` has it; its version where none is known."""
+    return known_commit() or f"version {__version__}"
+
+
+def known_commit() -> str | None:
+    """The commit of the checkout, with "+changes" if files differ from it, or the one that a wheel was built from."""
     here = Path(__file__).parent
     if not (here.parent / ".git").exists():  # installed, maybe into an environment inside of somebody's repository
-        return f"version {__version__}"
+        recorded = here / COMMIT_FILE
+        return recorded.read_text(encoding="utf-8").strip() if recorded.is_file() else None
     try:
         commit = subprocess.run(
             ["git", "-C", str(here), "describe", "--always", "--abbrev=40", "--exclude=*", "--dirty=+changes"],
@@ -50,5 +59,5 @@ def code_commit() -> str:
             check=True,
         )
     except (OSError, subprocess.SubprocessError):
-        return f"version {__version__}"
+        return None
     return commit.stdout.strip()

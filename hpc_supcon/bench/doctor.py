@@ -16,7 +16,7 @@ from typing import Literal
 import torch
 
 from .. import __version__
-from ..environment import code_commit
+from ..environment import known_commit
 from .common import is_installed, memory_available
 
 Status = Literal["ok", "absent", "problem"]
@@ -31,6 +31,7 @@ EXTRAS = {
     "deepspeed": ("deepspeed", "train.engine=deepspeed"),
     "export": ("onnxscript", "export --format onnx"),
     "umap": ("umap", "report.methods=[umap]"),
+    "bench": ("pytorch_metric_learning", "bench loss: pml"),
     "wandb": ("wandb", "log.to=wandb"),
     "mlflow": ("mlflow", "log.to=mlflow"),
     "huggingface": ("datasets", "data.source=huggingface"),
@@ -64,8 +65,8 @@ def findings(folder: Path) -> Iterator[Finding]:
 
 
 def _software() -> Iterator[Finding]:
-    commit = code_commit().removeprefix(f"version {__version__}")
-    yield Finding("hpc_supcon", "ok", f"{__version__}{' ' * bool(commit)}{commit}")
+    commit = known_commit()
+    yield Finding("hpc_supcon", "ok", f"{__version__} {commit}" if commit else __version__)
     cuda = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
     yield Finding("PyTorch", "ok", f"{torch.__version__}, {cuda}, Python {platform.python_version()}")
 

@@ -44,7 +44,7 @@ def contender(name: str) -> Loss:
         try:
             from pytorch_metric_learning.losses import SupConLoss as PmlLoss
         except ModuleNotFoundError:
-            raise MissingExtra("pml is pytorch-metric-learning: pip install 'hpc-supcon[dev]'") from None
+            raise MissingExtra("pml is pytorch-metric-learning: pip install 'hpc-supcon[bench]'") from None
         return PmlLoss(temperature=TEMPERATURE)
     backend, _, precision = name.partition("-")
     # as in training, where the step checks its numbers itself

@@ -16,7 +16,7 @@ from typer.main import get_command
 from .. import __version__
 from ..config import Config, Stage, load_config, schema_rows, to_yaml
 from ..distributed.resolve import check_one_process
-from ..environment import code_commit
+from ..environment import known_commit
 from ..errors import HpcSupconError, Preempted
 from ..stages.probe_settings import settings_of_probe
 from ..stages.start import refused_together, started
@@ -224,7 +224,7 @@ def _is_first_on_node() -> bool:
 
 def _version(value: bool) -> None:
     if value:
-        commit = code_commit().removeprefix(f"version {__version__}")
+        commit = known_commit()
         sys.stdout.write(f"hpc-supcon {__version__}{f' ({commit})' if commit else ''}\n")
         raise typer.Exit
 

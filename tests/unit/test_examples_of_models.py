@@ -28,7 +28,8 @@ def test_they_are_short(name):
 
 def test_adapters_are_trained_then_the_model_is_pushed_and_loaded(python, tmp_path):
     run_dir, folder = tmp_path / "run", tmp_path / "model"
-    assert "accuracy" in example(python, "lora.py", run_dir)
+    small = ("train.epochs=1", "report.embeddings=false", "report.html=false")
+    assert "accuracy" in example(python, "lora.py", run_dir, "null", *small)
     (start,) = events(run_dir, "start")
     assert 0 < start["trained_parameters"] < start["parameters"] / 2
     out = example(python, "push_and_load.py", run_dir, folder)
@@ -36,7 +37,7 @@ def test_adapters_are_trained_then_the_model_is_pushed_and_loaded(python, tmp_pa
     assert f"model.weights={folder}" in out
     assert timm.create_model(f"local-dir:{folder}", pretrained=True).num_features == 64
     again = tmp_path / "again"
-    example(python, "lora.py", again, folder, "train.epochs=1", "report.embeddings=false")
+    example(python, "lora.py", again, folder, *small)
     (event,) = events(again, "weights")
     assert event["path"] == f"{folder}/model.safetensors"
     assert (event["missing"], event["unexpected"]) == ([], [])

@@ -55,3 +55,28 @@ def test_quickstart_has_a_rank_for_each_gpu_at_most_two_and_two_without(tmp_path
     command = ["make", "--dry-run", "quickstart", f"BIN={tmp_path}"]
     printed = subprocess.run(command, cwd=ROOT, env=environment, check=True, capture_output=True, text=True).stdout
     assert f"--nproc_per_node {ranks} -m hpc_supcon run" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "venv", "install"),
+    [
+        (
+            ["unit", "VENV=.venv-3.13"],
+            ".venv-3.13",
+            ".venv-3.13/bin/python -m pip install -q --disable-pip-version-check",
+        ),
+        (["oldest"], ".venv-oldest", "uv pip install -q --python .venv-oldest/bin/python --resolution lowest-direct"),
+    ],
+)
+def test_another_python_and_the_oldest_versions_have_an_environment_of_their_own(tmp_path, arguments, venv, install):
+    for name in ("Makefile", "setup.cfg", "pyproject.toml"):
+        (tmp_path / name).write_text((ROOT / name).read_text())
+    command = ["make", "--dry-run", *arguments, "PYTHON=python3.99"]
+    # without the options of the make that runs these tests
+    environment = {name: value for name, value in os.environ.items() if name != "MAKEFLAGS"}
+    options = {"cwd": tmp_path, "env": environment, "check": True, "capture_output": True, "text": True}
+    printed = subprocess.run(command, **options).stdout
+    assert f"python3.99 -m venv {venv}\n" in printed
+    assert f"{install} -e .[dev]\n" in printed
+    assert f"\n{venv}/bin/python -m pytest " in printed
+    assert ".venv/" not in printed, "the environment of the developer is not touched"

@@ -100,14 +100,6 @@ def test_the_command_and_the_version_with_its_commit(tmp_path, capsys):
     assert commit.startswith("version") or f"({commit})" in capsys.readouterr().out
 
 
-def test_every_extra_exists(request):
-    from configparser import ConfigParser
-
-    setup = ConfigParser()
-    setup.read(request.config.rootpath / "setup.cfg")
-    assert set(doctor.EXTRAS) == set(setup["options.extras_require"]) - {"dev"}
-
-
 def test_completion_is_offered():
     line = [sys.executable, "-m", "hpc_supcon"]
     asked = {"_HPC_SUPCON_COMPLETE": "complete_bash", "COMP_WORDS": "hpc-supcon prob", "COMP_CWORD": "1"}
