@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rivals import parser_of_real_data
+
 RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 SEEDS = (0, 1, 2)
 TUNING_IMAGES = 5_000
@@ -143,12 +145,8 @@ def table(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mnist", help="folder of MNIST in torchvision's layout")
-    parser.add_argument("--cifar10", help="CIFAR-10 as an image folder: train/CLASS, test/CLASS")
-    parser.add_argument("--runs", type=Path, default=Path("runs/objectives"), help="where the runs are kept")
+    parser = parser_of_real_data(__doc__, "runs/objectives")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="runs at a time, one thread each")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="JSON file; a .md beside it has the table")
     arguments = parser.parse_args()
     rows = compare(data_sets(arguments), arguments.runs, arguments.jobs)
     facts = {

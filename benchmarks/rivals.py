@@ -268,18 +268,24 @@ def markdown(found: Sequence[Mapping[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parser_of_real_data(description: str | None, runs: str) -> argparse.ArgumentParser:
+    """Of a benchmark that trains on MNIST and CIFAR-10, and keeps its runs in `runs`."""
+    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--mnist", help="folder of MNIST in torchvision's layout")
     parser.add_argument("--cifar10", help="CIFAR-10 as an image folder: train/CLASS, test/CLASS")
-    parser.add_argument("--runs", type=Path, default=Path("runs/rivals"), help="where the grids are kept")
+    parser.add_argument("--runs", type=Path, default=Path(runs), help="where the runs are kept")
+    parser.add_argument("-o", "--output", type=Path, required=True, help="JSON file; a .md beside it has the tables")
+    return parser
+
+
+def main() -> None:
+    parser = parser_of_real_data(__doc__, "runs/rivals")
     parser.add_argument("--group", choices=GROUPS, action="append", help="run these methods alone; else all")
     parser.add_argument(
         "--hours", type=float, default=NEVER, help="stop after this time; go on with the same command"
     )
     parser.add_argument("--precision", default="auto", help="train.precision; bf16 is faster on some CPUs")
     parser.add_argument("--report", action="store_true", help="only write what is done")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="JSON file; a .md beside it has the tables")
     arguments = parser.parse_args()
     sets = data_sets(arguments)
     arguments.runs.mkdir(parents=True, exist_ok=True)

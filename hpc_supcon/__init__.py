@@ -16,18 +16,20 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .api import Callback as Callback
-    from .api import Config as Config
-    from .api import HpcSupconError as HpcSupconError
-    from .api import Run as Run
-    from .api import StopTraining as StopTraining
-    from .api import Table as Table
-    from .api import embed as embed
-    from .api import load as load
-    from .api import pretrain as pretrain
-    from .api import probe as probe
-    from .api import prune as prune
-    from .api import report as report
+    from .api import (
+        Callback,
+        Config,
+        HpcSupconError,
+        Run,
+        StopTraining,
+        Table,
+        embed,
+        load,
+        pretrain,
+        probe,
+        prune,
+        report,
+    )
 
 __all__ = [
     "Callback",

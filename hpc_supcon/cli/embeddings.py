@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from ..config import check_report
 from ..run_folder import read_config
@@ -51,8 +51,7 @@ def embeddings(
 
 def _print(folder: Path, maps: list[FittedMap]) -> None:
     """A row for each map."""
-    table = Table("map", "method", "trustworthiness", "file")
-    table.columns[2].justify = "right"
+    table = Table("map", "method", Column("trustworthiness", justify="right"), "file")
     for drawn in maps:
         table.add_row(drawn.title, drawn.method, f"{drawn.trustworthiness:.3f}", f"{drawn.name}.png")
     console = output()

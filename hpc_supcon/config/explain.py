@@ -8,7 +8,6 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, get_args, get_origin
 
 from pydantic import ValidationError
-from pydantic_core import ErrorDetails
 
 from .. import parts
 from ..errors import unknown_name
@@ -53,7 +52,7 @@ def unknown_key(path: str, siblings: Iterable[str], prefix: str) -> str:
     )
 
 
-def _first(error: ValidationError, fields: Mapping[str, Any]) -> tuple[str, ErrorDetails]:
+def _first(error: ValidationError, fields: Mapping[str, Any]) -> tuple[str, Mapping[str, Any]]:
     """(setting, its error) of the first setting that has one.
 
     A union reports an error for each of its members: the one that goes deepest into the value is meant.

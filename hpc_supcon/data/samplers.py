@@ -7,6 +7,7 @@ rows. No image occurs twice in a global batch: a duplicate is a trivial positive
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -20,7 +21,28 @@ from .philox import IntArray
 from .sources.stratify import indices_by_class
 
 
-class ClassBalanced:
+class _DependsOnClasses(ABC):
+    """An order of which a subclass draws the global batches."""
+
+    n: int
+    batch_size: int
+
+    def steps(self, rank: int, world_size: int) -> int:
+        """Steps per epoch, as many as with the random sampler. Raises ConfigError as TrainOrder does."""
+        return training_steps(self.n, self.batch_size, rank, world_size)
+
+    def epoch(self, seed: int, epoch: int, rank: int, world_size: int) -> Tensor:
+        """int64 [steps, batch_size // world_size]; see TrainOrder.epoch."""
+        steps = self.steps(rank, world_size)
+        generator = np.random.default_rng(stream(seed, "order", epoch))
+        return rank_part(torch.from_numpy(self._batches(steps, generator)), rank, world_size)
+
+    @abstractmethod
+    def _batches(self, steps: int, generator: np.random.Generator) -> IntArray:
+        """int64 [steps, batch_size]: the global batches of an epoch."""
+
+
+class ClassBalanced(_DependsOnClasses):
     """Every global batch has `images_per_class` images of each of `classes_per_batch` classes.
 
     Classes occur equally often (their counts differ by at most one within an epoch), and all images of a class
@@ -64,22 +86,14 @@ class ClassBalanced:
                 "none may occur twice in a batch: lower it, or use data.sampler=long_tail_aware"
             )
 
-    def steps(self, rank: int, world_size: int) -> int:
-        """Steps per epoch, as many as with the random sampler. Raises ConfigError as TrainOrder does."""
-        return training_steps(self.n, self.batch_size, rank, world_size)
-
-    def epoch(self, seed: int, epoch: int, rank: int, world_size: int) -> Tensor:
-        """int64 [steps, batch_size // world_size]; see TrainOrder.epoch."""
-        steps = self.steps(rank, world_size)
-        generator = np.random.default_rng(stream(seed, "order", epoch))
+    def _batches(self, steps: int, generator: np.random.Generator) -> IntArray:
         chosen = self._classes(steps, generator)
         batches = np.empty((steps, self.classes_per_batch, self.images_per_class), dtype=np.int64)
         for c, images in enumerate(self._by_class):
             visits = np.nonzero(chosen == c)
             sizes = np.full(len(visits[0]), self.images_per_class)
             batches[visits] = _without_duplicates(images, sizes, generator).reshape(-1, self.images_per_class)
-        interleaved = batches.swapaxes(1, 2).reshape(steps, self.batch_size)
-        return rank_part(torch.from_numpy(interleaved), rank, world_size)
+        return batches.swapaxes(1, 2).reshape(steps, self.batch_size)
 
     def _classes(self, steps: int, generator: np.random.Generator) -> IntArray:
         """[steps, classes_per_batch]: those that occurred least often so far, ties broken at random."""
@@ -92,7 +106,7 @@ class ClassBalanced:
         return chosen
 
 
-class LongTailAware:
+class LongTailAware(_DependsOnClasses):
     """Each image of a batch is of class c with probability proportional to n_c ** alpha, n_c its number of images.
 
     alpha=1 draws classes as often as they are in the data, alpha=0 all equally often. A batch has at most n_c
@@ -110,21 +124,14 @@ class LongTailAware:
         self._sizes = np.array([len(images) for images in self._by_class])
         self._weights = self._sizes.astype(np.float64) ** alpha
 
-    def steps(self, rank: int, world_size: int) -> int:
-        """Steps per epoch, as many as with the random sampler. Raises ConfigError as TrainOrder does."""
-        return training_steps(self.n, self.batch_size, rank, world_size)
-
-    def epoch(self, seed: int, epoch: int, rank: int, world_size: int) -> Tensor:
-        """int64 [steps, batch_size // world_size]; see TrainOrder.epoch."""
-        steps = self.steps(rank, world_size)
-        generator = np.random.default_rng(stream(seed, "order", epoch))
+    def _batches(self, steps: int, generator: np.random.Generator) -> IntArray:
         counts = self._class_counts(steps, generator)
         classes = np.tile(np.arange(len(self._sizes)), steps).repeat(counts.ravel()).reshape(steps, self.batch_size)
         batches = np.empty_like(classes)
         for c, images in enumerate(self._by_class):
             batches[classes == c] = _without_duplicates(images, counts[:, c], generator)
         # the images of a class are adjacent: shuffled, so that every rank gets some of them
-        return rank_part(torch.from_numpy(generator.permuted(batches, axis=1)), rank, world_size)
+        return generator.permuted(batches, axis=1)
 
     def _class_counts(self, steps: int, generator: np.random.Generator) -> IntArray:
         """int64 [steps, classes]: images of each class in each batch; rows sum to batch_size."""

@@ -43,7 +43,7 @@ def handle_signals() -> Iterator[int | None]:
         yield None
         return
 
-    def handler(number: int, frame: FrameType | None) -> None:
+    def handler(number: int, _: FrameType | None) -> None:
         request(signal.Signals(number).name)
 
     _reasons.clear()
@@ -81,7 +81,7 @@ def handle_interrupts() -> Iterator[None]:
         yield
         return
 
-    def handler(number: int, frame: FrameType | None) -> None:
+    def handler(number: int, _: FrameType | None) -> None:
         _interrupts.append(number)
         if len(_interrupts) > 1:
             raise KeyboardInterrupt

@@ -69,11 +69,6 @@ def extract_indexed(
     return torch.cat(features), torch.cat(labels), torch.cat(index).to(runtime.device)
 
 
-def read_images(source: Source, runtime: Runtime, **serving: Any) -> LabeledRows:
-    """`read_indexed` without the index."""
-    return read_indexed(source, runtime, **serving)[:2]
-
-
 def read_indexed(
     source: Source,
     runtime: Runtime,

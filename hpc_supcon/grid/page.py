@@ -10,9 +10,10 @@ from ..errors import LaunchError, RunFolderError, printable
 from ..pages.compare import compare
 from ..pages.curves import cost_of
 from ..pages.formats import duration
+from ..pages.headlines import headlines_of_groups
 from ..pages.page import Page, Section, render, write_page
 from ..pages.read import Run, number, read_run
-from ..pages.runs import PAGE, data_of, facts_of, headlines_of_groups, record_sections, result_sections
+from ..pages.runs import PAGE, data_of, facts_of, record_sections, result_sections
 from ..pages.scores import name_of
 from ..pages.tables import Cell, Table, text_cell
 from .charts import DASHES, has_lines, series_of

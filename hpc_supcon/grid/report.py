@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..files import write_atomically
-from ..pages.formats import csv_text, markdown_table, tex
+from ..pages.formats import csv_text, latex_table, markdown_table, tex
 from ..pages.scores import name_of
 from .cells import slug
 from .charts import draw
@@ -104,19 +104,15 @@ def markdown(table: TableData) -> str:
 
 def latex(table: TableData) -> str:
     """A `table` for the booktabs package; if there are several scores, they are grouped by column."""
-
     headings, rows = _grid(table)
-    lines = [r"\begin{table}", r"\centering", rf"\caption{{{tex(table.title)}}}"]
-    lines += [rf"\begin{{tabular}}{{l{'r' * (len(headings) - 1)}}}", r"\toprule"]
+    groups: list[str] = []
     if len(table.scores) > 1 and table.columns != [""]:
         width = len(table.scores)
-        groups = "".join(rf" & \multicolumn{{{width}}}{{c}}{{{tex(column)}}}" for column in table.columns)
+        names = "".join(rf" & \multicolumn{{{width}}}{{c}}{{{tex(column)}}}" for column in table.columns)
         ends = range(1 + width, len(headings) + 1, width)
-        lines += [rf"{groups} \\", "".join(rf"\cmidrule(lr){{{end - width + 1}-{end}}}" for end in ends)]
+        groups = [rf"{names} \\", "".join(rf"\cmidrule(lr){{{end - width + 1}-{end}}}" for end in ends)]
         headings = [table.rows_axis] + [_score_name(table, score) for _ in table.columns for score in table.scores]
-    lines += [" & ".join(map(tex, headings)) + r" \\", r"\midrule"]
-    lines += [" & ".join(map(tex, row)) + r" \\" for row in rows]
-    return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])
+    return latex_table(table.title, headings, rows, groups)
 
 
 def to_csv(tables: Sequence[TableData]) -> str:

@@ -99,7 +99,7 @@ def _catch_signals(job: JobEnvironment) -> Iterator[list[int]]:
     """Inside, the signals that would end this process are only appended to the list."""
     received: list[int] = []
 
-    def handler(number: int, frame: FrameType | None) -> None:
+    def handler(number: int, _: FrameType | None) -> None:
         received.append(number)
 
     numbers = [signal.SIGTERM, signal.SIGUSR2, *([signal.SIGINT] if job.scheduler == "local" else [])]

@@ -54,7 +54,6 @@ class _ContrastiveLoss(nn.Module):
     def __init__(
         self,
         temperature: float,
-        *,
         backend: str,
         precision: str,
         gather: bool,
@@ -149,14 +148,7 @@ class SupConLoss(_ContrastiveLoss):
         learnable_temperature: bool = False,
     ) -> None:
         """`backend`, `precision`, `gather`, `validate`: see `pairwise_stats`. Raises ConfigError."""
-        super().__init__(
-            temperature,
-            backend=backend,
-            precision=precision,
-            gather=gather,
-            validate=validate,
-            learnable_temperature=learnable_temperature,
-        )
+        super().__init__(temperature, backend, precision, gather, validate, learnable_temperature)
         if form not in FORMS:
             raise ConfigError(unknown_name("form of the SupCon loss", form, FORMS))
         if base_temperature is not None and not base_temperature > 0:
@@ -206,14 +198,7 @@ class TCLLoss(_ContrastiveLoss):
         learnable_temperature: bool = False,
     ) -> None:
         """`backend`, `precision`, `gather`, `validate`: see `pairwise_stats`. Raises ConfigError."""
-        super().__init__(
-            temperature,
-            backend=backend,
-            precision=precision,
-            gather=gather,
-            validate=validate,
-            learnable_temperature=learnable_temperature,
-        )
+        super().__init__(temperature, backend, precision, gather, validate, learnable_temperature)
         for name, value in (("k1", k1), ("k2", k2)):
             if not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"{name} must be a finite number >= 0; got {value}")
@@ -248,14 +233,7 @@ class SimCLRLoss(_ContrastiveLoss):
         learnable_temperature: bool = False,
     ) -> None:
         """`backend`, `precision`, `gather`, `validate`: see `pairwise_stats`. Raises ConfigError."""
-        super().__init__(
-            temperature,
-            backend=backend,
-            precision=precision,
-            gather=gather,
-            validate=validate,
-            learnable_temperature=learnable_temperature,
-        )
+        super().__init__(temperature, backend, precision, gather, validate, learnable_temperature)
 
     def forward(
         self,

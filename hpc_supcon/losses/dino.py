@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..distributed.collectives import all_sum, gather_sizes
 from .pairwise import global_mean
 from .prototypes import random_prototypes, unit_prototypes
-from .validation import prepare_anchors
+from .validation import prepare_views
 
 
 class DINOLoss(nn.Module):
@@ -66,11 +66,8 @@ class DINOLoss(nn.Module):
 
         Every rank must call this. `images_per_rank`: B of every rank, where all ranks know it. Raises LossInputError.
         """
-        views = embeddings.shape[1] if embeddings.ndim == 3 else 1
-        rows_per_rank = None if images_per_rank is None else [n * views for n in images_per_rank]
-        prepare_anchors(embeddings, None, validate=self.validate, rows_per_rank=rows_per_rank)
+        views, dtype, _ = prepare_views(embeddings, images_per_rank, validate=self.validate)
         with torch.autocast(embeddings.device.type, enabled=False):
-            dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
             assigned = self._assignments(target.detach().to(dtype))  # [B, G, K]
             prototypes = unit_prototypes(self.prototypes, trained=self.steps >= self.frozen_steps, dtype=dtype)
             logits = F.normalize(embeddings.to(dtype), dim=-1) @ prototypes.T / self.temperature  # [B, V, K]

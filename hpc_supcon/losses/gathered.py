@@ -21,6 +21,8 @@ from .validation import Anchors, Queue
 
 # Rows whose largest entry is below this count as zero: their direction is rounding noise.
 ZERO_ROW = 1e-30
+TRITON_MAX_DIM = 2048
+"""Widest rows of the Triton kernels: a program holds whole rows in registers."""
 # Rows that the backward pass of the normalization processes at a time.
 _CHUNK = 8192
 # The class of queue rows without labels: equal to no anchor's label, so they are negatives only.
@@ -61,7 +63,7 @@ def constant(value: float, device: torch.device) -> Tensor:
 
 
 def _has_kernel(x_ND: Tensor, scale: Tensor, dtype: torch.dtype) -> bool:
-    if dtype != torch.float32 or scale.dtype != torch.float64 or not 0 < x_ND.shape[1] <= 2048:
+    if dtype != torch.float32 or scale.dtype != torch.float64 or not 0 < x_ND.shape[1] <= TRITON_MAX_DIM:
         return False
     # the interpreter is for the tests of the kernels, on the CPU
     return (x_ND.is_cuda and has_triton()) or os.environ.get("TRITON_INTERPRET") == "1"

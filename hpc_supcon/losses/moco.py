@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..distributed.collectives import gather_rows
 from .pairwise import global_mean
-from .validation import prepare_anchors
+from .validation import prepare_views
 
 
 class MoCoLoss(nn.Module):
@@ -51,11 +51,8 @@ class MoCoLoss(nn.Module):
         `keys`: of the momentum target, for the same views. `images_per_rank`: B of every rank, where all ranks know
         it. Raises LossInputError.
         """
-        views = embeddings.shape[1] if embeddings.ndim == 3 else 1
-        rows_per_rank = None if images_per_rank is None else [n * views for n in images_per_rank]
-        prepare_anchors(embeddings, None, validate=self.validate, rows_per_rank=rows_per_rank)
+        views, dtype, _ = prepare_views(embeddings, images_per_rank, validate=self.validate)
         with torch.autocast(embeddings.device.type, enabled=False):
-            dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
             q = F.normalize(embeddings.to(dtype), dim=-1)
             k = F.normalize(keys.detach().to(dtype), dim=-1)
             losses = [

@@ -18,7 +18,7 @@ from ..errors import ConfigError, MissingExtra, unknown_name
 from . import torch_tiled
 from .autograd import tiled_statistics
 from .dense import dense_statistics
-from .gathered import has_triton, normalize_rows
+from .gathered import TRITON_MAX_DIM, has_triton, normalize_rows
 from .precision import PRECISIONS, tile_precision
 from .temperature import FP32_TEMPERATURE, at_least, check_temperature
 from .validation import Anchors, Queue, prepare_anchors
@@ -211,11 +211,12 @@ def choose_backend(backend: str, anchors: Anchors, features: Tensor, tau: float,
     sizes of all ranks, not on this rank's.
     """
     columns = sum(anchors.rows_per_rank) + anchors.queue_rows
-    fits_triton = features.dtype != torch.float64 and tau >= FP32_TEMPERATURE and features.shape[-1] <= 2048
+    fits_triton = features.dtype != torch.float64 and tau >= FP32_TEMPERATURE and features.shape[-1] <= TRITON_MAX_DIM
     if backend == "triton" and not fits_triton:
         raise ConfigError(
-            f"backend 'triton' needs fp32, bf16 or fp16 features of at most 2048 dimensions and a temperature of at "
-            f"least {FP32_TEMPERATURE}; got {features.dtype}, {features.shape[-1]}, {tau}; use 'tiled'"
+            f"backend 'triton' needs fp32, bf16 or fp16 features of at most {TRITON_MAX_DIM} dimensions and a "
+            f"temperature of at least {FP32_TEMPERATURE}; got {features.dtype}, {features.shape[-1]}, {tau}; use "
+            "'tiled'"
         )
     exact_on_cuda = precision == "fp32" and features.is_cuda
     if backend == "triton" and exact_on_cuda:

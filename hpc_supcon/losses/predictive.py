@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .pairwise import global_mean
-from .validation import prepare_anchors
+from .validation import prepare_views
 
 
 class SimSiamLoss(nn.Module):
@@ -52,11 +52,8 @@ def mean_cosine(
 
     0-dim; no gradient reaches the target. See SimSiamLoss.
     """
-    views = prediction.shape[1] if prediction.ndim == 3 else 1
-    rows_per_rank = None if images_per_rank is None else [n * views for n in images_per_rank]
-    prepare_anchors(prediction, None, validate=validate, rows_per_rank=rows_per_rank)
+    views, dtype, _ = prepare_views(prediction, images_per_rank, validate=validate)
     with torch.autocast(prediction.device.type, enabled=False):
-        dtype = torch.float64 if prediction.dtype == torch.float64 else torch.float32
         p = F.normalize(prediction.to(dtype), dim=-1)
         z = F.normalize(target.detach().to(dtype), dim=-1)
         # all pairs of views, less those of a view with itself

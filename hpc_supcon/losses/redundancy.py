@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ..distributed.collectives import all_sum, sum_with_grad
 from ..errors import LossInputError
-from .validation import prepare_anchors
+from .validation import prepare_views
 
 EPS = 1e-5
 """Added to variances by the BatchNorm without weights of Barlow Twins' authors."""
@@ -104,15 +104,12 @@ def _centered(embeddings: Tensor, images_per_rank: list[int] | None, validate: b
     The mean is a constant for the gradient. That is exact for sums of products of centered values over all ranks:
     such a sum is at its minimum, or flat, in the mean.
     """
-    views = embeddings.shape[1] if embeddings.ndim == 3 else 1
-    rows_per_rank = None if images_per_rank is None else [n * views for n in images_per_rank]
-    anchors = prepare_anchors(embeddings, None, validate=validate, rows_per_rank=rows_per_rank)
-    images = sum(anchors.rows_per_rank) // views
+    _, dtype, images = prepare_views(embeddings, images_per_rank, validate=validate)
     if images < 2:
         raise LossInputError(
             f"a loss of correlations between dimensions needs a batch of at least 2 images; got {images}"
         )
-    rows = embeddings if embeddings.dtype == torch.float64 else embeddings.float()
+    rows = embeddings.to(dtype)
     return rows - all_sum(rows.sum(0)) / images, images
 
 

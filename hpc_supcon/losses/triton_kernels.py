@@ -48,13 +48,20 @@ def arrange_kernel(u, order, out, m, D, DEPTH: tl.constexpr, ROWS: tl.constexpr,
 
 
 @triton.jit
-def _tile_range(bounds, first_row, n, m, span, ROWS: tl.constexpr, COLS: tl.constexpr):
+def _own_rows(n, ROWS: tl.constexpr):
+    """(index, own) [ROWS]: the program's rows; those beyond n, which are not stored, are the last one in `own`."""
+    index = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    return index, tl.minimum(index, n - 1)
+
+
+@triton.jit
+def _tile_range(bounds, n, m, span, ROWS: tl.constexpr, COLS: tl.constexpr):
     """(begin, low, high, full, stop): the split's whole tiles are begin .. full, and the columns go on up to `stop`.
 
     Positive pairs of the rows are in the tiles low .. high, or in the columns beyond the whole tiles. bounds: see
     sums_kernel.
     """
-    start = tl.program_id(1) * span
+    first_row, start = tl.program_id(0) * ROWS, tl.program_id(1) * span
     stop = tl.minimum(start + span, m)
     begin, full = start // COLS, stop // COLS
     low = tl.load(bounds + first_row) // COLS
@@ -71,11 +78,12 @@ def _careful_steps(low, high, full, stop, COLS: tl.constexpr, STEP: tl.constexpr
 
 
 @triton.jit
-def _careful_columns(k, low, high, full, COLS: tl.constexpr, STEP: tl.constexpr):
-    """The columns of the k-th of these steps, [STEP]."""
+def _careful_columns(k, low, high, full, m, COLS: tl.constexpr, STEP: tl.constexpr):
+    """(the columns of the k-th of these steps, whether they are below m), [STEP]."""
     in_tiles = (high - low) * (COLS // STEP)
     first = tl.where(k < in_tiles, low * COLS + k * STEP, full * COLS + (k - in_tiles) * STEP)
-    return first + tl.arange(0, STEP)
+    cols = first + tl.arange(0, STEP)
+    return cols, cols < m
 
 
 @triton.jit
@@ -144,10 +152,8 @@ def sums_kernel(
     STEP: columns of one round of the loop for positives.
     M_BUCKET: m, rounded up so that the kernel is not tuned anew for every m.
     """
-    first_row = tl.program_id(0) * ROWS
-    index = first_row + tl.arange(0, ROWS)
-    own = tl.minimum(index, n - 1)  # rows beyond n repeat the last one and are not stored
-    begin, low, high, full, end = _tile_range(bounds, first_row, n, m, span, ROWS, COLS)
+    index, own = _own_rows(n, ROWS)
+    begin, low, high, full, end = _tile_range(bounds, n, m, span, ROWS, COLS)
     u_rows = _rows(own_u, own, 0, DEPTH, CHUNK)
     exp_neg = tl.zeros([ROWS], tl.float32)
     for k in range(begin, full - (high - low)):
@@ -162,8 +168,7 @@ def sums_kernel(
     inv_pos = tl.zeros([ROWS], tl.float32)
     sim_inv_pos = tl.zeros([ROWS], tl.float32)
     for k in tl.range(0, _careful_steps(low, high, full, end, COLS, STEP), num_stages=1):
-        cols = _careful_columns(k, low, high, full, COLS, STEP)
-        inside = cols < m
+        cols, inside = _careful_columns(k, low, high, full, m, COLS, STEP)
         s = _careful_products(u_rows, own_u, own, u, cols, inside, CHUNK, DEPTH, PRECISION, ROWS, STEP)
         same = (cols[None, :] >= first[:, None]) & (cols[None, :] < stop[:, None])
         positive = same & (cols[None, :] != itself[:, None])
@@ -227,10 +232,8 @@ def gradient_kernel(
     weights [4, m] fp32 of the columns: sim_weight, pos_weight, neg_weight, inv_weight; the other arguments as in
     sums_kernel, CHUNK = DEPTH. BF16: products are of bf16.
     """
-    first_row = tl.program_id(0) * ROWS
-    index = first_row + tl.arange(0, ROWS)
-    own = tl.minimum(index, n - 1)
-    begin, low, high, full, end = _tile_range(bounds, first_row, n, m, span, ROWS, COLS)
+    index, own = _own_rows(n, ROWS)
+    begin, low, high, full, end = _tile_range(bounds, n, m, span, ROWS, COLS)
     u_rows = _rows(own_u, own, 0, DEPTH, DEPTH)
     itself = tl.load(bounds + 2 * n + own)
     neg_i = tl.load(weights + 2 * m + itself)
@@ -242,8 +245,7 @@ def gradient_kernel(
         grad_s = _negative_gradients(s, neg_i, start, weights, m, BF16, COLS)
         grad = tl.dot(grad_s.to(u_cols.dtype), u_cols, grad, input_precision=PRECISION)
     for k in tl.range(0, _careful_steps(low, high, full, end, COLS, STEP), num_stages=1):
-        cols = _careful_columns(k, low, high, full, COLS, STEP)
-        inside = cols < m
+        cols, inside = _careful_columns(k, low, high, full, m, COLS, STEP)
         u_cols = _block(u, cols, inside, 0, DEPTH, DEPTH)  # zero beyond m
         s = tl.dot(u_rows, tl.trans(u_cols), input_precision=PRECISION)
         grad_s = _gradients(s, neg_i, own, itself, cols, inside, bounds, weights, n, m, temperature, INVERSE, BF16)
@@ -259,10 +261,8 @@ def pair_gradient_kernel(
     ROWS: tl.constexpr, COLS: tl.constexpr, STEP: tl.constexpr,
 ):  # fmt: skip
     """out [n, stride] = G_ij + G_ji in the dtype of the products, for the split's columns; arguments as above."""
-    first_row = tl.program_id(0) * ROWS
-    index = first_row + tl.arange(0, ROWS)
-    own = tl.minimum(index, n - 1)
-    begin, low, high, full, end = _tile_range(bounds, first_row, n, m, span, ROWS, COLS)
+    _, own = _own_rows(n, ROWS)
+    begin, low, high, full, end = _tile_range(bounds, n, m, span, ROWS, COLS)
     u_rows = _rows(own_u, own, 0, DEPTH, CHUNK)
     itself = tl.load(bounds + 2 * n + own)
     neg_i = tl.load(weights + 2 * m + itself)
@@ -273,8 +273,7 @@ def pair_gradient_kernel(
         grad_s = _negative_gradients(s, neg_i, start, weights, m, BF16, COLS)
         tl.store(to_rows + (start + tl.arange(0, COLS))[None, :], grad_s.to(out.dtype.element_ty))
     for k in tl.range(0, _careful_steps(low, high, full, end, COLS, STEP), num_stages=1):
-        cols = _careful_columns(k, low, high, full, COLS, STEP)
-        inside = cols < m
+        cols, inside = _careful_columns(k, low, high, full, m, COLS, STEP)
         s = _careful_products(u_rows, own_u, own, u, cols, inside, CHUNK, DEPTH, PRECISION, ROWS, STEP)
         grad_s = _gradients(s, neg_i, own, itself, cols, inside, bounds, weights, n, m, temperature, INVERSE, BF16)
         tl.store(to_rows + cols[None, :], grad_s.to(out.dtype.element_ty), mask=inside[None, :])

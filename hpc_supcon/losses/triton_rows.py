@@ -16,8 +16,6 @@ from torch import Tensor
 
 from .triton_sizes import ceil_div, power_of_2
 
-MAX_DIM = 2048
-"""Widest rows: a program holds whole rows in registers."""
 _ELEMENTS = 4096
 _COLUMNS = 256
 

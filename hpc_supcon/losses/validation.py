@@ -77,6 +77,20 @@ def prepare_anchors(
     )
 
 
+def prepare_views(
+    embeddings: Tensor, images_per_rank: list[int] | None, *, validate: bool
+) -> tuple[int, torch.dtype, int]:
+    """Check [B, V, D], V >= 2, as `prepare_anchors` does without labels: (V, dtype, images of all ranks).
+
+    dtype: what a loss computes in, fp32, or fp64 of fp64. images_per_rank: B of every rank, where all ranks know it.
+    """
+    views = embeddings.shape[1] if embeddings.ndim == 3 else 1
+    rows_per_rank = None if images_per_rank is None else [n * views for n in images_per_rank]
+    anchors = prepare_anchors(embeddings, None, validate=validate, rows_per_rank=rows_per_rank)
+    dtype = torch.float64 if embeddings.dtype == torch.float64 else torch.float32
+    return views, dtype, sum(anchors.rows_per_rank) // views
+
+
 def _counts(features: Tensor, queue: Queue | None) -> list[int]:
     """[images, rows, queue rows] of this rank."""
     rows = features.numel() // features.shape[-1]

@@ -31,10 +31,10 @@ def markdown_table(headings: Sequence[str], rows: Iterable[Sequence[str]]) -> st
     return line(headings) + "|" + "---|" + "---:|" * (len(headings) - 1) + "\n" + "".join(map(line, rows))
 
 
-def latex_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    """A `table` for the booktabs package."""
+def latex_table(title: str, headings: Sequence[str], rows: Iterable[Sequence[str]], above: Sequence[str] = ()) -> str:
+    """A `table` for the booktabs package. above: lines of LaTeX above the headings."""
     lines = [r"\begin{table}", r"\centering", rf"\caption{{{tex(title)}}}"]
-    lines += [rf"\begin{{tabular}}{{l{'r' * (len(headings) - 1)}}}", r"\toprule"]
+    lines += [rf"\begin{{tabular}}{{l{'r' * (len(headings) - 1)}}}", r"\toprule", *above]
     lines += [" & ".join(map(tex, headings)) + r" \\", r"\midrule"]
     lines += [" & ".join(map(tex, row)) + r" \\" for row in rows]
     return "\n".join([*lines, r"\bottomrule", r"\end{tabular}", r"\end{table}", ""])

@@ -16,7 +16,6 @@ from torch.nn import functional as F
 from ..config import Config
 from ..data import Source
 from ..distributed.collectives import propagate_errors
-from ..distributed.folder_lock import locked
 from ..distributed.launch import Runtime
 from ..errors import DataError, RunFolderError
 from ..evaluation.map_figures import Classes, FittedMap, drawing, map_figure, overview_figure, save_figure
@@ -44,7 +43,7 @@ from ..pages.thumbnails import TILE, WEBP, write_thumbnails
 from ..seeding import stream
 from ..terminal import note, only_told, warn
 from ..training.data import Data
-from .results import ResultWriter
+from .results import ResultWriter, writing
 
 FOLDER = "embeddings"
 SAMPLE, QUERIES, FIT = range(3)
@@ -67,12 +66,8 @@ def draw_embeddings(
     Raises ConfigError, DataError, RunFolderError, CheckpointCorrupt, NonFinite, and ResultsNotWritten after the last
     file.
     """
-    own = writer or ResultWriter()
-    with locked(folder, runtime, warn):
-        maps = _draw(folder, config, runtime, data, own, required)
-    if writer is None:
-        own.check()
-    return maps
+    with writing(folder, runtime, writer) as own:
+        return _draw(folder, config, runtime, data, own, required)
 
 
 def _draw(

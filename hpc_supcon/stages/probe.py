@@ -14,7 +14,6 @@ from .. import run_folder
 from ..config import Config, digest
 from ..data import EvalTransform, Source, check_depth, normalization_of, pixel_dtype
 from ..distributed.collectives import propagate_errors
-from ..distributed.folder_lock import locked
 from ..distributed.launch import Runtime
 from ..errors import MissingExtra
 from ..evaluation.confusion_figure import draw_confusion
@@ -40,7 +39,7 @@ from ..training.engine import place
 from ..training.metrics import MetricLog
 from .corruptions import add_corruptions
 from .feature_scores import score_features
-from .results import ResultWriter
+from .results import ResultWriter, writing
 
 
 @dataclass(frozen=True)
@@ -85,8 +84,7 @@ def probe(
     `check_probes`. Raises ConfigError, DataError, RunFolderError and CheckpointCorrupt before any fit, NonFinite
     during one, ResultsNotWritten after the last.
     """
-    own = writer or ResultWriter()
-    with locked(folder, runtime, warn):
+    with writing(folder, runtime, writer) as own:
         results = []
         if data.splits.has_labels:
             results += _probe(folder, without_transfer(config), runtime, data, own, is_other)
@@ -96,9 +94,7 @@ def probe(
             if runtime.is_main:
                 note(f"probe.transfer={text}:")
             results += _probe(folder, other, runtime, load_data(other, runtime), own, is_other=True)
-    if writer is None:
-        own.check()
-    return results
+        return results
 
 
 def _probe(

@@ -35,7 +35,7 @@ from .pruned_run import (
     training_length,
 )
 from .pruned_weights import Selection, Trained, select, warn_of_masks
-from .results import ResultWriter
+from .results import ResultWriter, writing
 
 SPARSE = "model.sparse.safetensors"
 
@@ -68,12 +68,8 @@ def prune(
     `check`. Raises ConfigError, DataError, RunFolderError, CheckpointCorrupt before any work, NonFinite during it,
     ResultsNotWritten after it.
     """
-    own = writer or ResultWriter()
-    with locked(folder, runtime, warn):
-        results = _prune(folder, config, runtime, data, own, resume)
-    if writer is None:
-        own.check()
-    return results
+    with writing(folder, runtime, writer) as own:
+        return _prune(folder, config, runtime, data, own, resume)
 
 
 def _prune(

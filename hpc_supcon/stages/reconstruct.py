@@ -13,7 +13,6 @@ from .. import run_folder
 from ..config import Config
 from ..data import EvalTransform, Source, is_picture
 from ..distributed.collectives import propagate_errors
-from ..distributed.folder_lock import locked
 from ..distributed.launch import Runtime
 from ..errors import CorruptSample
 from ..evaluation.encoder import load_model
@@ -22,11 +21,11 @@ from ..evaluation.pictures import shown_range, stretched
 from ..evaluation.plots import draw_image_rows
 from ..evaluation.reconstruction import interpolate, reconstruct, reconstruction_errors, to_pixels
 from ..models import PretrainingModel
-from ..terminal import only_told, warn
+from ..terminal import only_told
 from ..training.data import Data
 from ..training.engine import place
 from ..training.metrics import MetricLog
-from .results import ResultWriter
+from .results import ResultWriter, writing
 
 IMAGES = 5
 """Images that are shown above their reconstructions."""
@@ -42,12 +41,8 @@ def evaluate_autoencoder(
     Evaluates the run's best checkpoint. writer: of a caller that calls its `check`. Returns the entry of
     results.json. Raises RunFolderError, CheckpointCorrupt, what the loader raises, and ResultsNotWritten.
     """
-    own = writer or ResultWriter()
-    with locked(folder, runtime, warn):
-        result = _evaluate(folder, config, runtime, data, own)
-    if writer is None:
-        own.check()
-    return result
+    with writing(folder, runtime, writer) as own:
+        return _evaluate(folder, config, runtime, data, own)
 
 
 def _evaluate(folder: Path, config: Config, runtime: Runtime, data: Data, writer: ResultWriter) -> dict[str, Any]:

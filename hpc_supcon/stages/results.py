@@ -11,8 +11,23 @@ from typing import Any
 
 from .. import run_folder
 from ..distributed.collectives import propagate_errors
+from ..distributed.folder_lock import locked
+from ..distributed.launch import Runtime
 from ..errors import ResultsNotWritten, RunFolderError
 from ..terminal import warn
+
+
+@contextmanager
+def writing(folder: Path, runtime: Runtime, writer: ResultWriter | None) -> Iterator[ResultWriter]:
+    """`writer`, or one that is checked at the end; inside, no other run writes in `folder`. Collective.
+
+    Raises on all ranks what run_lock raises, and ResultsNotWritten as `check`, unless a `writer` is given.
+    """
+    own = writer or ResultWriter()
+    with locked(folder, runtime, warn):
+        yield own
+    if writer is None:
+        own.check()
 
 
 class ResultWriter:

@@ -31,7 +31,6 @@ class MetricsEndpoint:
         except OSError as error:
             warn(f"log.metrics_port={port}: nothing is served: {error.strerror}; the run goes on")
             return
-        self._server.daemon_threads = True
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.1,), daemon=True)
         self._thread.start()
 

@@ -14,7 +14,7 @@ from hpc_supcon.config import load_config
 from hpc_supcon.data import full_scale
 from hpc_supcon.distributed.collectives import gather_rows
 from hpc_supcon.distributed.launch import Launch, Runtime
-from hpc_supcon.evaluation.features import read_images
+from hpc_supcon.evaluation.features import read_indexed
 from hpc_supcon.stages.pretrain import pretrain
 from hpc_supcon.stages.probe import probe
 from hpc_supcon.training.data import load_data
@@ -52,7 +52,7 @@ def evaluated(rank, world_size, folder, train):
         pretrain(config, runtime, data)
     found, _ = load_newest(Path(folder) / "checkpoints")
     results = probe(Path(folder), config, runtime, data)
-    images, _ = read_images(data.splits.test, runtime)
+    images, *_ = read_indexed(data.splits.test, runtime)
     kept = json.loads(json.dumps([{k: v for k, v in result.items() if k != "seconds"} for result in results]))
     return found.state["normalization"], kept, gather_rows(images).int()
 

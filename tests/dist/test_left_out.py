@@ -15,7 +15,7 @@ from hpc_supcon.config import load_config
 from hpc_supcon.data import ArraySource, LoaderOptions, Splits, TrainOrder, build_loader
 from hpc_supcon.distributed.launch import Launch, Runtime
 from hpc_supcon.errors import CorruptSample
-from hpc_supcon.evaluation.features import SplitRows, read_images
+from hpc_supcon.evaluation.features import SplitRows, read_indexed
 from hpc_supcon.evaluation.left_out import tell_left_out
 from hpc_supcon.evaluation.monitor import monitor
 from hpc_supcon.stages.pretrain import pretrain
@@ -225,7 +225,7 @@ def test_a_split_of_which_no_image_decodes_is_named():
     runtime = Runtime(Launch(rank=0, world_size=1), torch.device("cpu"))
     options = LoaderOptions(on_corrupt="leave_out")
     splits = Splits(images(5, [2]), None, images(5, range(5)))
-    rows = SplitRows(splits, lambda source, kind: read_images(source, runtime, options=options))
+    rows = SplitRows(splits, lambda source, kind: read_indexed(source, runtime, options=options)[:2])
     assert rows.gathered("train", "pixels")[1].tolist() == splits.train.labels[[0, 1, 3, 4]].tolist()
     assert rows.left_out == {"train": 1}
     with pytest.raises(CorruptSample, match="none of the 5 images decodes"):

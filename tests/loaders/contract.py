@@ -9,13 +9,14 @@ import threading
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from hpc_supcon.data import EvalOrder, Source, TrainOrder, build_loader, load_splits
+from hpc_supcon.data import EvalOrder, Order, Source, TrainOrder, build_loader, load_splits
 from hpc_supcon.data.loaders import CropOptions, LoaderOptions
 
 from ..processes import RUN_TIMEOUT_S
@@ -43,6 +44,21 @@ def write_folder(root: Path, suffix: str = "png", **options: object) -> Path:
 
 def open_train(root: Path, **options: object) -> Source:
     return load_splits("image_folder", root=root, validation_fraction=0, **{"image_size": 16, **options}).train
+
+
+def load_all(
+    name: str, source: Source, order: Order | None = None, device: str = "cpu", **options: Any
+) -> tuple[torch.Tensor, torch.Tensor, Any]:
+    """(images, index, the loader, which is closed) of an epoch."""
+    order, options = order or EvalOrder(len(source), 8), {"timeout_s": 60, **options}
+    loader = build_loader(
+        name, source, order, seed=0, rank=0, world_size=1, device=device, options=LoaderOptions(**options)
+    )
+    try:
+        batches = list(loader.epoch(0))
+    finally:
+        loader.close()
+    return torch.cat([b.images for b in batches]), torch.cat([b.index for b in batches]), loader
 
 
 def listing(folder: str) -> list[str]:

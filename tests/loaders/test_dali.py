@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from hpc_supcon.data.loaders import LoaderOptions
 from hpc_supcon.errors import ConfigError, CorruptSample, DataError, LoaderDied
 
 from ..devices import needs_cuda
+from . import contract
 from .contract import (
     BATCH,
     CROP,
@@ -54,15 +56,7 @@ class TestDaliOnJpeg(TestDali):
         return open_train(jpegs)
 
 
-def load_all(source, device="cpu", **options):
-    options = LoaderOptions(**{"timeout_s": 60, **options})
-    order = EvalOrder(len(source), 8)
-    loader = build_loader("dali", source, order, seed=0, rank=0, world_size=1, device=device, options=options)
-    try:
-        batches = list(loader.epoch(0))
-    finally:
-        loader.close()
-    return torch.cat([b.images for b in batches]), torch.cat([b.index for b in batches]), loader
+load_all = partial(contract.load_all, "dali")
 
 
 @pytest.mark.parametrize("suffix", ["png", "jpg"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from hpc_supcon.data.sources.beton import open_beton
 from hpc_supcon.data.sources.convert import convert
 from hpc_supcon.errors import ConfigError, CorruptSample, LoaderDied
 
+from . import contract
 from .contract import BATCH, CROP, LoaderContract, N, ProcessResources, assert_nothing_left, open_train, write_folder
 from .extras import require
 
@@ -57,15 +59,7 @@ class TestFfcvOnJpeg(TestFfcv):
         return open_beton(jpegs, image_size=16)
 
 
-def load_all(source, order=None, **options):
-    options = LoaderOptions(**{"timeout_s": 60, **options})
-    order = order or EvalOrder(len(source), 8)
-    loader = build_loader("ffcv", source, order, seed=0, rank=0, world_size=1, device="cpu", options=options)
-    try:
-        batches = list(loader.epoch(0))
-    finally:
-        loader.close()
-    return torch.cat([b.images for b in batches]), torch.cat([b.index for b in batches]), loader
+load_all = partial(contract.load_all, "ffcv")
 
 
 def test_raw_images_that_need_no_resizing_are_unchanged(tmp_path):

@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from hpc_supcon import cli
+from tests.commands import succeed
 
 from ..data.odd_images import cut, jpeg
 from .contract import save, write_folder
@@ -25,9 +25,7 @@ SETTINGS = [
 
 
 def run(*arguments):
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([*arguments])
-    assert not stopped.value.code
+    succeed(*arguments)
 
 
 @pytest.mark.parametrize("crop", ["false", "true"])

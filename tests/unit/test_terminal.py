@@ -14,7 +14,8 @@ from hpc_supcon import terminal
 from hpc_supcon.grid.charts import draw
 from hpc_supcon.grid.tables import TableData
 from hpc_supcon.training.metrics import ProgressLine
-from tests.unit.cli.test_app import FAST, run
+from tests.commands import run
+from tests.unit.cli.test_app import FAST
 
 ROOT = Path(hpc_supcon.__file__).parent
 NAMES = ["r/[tcl]a", "r/x[/a]y", "[bold red]x", "a:smile:b", "[link=https://example.org]x"]

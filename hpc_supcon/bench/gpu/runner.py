@@ -105,7 +105,7 @@ def _run(command: Sequence[str], seconds: float, stderr: int, variables: Mapping
 @contextmanager
 def _ended_by_sigterm() -> Iterator[None]:
     """SIGTERM raises SystemExit inside, so that the running stage does not outlive this process."""
-    before = signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    before = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         yield
     finally:

@@ -20,9 +20,9 @@ from PIL import Image
 from torch import Tensor
 
 from ...errors import DataError
-from .bands import Pixels
+from .decoded import DecodedSource
 from .image_file import MODE_OF_CHANNELS, Exif, named, open_image
-from .source import channels_error, channels_first, resize_and_crop, stack_images
+from .source import channels_error
 
 FORMAT = "hpc-supcon beton 1"
 JPEG, RAW = 0, 1
@@ -44,11 +44,11 @@ SAMPLES_AT = HEADER.itemsize + 2 * FIELD.itemsize
 SampleColumns = dict[str, npt.NDArray[Any]]
 
 
-class BetonSource:
+class BetonSource(DecodedSource):
     """Source over a .beton file, whose images are decoded whenever they are read. Made by `open_beton`.
 
     `columns`: mode, width, height, ptr and size of every sample of the FILE; `rows`: int64 [N], which of them
-    are the images of this source.
+    are the images of this source. `paths` is None: a .beton file does not name the files that it was made of.
     """
 
     def __init__(
@@ -61,14 +61,9 @@ class BetonSource:
         channels: int,
         image_size: int,
     ) -> None:
+        super().__init__(labels, classes, channels, image_size)
         self.path, self.columns, self.rows = path, columns, rows
-        self.labels, self.classes = labels, tuple(classes)
-        self.channels, self.image_size = channels, image_size
-        self.paths: tuple[Path, ...] | None = None  # a .beton file does not name the files that it was made of
         self._bytes: npt.NDArray[np.uint8] | None = None
-
-    def __len__(self) -> int:
-        return len(self.labels)
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_bytes": None}  # a worker process maps the file itself
@@ -79,10 +74,6 @@ class BetonSource:
         if self._bytes is None:
             self._bytes = np.memmap(self.path, dtype=np.uint8, mode="r")
         return self._bytes
-
-    def read(self, i: int) -> Tensor:
-        """uint8 [C, S, S]. Raises CorruptSample."""
-        return torch.from_numpy(self._decode(i).copy())
 
     def pil_image(self, i: int) -> Image.Image:
         """See Source.pil_image. Raises CorruptSample."""
@@ -97,13 +88,6 @@ class BetonSource:
             else:
                 image = open_image(io.BytesIO(data.tobytes()))
             return image.convert(MODE_OF_CHANNELS[self.channels])
-
-    def stack(self) -> Tensor:
-        """uint8 [N, C, S, S]. Raises as `read`."""
-        return stack_images(self._decode, len(self), (self.channels, self.image_size, self.image_size))
-
-    def _decode(self, i: int) -> Pixels:
-        return channels_first(resize_and_crop(self.pil_image(i), self.image_size))
 
     def subset(self, indices: Tensor | Sequence[int]) -> BetonSource:
         chosen = torch.as_tensor(indices, dtype=torch.int64)

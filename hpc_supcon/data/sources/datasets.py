@@ -17,9 +17,10 @@ from ..levels import PICTURE_CHANNELS, dtype_of, is_picture
 from .bands import Bands, Picture, Pixels
 from .dataset_items import DatasetItems, MapDataset
 from .dataset_labels import check_range, class_names, labels_of
+from .decoded import DecodedSource
 from .image_file import CHANNELS_OF_MODE, MODE_OF_CHANNELS, named
 from .listing import Note
-from .source import channels_error, channels_first, resize_and_crop, stack_images
+from .source import channels_error
 
 Datasets = Mapping[str, Any] | tuple[Any, ...] | MapDataset
 """{"train": ..., "test": ..., "validation": ...}, of which validation may be absent; (train, test) or (train,
@@ -46,7 +47,7 @@ class ItemFormat:
         return is_picture(self.channels, dtype_of(self.bits))
 
 
-class DatasetSource:
+class DatasetSource(DecodedSource):
     """Source over the items of a dataset, which are read whenever they are needed. Made by `dataset_splits`."""
 
     def __init__(
@@ -54,23 +55,12 @@ class DatasetSource:
     ) -> None:
         """rows int64 [N]: which items are the images of this source; labels int64 [N]: zeros without classes."""
         assert rows.shape == labels.shape
-        self.items, self.rows, self.labels = items, rows, labels
-        self.classes = tuple(classes)
-        self.item_format = item_format
-        self.channels, self.image_size = item_format.channels, item_format.image_size
-        self.dtype = dtype_of(item_format.bits)
-        self.paths = None
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    def read(self, i: int) -> Tensor:
-        """uint8 or uint16 [C, S, S]. Raises CorruptSample where the dataset raises; DataError where an image is of
-        another form than the first. Both name the dataset and its item."""
-        return torch.from_numpy(self._read(i).copy())
+        super().__init__(labels, classes, item_format.channels, item_format.image_size, dtype_of(item_format.bits))
+        self.items, self.rows, self.item_format = items, rows, item_format
 
     def pil_image(self, i: int) -> Picture:
-        """See Source.pil_image. Raises as `read`."""
+        """See Source.pil_image. Raises CorruptSample where the dataset raises; DataError where an image is of
+        another form than the first. Both name the dataset and its item."""
         row, expected = int(self.rows[i]), self.item_format
         found, where = self.items.image(row), f"{self.items.name}: item {row}"
         image = _picture(found, where, expected) if expected.is_picture else _bands(found, where, expected)
@@ -83,14 +73,6 @@ class DatasetSource:
             return image
         with named(where):
             return image.convert(MODE_OF_CHANNELS[self.channels])
-
-    def stack(self) -> Tensor:
-        """See stack_images. Raises as `read`."""
-        shape = (self.channels, self.image_size, self.image_size)
-        return stack_images(self._read, len(self), shape, self.dtype)
-
-    def _read(self, i: int) -> Pixels:
-        return channels_first(resize_and_crop(self.pil_image(i), self.image_size))
 
     def subset(self, indices: Tensor | Sequence[int]) -> DatasetSource:
         chosen = torch.as_tensor(indices, dtype=torch.int64)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PosixPath
 from typing import Any, NoReturn, Protocol
 
@@ -19,9 +19,11 @@ from torch import Tensor
 from ..levels import dtype_of
 from .band_file import encoded_stored, read_stored
 from .bands import Picture, Pixels
+from .decoded import DecodedSource
 from .folder import format_of
 from .image_file import Exif, ImageFormat, named
-from .source import channels_first, resize_and_crop, stack_images
+from .source import channels_first, resize_and_crop
+from .tables import arranged
 
 
 class EncodedImages(Protocol):
@@ -63,7 +65,7 @@ class EncodedFile(PosixPath):
         raise FileNotFoundError(os.fspath(self))
 
 
-class EncodedSource:
+class EncodedSource(DecodedSource):
     """Source over EncodedImages."""
 
     def __init__(
@@ -71,15 +73,9 @@ class EncodedSource:
     ) -> None:
         """rows int64 [N]: which of `images` these are; labels int64 [N]: theirs, zeros without classes."""
         assert rows.shape == labels.shape
-        self.images, self.rows, self.labels = images, rows, labels
-        self.classes = tuple(classes)
-        self.image_format = image_format
-        self.channels, self.image_size = image_format.channels, image_format.image_size
-        self.dtype = dtype_of(image_format.bits)
-        self.paths = None
-
-    def __len__(self) -> int:
-        return len(self.rows)
+        form = image_format
+        super().__init__(labels, classes, form.channels, form.image_size, dtype_of(form.bits))
+        self.images, self.rows, self.image_format = images, rows, image_format
 
     def name(self, i: int) -> str:
         """See EncodedImages.name."""
@@ -94,12 +90,8 @@ class EncodedSource:
         sizes = self.images.sizes()
         return None if sizes is None else sizes[self.rows.numpy()]
 
-    def read(self, i: int) -> Tensor:
-        """uint8 or uint16 [C, S, S]. Raises CorruptSample naming the image; DataError where its form differs."""
-        return torch.from_numpy(self._decode(i).copy())
-
     def pil_image(self, i: int) -> Picture:
-        """See Source.pil_image. Raises as `read`."""
+        """See Source.pil_image. Raises CorruptSample naming the image; DataError where its form differs."""
         return read_stored(self._file(i), self.image_format)
 
     def _file(self, i: int) -> EncodedFile:
@@ -109,11 +101,6 @@ class EncodedSource:
         """Image i, 8-bit gray or RGB, as the bytes of a file that every decoder reads the same; see
         image_file.encoded_image."""
         return encoded_stored(self._file(i), self.image_format)
-
-    def stack(self) -> Tensor:
-        """See stack_images. Raises as `read`."""
-        shape = (self.channels, self.image_size, self.image_size)
-        return stack_images(self._decode, len(self), shape, self.dtype)
 
     def _decode(self, i: int) -> Pixels:
         image = self.pil_image(i)
@@ -143,3 +130,22 @@ class _Files(Sequence[Path]):
 def format_of_encoded(images: EncodedImages, image_size: int | None, channels: int | None, exif: Exif) -> ImageFormat:
     """See folder.format_of."""
     return format_of(_Files(images), image_size, channels, exif)
+
+
+EncodedSplits = tuple[EncodedSource, EncodedSource | None, EncodedSource | None]
+"""(train, validation or None, test or None; where one of these exists it is test)."""
+
+
+def encoded_splits(
+    images: Mapping[str, EncodedImages],
+    labels: Mapping[str, Tensor],
+    classes: Sequence[str],
+    image_format: ImageFormat,
+) -> EncodedSplits:
+    """The sources of images by split, with their labels int64 [N]."""
+    return arranged(
+        {
+            split: EncodedSource(one, torch.arange(len(one)), labels[split], classes, image_format)
+            for split, one in images.items()
+        }
+    )

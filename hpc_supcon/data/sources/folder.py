@@ -13,37 +13,27 @@ from ...errors import CorruptSample, DataError
 from ..levels import dtype_of
 from .band_file import StoredForm, encoded_stored, read_stored, stored_form
 from .bands import Picture, Pixels
+from .decoded import DecodedSource
 from .image_file import SUFFIXES, Exif, ImageFormat, named
 from .listing import Note, list_images, list_splits
-from .source import channels_error, channels_first, resize_and_crop, stack_images
+from .source import channels_error, channels_first, resize_and_crop
 
 
-class FolderSource:
+class FolderSource(DecodedSource):
     """Source over image files, which are decoded whenever they are read."""
 
     def __init__(
         self, paths: Sequence[Path], labels: Tensor, classes: Sequence[str], image_format: ImageFormat
     ) -> None:
         """labels int64 [len(paths)] in 0..len(classes)-1; zeros where there are no classes."""
-        assert labels.dtype == torch.int64
         assert labels.shape == (len(paths),)
-        self.paths = tuple(paths)
-        self.labels = labels
-        self.classes = tuple(classes)
+        form = image_format
+        super().__init__(labels, classes, form.channels, form.image_size, dtype_of(form.bits))
+        self.paths: tuple[Path, ...] = tuple(paths)
         self.image_format = image_format
-        self.channels = image_format.channels
-        self.dtype = dtype_of(image_format.bits)
-        self.image_size = image_format.image_size
-
-    def __len__(self) -> int:
-        return len(self.paths)
-
-    def read(self, i: int) -> Tensor:
-        """uint8 or uint16 [C, S, S]. Raises CorruptSample naming the path; DataError where its form differs."""
-        return torch.from_numpy(_decode(self.paths[i], self.image_format).copy())  # Pillow's own memory is read-only
 
     def pil_image(self, i: int) -> Picture:
-        """See Source.pil_image. Raises as `read`."""
+        """See Source.pil_image. Raises CorruptSample naming the path; DataError where its form differs."""
         return read_stored(self.paths[i], self.image_format)
 
     def encoded(self, i: int) -> tuple[bytes, tuple[int, int]]:
@@ -51,10 +41,10 @@ class FolderSource:
         image_file.encoded_image."""
         return encoded_stored(self.paths[i], self.image_format)
 
-    def stack(self) -> Tensor:
-        """See stack_images. Raises as `read`."""
-        shape = (self.channels, self.image_size, self.image_size)
-        return stack_images(lambda i: _decode(self.paths[i], self.image_format), len(self), shape, self.dtype)
+    def _decode(self, i: int) -> Pixels:
+        image = self.pil_image(i)
+        with named(f"image {self.paths[i]}"):
+            return channels_first(resize_and_crop(image, self.image_size))
 
     def subset(self, indices: Tensor | Sequence[int]) -> FolderSource:
         rows = torch.as_tensor(indices, dtype=torch.int64)
@@ -185,10 +175,3 @@ def _first_whole(paths: Sequence[Path], exif: Exif, channels: int | None) -> tup
             damaged = damaged or error
     assert damaged is not None  # a class has images
     raise damaged
-
-
-def _decode(path: Path, image_format: ImageFormat) -> Pixels:
-    """uint8 or uint16 [C, S, S]."""
-    image = read_stored(path, image_format)
-    with named(f"image {path}"):
-        return channels_first(resize_and_crop(image, image_format.image_size))

@@ -16,10 +16,10 @@ from urllib.request import getproxies
 import torch
 
 from ...errors import CorruptSample, DataError, MissingExtra, on_one_line
-from .encoded import EncodedSource, format_of_encoded
+from .encoded import EncodedSplits, encoded_splits, format_of_encoded
 from .image_file import Exif
 from .listing import Note
-from .tables import SPLIT_WORDS, Columns, arranged, numbered_labels, rows_named
+from .tables import SPLIT_WORDS, Columns, numbered_labels, rows_named
 
 HUB = "hf:"
 """Beginning of a data.root that names a data set of the hub: hf:OWNER/NAME, hf:OWNER/NAME:CONFIGURATION, with
@@ -67,7 +67,7 @@ def open_huggingface(
     exif: Exif = "transpose",
     has_labels: bool = True,
     note: Note | None = None,
-) -> tuple[EncodedSource, EncodedSource | None, EncodedSource | None]:
+) -> EncodedSplits:
     """(train, validation or None, test or None; where one of these exists it is test) of a DatasetDict.
 
     root: a folder that `save_to_disk` wrote, a folder with Parquet files whose names begin with that of their split,
@@ -95,12 +95,7 @@ def open_huggingface(
             values, lambda split, rows: f"{where[split]}, {rows_named(rows)}", note, order
         )
     image_format = format_of_encoded(images["train"], image_size, channels, exif)
-    return arranged(
-        {
-            split: EncodedSource(one, torch.arange(len(one)), labels[split], classes, image_format)
-            for split, one in images.items()
-        }
-    )
+    return encoded_splits(images, labels, classes, image_format)
 
 
 def _opened(root: str) -> Any:

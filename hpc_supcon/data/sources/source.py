@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
-import threading
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, overload
@@ -120,32 +117,6 @@ class ArraySource:
         rows = torch.as_tensor(indices, dtype=torch.int64)
         paths = None if self.paths is None else [self.paths[i] for i in rows.tolist()]
         return ArraySource(self._images[rows], self.labels[rows], self.classes, paths)
-
-
-def stack_images(
-    read: Callable[[int], Pixels], n: int, shape: tuple[int, int, int], dtype: torch.dtype = torch.uint8
-) -> Tensor:
-    """`dtype` [n, *shape]: read(0) ... read(n - 1), read by one thread for each processor of this process.
-
-    Raises what `read` raises, for the first image that fails.
-    """
-    images = torch.empty((n, *shape), dtype=dtype).numpy()
-    failed = threading.Event()
-
-    def decode(start: int) -> None:
-        for i in range(start, min(start + 256, n)):
-            if failed.is_set():
-                return
-            try:
-                images[i] = read(i)
-            except DataError:
-                failed.set()
-                raise
-
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
-        for _ in pool.map(decode, range(0, n, 256)):
-            pass
-    return torch.from_numpy(images)
 
 
 def channels_first(image: Picture) -> Pixels:

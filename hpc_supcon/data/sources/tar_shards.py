@@ -14,10 +14,10 @@ import numpy.typing as npt
 import torch
 
 from ...errors import CorruptSample, DataError, MissingExtra
-from .encoded import EncodedSource, format_of_encoded
+from .encoded import EncodedSplits, encoded_splits, format_of_encoded
 from .image_file import Exif
 from .listing import Note
-from .tables import SPLIT_WORDS, Columns, arranged, numbered_labels
+from .tables import SPLIT_WORDS, Columns, numbered_labels
 from .tar_index import index_of
 
 
@@ -67,7 +67,7 @@ def open_shards(
     exif: Exif = "transpose",
     has_labels: bool = True,
     note: Note | None = None,
-) -> tuple[EncodedSource, EncodedSource | None, EncodedSource | None]:
+) -> EncodedSplits:
     """(train, validation or None, test or None; where one of these exists it is test) of tars.
 
     root: a folder with tars at any depth, or a pattern as webdataset writes it, such as {train,test}-{000..015}.tar.
@@ -92,12 +92,7 @@ def open_shards(
         }
         classes, labels = numbered_labels(values, lambda split, rows: images[split].name(rows[0]), note)
     image_format = format_of_encoded(images["train"], image_size, channels, exif)
-    return arranged(
-        {
-            split: EncodedSource(one, torch.arange(len(one)), labels[split], classes, image_format)
-            for split, one in images.items()
-        }
-    )
+    return encoded_splits(images, labels, classes, image_format)
 
 
 def _shards_by_split(root: str, *, has_labels: bool) -> dict[str, list[Path]]:

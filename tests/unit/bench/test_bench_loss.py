@@ -11,8 +11,6 @@ from hpc_supcon.bench import loss
 from hpc_supcon.bench.common import host_waits, seconds_of
 from hpc_supcon.bench.loss_contenders import dense_supcon
 
-WAIT = "called a synchronizing CUDA operation"
-
 
 def run(names, **options):
     rows, told = [], []

@@ -10,8 +10,8 @@ import pytest
 import torch
 from PIL import Image
 
-from hpc_supcon import cli
 from hpc_supcon.evaluation.probes import PROBES
+from tests.commands import run
 from tests.processes import Ranks
 
 FAST = [
@@ -21,14 +21,6 @@ FAST = [
     "train.epochs=2", "probe.linear.epochs=2", "probe.linear.lrs=[1e-2, 1e-1]", "log.tensorboard=false",
     "runtime.threads=1",
 ]  # fmt: skip
-
-
-def run(capsys, *arguments):
-    """(exit code, stdout, stderr) of a command, in this process."""
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([*arguments])
-    out, err = capsys.readouterr()
-    return stopped.value.code or 0, out, err
 
 
 @pytest.fixture

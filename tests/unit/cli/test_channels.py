@@ -11,10 +11,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hpc_supcon import cli, run_folder
+from hpc_supcon import run_folder
 from hpc_supcon.checkpoint import load_newest
 from hpc_supcon.data import load_splits
 from hpc_supcon.pages.thumbnails import read_thumbnails
+from tests.commands import run, succeed
 
 tifffile = pytest.importorskip("tifffile")
 FAST = [
@@ -23,14 +24,6 @@ FAST = [
     "probe.kind=[knn, softmax]", "probe.knn.k=1", "probe.softmax.epochs=1", "report.methods=[pca]",
 ]  # fmt: skip
 MADE = ["data.source=synthetic", "data.synthetic={images: 48, classes: 3, channels: 5, image_size: 12, bits: 16}"]
-
-
-def run(capsys, *arguments):
-    """(exit code, stdout, stderr) of a command, in this process."""
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([*map(str, arguments)])
-    out, err = capsys.readouterr()
-    return stopped.value.code or 0, out, err
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +50,7 @@ def trained(folder, tmp_path_factory):
     path = tmp_path_factory.mktemp("runs") / "run"
     settings = [*FAST, f"run_dir={path}", "data.source=image_folder", f"data.root={folder}", "data.image_size=12"]
     settings += ["data.loader=torch", "data.workers=1", "data.crop_while_decoding=true"]
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["run", *settings])
-    assert not stopped.value.code
+    succeed("run", *settings)
     return path
 
 

@@ -7,9 +7,10 @@ import json
 import pytest
 from PIL import Image
 
-from hpc_supcon import cli, run_folder
+from hpc_supcon import run_folder
 from hpc_supcon.data.corruptions import BENCHMARK
-from tests.unit.cli.test_probe import FAST, run
+from tests.commands import run, succeed
+from tests.unit.cli.test_probe import FAST
 
 CORRUPTED = [*FAST, "probe.kind=[linear, softmax]"]
 
@@ -18,9 +19,7 @@ CORRUPTED = [*FAST, "probe.kind=[linear, softmax]"]
 def folder(tmp_path_factory):
     """A run without corruptions."""
     path = tmp_path_factory.mktemp("corruptions") / "r"
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["run", "default", *CORRUPTED, f"run_dir={path}"])
-    assert not stopped.value.code
+    succeed("run", "default", *CORRUPTED, f"run_dir={path}")
     return path
 
 

@@ -12,8 +12,8 @@ import torch
 
 from hpc_supcon import checkpoint
 from hpc_supcon.evaluation.encoder import load_model
+from tests.commands import run
 from tests.fault import runs
-from tests.unit.cli.test_app import run
 
 FAST = [
     "report.embeddings=false", "report.html=false", "data.source=synthetic",

@@ -16,7 +16,6 @@ import torch
 from PIL import Image
 from sklearn.metrics import accuracy_score, confusion_matrix, f1_score, precision_score, recall_score
 
-from hpc_supcon import cli
 from hpc_supcon.cli.results import print_results
 from hpc_supcon.config import load_config
 from hpc_supcon.data import EvalTransform
@@ -31,6 +30,7 @@ from hpc_supcon.files import write_atomically
 from hpc_supcon.run_folder import read_scores
 from hpc_supcon.seeding import stream
 from hpc_supcon.training.data import load_data
+from tests.commands import run, succeed
 
 FAST = [
     "report.embeddings=false",
@@ -42,14 +42,6 @@ FAST = [
     "probe.knn.k=3", "probe.finetune.epochs=2", "probe.finetune.batch_size=16",
 ]  # fmt: skip
 KINDS = ["linear", "softmax", "logistic", "mlp", "knn", "finetune"]
-
-
-def run(capsys, *arguments):
-    """(exit code, stdout, stderr) of a command, in this process."""
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([*arguments])
-    out, err = capsys.readouterr()
-    return stopped.value.code or 0, out, err
 
 
 def results_of(folder):
@@ -64,9 +56,7 @@ def events_of(folder):
 def whole(tmp_path_factory):
     """A run with every kind of probe."""
     folder = tmp_path_factory.mktemp("whole") / "r"
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["run", "default", *FAST, f"probe.kind=[{', '.join(KINDS)}]", f"run_dir={folder}"])
-    assert not stopped.value.code
+    succeed("run", "default", *FAST, f"probe.kind=[{', '.join(KINDS)}]", f"run_dir={folder}")
     return folder
 
 

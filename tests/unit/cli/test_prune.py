@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from hpc_supcon import checkpoint, cli
+from hpc_supcon import checkpoint
 from hpc_supcon.config import check_config, load_config
 from hpc_supcon.errors import RunFolderError
 from hpc_supcon.evaluation.encoder import load_model
@@ -18,6 +18,7 @@ from hpc_supcon.run_folder import read_config, read_scores
 from hpc_supcon.stages.prune import SPARSE
 from hpc_supcon.stages.pruned_run import pruned_config
 from hpc_supcon.stages.pruned_weights import check_same_masks
+from tests.commands import run, succeed
 from tests.dist.ranks import run_ranks
 from tests.unit.pruning.test_pruning import assert_pruned, torch_masks
 
@@ -32,14 +33,6 @@ FAST = [
 ]  # fmt: skip
 
 
-def run(capsys, *arguments):
-    """(exit code, stdout, stderr) of a command, in this process."""
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([*map(str, arguments)])
-    out, err = capsys.readouterr()
-    return stopped.value.code or 0, out, err
-
-
 def results_of(folder, stage="prune"):
     return [r for r in json.loads((folder / "results.json").read_text())["results"] if r["stage"] == stage]
 
@@ -48,9 +41,7 @@ def results_of(folder, stage="prune"):
 def whole(tmp_path_factory):
     """A dense run, which tests must not change."""
     folder = tmp_path_factory.mktemp("dense") / "r"
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["run", "default", *FAST, f"run_dir={folder}"])
-    assert not stopped.value.code
+    succeed("run", "default", *FAST, f"run_dir={folder}")
     return folder
 
 

@@ -9,14 +9,15 @@ import numpy as np
 import pytest
 import torch
 
-from hpc_supcon import checkpoint, cli
+from hpc_supcon import checkpoint
 from hpc_supcon.evaluation.encoder import load_model
 from hpc_supcon.export import load_part
 from hpc_supcon.pruning import load_sparse, mask_channels
 from hpc_supcon.run_folder import read_config
 from hpc_supcon.stages.prune import SPARSE
 from hpc_supcon.stages.pruned_channels import PLAN
-from tests.unit.cli.test_prune import FAST, results_of, run
+from tests.commands import run, succeed
+from tests.unit.cli.test_prune import FAST, results_of
 
 CHANNELS = ["prune.method=channels", "prune.scope=layer", "probe.kind=[knn]", "prune.latency.batch_sizes=[]"]
 WIDTHS = {"convs.0": [16, 1], "convs.1": [16], "convs.3": [32, 16], "convs.4": [32], "convs.6": [64, 32],
@@ -27,10 +28,15 @@ WIDTHS = {"convs.0": [16, 1], "convs.1": [16], "convs.3": [32, 16], "convs.4": [
 def whole(tmp_path_factory):
     """A dense run, which tests must not change; its best weights are averages."""
     folder = tmp_path_factory.mktemp("dense") / "r"
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["run", "default", *FAST, "probe.kind=[knn]", "checkpoint.keep_every_steps=4",
-                  "checkpoint.every_steps=4", f"run_dir={folder}"])  # fmt: skip
-    assert not stopped.value.code
+    succeed(
+        "run",
+        "default",
+        *FAST,
+        "probe.kind=[knn]",
+        "checkpoint.keep_every_steps=4",
+        "checkpoint.every_steps=4",
+        f"run_dir={folder}",
+    )
     return folder
 
 

@@ -7,19 +7,18 @@ import shutil
 import pytest
 import torch
 
-from hpc_supcon import checkpoint, cli
+from hpc_supcon import checkpoint
 from hpc_supcon.evaluation.encoder import load_model
 from hpc_supcon.evaluation.fisher_task import KeptFisher
 from hpc_supcon.pruning import InverseFisher, prunable
-from tests.unit.cli.test_prune import FAST, results_of, run
+from tests.commands import run, succeed
+from tests.unit.cli.test_prune import FAST, results_of
 
 QUICK = ["probe.kind=knn", "prune.fisher={steps: 25, samples: 32, batches: 4}"]
 
 
 def trained(folder, *settings):
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["run", "default", *FAST, "probe.kind=knn", *settings, f"run_dir={folder}"])
-    assert not stopped.value.code
+    succeed("run", "default", *FAST, "probe.kind=knn", *settings, f"run_dir={folder}")
     return folder
 
 

@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 
-from hpc_supcon import checkpoint, cli
+from hpc_supcon import checkpoint
 from hpc_supcon.distributed.launch import Launch, Runtime
 from hpc_supcon.errors import ConfigError
 from hpc_supcon.evaluation import prune_task
@@ -35,7 +35,8 @@ from hpc_supcon.training import validation
 from hpc_supcon.training.build import build_training
 from hpc_supcon.training.data import load_data
 from hpc_supcon.training.resume import resume_newest
-from tests.unit.cli.test_prune import FAST, results_of, run
+from tests.commands import run, succeed
+from tests.unit.cli.test_prune import FAST, results_of
 from tests.unit.pruning.test_pruning import assert_pruned, torch_masks
 
 RUNTIME = Runtime(Launch(rank=0, world_size=1), torch.device("cpu"))
@@ -45,10 +46,7 @@ RUNTIME = Runtime(Launch(rank=0, world_size=1), torch.device("cpu"))
 def whole(tmp_path_factory):
     """A dense run, which tests must not change; it has the checkpoints of its steps 4 and 8."""
     folder = tmp_path_factory.mktemp("dense") / "r"
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["run", "default", *FAST, "checkpoint.keep_every_steps=4", "checkpoint.every_steps=4",
-                  f"run_dir={folder}"])  # fmt: skip
-    assert not stopped.value.code
+    succeed("run", "default", *FAST, "checkpoint.keep_every_steps=4", "checkpoint.every_steps=4", f"run_dir={folder}")
     return folder
 
 

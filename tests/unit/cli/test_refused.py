@@ -9,6 +9,7 @@ import pytest
 from hpc_supcon import cli
 from hpc_supcon.config import yaml12
 from hpc_supcon.training import data as training_data
+from tests.commands import run
 from tests.processes import Ranks
 
 DEEPSPEED = ["train.engine=deepspeed", "train.deepspeed.zero=2"]
@@ -309,14 +310,6 @@ def _no_data(monkeypatch):
         raise AssertionError("the data was read")
 
     monkeypatch.setattr(training_data, "load_data", load_data)
-
-
-def run(capsys, *arguments):
-    """(exit code, stdout, stderr) of a command, in this process."""
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([*arguments])
-    out, err = capsys.readouterr()
-    return stopped.value.code or 0, out, err
 
 
 def settings_of(overrides):

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from hpc_supcon import cli, run_folder
+from hpc_supcon import run_folder
 from hpc_supcon.config import load_config
 from hpc_supcon.data import EvalTransform, load_splits
 from hpc_supcon.errors import DataError
@@ -22,6 +22,7 @@ from hpc_supcon.pages.compare import compare
 from hpc_supcon.pages.read import read_runs
 from hpc_supcon.pages.runs import page_of_runs
 from hpc_supcon.training.objective import Objective
+from tests.commands import run, succeed
 
 FAST = [
     "data.batch_size=16", "model.encoder=conv", "model.projection_hidden=16", "model.projection_dim=8",
@@ -29,20 +30,6 @@ FAST = [
     "runtime.device=cpu", "probe.kind=knn", "probe.knn.k=1", "report.methods=[pca]",
 ]  # fmt: skip
 RGB = ["data.source=synthetic", "data.synthetic={images: 64, classes: 3, channels: 3, image_size: 12}"]
-
-
-def run(capsys, *arguments):
-    """(exit code, stdout, stderr) of a command, in this process."""
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([*map(str, arguments)])
-    out, err = capsys.readouterr()
-    return stopped.value.code or 0, out, err
-
-
-def started(*arguments):
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([*map(str, arguments)])
-    assert not stopped.value.code
 
 
 def write_images(folder, count, seed, low=0, high=256):
@@ -80,7 +67,7 @@ def labeled(tmp_path_factory):
 def unlabeled_run(flat, tmp_path_factory):
     folder = tmp_path_factory.mktemp("unlabeled") / "r"
     source = ["data.source=image_folder", f"data.root={flat}", "data.labels=none", "data.image_size=12"]
-    started("run", "default", *FAST, *source, "loss.name=simclr", "validation.every_epochs=1", f"run_dir={folder}")
+    succeed("run", "default", *FAST, *source, "loss.name=simclr", "validation.every_epochs=1", f"run_dir={folder}")
     return folder
 
 
@@ -88,7 +75,7 @@ def unlabeled_run(flat, tmp_path_factory):
 def labeled_run(tmp_path_factory):
     """A run of three classes, RGB, 12 x 12 pixels, whose probes are also fitted on digits: ten, gray, 8 x 8."""
     folder = tmp_path_factory.mktemp("own") / "r"
-    started("run", "default", *FAST, *RGB, "probe.transfer=digits", "report.embeddings=false", f"run_dir={folder}")
+    succeed("run", "default", *FAST, *RGB, "probe.transfer=digits", "report.embeddings=false", f"run_dir={folder}")
     return folder
 
 
@@ -203,7 +190,7 @@ def test_both_ways_to_name_other_data_give_the_same(capsys, labeled_run, tmp_pat
 def test_a_copy_of_the_run_s_own_folder_is_its_own_data(capsys, labeled, tmp_path):
     folder, copy = tmp_path / "r", tmp_path / "copy"
     source = ["data.source=image_folder", f"data.root={labeled}", "data.image_size=12", "report.embeddings=false"]
-    started("run", "default", *FAST, *source, f"run_dir={folder}")
+    succeed("run", "default", *FAST, *source, f"run_dir={folder}")
     shutil.copytree(labeled, copy)
     code, _, err = run(capsys, "probe", folder, f"data.root={copy}")
     assert code == 0, err

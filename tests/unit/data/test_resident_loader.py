@@ -7,12 +7,7 @@ import torch
 
 from hpc_supcon.data import ArraySource, CropOptions, EvalOrder, LoaderOptions, TrainOrder, build_loader
 from hpc_supcon.errors import ConfigError
-
-
-def arrays(n: int = 50, channels: int = 3, size: int = 6, classes: int = 3) -> ArraySource:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (n, channels, size, size), dtype=torch.uint8, generator=generator)
-    return ArraySource(images, torch.arange(n) % classes, [str(c) for c in range(classes)])
+from tests.unit.data.arrays import arrays
 
 
 def resident(source, order, rank=0, world_size=1, seed=0):

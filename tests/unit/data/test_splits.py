@@ -16,17 +16,11 @@ from sklearn.linear_model import LogisticRegression
 from torch.nn import functional as F
 from torchvision import datasets
 
-from hpc_supcon.data import ArraySource, channel_statistics, load_splits, stratified_split
+from hpc_supcon.data import channel_statistics, load_splits, stratified_split
 from hpc_supcon.data.sources.source import fit_images
 from hpc_supcon.data.sources.stratify import stratified_sample
 from hpc_supcon.errors import ConfigError, DataError
-
-
-def arrays(n: int = 50, channels: int = 3, size: int = 6, classes: int = 3) -> ArraySource:
-    generator = torch.Generator().manual_seed(0)
-    images = torch.randint(0, 256, (n, channels, size, size), dtype=torch.uint8, generator=generator)
-    return ArraySource(images, torch.arange(n) % classes, [str(c) for c in range(classes)])
-
+from tests.unit.data.arrays import arrays
 
 # ---- splits
 

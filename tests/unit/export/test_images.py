@@ -22,6 +22,7 @@ from hpc_supcon.evaluation.encoder import load_model
 from hpc_supcon.evaluation.fitted_probe import load_probe
 from hpc_supcon.export import embed, load_part, open_images
 from hpc_supcon.export.images import decode
+from tests.commands import succeed
 
 FAST = [
     "report.embeddings=false",
@@ -44,9 +45,7 @@ def command(capsys, *arguments):
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("trained") / "digits-run"
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["run", "default", *FAST, f"run_dir={folder}"])
-    assert not stopped.value.code
+    succeed("run", "default", *FAST, f"run_dir={folder}")
     return folder
 
 

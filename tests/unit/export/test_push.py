@@ -20,8 +20,8 @@ from hpc_supcon.evaluation.encoder import load_model
 from hpc_supcon.export import load_part, load_pushed, push
 from hpc_supcon.export.card import NO_LICENSE
 from hpc_supcon.models import build_encoder, load_weights
+from tests.commands import run
 from tests.fault import runs
-from tests.unit.cli.test_app import run
 from tests.unit.export.test_export import images_of, untrained
 
 SYNTHETIC = "data.synthetic={{images: 24, classes: 3, channels: {}, image_size: {}}}".format

@@ -9,6 +9,7 @@ import pytest
 from hpc_supcon.config import load_config
 from hpc_supcon.grid.cells import load as load_grid
 from hpc_supcon.grid.expand import expand
+from tests.unit.config.test_recipes import STABILITY
 
 GRIDS = Path(__file__).parents[3] / "launch/grids"
 
@@ -44,21 +45,13 @@ def losses(cells, *keys):
 
 def test_batch_sizes(grid):
     cells, _ = grid("tcl-batch")
-    table = {
-        32: (8e-3, 5000),
-        64: (9e-3, 7500),
-        128: (0.1, 5000),
-        256: (0.2, 4000),
-        512: (0.5, 4000),
-        1024: (1, 4000),
-    }
     found = losses(cells, "rows")
-    assert [int(label) for (label,) in found] == list(table)
+    assert [int(label) for (label,) in found] == list(STABILITY)
     for (label,), pair in found.items():
         assert set(pair) == {"tcl", "supcon_out"}
         for config in pair.values():
             assert (rows_of(config), config.data.source, config.model.encoder) == (int(label), "cifar100", "resnet50")
-            assert (config.optim.lr, config.loss.k1) == table[int(label)]
+            assert (config.optim.lr, config.loss.k1) == STABILITY[int(label)]
             assert (config.train.epochs, config.probe.linear.epochs) == (100, 50)
 
 

@@ -23,6 +23,13 @@ def dino(**settings):
     return losses.DINOLoss(TAU, K, projection_dim=D, seed=3, **settings).double()
 
 
+def assert_same(value, wanted, z, want):
+    """Of losses of z and of its copy `want`: the values and the gradients."""
+    value.backward(), wanted.backward()
+    torch.testing.assert_close(value, wanted, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(z.grad, want.grad, rtol=1e-10, atol=1e-12)
+
+
 # ---- SwAV
 
 
@@ -30,9 +37,7 @@ def test_local_views_predict_the_codes_of_global_ones_and_give_none():
     loss = losses.SwAVLoss(TAU, K, projection_dim=D, global_views=2, seed=3).double()
     z, want = rows(0).requires_grad_(), rows(0).requires_grad_()
     value, wanted = loss(z), brute_force.swav(want, loss.prototypes.detach(), TAU, given=2)
-    value.backward(), wanted.backward()
-    torch.testing.assert_close(value, wanted, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(z.grad, want.grad, rtol=1e-10, atol=1e-12)
+    assert_same(value, wanted, z, want)
 
 
 def test_a_full_queue_shares_the_prototypes_from_its_epoch_on():
@@ -90,9 +95,7 @@ def test_all_views_predict_the_teachers_assignments_of_global_ones():
     own = loss.prototypes.detach().clone().requires_grad_()
     value = loss(z, target)
     wanted = brute_force.dino(want, target, own, loss.teacher_prototypes, loss.center, TAU, 0.05)
-    value.backward(), wanted.backward()
-    torch.testing.assert_close(value, wanted, rtol=1e-12, atol=1e-12)
-    torch.testing.assert_close(z.grad, want.grad, rtol=1e-10, atol=1e-12)
+    assert_same(value, wanted, z, want)
     torch.testing.assert_close(loss.prototypes.grad, own.grad, rtol=1e-10, atol=1e-12)
     assert target.grad is None
 

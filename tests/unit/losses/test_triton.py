@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.scripts import run_script
+
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[3]
 
@@ -187,10 +189,7 @@ print("results agree")
 
 @pytest.mark.parametrize("checks", [RESULTS, SIZES], ids=["losses", "sizes"])
 def test_kernels_in_the_interpreter_agree_with_the_dense_backend(checks):
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", checks], env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "results agree" in done.stdout
+    assert "results agree" in run_script(checks, TRITON_INTERPRET="1")
 
 
 COMPILE = """
@@ -214,11 +213,7 @@ print("compiled")
 
 
 def test_kernels_compile_for_the_tensor_cores_and_spend_few_instructions_on_a_pair(tmp_path):
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "compiled" in done.stdout
+    assert "compiled" in run_script(COMPILE, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
 
 
 def test_every_launch_of_a_call_is_prepared_as_for_a_gpu(tmp_path):

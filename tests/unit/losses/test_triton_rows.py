@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+
+from tests.scripts import run_script
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[3]
@@ -61,10 +60,7 @@ print("results agree")
 
 
 def test_the_kernels_normalize_and_sort_rows_as_pytorchs_operations_do():
-    environment = {**os.environ, "TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", RESULTS], env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "results agree" in done.stdout
+    assert "results agree" in run_script(RESULTS, TRITON_INTERPRET="1")
 
 
 COMPILE = """
@@ -103,8 +99,4 @@ print("compiled")
 
 
 def test_the_kernels_compile_without_a_gpu(tmp_path):
-    environment = {**os.environ, "TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": str(ROOT)}
-    environment.pop("TRITON_INTERPRET", None)
-    done = subprocess.run([sys.executable, "-c", COMPILE], env=environment, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert "compiled" in done.stdout
+    assert "compiled" in run_script(COMPILE, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))

@@ -14,9 +14,9 @@ from hpc_supcon import cli
 from hpc_supcon.errors import ConfigError, HubError
 from hpc_supcon.hub_names import hub_name
 from hpc_supcon.models import build_encoder, load_weights
+from tests.commands import run
 from tests.fault.runs import events
 from tests.hub_server import TOKEN, hub_server
-from tests.unit.cli.test_app import run
 from tests.unit.export.test_export import untrained
 
 CONV = ["model.encoder=conv", "data.synthetic={images: 24, classes: 3, channels: 3, image_size: 16}"]

@@ -10,9 +10,10 @@ import random
 import pytest
 from scipy import stats
 
-from hpc_supcon import cli, run_folder
+from hpc_supcon import run_folder
 from hpc_supcon.pages.compare import as_csv, as_latex, as_markdown, compare, table_of
 from hpc_supcon.pages.read import read_runs
+from tests.commands import run
 from tests.run_folders import write_run, write_scores, write_state
 
 SECTION = "linear, test"
@@ -114,13 +115,6 @@ def test_names_of_runs_are_no_formulas_and_no_commands(tmp_path):
     assert not any(cell.startswith("=") for cell in cells)
     assert r"\input" not in as_latex(comparison)
     assert "<b>" not in as_markdown(comparison).replace("&lt;b>", "")
-
-
-def run(capsys, *arguments):
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([*map(str, arguments)])
-    out, err = capsys.readouterr()
-    return stopped.value.code or 0, out, err
 
 
 @pytest.mark.parametrize("format", ["terminal", "markdown", "latex", "csv"])

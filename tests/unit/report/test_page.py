@@ -14,13 +14,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hpc_supcon import cli, run_folder
+from hpc_supcon import run_folder
 from hpc_supcon.errors import OutputError, RunFolderError
 from hpc_supcon.pages.curves import cost_of, curves_data, seconds_of
 from hpc_supcon.pages.page import render, write_page
 from hpc_supcon.pages.read import read_run
 from hpc_supcon.pages.runs import page_of_runs
 from hpc_supcon.pages.watch import watch
+from tests.commands import run
 from tests.run_folders import CLASSES, HOSTILE, full_run, write_events, write_maps, write_run, write_scores
 
 REFRESH = '<meta http-equiv="refresh"'
@@ -286,13 +287,6 @@ def test_settings_that_differ_between_runs_are_marked(tmp_path):
     alone = page_of_runs([a])
     (table,) = next(s for s in alone.sections if s.id == "settings").tables
     assert "optim.lr" in {row[0].text for row in table.rows if any(cell.mark for cell in row)}
-
-
-def run(capsys, *arguments):
-    with pytest.raises(SystemExit) as stopped:
-        cli.main([*map(str, arguments)])
-    out, err = capsys.readouterr()
-    return stopped.value.code or 0, out, err
 
 
 def test_the_command_writes_the_page_into_the_run_folder_or_where_it_is_told(capsys, tmp_path, monkeypatch):

@@ -9,15 +9,14 @@ import subprocess
 import pytest
 
 from hpc_supcon import __version__, cli
+from tests.commands import succeed
 from tests.run_folders import write_run
 from tests.unit.cli.test_app import FAST
 
 
 def test_a_run_ends_with_its_page_and_records_how_it_was_started(capsys, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["/usr/bin/hpc-supcon", "run", "a b=c"])
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["run", "default", *FAST, f"run_dir={tmp_path}/r"])
-    assert not stopped.value.code
+    succeed("run", "default", *FAST, f"run_dir={tmp_path}/r")
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == f"page: {tmp_path}/r/report.html"
     html = (tmp_path / "r/report.html").read_text()
@@ -41,9 +40,7 @@ def test_without_report_html_there_is_no_page(capsys, tmp_path):
 def test_a_page_that_cannot_be_written_is_told_and_the_run_is_done(capsys, tmp_path):
     (tmp_path / "r").mkdir()
     (tmp_path / "r/report.html").write_text("mine")
-    with pytest.raises(SystemExit) as stopped:
-        cli.main(["run", "default", *FAST, f"run_dir={tmp_path}/r"])
-    assert not stopped.value.code
+    succeed("run", "default", *FAST, f"run_dir={tmp_path}/r")
     assert "report.html exists already" in " ".join(capsys.readouterr().err.split())
     assert (tmp_path / "r/report.html").read_text() == "mine"
 

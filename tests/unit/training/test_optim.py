@@ -57,73 +57,74 @@ def norm(x):
     return math.sqrt(sum(v * v for v in x.flatten().tolist()))
 
 
+def gradients_of_all_steps():
+    """(step, position of the parameter, its gradient), of those that have one."""
+    for step in range(24):
+        for k, g in enumerate(gradients(step)):
+            if g is not None:
+                yield step, k, g
+
+
 def lars_reference(momentum, nesterov, decay, eta, eps, clip=False):
     weights = [p.detach() for p in parameters()]
     velocity = [torch.zeros_like(w) for w in weights]
-    for step in range(24):
-        for k, g in enumerate(gradients(step)):
-            if g is None:
-                continue
-            w, ratio, b = weights[k], 1.0, 0.0
-            if w.dim() > 1:
-                b = decay
-                if norm(w) > 0 and norm(g) > 0:
-                    ratio = eta * norm(w) / (norm(g) + b * norm(w) + eps)
-                    if clip and rate(step) > 0:
-                        ratio = min(rate(step), ratio) / rate(step)
-            u = ratio * (g + b * w)
-            velocity[k] = momentum * velocity[k] + u
-            weights[k] = w - rate(step) * (u + momentum * velocity[k] if nesterov else velocity[k])
+    for step, k, g in gradients_of_all_steps():
+        w, ratio, b = weights[k], 1.0, 0.0
+        if w.dim() > 1:
+            b = decay
+            if norm(w) > 0 and norm(g) > 0:
+                ratio = eta * norm(w) / (norm(g) + b * norm(w) + eps)
+                if clip and rate(step) > 0:
+                    ratio = min(rate(step), ratio) / rate(step)
+        u = ratio * (g + b * w)
+        velocity[k] = momentum * velocity[k] + u
+        weights[k] = w - rate(step) * (u + momentum * velocity[k] if nesterov else velocity[k])
     return weights
 
 
+class AdamMoments:
+    """m / (sqrt(v) + eps) of Adam (Kingma and Ba 2015), bias-corrected."""
+
+    def __init__(self, beta1, beta2, eps):
+        self.beta1, self.beta2, self.eps = beta1, beta2, eps
+        self.m, self.v, self.t = Counter(), Counter(), Counter()
+
+    def direction(self, k, g):
+        self.t[k] += 1
+        self.m[k] = self.beta1 * self.m[k] + (1 - self.beta1) * g
+        self.v[k] = self.beta2 * self.v[k] + (1 - self.beta2) * g**2
+        m, v = self.m[k] / (1 - self.beta1 ** self.t[k]), self.v[k] / (1 - self.beta2 ** self.t[k])
+        return m / (v.sqrt() + self.eps)
+
+
 def lamb_reference(beta1, beta2, decay, eps, clamp):
-    weights = [p.detach() for p in parameters()]
-    m, v, t = [torch.zeros_like(w) for w in weights], [torch.zeros_like(w) for w in weights], Counter()
-    for step in range(24):
-        for k, g in enumerate(gradients(step)):
-            if g is None:
-                continue
-            w = weights[k]
-            t[k] += 1
-            m[k] = beta1 * m[k] + (1 - beta1) * g
-            v[k] = beta2 * v[k] + (1 - beta2) * g**2
-            r = (m[k] / (1 - beta1 ** t[k])) / ((v[k] / (1 - beta2 ** t[k])).sqrt() + eps)
-            ratio = 1.0
-            if w.dim() > 1:
-                r = r + decay * w
-                size = min(max(norm(w), clamp[0]), clamp[1])
-                if size > 0 and norm(r) > 0:
-                    ratio = size / norm(r)
-            weights[k] = w - rate(step) * ratio * r
+    weights, moments = [p.detach() for p in parameters()], AdamMoments(beta1, beta2, eps)
+    for step, k, g in gradients_of_all_steps():
+        w, r, ratio = weights[k], moments.direction(k, g), 1.0
+        if w.dim() > 1:
+            r = r + decay * w
+            size = min(max(norm(w), clamp[0]), clamp[1])
+            if size > 0 and norm(r) > 0:
+                ratio = size / norm(r)
+        weights[k] = w - rate(step) * ratio * r
     return weights
 
 
 def sgd_reference(momentum, nesterov, decay):
     weights = [p.detach() for p in parameters()]
     velocity = [torch.zeros_like(w) for w in weights]
-    for step in range(24):
-        for k, g in enumerate(gradients(step)):
-            if g is not None:
-                g = g + decay * weights[k] if g.dim() > 1 else g
-                velocity[k] = momentum * velocity[k] + g
-                weights[k] = weights[k] - rate(step) * (g + momentum * velocity[k] if nesterov else velocity[k])
+    for step, k, g in gradients_of_all_steps():
+        g = g + decay * weights[k] if g.dim() > 1 else g
+        velocity[k] = momentum * velocity[k] + g
+        weights[k] = weights[k] - rate(step) * (g + momentum * velocity[k] if nesterov else velocity[k])
     return weights
 
 
 def adamw_reference(beta1, beta2, decay, eps):
-    weights = [p.detach() for p in parameters()]
-    m, v, t = [torch.zeros_like(w) for w in weights], [torch.zeros_like(w) for w in weights], Counter()
-    for step in range(24):
-        for k, g in enumerate(gradients(step)):
-            if g is None:
-                continue
-            t[k] += 1
-            w = weights[k] * (1 - rate(step) * decay) if g.dim() > 1 else weights[k]
-            m[k] = beta1 * m[k] + (1 - beta1) * g
-            v[k] = beta2 * v[k] + (1 - beta2) * g**2
-            direction = (m[k] / (1 - beta1 ** t[k])) / ((v[k] / (1 - beta2 ** t[k])).sqrt() + eps)
-            weights[k] = w - rate(step) * direction
+    weights, moments = [p.detach() for p in parameters()], AdamMoments(beta1, beta2, eps)
+    for step, k, g in gradients_of_all_steps():
+        w = weights[k] * (1 - rate(step) * decay) if g.dim() > 1 else weights[k]
+        weights[k] = w - rate(step) * moments.direction(k, g)
     return weights
 
 

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,6 +10,7 @@ import torch
 
 from hpc_supcon.data import Views
 from tests.devices import needs_cuda
+from tests.scripts import run_script
 
 pytest.importorskip("triton")
 ROOT = Path(__file__).parents[3]
@@ -99,19 +97,12 @@ print("compiled")
 """
 
 
-def run(script: str, **environment: str) -> str:
-    variables = {**os.environ, "PYTHONPATH": str(ROOT), **environment}
-    done = subprocess.run([sys.executable, "-c", script], env=variables, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
-
-
 def test_in_the_interpreter_the_kernel_computes_the_pixels_of_the_torch_path():
-    assert "pixels agree" in run(PIXELS, TRITON_INTERPRET="1")
+    assert "pixels agree" in run_script(PIXELS, TRITON_INTERPRET="1")
 
 
 def test_the_kernel_compiles_without_a_gpu(tmp_path):
-    assert "compiled" in run(COMPILE, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
+    assert "compiled" in run_script(COMPILE, TRITON_INTERPRET="0", TRITON_CACHE_DIR=str(tmp_path))
 
 
 @pytest.mark.parametrize(
