@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from .api import probe as probe
     from .api import prune as prune
     from .api import report as report
+    from .api import views as views
 
 __all__ = [
     "Callback",
@@ -42,6 +43,7 @@ __all__ = [
     "probe",
     "prune",
     "report",
+    "views",
 ]
 
 
