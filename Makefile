@@ -11,7 +11,7 @@ PARALLEL = -n $(WORKERS) --dist loadfile
 # tests marked `alone` have the machine to themselves, one at a time; no others are in these folders but a few
 ALONE = tests/fault tests/slurm
 
-.PHONY: quickstart check unit test lint docs bench dist image oldest gpu wheels clean
+.PHONY: quickstart check unit test lint docs notebooks bench dist image oldest gpu wheels clean
 
 quickstart: $(VENV)/.installed  ## the main job on embedded data, about a minute
 	OMP_NUM_THREADS=1 $(BIN)/torchrun --nproc_per_node $(RANKS) -m hpc_supcon run run_dir=runs/quickstart-$$(date +%Y%m%d-%H%M%S)
@@ -34,6 +34,9 @@ lint: $(VENV)/.installed-dev
 
 docs: $(VENV)/.installed-dev  ## the documentation as a site: build/site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet
+
+notebooks: $(VENV)/.installed-dev  ## examples/*.ipynb, executed as printed: some minutes
+	$(BIN)/python -m tests.notebooks
 
 bench: $(VENV)/.installed-dev
 	$(BIN)/python benchmarks/loss.py

@@ -1,4 +1,5 @@
-"""What is made when the documentation is built: pages of every setting and every command, and formulas as MathML."""
+"""What is made when the documentation is built: pages of every setting, every command and every notebook, and
+formulas as MathML."""
 
 from __future__ import annotations
 
@@ -6,18 +7,27 @@ import html
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from itertools import groupby
+from pathlib import Path
 from typing import Any
 
+import nbformat
 from latex2mathml.converter import convert
 from mkdocs.structure.files import File, Files
+from nbconvert import MarkdownExporter
 
 from hpc_supcon.config import recipe_names, schema_rows
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+NOTEBOOK = "*This page is the notebook [{0}.ipynb]({0}.ipynb) of `examples/`, executed as it stands.*\n\n"
 
 
 def on_files(files: Files, config: Any) -> Files:
     for path, text in {"reference/settings.md": settings(), "reference/cli.md": commands()}.items():
         files.append(File.generated(config, path, content=text))
+    for path, content in notebooks():
+        files.append(File.generated(config, path, content=content))
     return files
 
 
@@ -30,6 +40,23 @@ def on_page_content(content: str, **_: Any) -> str:
         return made
 
     return re.sub(r'(?s)<(span|div) class="arithmatex">(.*?)</\1>', formula, content)
+
+
+def notebooks() -> Iterator[tuple[str, str | bytes]]:
+    """(name, content) of the files of each notebook: a page with its outputs, their pictures, and the notebook."""
+    for path in sorted(EXAMPLES.glob("*.ipynb")):
+        name = path.stem
+        notebook = nbformat.read(path, as_version=4)
+        for cell in notebook.cells:
+            if cell.cell_type == "markdown":  # links that lead from examples/ to pages and other notebooks
+                cell.source = re.sub(r"\]\((\w+)\.ipynb\)", r"](\1.md)", cell.source.replace("](../docs/", "](../"))
+        resources = {"output_files_dir": f"{name}_files"}
+        text, made = MarkdownExporter().from_notebook_node(notebook, resources)
+        title, _, rest = text.lstrip().partition("\n")
+        yield f"notebooks/{name}.md", f"{title}\n\n{NOTEBOOK.format(name)}{rest}"
+        yield f"notebooks/{name}.ipynb", path.read_bytes()
+        for picture, content in made["outputs"].items():
+            yield f"notebooks/{picture}", content
 
 
 def settings() -> str:

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
         probe,
         prune,
         report,
+        views,
     )
 
 __all__ = [
@@ -44,6 +45,7 @@ __all__ = [
     "probe",
     "prune",
     "report",
+    "views",
 ]
 
 
@@ -52,6 +54,14 @@ if not TYPE_CHECKING:  # to a type checker, any name would be one of the module'
     def __getattr__(name: str) -> object:
         if name in __all__:
             return getattr(import_module(".api", __name__), name)
+        from .renamed import NAMES
+
+        if name in NAMES:
+            from .old_names import warn_old_name
+
+            new, gone_in = NAMES[name]
+            warn_old_name(f"{__name__}.{name}", f"{__name__}.{new}", gone_in, "import hpc_supcon")
+            return getattr(import_module(".api", __name__), new)
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

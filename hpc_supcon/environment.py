@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 from pathlib import Path
 
@@ -23,6 +24,11 @@ COMMIT_FILE = "COMMIT"
 _FIRST_PORT, _PORTS = 15000, 17000
 _STEP = 331  # the steps of a job are far from those of the jobs after it
 _TRIED = 16
+
+
+def is_first_rank() -> bool:
+    """Whether this process is rank 0, or the only one, as far as the launcher's variables say."""
+    return all(os.environ.get(key, "0") in ("", "0") for key in RANK_VARIABLES if key != "WORLD_SIZE")
 
 
 def port_of_job(job: int, step: int = 0) -> int:

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import importlib
 import inspect
-import os
 import re
 import sys
 from collections.abc import Callable, Collection, Iterable, Mapping
@@ -24,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 from . import known_names
-from .environment import RANK_VARIABLES
+from .environment import is_first_rank
 from .errors import CodeNotAllowed, HpcSupconError, PartError, raised_where, unknown_name
 from .known_names import check_given
 from .plugins import installed_entry_points, package_of
@@ -234,7 +233,7 @@ def _imported(kind: Kind, name: str, path: str) -> Part:
     digest = None
     if file is not None and Path(file).is_file():
         digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
-    if all(os.environ.get(key, "0") in ("", "0") for key in RANK_VARIABLES if key != "WORLD_SIZE"):
+    if is_first_rank():
         note(f"{where}: imported {module_name} from {file or 'Python itself'}")
     return Part(kind, name, found, module_name, version_of(module_name), file, digest)
 

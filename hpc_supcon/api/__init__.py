@@ -3,6 +3,7 @@
 from ..config import Config
 from ..errors import HpcSupconError
 from ..training.callbacks import Callback, StopTraining
+from .augmented import views
 from .inference import embed
 from .run import Run
 from .stages import load, pretrain, probe, prune, report
@@ -21,4 +22,5 @@ __all__ = [
     "probe",
     "prune",
     "report",
+    "views",
 ]

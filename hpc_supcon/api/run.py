@@ -130,6 +130,32 @@ class Run:
 
         return embed(self, images, part=part, batch_size=batch_size, device=device)
 
+    def export(
+        self,
+        format: str,
+        out: str | Path | None = None,
+        *,
+        part: str = "encoder",
+        probe: str | None = None,
+        force: bool = False,
+    ) -> Path:
+        """Write a part of the model to one file that other programs load, as `hpc-supcon export` does. The file is
+        read back and compared with the model before it is kept. docs/guides/export.md says what each format reads.
+
+        format: "safetensors", "torchscript", "torch-export" or "onnx" (needs hpc-supcon[export]). out: the file;
+        None: NAME-PART.SUFFIX in the working directory. part: "encoder" (features), "projection" (rows of unit
+        length) or "classifier" (logits) with `probe`, which of the fitted ones. force: replace a file that exists.
+        Returns the path of the file.
+
+        Raises ConfigError, RunFolderError, CheckpointCorrupt, MissingExtra and OutputError before any work;
+        ExportError for a model that the format cannot represent.
+        """
+        from ..export import export_part
+
+        with given(self._objects), torch.random.fork_rng(devices=[]):
+            path = None if out is None else Path(out)
+            return export_part(self.dir, format, part=part, probe=probe, out=path, force=force).path
+
     def __repr__(self) -> str:
         found = read_run(self.dir)
         last = max((event["step"] for event in found.events if event["event"] in NUMBERS), default=0)

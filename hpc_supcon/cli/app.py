@@ -18,9 +18,10 @@ from ..config import Config, Stage, load_config, schema_rows, to_yaml
 from ..distributed.resolve import check_one_process
 from ..environment import known_commit
 from ..errors import HpcSupconError, Preempted
+from ..old_names import printed
 from ..stages.probe_settings import settings_of_probe
 from ..stages.start import refused_together, started
-from ..terminal import output
+from ..terminal import output, warn
 from .bench import bench
 from .checkpoints import checkpoints
 from .common import Debug, Overrides
@@ -189,7 +190,7 @@ def main(arguments: list[str] | None = None) -> None:
 
     Where stdout does not take what a command prints, one line says so on stderr, and the exit code is not 0.
     """
-    with safe_streams() as stdout:
+    with safe_streams() as stdout, printed(warn):
         try:
             _main(sys.argv[1:] if arguments is None else arguments)
         except SystemExit as exit:

@@ -14,6 +14,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from ..errors import ConfigError, unknown_name
+from ..old_names import warn_old_name
 from ..renamed import SETTINGS
 from . import code, yaml12
 from .check import Stage, check_config
@@ -151,12 +152,11 @@ def merge(
     for key, value in changes.items():
         path = f"{prefix}{key}"
         if path in SETTINGS:
-            key = SETTINGS[path]
-            if key in changes:
-                raise ConfigError(
-                    f"{where}: {path} is the old name of {prefix}{key}, which is given as well; drop one"
-                )
+            old, (key, gone_in) = path, SETTINGS[path]
             path = f"{prefix}{key}"
+            if key in changes:
+                raise ConfigError(f"{where}: {old} is the old name of {path}, which is given as well; drop one")
+            warn_old_name(old, path, gone_in, where)
         if key not in into and prefix.removesuffix(".") not in NUMBER_OR_MAPPING:
             raise ConfigError(f"{where}: {unknown_key(path, into, prefix)}")
         if isinstance(into.get(key), dict) and path in OPTIONS and isinstance(value, dict):

@@ -14,6 +14,7 @@ from hpc_supcon import config as cfg
 from hpc_supcon.cli.app import app
 from hpc_supcon.grid.cells import load
 from hpc_supcon.grid.expand import expand
+from tests import notebooks
 from tests.docs.pages import PAGES, ROOT, blocks, of_hpc_supcon
 
 OF_RUNS = ("run", "pretrain", "config")
@@ -72,5 +73,42 @@ def test_the_site_builds_without_a_warning(tmp_path):
     settings = (tmp_path / "site" / "reference" / "settings.html").read_text(encoding="utf-8")
     assert all(f"<code>{key}</code>" in settings for key in cfg.flatten(cfg.load_config()))
     assert "hpc-supcon grid submit" in (tmp_path / "site" / "reference" / "cli.html").read_text(encoding="utf-8")
-    hosts = set(re.findall(r'(?:src|href)="(https?://[^/"]+)', (tmp_path / "site" / "index.html").read_text()))
-    assert not {h for h in hosts if "fonts" in h or "cdn" in h}, hosts
+    pages = sorted((tmp_path / "site").rglob("*.html"))
+    assert len(pages) > 30
+    for page in pages:
+        assert not requests_to_others(page.read_text(encoding="utf-8")), page
+    for name in notebooks.NAMES:
+        page = (tmp_path / "site" / "notebooks" / f"{name}.html").read_text(encoding="utf-8")
+        pictures = re.findall(rf'src="({name}_files/[^"]+)"', page)
+        assert pictures
+        assert all((tmp_path / "site" / "notebooks" / picture).is_file() for picture in (*pictures, f"{name}.ipynb"))
+
+
+LOADS = re.compile(
+    r"""<(?:script|img|iframe|source|audio|video|embed|object)\b[^>]*?\b(?:src|data)=["']?((?:https?:)?//[^"'\s>]+)"""
+)
+LINKED = re.compile(
+    r"""<link\b(?=[^>]*\brel=["']?(?:stylesheet|preload|preconnect|icon|modulepreload))[^>]*?\bhref=["']?((?:https?:)?//[^"'\s>]+)"""
+)
+
+
+def requests_to_others(page):
+    """Addresses that a browser asks for when it shows the page: links that a reader may follow are none."""
+    return [*LOADS.findall(page), *LINKED.findall(page), *re.findall(r"@import\s+url\(([^)]+)\)", page)]
+
+
+def test_requests_to_other_hosts_are_found():
+    for text in (
+        '<script src="https://cdnjs.cloudflare.com/x.js"></script>',
+        "<img alt=a src='//x.org/a.png'>",
+        '<link href="https://fonts.googleapis.com/css" rel="stylesheet">',
+        '<link rel="preconnect" href="https://fonts.gstatic.com">',
+        "<style>@import url(https://x.org/a.css)</style>",
+    ):
+        assert len(requests_to_others(text)) == 1, text
+    for text in (
+        '<a href="https://x.org">x</a>',
+        '<script src="../a.js">',
+        '<link rel="canonical" href="https://x.org">',
+    ):
+        assert not requests_to_others(text), text

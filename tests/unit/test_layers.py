@@ -14,7 +14,7 @@ ROOT = Path(hpc_supcon.__file__).parent
 # each other.
 LAYERS = [
     {"errors", "renamed", "environment", "process"},
-    {"terminal", "notebook", "plugins", "hub_names", "known_names"},
+    {"terminal", "notebook", "plugins", "hub_names", "known_names", "old_names"},
     {"files", "parts"},
     {"run_lock", "metric_file"},
     {"config"},

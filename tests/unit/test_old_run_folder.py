@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+import re
 import tarfile
+import warnings
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from hpc_supcon import cli, renamed
+from hpc_supcon import cli, old_names, renamed
 from hpc_supcon.config import load_config
 from hpc_supcon.errors import ConfigError
 from hpc_supcon.run_folder import read_config
 
 ARCHIVE = Path(__file__).parents[1] / "data" / "run-folder-of-0.1.tar.xz"
+
+
+@pytest.fixture(autouse=True)
+def _told_nothing(monkeypatch):
+    monkeypatch.setattr(old_names, "_told", set())
 
 
 @pytest.fixture
@@ -34,7 +41,13 @@ def test_its_settings_have_their_new_names(folder):
     text = (folder / "config.yaml").read_text()
     for old in ("grey: 0.3", "standardise: true", "optimiser: adam"):
         assert old in text
-    config = read_config(folder)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        config = read_config(folder)
+        read_config(folder)
+    told = [str(warning.message) for warning in found]
+    assert len(told) == len(set(told)) >= 3
+    assert any("config.yaml: augment.grey is now called augment.grayscale; version 0.3.0" in line for line in told)
     assert config.augment.grayscale == 0.3
     assert config.probe.linear.optimizer == "adam"
     assert config.probe.linear.standardize
@@ -50,16 +63,20 @@ def test_an_old_name_beside_its_new_one_is_an_error(tmp_path):
 def test_every_old_name_stands_for_a_setting_that_exists(old):
     section, _, _ = old.rpartition(".")
     value = load_config()
-    for part in (*section.split("."), renamed.SETTINGS[old]):
+    for part in (*section.split("."), renamed.SETTINGS[old].new):
         value = getattr(value, part)
     text = json.dumps(value)
-    new = load_config("default", [f"{old}={text}"])
-    assert new == load_config("default", [f"{section}.{renamed.SETTINGS[old]}={text}"])
+    with pytest.warns(DeprecationWarning, match=re.escape(old)):
+        new = load_config("default", [f"{old}={text}"])
+    assert new == load_config("default", [f"{section}.{renamed.SETTINGS[old].new}={text}"])
 
 
 def test_it_is_exported_and_probed_and_resumes_and_is_pruned(folder, tmp_path, capsys):
     ours, out = f"run_dir={folder}", tmp_path / "classifier.safetensors"
     assert run("export", folder, "--part", "classifier", "--format", "safetensors", "-o", out) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if "is now called" in line]
+    assert len(told) == len(set(told)) >= 3
+    assert all(line.startswith(f"{folder / 'config.yaml'}: ") and "version 0.3.0" in line for line in told)
     assert load_file(out)
     assert run("probe", folder, ours) == 0
     assert run("pretrain", folder / "config.yaml", ours, "--resume") == 0

@@ -16,7 +16,7 @@ from hpc_supcon import api
 ROOT = Path(hs.__file__).parents[1]
 PUBLIC = [
     "Callback", "Config", "HpcSupconError", "Run", "StopTraining", "Table", "embed", "load", "pretrain", "probe",
-    "prune", "report",
+    "prune", "report", "views",
 ]  # fmt: skip
 OLDER = ("Config", "HpcSupconError")
 """Documented where they are used: their settings by `hpc-supcon config --schema`, errors by their one line."""
@@ -30,6 +30,7 @@ from hpc_supcon import *
 assert pretrain is hs.pretrain and "torch" in sys.modules
 import hpc_supcon.pages.page, hpc_supcon.cli
 assert callable(hs.report) and callable(hs.prune) and callable(hs.probe) and callable(hs.embed)
+assert callable(hs.views)
 try:
     hs.pretrian
 except AttributeError as error:
@@ -67,6 +68,8 @@ assert_type(run.plots, dict[str, Path])
 assert_type(hs.probe(run, kind=["knn"]), hs.Table)
 assert_type(hs.embed("r", torch.zeros(1)), Tensor)
 assert_type(hs.report(run, "other"), Path)
+assert_type(hs.views("quickstart", images=3), Tensor)
+assert_type(run.export("onnx", "model.onnx"), Path)
 assert_type(hs.load("r", encoder=lambda: nn.Identity()).metrics.columns, list[str])
 assert_type(hs.prune(run, settings={"prune.rate": 0.5}), hs.Table)
 hs.pretrain(callbacks=[1])  # type: ignore[list-item]
