@@ -26,7 +26,11 @@ oldest:  ## the same with the oldest versions that setup.cfg allows: make oldest
 		&& $$(BIN)/uv pip install -q --python $$(BIN)/python --resolution lowest-direct'
 
 test: lint $(VENV)/.installed-extras  ## the whole suite, with all that can be installed: ffcv, dali, DeepSpeed, a local Slurm
-	$(BIN)/python -m pytest $(PARALLEL) -m "not alone"
+	rm -rf build/coverage && mkdir -p build/coverage
+	$(BIN)/coverage run -m pytest $(PARALLEL) -m "not alone"
+	$(BIN)/coverage combine -q
+	@echo "percent of the package's lines that ran (more: $(BIN)/coverage report --skip-covered --sort=cover):"
+	$(BIN)/coverage report --format=total
 	$(BIN)/python -m pytest -m alone $(ALONE)
 
 lint: $(VENV)/.installed-dev

@@ -34,7 +34,7 @@ def test_the_commit_hooks_run_what_make_lints():
 
 
 def test_make_test_runs_every_test_once():
-    shared, alone = recipe("test")
+    shared, alone = [line for line in recipe("test") if "pytest" in line]
     variables = dict(line.split(" = ", 1) for line in (ROOT / "Makefile").read_text().splitlines() if " = " in line)
     folders = variables["ALONE"].split()
     assert shared.endswith('-m "not alone"')
@@ -43,6 +43,45 @@ def test_make_test_runs_every_test_once():
         str(path.parent.relative_to(ROOT)) for path in ROOT.glob("tests/*/conftest.py") if MARKER in path.read_text()
     }
     assert marking == set(folders), "tests marked in another folder would never run"
+
+
+PROGRAM = """
+import multiprocessing, os, subprocess, sys
+from counted import parts
+
+if __name__ == "__main__":
+    for method in ("forkserver", "spawn"):
+        process = multiprocessing.get_context(method).Process(target=getattr(parts, method))
+        process.start(), process.join()
+    subprocess.run([sys.executable, "-c", "from counted import parts; parts.command()"], check=True)
+    if os.fork() == 0:
+        parts.forked()
+        os._exit(0)
+    os.wait()
+"""
+PARTS = ("forkserver", "spawn", "command", "forked", "nothing")
+
+
+def test_lines_that_only_other_processes_run_are_counted_and_too_few_fail(tmp_path):
+    (tmp_path / "counted").mkdir()
+    functions = "".join(f"def {name}():\n    name = '{name}'\n    print(name)\n" for name in PARTS)
+    (tmp_path / "counted" / "parts.py").write_text(functions)
+    (tmp_path / "program.py").write_text(PROGRAM)
+    settings = (ROOT / "setup.cfg").read_text().replace("source = hpc_supcon", "source = counted")
+    (tmp_path / "setup.cfg").write_text(settings)
+    (tmp_path / "build/coverage").mkdir(parents=True)
+    variables = {name: value for name, value in os.environ.items() if not name.startswith("COVERAGE_")}
+
+    def coverage(*words):
+        line = [sys.executable, "-m", "coverage", *words]
+        environment = {**variables, "PYTHONPATH": str(tmp_path)}
+        return subprocess.run(line, check=False, cwd=tmp_path, env=environment, capture_output=True, text=True)
+
+    assert coverage("run", "program.py").returncode == 0
+    assert coverage("combine", "-q").returncode == 0
+    report = coverage("report", "--show-missing")
+    assert ["15", "2", "86.7%", "14-15"] in [line.split()[1:] for line in report.stdout.splitlines()]
+    assert report.returncode == 2
 
 
 @pytest.mark.parametrize(("gpus", "ranks"), [(0, 2), (1, 1), (2, 2), (8, 2)])
