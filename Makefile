@@ -34,7 +34,7 @@ test: lint $(VENV)/.installed-extras  ## the whole suite, with all that can be i
 	$(BIN)/python -m pytest -m alone $(ALONE)
 
 lint: $(VENV)/.installed-dev
-	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/python -m tests.tidy
 
 docs: $(VENV)/.installed-dev  ## the documentation as a site: build/site/index.html
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet

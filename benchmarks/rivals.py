@@ -30,6 +30,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from real_data import parser_of_real_data
+
 from hpc_supcon.config import yaml12
 from hpc_supcon.environment import code_commit
 from hpc_supcon.grid import folder as grid_folder
@@ -266,16 +268,6 @@ def markdown(found: Sequence[Mapping[str, Any]]) -> str:
             lines.append(f"| {pair['to']} - {pair['from']} | {text} |")
         lines.append("")
     return "\n".join(lines)
-
-
-def parser_of_real_data(description: str | None, runs: str) -> argparse.ArgumentParser:
-    """Of a benchmark that trains on MNIST and CIFAR-10, and keeps its runs in `runs`."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mnist", help="folder of MNIST in torchvision's layout")
-    parser.add_argument("--cifar10", help="CIFAR-10 as an image folder: train/CLASS, test/CLASS")
-    parser.add_argument("--runs", type=Path, default=Path(runs), help="where the runs are kept")
-    parser.add_argument("-o", "--output", type=Path, required=True, help="JSON file; a .md beside it has the tables")
-    return parser
 
 
 def main() -> None:

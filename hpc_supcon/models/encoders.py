@@ -162,8 +162,7 @@ def build_encoder(
             architecture's own.
         input_size: px. The encoder resizes the images to it, and its stem and smallest size depend on it in place
             of `image_size`.
-        channels: layers that are narrower than the architecture's, as pruning of channels leaves them (see
-            `set_widths`).
+        channels: layers that are narrower than the architecture's, as pruning leaves them; see `set_widths`.
         options: further arguments of an encoder of a user's own.
 
     Raises:

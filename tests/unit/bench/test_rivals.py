@@ -14,7 +14,9 @@ from hpc_supcon.grid.expand import expand
 
 @pytest.fixture
 def rivals(request, monkeypatch):
-    spec = importlib.util.spec_from_file_location("rivals", request.config.rootpath / "benchmarks" / "rivals.py")
+    folder = request.config.rootpath / "benchmarks"
+    monkeypatch.syspath_prepend(folder)
+    spec = importlib.util.spec_from_file_location("rivals", folder / "rivals.py")
     module = importlib.util.module_from_spec(spec)
     monkeypatch.setitem(sys.modules, "rivals", module)
     spec.loader.exec_module(module)
