@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field
 from pydantic.fields import FieldInfo
@@ -31,8 +31,10 @@ class Section(BaseModel):
 def settings_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """(`section.key`, its field) of every setting of a section and of the sections in it, in order."""
     for name, info in model.model_fields.items():
-        if isinstance(info.annotation, type) and issubclass(info.annotation, BaseModel):
-            yield from settings_of(info.annotation, f"{prefix}{name}.")
+        section = info.annotation
+        # in Python 3.10, list[str] is an instance of type, too
+        if isinstance(section, type) and get_origin(section) is None and issubclass(section, BaseModel):
+            yield from settings_of(section, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", info
 
