@@ -19,7 +19,7 @@ FOLDER = "MINIATURE_FOLDER"
 
 SMALL_ENCODERS = ("conv", "resnet9_small")
 LIMITS = {
-    "data.train_images": 32, "data.batch_size": 16, "data.workers": 1, "data.image_size": 32,
+    "data.train_images": 16, "data.batch_size": 8, "data.workers": 1, "data.image_size": 20,
     "optim.warmup_epochs": 0, "optim.warmup_iterations": 0,
     "model.projection_hidden": 32, "model.projection_dim": 16, "model.predictor_hidden": 16,
     "loss.queue_size": 20, "loss.queue_start_epoch": 0, "loss.prototypes": 20, "loss.teacher_warmup_epochs": 1,
@@ -28,13 +28,15 @@ LIMITS = {
     "probe.logistic.iterations": 2, "probe.mlp.iterations": 2, "probe.linear.iterations": 2,
     "probe.finetune.iterations": 2, "probe.softmax.evaluate_every": 1, "probe.logistic.evaluate_every": 1,
     "probe.linear.evaluate_every": 1, "probe.mlp.evaluate_every": 1, "probe.finetune.evaluate_every": 1,
-    "probe.linear.batch_size": 16, "probe.mlp.batch_size": 16, "probe.finetune.batch_size": 16,
-    "probe.softmax.batch_size": 16, "probe.logistic.batch_size": 16, "probe.knn.k": 3,
+    "probe.linear.batch_size": 8, "probe.mlp.batch_size": 8, "probe.finetune.batch_size": 8,
+    "probe.softmax.batch_size": 8, "probe.logistic.batch_size": 8, "probe.knn.k": 3, "validation.probe.k": 3,
     "prune.steps": 2, "prune.interval": 1, "prune.finetune.epochs": 1, "prune.latency.seconds": 0.01,
     "prune.fisher.steps": 2, "prune.fisher.samples": 16, "prune.fisher.batches": 2, "prune.scan.images": 20,
     "report.points": 40, "report.perplexity": 5.0, "report.queries": 2, "report.neighbors": 3,
 }  # fmt: skip
 """Setting -> the largest value that is used."""
+GIVEN = {"prune.latency.batch_sizes": [1], "prune.scan.rates": [0.4, 0.99], "runtime.threads": 1}
+"""Settings with this value alone. (A second thread only waits for the first where others use the machine.)"""
 OFF = ("report.embeddings", "probe.embedding")
 """What is left out unless the command names it."""
 UNLIMITED_WHERE_NULL = ("data.train_images",)
@@ -75,6 +77,9 @@ def _reduce(settings: dict[str, Any], origins: Mapping[str, str]) -> None:
     data, model = settings["data"], settings["model"]
     if data["source"] in ("cifar10", "cifar100"):
         data |= {"source": "image_folder", "root": os.environ[FOLDER]}
+    for key, value in GIVEN.items():
+        section, name = _place(settings, key)
+        section[name] = value
     for key in OFF:
         section, name = _place(settings, key)
         section[name] = section[name] and key in origins

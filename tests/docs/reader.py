@@ -26,8 +26,9 @@ WORDS = {"CONFIG": "quickstart"}
 LINKED = ("launch", "slurm")
 TRAINED = "hpc-supcon run quickstart run_dir=RUN_DIR; hpc-supcon run quickstart seed=1 run_dir=OTHER_RUN"
 CLASSES = ("airplane", "automobile", "bird")
-COUNTS = {"train": 14, "test": 5}
+COUNTS = {"train": 8, "test": 4}
 """Images of each class."""
+SIDE = 20
 
 
 def things(folder: Path, server: Server, *, runs: bool = True) -> Path:
@@ -62,19 +63,22 @@ def desk(folder: Path, own: Path, server: Server) -> Path:
 
 
 def photographs() -> Iterator[tuple[str, str, Image.Image]]:
-    """(split, class, image of 32 x 32 px): of CIFAR-10 where HPC_SUPCON_TEST_DATA has it, else of digits in color."""
+    """(split, class, image): of CIFAR-10 where HPC_SUPCON_TEST_DATA has it, else of digits in color."""
     real = Path(os.environ.get("HPC_SUPCON_TEST_DATA", "/nonexistent")) / "cifar10"
     digits = load_digits()
     for split, count in COUNTS.items():
         for number, label in enumerate(CLASSES):
             if real.is_dir():
-                found = [Image.open(path) for path in sorted((real / split / label).glob("*.jpg"))[:count]]
+                found = [
+                    Image.open(path).resize((SIDE, SIDE))
+                    for path in sorted((real / split / label).glob("*.jpg"))[:count]
+                ]
             else:
                 of_class = digits.images[digits.target == number]
                 first = 0 if split == "train" else COUNTS["train"]
                 tints = np.array([(16, 12, 8), (8, 16, 12), (12, 8, 16)])
                 found = [
-                    Image.fromarray((image[..., None] * tints[i % 3] * 0.99).astype(np.uint8)).resize((32, 32))
+                    Image.fromarray((image[..., None] * tints[i % 3] * 0.99).astype(np.uint8)).resize((SIDE, SIDE))
                     for i, image in enumerate(of_class[first : first + count])
                 ]
             for image in found:
@@ -82,12 +86,12 @@ def photographs() -> Iterator[tuple[str, str, Image.Image]]:
 
 
 def write_mnist(raw: Path) -> None:
-    """Four idx files, of 60 and 20 images: of MNIST where HPC_SUPCON_TEST_DATA has it, else of digits."""
+    """Four idx files, of 30 and 20 images: of MNIST where HPC_SUPCON_TEST_DATA has it, else of digits."""
     raw.mkdir(parents=True)
     real = Path(os.environ.get("HPC_SUPCON_TEST_DATA", "/nonexistent")) / "MNIST/raw"
     digits = load_digits()
     first = 0
-    for part, count in (("train", 60), ("t10k", 20)):
+    for part, count in (("train", 30), ("t10k", 20)):
         if real.is_dir():
             pixels = read_image_file(str(real / f"{part}-images-idx3-ubyte"))[:count].numpy()
             labels = read_label_file(str(real / f"{part}-labels-idx1-ubyte"))[:count].numpy()

@@ -31,7 +31,7 @@ MOST_RANKS = 2
 """torchrun starts no more, however many a page names."""
 SOCKET = "TYPED_SOCKET"
 MASTER = "TYPED_MASTER"
-"""The variable with the MASTER_ADDR of a job: its own processes alone know the names of a local cluster's nodes."""
+"""The variable with the MASTER_ADDR of jobs: only a local cluster's own processes know the names of its nodes."""
 SCRIPT = f"""#!{sys.executable} -IS
 import json, os, socket, sys
 server = socket.socket(socket.AF_UNIX)
