@@ -72,6 +72,8 @@ NAMES_OF_OTHERS = {
     "Erase": "tests name it as a setting does",
     "Means": "tests name it as a setting does",
     "Darken": "tests name it as a setting does",
+    "set_layout_engine": "set on a class of Matplotlib",
+    "check_*": "what a notebook must have done, which is found by the notebook's name",
     "launcher_cls": "Triton calls it",
     "get_current_*": "Triton calls it",
     "get_benchmarker": "Triton calls it",
@@ -79,12 +81,14 @@ NAMES_OF_OTHERS = {
 MODULES = {"nvidia-dali-cuda130": "nvidia", "mlflow-skinny": "mlflow"}
 """Package -> its module, where they differ and the package is not installed with dev."""
 UNUSED = {
+    "hpc-supcon": "an extra of its own in another",
     "tensorboard": "PyTorch's SummaryWriter imports it",
     "onnx": "PyTorch's export imports it",
     "onnxscript": "PyTorch's export imports it",
     "ffcv": "its C library is loaded, and none of its Python",
 }
 TRANSITIVE = {
+    "IPython": "comes with Jupyter, in which a notebook runs",
     "triton": "comes with PyTorch, where there is one for the platform",
     "numba": "comes with FFCV, whose loader alone uses it",
 }
