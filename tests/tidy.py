@@ -124,8 +124,10 @@ def dependencies(root: Path, package: str, others: tuple[str, ...]) -> str:
     command = (sys.executable, "-m", "deptry", "--no-ansi", "--package-module-name-map", modules)
     with tempfile.TemporaryDirectory() as folder:
         main, develop = Path(folder, "main.txt"), Path(folder, "dev.txt")
-        main.write_text("\n".join([setup["options"]["install_requires"], *extras.values(), ""]))
-        develop.write_text(dev + "\n")
+        own = f"{package.replace('_', '-')}["  # an extra that names other extras
+        for file, lists in ((main, [setup["options"]["install_requires"], *extras.values()]), (develop, [dev])):
+            lines = "\n".join(lists).splitlines()
+            file.write_text("".join(f"{line}\n" for line in lines if not line.strip().startswith(own)))
         files = ("--requirements-files", str(main), "--requirements-files-dev", str(develop))
         of_package = run(root, *command, "--per-rule-ignores", rules, *files, package)
         first_party = ("--known-first-party", package, "--known-first-party", "tests", "--exclude", "^$")
