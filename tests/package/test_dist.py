@@ -92,8 +92,8 @@ def test_the_quickstart_of_the_wheel_trains_and_evaluates(installed):
     """A third of its epochs, in one process: one core for some 20 seconds."""
     printed = installed.call("hpc-supcon", "run", "quickstart", "run_dir=runs/first", "train.epochs=20")
     assert [path.name for path in installed.here.iterdir()] == ["runs"]
-    results = json.loads((installed.here / "runs/first/results.json").read_text())
-    [scores] = [entry["test"] for entry in results.values() if "test" in entry]
+    [entry] = json.loads((installed.here / "runs/first/results.json").read_text())["results"]
+    scores = entry["test"]
     shown = re.search(r"linear . test +. ([\d.]+) ", printed)
     assert shown is not None, printed
     assert float(shown[1]) == pytest.approx(scores["accuracy"], abs=5e-5)
