@@ -88,16 +88,17 @@ def test_every_requirement_is_met_by_what_these_tests_use(wheel, installed):
     assert set(found.values()) == {"True"}, found
 
 
+@pytest.mark.timeout(1800)  # on a machine that others use; it takes one core for less than a minute
 def test_the_quickstart_of_the_wheel_trains_and_evaluates(installed):
-    """Also that nothing is written but the run folder: neither the installed package nor HOME is a place for it."""
-    printed = installed.call("hpc-supcon", "run", "quickstart", "run_dir=runs/first")
+    """A third of its epochs, in one process."""
+    printed = installed.call("hpc-supcon", "run", "quickstart", "run_dir=runs/first", "train.epochs=20")
     assert [path.name for path in installed.here.iterdir()] == ["runs"]
-    results = json.loads((installed.here / "runs/first/results.json").read_text())
-    [scores] = [entry["test"] for entry in results.values() if "test" in entry]
+    [entry] = json.loads((installed.here / "runs/first/results.json").read_text())["results"]
+    scores = entry["test"]
     shown = re.search(r"linear . test +. ([\d.]+) ", printed)
     assert shown is not None, printed
     assert float(shown[1]) == pytest.approx(scores["accuracy"], abs=5e-5)
-    assert scores["accuracy"] > 0.95
+    assert scores["accuracy"] > 0.8
     start = json.loads((installed.here / "runs/first/metrics.jsonl").read_text().splitlines()[0])
     assert f"({start['commit']})" in installed.call("hpc-supcon", "--version")
     page = installed.here / "runs/first/report.html"
