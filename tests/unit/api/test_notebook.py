@@ -121,7 +121,7 @@ def test_all_notebooks_are_run_and_in_the_documentation():
 
 EXECUTED = [
     pytest.param(name, marks=pytest.mark.xfail(strict=True, reason="not executed yet: make notebooks"))
-    if name in ("own_data", "compare_losses", "read_a_grid")
+    if name in ("compare_losses",)
     else name
     for name in notebooks.NAMES
 ]
