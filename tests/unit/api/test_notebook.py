@@ -96,7 +96,7 @@ def check_prune_and_export(notebook, folder):
 
 
 def check_read_a_grid(notebook, folder):
-    assert "2 done" in text_of(notebook, "submit")
+    assert "4 done" in text_of(notebook, "submit")  # pre-training and probe of two cells
     assert "missing" not in outputs(notebook, "tables")[1]["text/markdown"]
     assert "2 rows" in outputs(notebook, "runs")[0]["text/html"]
     assert "test accuracy of temperature" in text_of(notebook, "winner")
