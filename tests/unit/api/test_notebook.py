@@ -119,15 +119,7 @@ def test_all_notebooks_are_run_and_in_the_documentation():
     assert tuple(pages) == notebooks.NAMES
 
 
-EXECUTED = [
-    pytest.param(name, marks=pytest.mark.xfail(strict=True, reason="not executed yet: make notebooks"))
-    if name in ("compare_losses",)
-    else name
-    for name in notebooks.NAMES
-]
-
-
-@pytest.mark.parametrize("name", EXECUTED)
+@pytest.mark.parametrize("name", notebooks.NAMES)
 def test_a_committed_notebook_was_executed_whole_and_names_no_machine(name):
     path = notebooks.FOLDER / f"{name}.ipynb"
     text = path.read_text(encoding="utf-8")
