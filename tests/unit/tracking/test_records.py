@@ -82,6 +82,7 @@ def folder(tmp_path, monkeypatch):
     for name in ("WANDB_MODE", "WANDB_API_KEY", "WANDB_PROJECT", "MLFLOW_TRACKING_URI", "MLFLOW_EXPERIMENT_NAME"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "no.netrc"))
+    monkeypatch.setattr(processes, "QUIET_S", 600)  # on a busy machine a line more would say that it takes long
     folder = full_run(tmp_path / "run [b]", "seed=3")
     (folder / "plots").mkdir()
     (folder / "plots/training.png").write_bytes(_png())
