@@ -7,8 +7,8 @@
 All train the same encoder on the same images with the same augmentation, batches, optimizer (AdamW, one cycle) and
 number of views through the encoder, cross-entropy included; a linear layer on the frozen features is then trained
 alike. The learning rate of each is the one of RATES with the best validation accuracy, in a third of the epochs, with
-a seed of its own. What differs are the loss and the head that it is published with. A seed draws images, weights,
-views and order, so that methods are compared in pairs of one seed.
+a seed of its own; beyond the lowest or the highest two more are tried. What differs are the loss and the head that it
+is published with. A seed draws images, weights, views and order, so that methods are compared in pairs of one seed.
 
 Every run is a cell of a grid under `--runs`: what is done is not repeated, what was interrupted goes on. With
 `--hours` the command stops in time, and says what is left.
@@ -17,6 +17,7 @@ Every run is a cell of a grid under `--runs`: what is done is not repeated, what
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import os
@@ -39,6 +40,8 @@ from hpc_supcon.grid.tables import results_of
 from hpc_supcon.pages.statistics import mean_and_interval, paired_difference
 
 RATES = (1e-3, 3e-3, 1e-2)
+BEYOND = {"lower": (1e-4, 3e-4), "higher": (3e-2, 1e-1)}
+STAGES = ("tuning", *BEYOND, "runs")
 TUNING_SEED = 100
 NEVER = 1e9
 """Hours: without a limit."""
@@ -123,29 +126,40 @@ class DataSet:
 
 @dataclass(frozen=True)
 class Grid:
-    """One grid: the tuning of a group of methods, or its runs."""
+    """One grid: one of STAGES of a group of methods."""
 
     data: DataSet
     group: str
-    tuning: bool
+    stage: str
 
     @property
     def name(self) -> str:
-        return f"rivals-{self.data.name.lower()}-{self.group}" + "-tuning" * self.tuning
+        suffix = {"tuning": "-tuning", "runs": ""}.get(self.stage, f"-tuning-{self.stage}")
+        return f"rivals-{self.data.name.lower()}-{self.group}{suffix}"
+
+    def of(self, stage: str) -> Grid:
+        return dataclasses.replace(self, stage=stage)
+
+    @property
+    def rates(self) -> tuple[float, ...]:
+        """What is tried; () for runs."""
+        return {"tuning": RATES, "runs": (), **BEYOND}[self.stage]
 
     def specification(self, rates: Mapping[str, float], precision: str) -> dict[str, Any]:
-        """The grid file. rates: the learning rate of each method, for runs."""
+        """The grid file of these methods. rates: the learning rate of each, for runs."""
         seeds, methods = GROUPS[self.group]
-        epochs = max(1, self.data.epochs // 3) if self.tuning else self.data.epochs
+        own = {name: methods[name] for name in rates}
+        tuning = self.stage != "runs"
+        epochs = max(1, self.data.epochs // 3) if tuning else self.data.epochs
         settings = {**COMMON, **self.data.settings, "train.epochs": epochs, "train.precision": precision}
         settings["optim.warmup_epochs"] = epochs / 6
-        if self.tuning:
-            axes: dict[str, Any] = {"method": methods, "optim.lr": list(RATES)}
+        if tuning:
+            axes: dict[str, Any] = {"method": own, "optim.lr": list(self.rates)}
         else:
-            axes = {"method": {name: {**own, "optim.lr": rates[name]} for name, own in methods.items()}}
+            axes = {"method": {name: {**one, "optim.lr": rates[name]} for name, one in own.items()}}
         return {
             "name": self.name, "base": "default", "set": settings, "axes": axes,
-            "seeds": [TUNING_SEED] if self.tuning else seeds,
+            "seeds": [TUNING_SEED] if tuning else seeds,
         }  # fmt: skip
 
 
@@ -162,8 +176,8 @@ def data_sets(arguments: argparse.Namespace) -> list[DataSet]:
 
 def grids(sets: Sequence[DataSet], groups: Sequence[str] = tuple(GROUPS)) -> Iterator[Grid]:
     """In the order in which they run: the methods with labels on every data set first."""
-    for group, data, tuning in itertools.product(groups, sets, (True, False)):
-        yield Grid(data, group, tuning)
+    for group, data, stage in itertools.product(groups, sets, STAGES):
+        yield Grid(data, group, stage)
 
 
 def submit(grid: Grid, specification: Mapping[str, Any], root: Path, seconds: float) -> bool:
@@ -195,31 +209,45 @@ def accuracies(grid: Grid, root: Path, split: str) -> dict[tuple[str, str], dict
     return found
 
 
-def chosen_rates(grid: Grid, root: Path) -> dict[str, float]:
-    """The learning rate with the best validation accuracy of each method that is tuned at all of RATES."""
-    scores = accuracies(Grid(grid.data, grid.group, tuning=True), root, "validation")
+def best_rates(grid: Grid, root: Path, stages: Sequence[str]) -> dict[str, float]:
+    """The learning rate with the best validation accuracy of these stages, of each method that has tried RATES."""
     best: dict[str, float] = {}
     for method in GROUPS[grid.group][1]:
-        found = {float(rate): max(s.values()) for (name, rate), s in scores.items() if name == method}
-        if len(found) == len(RATES):
+        found = {
+            float(rate): max(seeds.values())
+            for stage in stages
+            for (name, rate), seeds in accuracies(grid.of(stage), root, "validation").items()
+            if name == method
+        }
+        if set(RATES) <= set(found):
             best[method] = max(found, key=lambda rate: found[rate])
     return best
+
+
+def methods_of(grid: Grid, root: Path) -> dict[str, float]:
+    """What a grid runs: method -> its learning rate as far as it is known."""
+    if grid.stage == "tuning":
+        return dict.fromkeys(GROUPS[grid.group][1], 0.0)
+    if grid.stage == "runs":
+        return best_rates(grid, root, STAGES[:-1])
+    end = RATES[0] if grid.stage == "lower" else RATES[-1]
+    return {method: rate for method, rate in best_rates(grid, root, ["tuning"]).items() if rate == end}
 
 
 def run_all(sets: Sequence[DataSet], groups: Sequence[str], root: Path, hours: float, precision: str) -> None:
     end = time.monotonic() + 3600 * hours
     for grid in grids(sets, groups):
-        rates = {} if grid.tuning else chosen_rates(grid, root)
-        if not submit(grid, grid.specification(rates, precision), root, end - time.monotonic()):
+        methods = methods_of(grid, root)
+        if methods and not submit(grid, grid.specification(methods, precision), root, end - time.monotonic()):
             return
 
 
-def left(sets: Sequence[DataSet], root: Path) -> list[str]:
+def left(sets: Sequence[DataSet], groups: Sequence[str], root: Path) -> list[str]:
     """One line for each grid that is not done."""
     lines = []
-    for grid in grids(sets):
-        seeds, methods = GROUPS[grid.group]
-        expected = len(methods) * (len(RATES) if grid.tuning else seeds)
+    for grid in grids(sets, groups):
+        seeds, every = GROUPS[grid.group]
+        expected = len(every) * seeds if grid.stage == "runs" else len(methods_of(grid, root)) * len(grid.rates)
         done = sum(len(s) for s in accuracies(grid, root, "test").values())
         if done < expected:
             lines.append(f"left: {expected - done} of {expected} runs of {grid.name}")
@@ -230,8 +258,8 @@ def result(data: DataSet, root: Path) -> dict[str, Any]:
     """The numbers of one data set."""
     methods, test = {}, {}
     for group in GROUPS:
-        grid = Grid(data, group, tuning=False)
-        rates = chosen_rates(grid, root)
+        grid = Grid(data, group, "runs")
+        rates = methods_of(grid, root)
         for (method, _), seeds in accuracies(grid, root, "test").items():
             test[method] = seeds
             methods[method] = {
@@ -259,7 +287,7 @@ def markdown(found: Sequence[Mapping[str, Any]]) -> str:
         lines += [f"## {one['data']}", "", "| method | test accuracy | seeds | learning rate |", "|---|---|---|---|"]
         for name, row in one["methods"].items():
             mean, half = row["interval"]
-            edge = " (the last one tried)" if row["lr"] in (RATES[0], RATES[-1]) else ""
+            edge = " (the last one tried)" if row["lr"] in (BEYOND["lower"][0], BEYOND["higher"][-1]) else ""
             lines.append(f"| {name} | {mean:.4f} ± {half:.4f} | {len(row['test'])} | {row['lr']:g}{edge} |")
         lines += ["", "| difference of pairs of one seed | mean ± 95 % interval | pairs | |", "|---|---|---|---|"]
         for pair in one["differences"]:
@@ -281,8 +309,9 @@ def main() -> None:
     arguments = parser.parse_args()
     sets = data_sets(arguments)
     arguments.runs.mkdir(parents=True, exist_ok=True)
+    groups = arguments.group or tuple(GROUPS)
     if not arguments.report:
-        run_all(sets, arguments.group or tuple(GROUPS), arguments.runs, arguments.hours, arguments.precision)
+        run_all(sets, groups, arguments.runs, arguments.hours, arguments.precision)
     found = [result(data, arguments.runs) for data in sets]
     facts = {
         "machine": platform.processor() or platform.machine(), "cores": os.cpu_count(), "commit": code_commit(),
@@ -291,7 +320,7 @@ def main() -> None:
     arguments.output.write_text(json.dumps({**facts, "results": found}, indent=1) + "\n")
     arguments.output.with_suffix(".md").write_text(markdown(found))
     print(markdown(found))
-    print("\n".join(left(sets, arguments.runs)))
+    print("\n".join(left(sets, groups, arguments.runs)))
 
 
 if __name__ == "__main__":

@@ -39,10 +39,11 @@ def test_every_grid_expands_and_methods_share_all_but_their_loss_and_head(rivals
     for grid in rivals.grids(data_sets(rivals)):
         found = plan(rivals, grid, tmp_path)
         seeds, methods = rivals.GROUPS[grid.group]
-        assert len(found.cells) == len(methods) * (len(rivals.RATES) if grid.tuning else seeds)
+        tuning = grid.stage != "runs"
+        assert len(found.cells) == len(methods) * (len(grid.rates) if tuning else seeds)
         configs = [node.resolved.config for node in found.nodes.values()]
-        assert {c.seed for c in configs} == ({rivals.TUNING_SEED} if grid.tuning else set(range(seeds)))
-        assert {c.optim.lr for c in configs} == (set(rivals.RATES) if grid.tuning else {0.5})
+        assert {c.seed for c in configs} == ({rivals.TUNING_SEED} if tuning else set(range(seeds)))
+        assert {c.optim.lr for c in configs} == (set(grid.rates) if tuning else {0.5})
         shared = [
             {**c.model_dump(exclude=free), "seed": 0, "optim": c.optim.model_dump(exclude={"lr"})} for c in configs
         ]
@@ -50,20 +51,55 @@ def test_every_grid_expands_and_methods_share_all_but_their_loss_and_head(rivals
         assert len({(c.model.encoder, c.model.projection_hidden) for c in configs}) == 1
 
 
-def test_the_learning_rate_is_the_best_of_validation_and_only_of_complete_tunings(rivals, monkeypatch):
-    grid = rivals.Grid(data_sets(rivals)[0], "labels", tuning=False)
-    asked = []
+@pytest.fixture
+def tuned(rivals, monkeypatch):
+    """Sets what the stages of tuning have found: stage -> method -> learning rate -> accuracy."""
+    found = {}
 
-    def accuracies(of, root, split):
-        asked.append((of.tuning, split))
-        scores = {
-            ("TCL", f"{rate}"): {100: accuracy} for rate, accuracy in zip(rivals.RATES, (0.3, 0.9, 0.5), strict=True)
+    def accuracies(grid, root, split):
+        if split == "test":  # rates are never chosen by it
+            return {(str(n), ""): {0: 0.0} for n in range(sum(len(of) for of in found.get(grid.stage, {}).values()))}
+        return {
+            (method, f"{rate:g}"): {rivals.TUNING_SEED: accuracy}
+            for method, scores in found.get(grid.stage, {}).items()
+            for rate, accuracy in scores.items()
         }
-        return {**scores, ("SupCon out", f"{rivals.RATES[0]}"): {100: 0.99}}
 
     monkeypatch.setattr(rivals, "accuracies", accuracies)
-    assert rivals.chosen_rates(grid, None) == {"TCL": rivals.RATES[1]}
-    assert asked == [(True, "validation")]
+    return found
+
+
+def test_the_learning_rate_is_the_best_of_validation_and_two_more_are_tried_beyond_an_end(rivals, tuned):
+    grid = rivals.Grid(data_sets(rivals)[0], "labels", "tuning")
+    chosen = {stage: (lambda stage=stage: rivals.methods_of(grid.of(stage), None)) for stage in rivals.STAGES}
+    assert list(chosen["tuning"]()) == list(rivals.GROUPS["labels"][1])
+    assert not any(chosen[stage]() for stage in ("lower", "higher", "runs"))
+    low, middle, high = rivals.RATES
+    tuned["tuning"] = {
+        "TCL": {low: 0.3, middle: 0.9, high: 0.5},
+        "SupCon out": {low: 0.9, middle: 0.8, high: 0.7},
+        "SupCon in": {low: 0.1, middle: 0.2, high: 0.3},
+        "cross-entropy": {low: 0.99, middle: 0.5},  # not tuned at all of them: neither chosen nor at an end
+    }
+    assert chosen["lower"]() == {"SupCon out": low}
+    assert chosen["higher"]() == {"SupCon in": high}
+    assert chosen["runs"]() == {"TCL": middle, "SupCon out": low, "SupCon in": high}
+    tuned["lower"] = {"SupCon out": {1e-4: 0.4, 3e-4: 0.95}}
+    tuned["higher"] = {"SupCon in": {3e-2: 0.1, 1e-1: 0.2}}
+    assert chosen["lower"]() == {"SupCon out": low}, "what a stage runs does not depend on what it finds"
+    assert chosen["runs"]() == {"TCL": middle, "SupCon out": 3e-4, "SupCon in": high}
+
+
+def test_what_is_left_counts_the_rates_beyond_the_ends(rivals, tuned):
+    sets = data_sets(rivals)[:1]
+    assert rivals.left(sets, ["labels"], None) == [
+        "left: 12 of 12 runs of rivals-cifar-10-labels-tuning",
+        "left: 20 of 20 runs of rivals-cifar-10-labels",
+    ]
+    scores = dict(zip(rivals.RATES, (0.3, 0.4, 0.5), strict=True))
+    tuned["tuning"] = dict.fromkeys(rivals.GROUPS["labels"][1], scores)
+    tuned["higher"] = {"TCL": {3e-2: 0.1}}
+    assert rivals.left(sets, ["labels"], None)[0] == "left: 7 of 8 runs of rivals-cifar-10-labels-tuning-higher"
 
 
 @pytest.mark.parametrize(
@@ -92,7 +128,7 @@ def test_the_report_compares_pairs_of_one_seed(rivals, monkeypatch):
         return {(name, ""): test[name] for name in rivals.GROUPS[grid.group][1] if name in test}
 
     monkeypatch.setattr(rivals, "accuracies", accuracies)
-    monkeypatch.setattr(rivals, "chosen_rates", lambda grid, root: dict.fromkeys(test, 1e-3))
+    monkeypatch.setattr(rivals, "methods_of", lambda grid, root: dict.fromkeys(test, 1e-1))
     found = rivals.result(data, None)
     assert list(found["methods"]) == ["TCL", "SupCon out", "SimCLR"]
     # accuracies of the seeds differ by 0.2, the pairs by 0.01 each
@@ -100,6 +136,6 @@ def test_the_report_compares_pairs_of_one_seed(rivals, monkeypatch):
     assert (first["from"], first["to"]) == ("SupCon out", "TCL")
     assert first["difference"] == (pytest.approx(0.01), pytest.approx(0, abs=1e-9), 3)
     text = rivals.markdown([found])
-    assert "| TCL | 0.7000 ± 0.2484 | 3 | 0.001 (the last one tried) |" in text
+    assert "| TCL | 0.7000 ± 0.2484 | 3 | 0.1 (the last one tried) |" in text
     assert "| TCL - SupCon out | +0.0100 ± 0.0000 | 3 | above |" in text
     assert "| SupCon out - SimCLR | +0.2900 ± 0.0000 | 2 | above |" in text
