@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install -q --disable-pip-version-check
 # of quickstart: one for each GPU, at most two; two on a CPU
 RANKS ?= $(shell $(BIN)/python -c "import torch; print(min(2, torch.cuda.device_count()) or 2)")
-WORKERS ?= 2
+# one more than two cores: tests of ranks, workers and locks wait for a third of their time
+WORKERS ?= 3
 # a file's tests stay in one worker, so that what they share is made once
 PARALLEL = -n $(WORKERS) --dist loadfile
 # tests marked `alone` have the machine to themselves, one at a time; no others are in these folders but a few

@@ -27,7 +27,8 @@ def _told_nothing(monkeypatch):
 @pytest.fixture
 def folder(tmp_path):
     with tarfile.open(ARCHIVE) as archive:
-        archive.extractall(tmp_path, filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # not in every 3.10 and 3.11
+        archive.extractall(tmp_path)
     return tmp_path / "run"
 
 
