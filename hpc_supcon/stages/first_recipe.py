@@ -160,7 +160,8 @@ def to_yaml(settings: Mapping[str, Any], facts: DataFacts) -> str:
     """The recipe as a file, after lines that say what it is for."""
     few, many = min(facts.classes.values(), default=0), max(facts.classes.values(), default=0)
     lines = [f"# {facts.images} training images of {facts.root}, {facts.side} px"]
-    lines[0] += f", {len(facts.classes)} classes of {few} to {many} images" if facts.labeled else ", without labels"
+    each = f"{few}" if few == many else f"{few} to {many}"
+    lines[0] += f", {len(facts.classes)} classes of {each} images" if facts.labeled else ", without labels"
     if few and many > 10 * few:
         lines.append("# Rare classes come more often with data.sampler=long_tail_aware.")
     if not facts.labeled:

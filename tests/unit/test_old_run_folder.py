@@ -27,8 +27,8 @@ def _told_nothing(monkeypatch):
 @pytest.fixture
 def folder(tmp_path):
     with tarfile.open(ARCHIVE) as archive:
-        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # not in every 3.10 and 3.11
-        archive.extractall(tmp_path)
+        has_filters = hasattr(tarfile, "data_filter")  # not in every 3.10 and 3.11
+        archive.extractall(tmp_path, **({"filter": "data"} if has_filters else {}))
     return tmp_path / "run"
 
 
