@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections import Counter
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -102,15 +103,23 @@ def status_command(
     from ..grid.status import render
 
     frozen, rows, console = load(grid_dir), None if every else ROWS, output()
-    states = node_states(frozen)
     if not watch:
-        console.print(render(frozen, states, rows))
+        console.print(render(frozen, node_states(frozen), rows))
         return
-    with Live(render(frozen, states, rows), console=console, auto_refresh=False) as live:
-        while any(state.state in QUEUED for state in states.values()):
-            time.sleep(5)
+    shown: dict[str, str] = {}
+    # a log gets a table for each change, as Live would print the last one only
+    with Live(console=console, auto_refresh=False) if console.is_terminal else nullcontext() as live:
+        while True:
             states = node_states(frozen)
-            live.update(render(frozen, states, rows), refresh=True)
+            found = {name: state.state for name, state in states.items()}
+            if live is not None:
+                live.update(render(frozen, states, rows), refresh=True)
+            elif found != shown:
+                console.print(render(frozen, states, rows))
+            shown = found
+            if not any(state in QUEUED for state in found.values()):
+                return
+            time.sleep(5)
 
 
 @grid.command("cancel")
