@@ -209,19 +209,22 @@ def accuracies(grid: Grid, root: Path, split: str) -> dict[tuple[str, str], dict
     return found
 
 
+def tuning_scores(grid: Grid, root: Path, stages: Sequence[str] = STAGES[:-1]) -> dict[str, dict[float, float]]:
+    """Method -> learning rate -> validation accuracy, as far as these stages have tried it."""
+    scores: dict[str, dict[float, float]] = {}
+    for stage in stages:
+        for (method, rate), seeds in accuracies(grid.of(stage), root, "validation").items():
+            scores.setdefault(method, {})[float(rate)] = max(seeds.values())
+    return scores
+
+
 def best_rates(grid: Grid, root: Path, stages: Sequence[str]) -> dict[str, float]:
     """The learning rate with the best validation accuracy of these stages, of each method that has tried RATES."""
-    best: dict[str, float] = {}
-    for method in GROUPS[grid.group][1]:
-        found = {
-            float(rate): max(seeds.values())
-            for stage in stages
-            for (name, rate), seeds in accuracies(grid.of(stage), root, "validation").items()
-            if name == method
-        }
-        if set(RATES) <= set(found):
-            best[method] = max(found, key=lambda rate: found[rate])
-    return best
+    scores = tuning_scores(grid, root, stages)
+    tried = {method: scores.get(method, {}) for method in GROUPS[grid.group][1]}
+    return {
+        method: max(found, key=lambda rate: found[rate]) for method, found in tried.items() if {*RATES} <= {*found}
+    }
 
 
 def methods_of(grid: Grid, root: Path) -> dict[str, float]:
@@ -259,11 +262,12 @@ def result(data: DataSet, root: Path) -> dict[str, Any]:
     methods, test = {}, {}
     for group in GROUPS:
         grid = Grid(data, group, "runs")
-        rates = methods_of(grid, root)
+        rates, tuning = methods_of(grid, root), tuning_scores(grid, root)
         for (method, _), seeds in accuracies(grid, root, "test").items():
             test[method] = seeds
             methods[method] = {
                 "lr": rates[method],
+                "tuning": tuning[method],
                 "test": seeds,
                 "interval": mean_and_interval(list(seeds.values())),
             }

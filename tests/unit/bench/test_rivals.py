@@ -125,12 +125,17 @@ def test_the_report_compares_pairs_of_one_seed(rivals, monkeypatch):
     }
 
     def accuracies(grid, root, split):
-        return {(name, ""): test[name] for name in rivals.GROUPS[grid.group][1] if name in test}
+        names = [name for name in rivals.GROUPS[grid.group][1] if name in test]
+        if grid.stage == "runs":
+            return {(name, ""): test[name] for name in names}
+        return {(name, f"{rate:g}"): {rivals.TUNING_SEED: rate * 5} for name in names for rate in grid.rates}
 
     monkeypatch.setattr(rivals, "accuracies", accuracies)
     monkeypatch.setattr(rivals, "methods_of", lambda grid, root: dict.fromkeys(test, 1e-1))
     found = rivals.result(data, None)
     assert list(found["methods"]) == ["TCL", "SupCon out", "SimCLR"]
+    tried = pytest.approx({rate: rate * 5 for rate in (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1)})
+    assert [row["tuning"] for row in found["methods"].values()] == [tried] * 3
     # accuracies of the seeds differ by 0.2, the pairs by 0.01 each
     first = found["differences"][0]
     assert (first["from"], first["to"]) == ("SupCon out", "TCL")
