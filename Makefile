@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 INSTALL = $(BIN)/python -m pip install -q --disable-pip-version-check
 # of quickstart: one for each GPU, at most two; two on a CPU
 RANKS ?= $(shell $(BIN)/python -c "import torch; print(min(2, torch.cuda.device_count()) or 2)")
-# one more than two cores: tests of ranks, workers and locks wait for a third of their time
-WORKERS ?= 3
-# a file's tests stay in one worker, so that what they share is made once
-PARALLEL = -n $(WORKERS) --dist loadfile
+# twice two cores: tests of ranks, workers and locks wait for much of their time; some 3 GB of memory for each
+WORKERS ?= 4
+# a file's tests stay in one worker, so that what they share is made once; in the order of tests/conftest.py
+PARALLEL = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 # tests marked `alone` have the machine to themselves, one at a time; no others are in these folders but a few
 ALONE = tests/fault tests/slurm
 

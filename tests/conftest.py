@@ -3,6 +3,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+from pathlib import Path
 
 # Small tensors and matrices: a second thread costs more than it brings, above all where tests share the cores with
 # others and with ranks. Before numpy and torch are imported, for their children as well.
@@ -20,9 +21,22 @@ SUPPRESSED = [HealthCheck.too_slow, HealthCheck.function_scoped_fixture]
 settings.register_profile("tests", deadline=None, suppress_health_check=SUPPRESSED)
 settings.load_profile("tests")
 
+LONGEST = (
+    "unit/api/test_notebook.py", "docs/test_blocks.py", "unit/cli/test_app.py", "unit/cli/test_own_parts.py",
+    "unit/cli/test_refused.py", "dist/test_start_page.py", "unit/api/test_objects.py", "unit/losses/test_triton.py",
+    "dist/test_shards_ranks.py", "unit/bench/test_gpu_in_miniature.py", "examples/test_sources.py",
+    "unit/test_examples_of_models.py", "dist/test_step.py", "unit/export/test_push.py", "unit/models/test_hub.py",
+)  # fmt: skip
+"""Files of more than 75 seconds, in this order before all others: one that begins at the end is waited for."""
+
 
 def pytest_addoption(parser):
     parser.addoption("--no-training", action="store_true", help="skip each test at its first step of training")
+
+
+def pytest_collection_modifyitems(items):
+    order = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: order.get(item.path, len(order)))
 
 
 @pytest.fixture(scope="session", autouse=True)
