@@ -9,7 +9,7 @@ RANKS ?= $(shell $(BIN)/python -c "import torch; print(min(2, torch.cuda.device_
 WORKERS ?= 4
 # a file's tests stay in one worker, so that what they share is made once; in the order of tests/conftest.py
 PARALLEL = -n $(WORKERS) --dist loadfile --no-loadscope-reorder
-# tests marked `alone` have the machine to themselves, one at a time; no others are in these folders but a few
+# tests marked `alone` are run apart, one of each folder at a time; no others are in these folders but a few
 ALONE = tests/fault tests/slurm
 
 .PHONY: quickstart check unit test lint docs notebooks bench dist image oldest gpu wheels clean
@@ -32,7 +32,7 @@ test: lint $(VENV)/.installed-extras  ## the whole suite, with all that can be i
 	$(BIN)/coverage combine -q
 	@echo "percent of the package's lines that ran (more: $(BIN)/coverage report --skip-covered --sort=cover):"
 	$(BIN)/coverage report --format=total
-	$(BIN)/python -m pytest -m alone $(ALONE)
+	$(BIN)/python -m pytest -n 2 --dist loadgroup -m alone $(ALONE)
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy && $(BIN)/python -m tests.tidy

@@ -15,7 +15,7 @@ BESIDE_OTHERS = (
     "test_own_error.py",
     "test_system_limits.py",
 )
-"""Files whose tests wait for nothing that a busy machine delays; all others have the machine to themselves."""
+"""Files whose tests wait for nothing that a busy machine delays; all others run beside tests/slurm at most."""
 
 
 def pytest_collection_modifyitems(items):
@@ -25,6 +25,7 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.timeout(4 * RUN_TIMEOUT_S))
             if item.path.name not in BESIDE_OTHERS:
                 item.add_marker(pytest.mark.alone)
+                item.add_marker(pytest.mark.xdist_group("fault"))
 
 
 @pytest.fixture(scope="session")

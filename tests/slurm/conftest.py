@@ -77,3 +77,4 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.alone)
+            item.add_marker(pytest.mark.xdist_group("slurm"))  # there is one cluster
