@@ -7,6 +7,7 @@ line; 2 means that the input was wrong and nothing was done.
 from __future__ import annotations
 
 import difflib
+import re
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
@@ -171,9 +172,12 @@ class Preempted(HpcSupconError):
     on_all_ranks = True
 
 
+_COLOR = re.compile(r"\x1b\[[0-9;]*m")
+
+
 def first_line(error: BaseException) -> str:
-    """The first line of the message of an error of another library, or the name of its type."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    """The first line of the message of an error of another library, without colors, or the name of its type."""
+    return (_COLOR.sub("", str(error)).strip().splitlines() or [type(error).__name__])[0]
 
 
 def raised_where(error: BaseException) -> str:

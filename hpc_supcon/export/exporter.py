@@ -71,8 +71,11 @@ def _convert(part: ModelPart, format: str) -> bytes:
     except ExportError:
         raise
     except Exception as error:  # exporters raise many types for a model that they cannot trace
+        cause: BaseException = error
+        while cause.__cause__ is not None:  # PyTorch's say which step failed, and their cause says why
+            cause = cause.__cause__
         raise ExportError(
-            f"--format {format} cannot represent this {part.name}: {first_line(error)}; try another format"
+            f"--format {format} cannot represent this {part.name}: {first_line(cause)}; try another format"
         ) from error
 
 

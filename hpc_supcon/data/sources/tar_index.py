@@ -120,7 +120,8 @@ def _members(shard: Path, file: BinaryIO) -> Iterator[dict[str, Any]]:
     file.seek(0)
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
-            while (member := tar.next()) is not None:
+            # offset 0: there is no member, and Python 3.10 would look for the next one before the file
+            while tar.offset and (member := tar.next()) is not None:
                 tar.members.clear()  # type: ignore[attr-defined]  # it would keep all of them
                 if member.isreg() and member.offset_data + member.size > length:
                     raise _cut_short(shard, member.offset, f"{member.name} of {member.size:,} bytes", length)

@@ -207,7 +207,9 @@ def test_a_file_with_other_outputs_is_an_error_and_an_earlier_file_stays(trained
 
 def test_a_model_that_a_format_cannot_trace_is_an_error(trained, tmp_path, monkeypatch):
     def branch(part, metadata):
-        raise RuntimeError("data-dependent branch\nmore")
+        raise RuntimeError("step 2 of 3 failed. Next steps:") from ValueError(
+            "\x1b[96mdata-dependent\x1b[0m branch\nmore"
+        )
 
     monkeypatch.setitem(exporter.FORMATS, "torch-export", replace(FORMATS["torch-export"], to_bytes=branch))
     with pytest.raises(ExportError, match="cannot represent this encoder: data-dependent branch; try another"):
