@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+
 import numpy as np
 import pytest
 import torch
@@ -83,6 +85,40 @@ def test_gray_images_are_not_mirrored_and_keep_their_channel(tmp_path):
     assert run(folder(tmp_path / "signs", sizes=((28, 28),), mode="L"), "-o", out) == 0
     config = load_config(str(out))
     assert (config.model.encoder, config.augment.policy, config.augment.flip) == ("conv", "flip_crop", 0.0)
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_in_a_terminal_it_asks_and_asks_again_after_a_wrong_answer(tmp_path, monkeypatch, capsys):
+    data, out = folder(tmp_path / "pets"), tmp_path / "mine.yaml"
+    monkeypatch.delenv("JPY_PARENT_PID", raising=False)
+    answers = [data, "supcom", "tcl", "n", "-1", "nan", "soon", "1e999", "0.5", out]
+    monkeypatch.setattr("sys.stdin", Terminal("".join(f"{answer}\n" for answer in answers)))
+    assert run() == 0
+    said = capsys.readouterr().out
+    for wrong in (
+        "did you mean 'supcon'?",
+        "-1 is not a number from 0.1",
+        "nan is",
+        "'soon' is not a number",
+        "1e999",
+    ):
+        assert wrong in said
+    config = load_config(str(out))
+    assert (config.loss.name, config.augment.flip) == ("tcl", 0.0)
+    monkeypatch.setattr("sys.stdin", Terminal("\n" * 4))
+    assert run(data, "--out", tmp_path / "defaults.yaml") == 0
+    assert load_config(str(tmp_path / "defaults.yaml")).loss.name == "supcon_out"
+
+
+def test_in_a_notebook_it_does_not_wait_for_answers_that_nobody_can_give(tmp_path, monkeypatch):
+    monkeypatch.setenv("JPY_PARENT_PID", "1")
+    monkeypatch.setattr("sys.stdin", Terminal())
+    assert run(folder(tmp_path / "pets"), "-o", tmp_path / "r.yaml") == 0
+    assert run() == 2
 
 
 def test_images_without_labels(tmp_path, capsys):
