@@ -47,6 +47,8 @@ def client(notebook: Any, folder: Path, *, timeout: int | None = TIMEOUT_S) -> A
 
     resources = {"metadata": {"path": str(folder)}}
     options = {"timeout": timeout, "startup_timeout": TIMEOUT_S, "record_timing": False}
+    # each would warn that what it exchanges with this process, on this machine, is not encrypted
+    options["extra_arguments"] = ["--log-level=ERROR"]
     return nbclient.NotebookClient(notebook, kernel_name="python3", resources=resources, **options)
 
 
