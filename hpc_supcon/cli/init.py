@@ -22,6 +22,22 @@ OBJECTIVES = ("supcon", "tcl", "cross_entropy", "simclr")
 Folder = Annotated[Path | None, typer.Argument(metavar="DATA", help="The folder of the data.")]
 
 
+def _objective(answer: str) -> str:
+    if answer not in OBJECTIVES:
+        raise typer.BadParameter(unknown_name("objective", answer, OBJECTIVES))
+    return answer
+
+
+def _minutes(answer: str) -> float:
+    try:
+        minutes = float(answer)
+    except ValueError:
+        raise typer.BadParameter(f"{answer!r} is not a number") from None
+    if not MIN_MINUTES <= minutes < float("inf"):
+        raise typer.BadParameter(f"{answer} is not a number from {MIN_MINUTES}")
+    return minutes
+
+
 def init(
     data: Folder = None,
     objective: Annotated[str | None, typer.Option(help=f"{' | '.join(OBJECTIVES)}; simclr needs no labels.")] = None,
@@ -30,7 +46,8 @@ def init(
         typer.Option("--mirrored/--not-mirrored", help="Whether a mirrored image is as good as the image."),
     ] = None,
     minutes: Annotated[
-        float | None, typer.Option(min=MIN_MINUTES, help="About how long the run may take here.")
+        float | None,
+        typer.Option(parser=_minutes, metavar="FLOAT", help="About how long the run may take here; at least 0.1."),
     ] = None,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="The recipe's file.")] = None,
     force: Annotated[bool, typer.Option("--force", help="Overwrite the file.")] = False,
@@ -69,22 +86,6 @@ def init(
     load_config(str(path), [], stages=("pretrain", "probe"))
     command = "run" if facts.labeled else "pretrain"
     sys.stdout.write(f"wrote {printable(path)}; start it: hpc-supcon {command} {printable(path)}\n")
-
-
-def _objective(answer: str) -> str:
-    if answer not in OBJECTIVES:
-        raise typer.BadParameter(unknown_name("objective", answer, OBJECTIVES))
-    return answer
-
-
-def _minutes(answer: str) -> float:
-    try:
-        minutes = float(answer)
-    except ValueError:
-        raise typer.BadParameter(f"{answer!r} is not a number") from None
-    if not MIN_MINUTES <= minutes < float("inf"):
-        raise typer.BadParameter(f"{answer} is not a number from {MIN_MINUTES}")
-    return minutes
 
 
 def _line(facts: DataFacts) -> str:

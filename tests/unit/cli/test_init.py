@@ -163,6 +163,9 @@ def test_bad_input(tmp_path, capsys):
     out.write_text("mine")
     assert run(data, "-o", out) == 2
     assert out.read_text() == "mine"
+    for minutes in ("nan", "inf", "0", "soon"):
+        assert run(data, "-o", tmp_path / "x.yaml", "--minutes", minutes) == 2
+        assert "is not a number" in capsys.readouterr().err
     assert run(data, "-o", tmp_path / "x.yaml", "--objective", "supcom") == 2
     assert "supcon" in capsys.readouterr().err
     (tmp_path / "two" / "MNIST" / "raw").mkdir(parents=True)
