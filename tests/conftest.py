@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import gc
 import multiprocessing
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 # Small tensors and matrices: a second thread costs more than it brings, above all where tests share the cores with
@@ -28,6 +30,9 @@ LONGEST = (
     "unit/test_examples_of_models.py", "dist/test_step.py", "unit/export/test_push.py", "unit/models/test_hub.py",
 )  # fmt: skip
 """Files of more than 75 seconds, in this order before all others: one that begins at the end is waited for."""
+TRACED_CASES = 3
+"""Of each parametrized test, so many are traced for coverage: others run the same lines, at up to twice the time."""
+TRACED = pytest.StashKey[bool]()
 
 
 def pytest_addoption(parser):
@@ -37,6 +42,29 @@ def pytest_addoption(parser):
 def pytest_collection_modifyitems(items):
     order = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
     items.sort(key=lambda item: order.get(item.path, len(order)))
+    cases = Counter()
+    for item in items:
+        function = item.nodeid.partition("[")[0]
+        cases[function] += 1
+        item.stash[TRACED] = item.path not in order and cases[function] <= TRACED_CASES
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item):
+    """Processes and threads that a test starts are traced all the same."""
+    tracer = sys.gettrace()
+    if tracer is not None and not item.stash[TRACED]:
+        sys.settrace(None)
+    try:
+        return (yield)
+    finally:
+        sys.settrace(tracer)
+
+
+def pytest_collection_finish():
+    """Thousands of tests and what they import are not looked through again and again, once for each short run."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
