@@ -24,31 +24,33 @@ def _rows(features: Tensor, labels: Tensor | None) -> tuple[list[Tensor], list[i
     return rows, row_labels
 
 
-def contrastive(features, labels, tau, form="out", k1=0.0, k2=1.0, queue=None):
+def contrastive(features, labels, tau, form="out", k1=0.0, k2=1.0, queue=None, keys=None):
     """Mean over anchors with a positive of the per-anchor loss; differentiable by autograd.
 
     out: -1/|P| sum_p log( exp(s_ip) / sum_A exp(s_ia) )       (Khosla et al., equation 2)
     in:  -log( 1/|P| sum_p exp(s_ip) / sum_A exp(s_ia) )       (Khosla et al., equation 3)
     tcl: -1/|P| sum_p log( exp(s_ip) / D_i )                   (Animesh and Chandraker, equation 8)
     decoupled: -1/|P| sum_p log( exp(s_ip) / sum_N exp(s_in) )
+
+    keys: another model's embeddings of the same views, which anchors are compared with in place of each other.
     """
-    rows, row_labels = _rows(features, labels)
-    own = len(rows)
+    anchors, row_labels = _rows(features, labels)
+    rows = anchors if keys is None else _rows(keys.detach(), labels)[0]
     if queue is not None:
         past, past_labels = _rows(queue[0].detach(), queue[1])
         rows, row_labels = rows + past, row_labels + past_labels
     losses = []
-    for i in range(own):
+    for i, anchor in enumerate(anchors):
         positives = [j for j in range(len(rows)) if j != i and row_labels[j] == row_labels[i]]
         negatives = [j for j in range(len(rows)) if row_labels[j] != row_labels[i]]
         if positives:
-            losses.append(_anchor_loss(rows, i, positives, negatives, tau, form, k1, k2))
+            losses.append(_anchor_loss(anchor, rows, positives, negatives, tau, form, k1, k2))
     return sum(losses) / len(losses) if losses else 0.0 * features.double().sum()
 
 
-def _anchor_loss(rows, i, positives, negatives, tau, form, k1, k2):
+def _anchor_loss(anchor, rows, positives, negatives, tau, form, k1, k2):
     def s(j):
-        return (rows[i] * rows[j]).sum() / tau
+        return (anchor * rows[j]).sum() / tau
 
     everyone = positives + negatives
     if form == "in":
@@ -58,7 +60,7 @@ def _anchor_loss(rows, i, positives, negatives, tau, form, k1, k2):
         denominator = sum(torch.exp(s(a)) for a in everyone)
     elif form == "tcl":
         denominator = sum(torch.exp(s(p)) for p in positives)
-        denominator = denominator + k1 * sum(torch.exp(-(rows[i] * rows[p]).sum()) for p in positives)
+        denominator = denominator + k1 * sum(torch.exp(-(anchor * rows[p]).sum()) for p in positives)
         denominator = denominator + k2 * sum(torch.exp(s(n)) for n in negatives)
     else:
         denominator = sum(torch.exp(s(n)) for n in negatives)

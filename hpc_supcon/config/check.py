@@ -166,10 +166,31 @@ def _check_queue(config: Config) -> None:
         )
     if model.momentum_encoder is not None and not with_target and not (loss.queue_size and terms & CONTRASTIVE):
         raise ConfigError("model.momentum_encoder makes the keys of a queue: set loss.queue_size as well")
+    if loss.keys == "momentum":
+        _check_keys(config)
     if model.momentum_final is not None and not with_target:
         raise ConfigError(
             f"model.momentum_final is for {' and '.join(sorted(WITH_TARGET))}, not for {loss.label}; use null"
         )
+
+
+def _check_keys(config: Config) -> None:
+    loss, model = config.loss, config.model
+    if not loss.weights.keys() & CONTRASTIVE:
+        raise ConfigError(f"loss.keys=momentum is for {', '.join(sorted(CONTRASTIVE))}, not for {loss.label}")
+    if model.momentum_encoder is None or not loss.queue_size:
+        raise ConfigError("loss.keys=momentum: set model.momentum_encoder (MoCo: 0.999) and loss.queue_size as well")
+    if not model.sync_bn:
+        raise ConfigError(
+            "model.sync_bn=false: BatchNorm per rank tells which key belongs to an image; use true with "
+            "loss.keys=momentum"
+        )
+    if loss.backend == "triton":
+        raise ConfigError(
+            "loss.backend=triton compares a batch with itself; use auto or tiled with loss.keys=momentum"
+        )
+    if config.log.gradient_response:
+        raise ConfigError("log.gradient_response compares a batch with itself; use false with loss.keys=momentum")
 
 
 def _check_sampler(config: Config) -> None:

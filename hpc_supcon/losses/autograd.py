@@ -27,6 +27,10 @@ Row i appears in s_ij as the anchor and in s_ji as a column. With u = z / sqrt(t
 
 G_ji needs nothing of the other ranks but their rows u_j and row weights. The backward pass therefore gathers four
 numbers per row, where summing the gradients of the gathered rows over ranks would move D.
+
+Columns without gradient (of a queue) have weights of zero, G_ji = 0. The temperature scales them all the same: s_ij
+depends on it through u_j as much as through u_i. Its gradient through u_i is therefore half of that of these columns,
+and is counted twice.
 """
 
 from __future__ import annotations
@@ -67,8 +71,9 @@ class TiledBackend(Protocol):
     def row_gradients(self, gathered: GatheredRows, weights_M4: Tensor, temperature: Tensor | None) -> Tensor:
         """dL / du of the own rows, [N, D].
 
-        `weights_M4`: sim_weight, pos_weight, neg_weight, inv_weight of all rows; zero for the queue's.
-        `temperature`: 0-dim; None where every inv_weight is zero.
+        `weights_M4`: sim_weight, pos_weight, neg_weight, inv_weight of all rows; zero for the queue's. Where there
+        are `gathered.rows`, only those of the own rows are read. `temperature`: 0-dim; None where every inv_weight is
+        zero.
         """
         ...
 
@@ -90,11 +95,13 @@ class _TiledLogSums(torch.autograd.Function):
         order_N: Tensor,
         backend: TiledBackend,
         log_zero: float,
+        learns_scale: bool,
     ) -> tuple[Tensor, ...]:
         sums = backend.row_sums(gathered, None if temperature is None else temperature.detach())
         rows, empty_KN, divisors_KN = log_sums(gathered.n_pos, gathered.n_neg, sums, log_zero, u_ND.dtype)
         # The backward pass frees saved tensors; what else `ctx` refers to lives as long as the loss.
         ctx.gathered, ctx.backend, ctx.dtype = replace(gathered, u=u_ND.new_empty(0)), backend, u_ND.dtype
+        ctx.learns_scale = learns_scale
         ctx.save_for_backward(gathered.u, temperature, sums.sim_inv_pos, order_N, empty_KN, divisors_KN)
         n_pos, *values = torch.empty_like(rows).index_copy_(1, order_N, rows).unbind()
         ctx.mark_non_differentiable(n_pos)
@@ -112,9 +119,35 @@ class _TiledLogSums(torch.autograd.Function):
             if ctx.needs_input_grad[1]:
                 # With s fixed, dinv_pos / dtau = -sum_P s exp(-tau s); autograd adds the share that goes through u.
                 grad_temperature = -(weights_KN[3] * sim_inv_pos).sum().to(temperature)
-            weights_M4 = weights_of_columns(weights_KN.to(ctx.dtype), gathered.rows_per_rank, len(u_MD))
+            weights_M4 = _weights_M4(weights_KN.to(ctx.dtype), gathered)
             grad_ND = ctx.backend.row_gradients(gathered, weights_M4, temperature)
-        return grad_ND, grad_temperature, None, None, None, None
+            if ctx.learns_scale:
+                grad_ND += _radial_of_queue(gathered, weights_M4, temperature, ctx.backend)
+        return grad_ND, grad_temperature, None, None, None, None, None
+
+
+def _weights_M4(weights_KN: Tensor, gathered: GatheredRows) -> Tensor:
+    """The argument `weights_M4` of TiledBackend.row_gradients. Collective."""
+    if gathered.rows is None:
+        return weights_of_columns(weights_KN, gathered.rows_per_rank, len(gathered.u))
+    weights_M4 = weights_KN.new_zeros(len(gathered.u), 4)
+    weights_M4[gathered.own, : len(weights_KN)] = weights_KN.T
+    return weights_M4
+
+
+def _radial_of_queue(
+    gathered: GatheredRows, weights_M4: Tensor, temperature: Tensor | None, backend: TiledBackend
+) -> Tensor:
+    """The part along u of the queue's share of the gradients of the own rows, [N, D].
+
+    Added to them, it counts that share twice in the gradient of the rows' length, and changes nothing else.
+    """
+    own_ND, past = gathered.u[gathered.own], gathered.u.clone()
+    past[: sum(gathered.rows_per_rank)] = 0.0  # a column of zeros adds nothing to G u
+    share_ND = backend.row_gradients(replace(gathered, u=past, rows=own_ND), weights_M4, temperature)
+    squared_N1 = own_ND.square().sum(1, keepdim=True)
+    along_N1 = (share_ND * own_ND).sum(1, keepdim=True) / torch.where(squared_N1 > 0, squared_N1, 1.0)
+    return own_ND * along_N1
 
 
 def log_sums(
@@ -172,6 +205,7 @@ def tiled_statistics(
     `scale` is 1 / sqrt(tau); `temperature` is tau, or None where log_inv is not needed; `log_zero` stands for log 0.
     """
     u_ND, gathered, order_N = sort_and_gather(anchors, queue, scale, dtype)
-    n_pos, *values = _TiledLogSums.apply(u_ND, temperature, gathered, order_N, backend, log_zero)
+    learns_scale = queue is not None and anchors.keys is None and scale.requires_grad
+    n_pos, *values = _TiledLogSums.apply(u_ND, temperature, gathered, order_N, backend, log_zero, learns_scale)
     log_inv = values[3] if len(values) > 3 else None
     return n_pos, values[0], values[1], values[2], log_inv, n_pos > 0

@@ -96,6 +96,7 @@ class _ContrastiveLoss(nn.Module):
         features: Tensor,
         labels: Tensor | None,
         queue: Queue | None,
+        keys: Tensor | None,
         rows_per_rank: list[int] | None,
         formula: Formula,
     ) -> Tensor:
@@ -108,6 +109,7 @@ class _ContrastiveLoss(nn.Module):
             backend=self.backend,
             gather=self.gather,
             queue=queue,
+            keys=keys,
             validate=self.validate,
             precision=self.precision,
             rows_per_rank=rows_per_rank,
@@ -161,13 +163,15 @@ class SupConLoss(_ContrastiveLoss):
         labels: Tensor | None = None,
         queue: Queue | None = None,
         rows_per_rank: list[int] | None = None,
+        keys: Tensor | None = None,
     ) -> Tensor:
         """features [B, V, D] or [N, D], labels [B] or [N] -> 0-dim loss. Raises LossInputError.
 
         Without labels, the positives of a row are the other views of its image. `queue`: past embeddings [Q, D] and
-        their labels [Q], compared with every anchor but without gradient. `rows_per_rank`: see `pairwise_stats`.
+        their labels [Q], compared with every anchor but without gradient. `rows_per_rank`, `keys`: see
+        `pairwise_stats`.
         """
-        loss = self._mean(features, labels, queue, rows_per_rank, Formula(inside=self.form == "in"))
+        loss = self._mean(features, labels, queue, keys, rows_per_rank, Formula(inside=self.form == "in"))
         if self.base_temperature is None:
             return loss
         temperature = self.temperature
@@ -210,9 +214,10 @@ class TCLLoss(_ContrastiveLoss):
         labels: Tensor | None = None,
         queue: Queue | None = None,
         rows_per_rank: list[int] | None = None,
+        keys: Tensor | None = None,
     ) -> Tensor:
         """As SupConLoss.forward."""
-        return self._mean(features, labels, queue, rows_per_rank, Formula(float(self.k1), float(self.k2)))
+        return self._mean(features, labels, queue, keys, rows_per_rank, Formula(float(self.k1), float(self.k2)))
 
 
 class SimCLRLoss(_ContrastiveLoss):
@@ -241,6 +246,8 @@ class SimCLRLoss(_ContrastiveLoss):
         labels: Tensor | None = None,
         queue: Queue | None = None,
         rows_per_rank: list[int] | None = None,
+        keys: Tensor | None = None,
     ) -> Tensor:
         """features [B, V, D], V >= 2 -> 0-dim loss."""
-        return self._mean(features, None, None if queue is None else (queue[0], None), rows_per_rank, Formula())
+        past = None if queue is None else (queue[0], None)
+        return self._mean(features, None, past, keys, rows_per_rank, Formula())

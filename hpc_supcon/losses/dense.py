@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..distributed import collectives
-from .gathered import normalize_queue
+from .gathered import normalize_queue, normalize_rows
 from .precision import float32_products
 from .validation import Anchors, Queue
 
@@ -34,8 +34,10 @@ def dense_statistics(
     """
     rows = anchors.rows_per_rank
     u_MD, labels_M = u_ND, labels_N
+    if anchors.keys is not None:
+        u_MD = normalize_rows(anchors.keys.detach(), scale, u_ND.dtype)
     if len(rows) > 1:
-        u_MD = collectives.gather_rows_with_grad(u_ND, rows)
+        u_MD = collectives.gather_rows_with_grad(u_MD, rows)
         labels_M = collectives.gather_rows(labels_N, rows)
     if queue is not None:
         past, past_labels = normalize_queue(queue, scale, u_ND.dtype)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
 from typing import Any
@@ -133,7 +133,8 @@ class GatheredRows:
     u [M, D]: normalized rows of all ranks in rank order, then those of the queue. class_ids [M] int64: equal where
     the labels are equal, ascending within each of `blocks` (start, stop): one per rank, and one for the queue.
     The rank's own rows are u[own]. n_pos, n_neg [N] float64: the numbers of positives and negatives of each own
-    row. rows_per_rank: as in Anchors.
+    row. rows_per_rank: as in Anchors. rows [N, D]: the own rows where they are others than u[own]; all of u is then
+    constant, and row i is not compared with u[own][i].
     """
 
     u: Tensor
@@ -143,6 +144,7 @@ class GatheredRows:
     n_pos: Tensor
     n_neg: Tensor
     rows_per_rank: list[int]
+    rows: Tensor | None = None
 
 
 def sort_and_gather(
@@ -151,11 +153,18 @@ def sort_and_gather(
     """(the own rows u [N, D], differentiable; all rows, gathered without gradient; the order of the own rows).
 
     The rows of u are anchors.rows[order], sorted by label: positive pairs then lie in few tiles of the similarity
-    matrix, and the other tiles need no comparison of labels.
+    matrix, and the other tiles need no comparison of labels. Where there are keys, they are gathered in place of the
+    rows, at length 1, and the rows have length `scale` squared: the temperature's gradient is that of the rows alone.
     """
     labels_N, order_N = anchors.labels.sort(stable=True)
-    u_ND = normalize_rows(anchors.rows, scale, dtype, order_N)
-    return u_ND, _gather(u_ND.detach(), labels_N, anchors, queue, scale, dtype), order_N
+    if anchors.keys is None:
+        u_ND = normalize_rows(anchors.rows, scale, dtype, order_N)
+        return u_ND, _gather(u_ND.detach(), labels_N, anchors, queue, scale, dtype), order_N
+    u_ND = normalize_rows(anchors.rows, scale * scale, dtype, order_N)
+    one = torch.ones_like(scale)
+    keys_ND = normalize_rows(anchors.keys.detach(), one, dtype, order_N)
+    gathered = _gather(keys_ND, labels_N, anchors, queue, one, dtype)
+    return u_ND, replace(gathered, rows=u_ND.detach()), order_N
 
 
 def _gather(
@@ -165,7 +174,7 @@ def _gather(
     spans_ranks = len(rows) > 1
     u_MD, labels_M = collectives.gather_rows_of([u_ND, labels_N], rows) if spans_ranks else (u_ND, labels_N)
     if queue is not None:
-        past, past_labels = normalize_queue(queue, scale, dtype)
+        past, past_labels = normalize_queue(queue, scale.detach(), dtype)
         past_labels, order = past_labels.sort()
         u_MD = torch.cat([u_MD, past.index_select(0, order)])
         labels_M = torch.cat([labels_M, past_labels])
@@ -178,8 +187,9 @@ def _gather(
 
 
 def normalize_queue(queue: Queue, scale: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """Past embeddings as further rows to compare with: (normalized, without gradient; their labels int64)."""
-    return normalize_rows(queue[0].detach(), scale.detach(), dtype), queue_labels(queue)
+    """Past embeddings as further rows to compare with: (normalized, with a gradient by `scale` alone; their labels
+    int64)."""
+    return normalize_rows(queue[0].detach(), scale, dtype), queue_labels(queue)
 
 
 def queue_labels(queue: Queue) -> Tensor:

@@ -66,6 +66,7 @@ def pairwise_stats(
     backend: str = "auto",
     gather: bool = True,
     queue: Queue | None = None,
+    keys: Tensor | None = None,
     validate: bool = True,
     precision: str = "auto",
     tile_size: int = torch_tiled.TILE_SIZE,
@@ -84,6 +85,9 @@ def pairwise_stats(
             every rank must call this.
         queue: (past embeddings [Q, D], their labels [Q]), compared with every anchor but without gradient. With
             labels None they are negatives of every anchor.
+        keys: of the shape of the features, such as another model's embeddings of the same views. Anchors are compared
+            with the keys of all ranks, without gradient, in place of each other; never with the key of their own
+            row. Not by the Triton backend.
         validate: raise for NaN and Inf in the features, which waits for the device once.
         precision: of the products of embeddings. "bf16" and "tf32" (fp32 with 10 bits of mantissa) are formats of
             the Triton backend alone, "fp32" is exact and of the other backends (for Triton, on the CPU only).
@@ -105,7 +109,7 @@ def pairwise_stats(
     unknown backend or precision; MissingExtra where Triton is asked for and not installed.
     """
     call = prepare_call(
-        features, labels, temperature, backend=backend, gather=gather, queue=queue, validate=validate,
+        features, labels, temperature, backend=backend, gather=gather, queue=queue, keys=keys, validate=validate,
         precision=precision, rows_per_rank=rows_per_rank, least_temperature=least_temperature,
     )  # fmt: skip
     return statistics(call, inverse=inverse, tile_size=tile_size)
@@ -132,6 +136,7 @@ def prepare_call(
     backend: str,
     gather: bool,
     queue: Queue | None,
+    keys: Tensor | None,
     validate: bool,
     precision: str,
     rows_per_rank: list[int] | None,
@@ -142,7 +147,7 @@ def prepare_call(
     least = least_temperature if isinstance(temperature, Tensor) else temperature
     check_temperature(least)
     anchors = prepare_anchors(
-        features, labels, gather=gather, validate=validate, queue=queue, rows_per_rank=rows_per_rank
+        features, labels, gather=gather, validate=validate, queue=queue, keys=keys, rows_per_rank=rows_per_rank
     )
     backend = choose_backend(backend, anchors, features, least, precision)
     if backend == "triton":
@@ -224,13 +229,15 @@ def choose_backend(backend: str, anchors: Anchors, features: Tensor, tau: float,
             "precision 'fp32' with backend 'triton': its kernels multiply on tensor cores, which have no fp32; "
             "use precision 'tf32', or backend 'tiled' for exact products"
         )
+    if backend == "triton" and anchors.keys is not None:
+        raise ConfigError("backend 'triton' has no keys of another model: use 'tiled' or 'auto'")
     if backend == "triton" and not has_triton():
         raise MissingExtra("backend 'triton' needs the package triton: pip install triton")
     if backend != "auto":
         return backend
     if columns <= (_SMALL_ON_CUDA if features.is_cuda else _SMALL_ON_CPU):
         return "reference"
-    fits_triton = fits_triton and features.is_cuda and not exact_on_cuda
+    fits_triton = fits_triton and features.is_cuda and not exact_on_cuda and anchors.keys is None
     return "triton" if fits_triton and has_triton() else "tiled"
 
 

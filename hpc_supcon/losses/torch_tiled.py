@@ -41,7 +41,7 @@ class Tile:
 
 def iterate_tiles(gathered: GatheredRows, tile_size: int) -> Iterator[Tile]:
     """The tiles that cover own rows x all rows, without mirror images. Waits for the device once."""
-    own = gathered.own
+    own, symmetric = gathered.own, gathered.rows is None
     cuts = [
         slice(a, min(a + tile_size, stop)) for start, stop in gathered.blocks for a in range(start, stop, tile_size)
     ]
@@ -54,7 +54,7 @@ def iterate_tiles(gathered: GatheredRows, tile_size: int) -> Iterator[Tile]:
         if not own.start <= row_cut.start < own.stop:
             continue
         for j, column_cut in enumerate(cuts):
-            is_own = own.start <= column_cut.start < own.stop
+            is_own = symmetric and own.start <= column_cut.start < own.stop
             if is_own and j < i:
                 continue
             (low_i, high_i), (low_j, high_j) = classes[i], classes[j]
@@ -76,7 +76,7 @@ class TileBuffers:
 
     def __init__(self, gathered: GatheredRows, tile_size: int) -> None:
         self.gathered = gathered
-        self.own_u = gathered.u[gathered.own]
+        self.own_u = gathered.u[gathered.own] if gathered.rows is None else gathered.rows
         self.own_class_ids = gathered.class_ids[gathered.own]
         self._buffers = gathered.u.new_empty(3, tile_size * tile_size)
 
@@ -160,8 +160,10 @@ class TorchTiledBackend:
         start = gathered.own.start
 
         def both(weight_M: Tensor, tile: Tile, index: int) -> Tensor:
-            """weight_i + weight_j over the tile, [R, C]: the weights in G_ij + G_ji."""
+            """weight_i + weight_j over the tile, [R, C]: the weights in G_ij + G_ji. Constant columns have none."""
             of_rows = weight_M[start + tile.rows.start : start + tile.rows.stop, None]
+            if gathered.rows is not None:
+                return buffers.buffer(index, tile).copy_(of_rows)
             return torch.add(of_rows, weight_M[None, tile.columns], out=buffers.buffer(index, tile))
 
         for tile in iterate_tiles(gathered, self.tile_size):

@@ -94,14 +94,27 @@ def _gradients(
     if operands.order is not None:
         weights_M4 = weights_M4.index_select(0, operands.order)
     tau = None if inverse_term is None else rows.temperature
-    parts = backend.gradients(operands, weights_M4.T.contiguous(), tau)
-    grad_ND, radial_N = normalize_backward(
-        parts, rows.x, rows.order, rows.scale, rows.inverse_length, radial=learns_temperature, factor=factor
-    )
+    weights_4M = weights_M4.T.contiguous()
+
+    def backward(operands: Operands) -> tuple[Tensor, Tensor | None]:
+        parts = backend.gradients(operands, weights_4M, tau)
+        return normalize_backward(
+            parts, rows.x, rows.order, rows.scale, rows.inverse_length, radial=learns_temperature, factor=factor
+        )
+
+    grad_ND, radial_N = backward(operands)
     if radial_N is None:
         return grad_ND, None
+    radial = radial_N.sum(dtype=torch.float64)
+    in_batch = sum(rows_per_rank)
+    if operands.order is not None and len(operands.u) > in_batch:
+        # the queue's share counts twice, see autograd.py; a column of zeros adds nothing to it
+        past = operands.u.masked_fill((operands.order < in_batch)[:, None], 0.0)
+        _, radial_of_queue_N = backward(operands._replace(u=past))
+        assert radial_of_queue_N is not None
+        radial += radial_of_queue_N.sum(dtype=torch.float64)
     # u = z / sqrt(tau); and with s fixed, dinv_pos / dtau = -sum_P s exp(-tau s).
-    grad_tau = radial_N.sum(dtype=torch.float64) * (-0.5 / rows.temperature)
+    grad_tau = radial * (-0.5 / rows.temperature)
     return grad_ND, grad_tau if inverse_term is None else grad_tau - inverse_term
 
 

@@ -21,13 +21,15 @@ class Anchors:
     """The rows of this rank, one per image and view, and the numbers of rows of the other ranks.
 
     rows [N, D] as given (any length, any float dtype), labels [N] int64, `rows_per_rank` in rank order ([N] without
-    a process group), `queue_rows` the largest number of queue rows of any rank.
+    a process group), `queue_rows` the largest number of queue rows of any rank. keys [N, D]: what rows of all ranks
+    are compared with in place of each other, as given; None: with each other.
     """
 
     rows: Tensor
     labels: Tensor
     rows_per_rank: list[int]
     queue_rows: int
+    keys: Tensor | None = None
 
     @property
     def offset(self) -> int:
@@ -42,6 +44,7 @@ def prepare_anchors(
     gather: bool = True,
     validate: bool = True,
     queue: Queue | None = None,
+    keys: Tensor | None = None,
     rows_per_rank: list[int] | None = None,
 ) -> Anchors:
     """Check the input, flatten the views, and number the images of all ranks where there are no labels.
@@ -55,7 +58,7 @@ def prepare_anchors(
     wait for no device; an error is raised on this rank alone.
     """
     spans_ranks = gather and collectives.world_size() > 1
-    error = _find_error(features, labels, queue, validate)
+    error = _find_error(features, labels, queue, keys, validate)
     if spans_ranks and rows_per_rank is None:
         counts = _exchange_counts(features, queue, error)
     else:
@@ -74,6 +77,7 @@ def prepare_anchors(
         labels=labels.repeat_interleave(views) if views > 1 else labels,
         rows_per_rank=[row[1] for row in counts],
         queue_rows=max(row[2] for row in counts),
+        keys=None if keys is None else keys.flatten(0, -2),
     )
 
 
@@ -110,7 +114,7 @@ def _counts_of_ranks(own: list[int], rows_per_rank: list[int]) -> list[list[int]
 
 
 def _find_error(
-    features: Tensor, labels: Tensor | None, queue: Queue | None, validate: bool
+    features: Tensor, labels: Tensor | None, queue: Queue | None, keys: Tensor | None, validate: bool
 ) -> LossInputError | None:
     shape = tuple(features.shape)
     if features.ndim not in (2, 3) or shape[-1] == 0:
@@ -120,10 +124,15 @@ def _find_error(
     error = _find_label_error(features, labels)
     if error is None and queue is not None:
         error = _find_queue_error(features, queue)
+    if error is None and keys is not None and (keys.shape != features.shape or keys.dtype not in _FLOATS):
+        error = LossInputError(
+            f"keys must be floating point of the shape of the features, {list(shape)}; "
+            f"got {list(keys.shape)} {keys.dtype}"
+        )
     if error is None and validate:
-        error = _find_non_finite("features", features.detach())
-        if error is None and queue is not None:
-            error = _find_non_finite("queue features", queue[0].detach())
+        values = {"features": features, "queue features": None if queue is None else queue[0], "keys": keys}
+        found = [_find_non_finite(what, value.detach()) for what, value in values.items() if value is not None]
+        error = next((one for one in found if one is not None), None)
     return error
 
 

@@ -205,7 +205,11 @@ def _build_state(
     queue = None
     if config.loss.queue_size and any(spec.contrastive for spec in objective.specs.values()):
         queue = MomentumQueue(
-            placed, config.loss.queue_size, config.model.projection_dim, config.model.momentum_encoder
+            placed,
+            config.loss.queue_size,
+            config.model.projection_dim,
+            config.model.momentum_encoder,
+            of_batch=config.loss.keys == "momentum",
         )
     ema = None if train.ema is None else WeightAverage(placed, train.ema)
     if train.activation_checkpointing:

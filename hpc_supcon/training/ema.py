@@ -112,18 +112,21 @@ def momentum_at(step: int, *, base: float, final: float | None, steps: int) -> f
 class MomentumQueue(nn.Module):
     """A queue of the newest `size` keys of all ranks, with their labels (He et al. 2020, MoCo).
 
-    They are extra columns of the loss, without gradient, and equal on every rank. Keys are projections of each
-    image's first view, made by a momentum encoder, a copy of the model whose weights are the moving average
-    copy = m copy + (1 - m) model (`momentum` m), or by the model itself when `momentum` is None.
+    They are extra columns of the loss, without gradient, and equal on every rank. Keys are projections made by a
+    momentum encoder, a copy of the model whose weights are the moving average copy = m copy + (1 - m) model
+    (`momentum` m), or by the model itself when `momentum` is None. The queue holds those of each image's first view;
+    `of_batch`: the loss compares with those of all views of its batch too, in place of the model's own.
     """
 
     features: Tensor
     labels: Tensor
     pushed: Tensor
 
-    def __init__(self, model: PretrainingModel, size: int, dim: int, momentum: float | None) -> None:
+    def __init__(
+        self, model: PretrainingModel, size: int, dim: int, momentum: float | None, *, of_batch: bool = False
+    ) -> None:
         super().__init__()
-        self.momentum = momentum
+        self.momentum, self.of_batch = momentum, of_batch
         self.key_model = copy.deepcopy(model).requires_grad_(False) if momentum is not None else None
         device = next(model.parameters()).device
         self.register_buffer("features", torch.zeros(size, dim, device=device))
@@ -138,18 +141,20 @@ class MomentumQueue(nn.Module):
 
     @torch.no_grad()
     def keys(self, views: Tensor, outputs: Tensor) -> Tensor:
-        """Keys [B, D] of views [B, V, C, H, W], of which `outputs` [B, V, D] are the model's projections."""
+        """Keys [B, 1, D] of views [B, V, C, H, W], of which `outputs` [B, V, D] are the model's projections; those of
+        all views, [B, V, D], with `of_batch`."""
         if self.key_model is None:
-            return outputs[:, 0].detach().float()
-        return self.key_model(views[:, :1])["projection"][:, 0].float()
+            return outputs[:, :1].detach()
+        keys: Tensor = self.key_model(views if self.of_batch else views[:, :1])["projection"]
+        return keys
 
     @torch.no_grad()
     def push(self, keys: Tensor, labels: Tensor, images_per_rank: list[int] | None = None) -> None:
-        """Replace the oldest keys by the keys [B, D] of all ranks. Collective.
+        """Replace the oldest keys by the first of the keys [B, V, D] of each image of all ranks. Collective.
 
         images_per_rank: B of every rank, where it is known (saves a message and a wait for the device).
         """
-        keys, labels = gather_rows_of([keys, labels], images_per_rank)
+        keys, labels = gather_rows_of([keys[:, 0].to(self.features.dtype), labels], images_per_rank)
         size = len(self.labels)
         start = int(self.pushed) + max(0, len(keys) - size)
         keys, labels = keys[-size:], labels[-size:]

@@ -64,6 +64,7 @@ class Objective(nn.Module):
         self.supervised = bool(settings["supervised"]) and any(
             spec.pairwise and spec.uses_labels for spec in self.specs.values()
         )
+        self.compares_with_keys = settings.get("keys") == "momentum"
         self.loss_of: dict[str, nn.Module] = {}
         for name, spec in self.specs.items():
             arguments = {key: settings[key] for key in spec.parameters if key in settings}
@@ -158,7 +159,8 @@ class Objective(nn.Module):
             return self.loss_of[name](output, pair_labels, rows_per_rank=rows)
         if queue is not None and not self.supervised:
             queue = (queue[0], None)
-        return self.loss_of[name](output, pair_labels, queue=queue, rows_per_rank=rows)
+        keys = outputs.get("keys") if self.compares_with_keys else None  # validation makes none
+        return self.loss_of[name](output, pair_labels, queue=queue, rows_per_rank=rows, keys=keys)
 
     def pointwise(self, name: str, output: Tensor, views: ImageViews | None, labels: Tensor) -> Tensor:
         """The mean over this rank's images of a loss of single images (of a classifier or decoder)."""

@@ -59,13 +59,13 @@ def train_step(state: TrainState, batch: Batch, options: StepOptions) -> StepRes
             return state.views.render(batch.images[piece], own)
 
     compute_gradients = _one_pass if len(pieces) == 1 else _two_passes
-    loss, outputs, keys = compute_gradients(state, batch, options, views, pieces)
+    loss, outputs = compute_gradients(state, batch, options, views, pieces)
     with phase("optimizer"):
         norm = _update(state, options, loss, outputs)
     if state.queue is not None:
         with phase("queue"):
             state.queue.update_key_model(state.model)
-            state.queue.push(torch.cat(keys), batch.labels, options.images_per_rank)
+            state.queue.push(outputs["keys"], batch.labels, options.images_per_rank)
     state.objective.after_step(state.model, outputs, state.step, options.images_per_rank)
     state.step += 1
     if state.gradual is not None:
@@ -94,8 +94,8 @@ def _update(state: TrainState, options: StepOptions, loss: Tensor, outputs: dict
     return norm
 
 
-Passed = tuple[Tensor, dict[str, Tensor], list[Tensor]]
-"""(loss, outputs of all pieces, keys for the queue); the gradients are in the weights."""
+Passed = tuple[Tensor, dict[str, Tensor]]
+"""(loss, outputs of all pieces); the gradients are in the weights."""
 
 
 def _one_pass(
@@ -103,22 +103,20 @@ def _one_pass(
 ) -> Passed:
     x = views(pieces[0])
     with options.autocast():
-        outputs = _forward(state.engine.forward, x) | state.objective.momentum_outputs(state.model, x)
-        keys = _keys(state, x, outputs)
+        outputs = _beside(state, x, _forward(state.engine.forward, x))
     loss = _loss(state, options, outputs, x, batch.labels, state.engine.backward)
-    return loss.detach(), {name: out.detach() for name, out in outputs.items()}, keys
+    return loss.detach(), {name: out.detach() for name, out in outputs.items()}
 
 
 def _two_passes(
     state: TrainState, batch: Batch, options: StepOptions, views: Callable[[slice], ImageViews], pieces: list[slice]
 ) -> Passed:
-    parts, keys, rng_states = [], [], []
+    parts, rng_states = [], []
     with torch.no_grad(), frozen_running_statistics(state.model), options.autocast():
         for piece in pieces:
             rng_states.append(_rng_states(state.device))
             x = views(piece)
-            parts.append(_forward(state.model, x) | state.objective.momentum_outputs(state.model, x))
-            keys += _keys(state, x, parts[-1])
+            parts.append(_beside(state, x, _forward(state.model, x)))
     outputs = {name: torch.cat([p[name] for p in parts]).requires_grad_() for name in parts[0]}
     loss = _loss(state, options, outputs, None, batch.labels, Tensor.backward)
     gradients = {name: out.grad for name, out in outputs.items() if out.grad is not None}
@@ -132,7 +130,7 @@ def _two_passes(
                 # engines backpropagate from a scalar: this one has the given gradients
                 scalars = [(again[name] * gradient[piece]).sum() for name, gradient in gradients.items()]
                 state.engine.backward(reduce(operator.add, scalars))
-    return loss.detach(), {name: out.detach() for name, out in outputs.items()}, keys
+    return loss.detach(), {name: out.detach() for name, out in outputs.items()}
 
 
 def _skip_overflow(state: TrainState, loss: Tensor, norm: Tensor) -> bool:
@@ -170,12 +168,14 @@ def _loss(
     return loss
 
 
-def _keys(state: TrainState, views: ImageViews, outputs: dict[str, Tensor]) -> list[Tensor]:
+def _beside(state: TrainState, views: ImageViews, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
+    """`outputs` of the model, and what momentum encoders make of the same views: "target" of losses, "keys"."""
+    outputs |= state.objective.momentum_outputs(state.model, views)
     if state.queue is None:
-        return []
+        return outputs
     assert isinstance(views, Tensor)  # see config.check_views
     with phase("queue"):
-        return [state.queue.keys(views, outputs["projection"])]
+        return outputs | {"keys": state.queue.keys(views, outputs["projection"])}
 
 
 def _rng_states(device: torch.device) -> list[Tensor]:

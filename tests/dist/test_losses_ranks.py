@@ -43,10 +43,11 @@ def _makers(backend):
     }
 
 
-def _value_and_gradients(loss, x, labels, queue=None):
+def _value_and_gradients(loss, x, labels, columns):
     x = x.clone().requires_grad_()
     loss.double()
-    value = loss(x, labels, queue=queue)
+    queue = _queue() if "queue" in columns else None
+    value = loss(x, labels, queue=queue, keys=x.detach().roll(1, -1) if "keys" in columns else None)
     value.backward()
     extra = [p.grad for p in loss.parameters()]
     return value.detach(), x.grad, extra, {k: float(v) for k, v in loss.stats.items()}
@@ -63,24 +64,24 @@ def _cases():
             for views, classes in ((V, CLASSES), (1, SINGLE_VIEW)):
                 if name == "simclr" and views == 1:
                     continue
-                for queue in (None, _queue()):
-                    yield f"{backend} {name} V={views} queue={queue is not None}", make, views, classes, queue
+                for columns in ("batch", "queue", "keys", "keys and queue"):
+                    yield f"{backend} {name} V={views} {columns}", make, views, classes, columns
 
 
 def _all_cases(rank, world_size):
     results = {}
-    for key, make, views, classes, queue in _cases():
+    for key, make, views, classes, columns in _cases():
         x, labels = _shards(world_size, classes, views)[rank]
-        results[key] = _value_and_gradients(make(), x, labels, queue)
+        results[key] = _value_and_gradients(make(), x, labels, columns)
     return results
 
 
 def _compare(world_size):
     per_rank = run_ranks(_all_cases, world_size)
-    for key, make, views, classes, queue in _cases():
+    for key, make, views, classes, columns in _cases():
         shards = _shards(world_size, classes, views)
         x, labels = (torch.cat(part) for part in zip(*shards, strict=True))
-        value, grad, extra, stats = _value_and_gradients(make(), x, labels, queue)
+        value, grad, extra, stats = _value_and_gradients(make(), x, labels, columns)
         for result in per_rank:
             torch.testing.assert_close(result[key][0], value, rtol=1e-10, atol=0)
             assert result[key][3] == pytest.approx(stats, rel=1e-12), key

@@ -18,6 +18,7 @@ from hpc_supcon.training.build import Start, build_training
 from hpc_supcon.training.data import Data
 from hpc_supcon.training.ema import MomentumQueue
 from hpc_supcon.training.step import train_step
+from tests import brute_force
 from tests.dist.ranks import run_ranks
 
 SETTINGS = [
@@ -195,7 +196,7 @@ def push(rank, world_size, size):
     seen = []
     for step in range(4):
         labels = torch.tensor([10 * step + 3 * rank + k for k in range(3 if rank == 0 else 2)])
-        queue.push(torch.stack([labels, -labels], 1).float(), labels)
+        queue.push(torch.stack([labels, -labels], 1).float()[:, None], labels)
         features, held = queue.columns()
         assert torch.equal(features, torch.stack([held, -held], 1).float())
         seen.append(sorted(held.tolist()))
@@ -252,6 +253,46 @@ def test_a_queue_state_survives_a_checkpoint():
     other, other_options, _ = build(0, 1, overrides)
     other.load(saved, {"step": 2})
     assert [float(train_step(other, batch, other_options).loss) for batch in batches[2:]] == want
+
+
+KEYS = ["loss.keys=momentum", "loss.queue_size=30", "model.momentum_encoder=0.9", "augment.policy=none"]
+
+
+@pytest.mark.parametrize("more", [[], ["loss.supervised=false"], ["train.micro_batch_size=24"]])
+def test_a_batch_is_compared_with_the_keys_that_the_momentum_encoder_makes_of_it(more):
+    torch.manual_seed(0)
+    state, options, batches = build(0, 1, [*KEYS, *more], encoder=DoubleEncoder())
+    supervised = "loss.supervised=false" not in more
+    for batch in batches[:3]:
+        past = state.queue.columns()
+        if past is not None:
+            past = past[0].clone(), past[1].clone() if supervised else torch.full_like(past[1], 99)
+        encoder, seen = copy.deepcopy(state.queue.key_model), []
+        hook = state.queue.key_model.register_forward_hook(
+            lambda m, i, o, seen=seen: seen.append((*i, o["projection"]))
+        )
+        result = train_step(state, batch, options)
+        hook.remove()
+        [(views, keys)] = seen
+        assert views.shape[:2] == (24, 2)
+        assert torch.equal(keys, encoder(views)["projection"]), "before it follows this step"
+        embeddings = result.outputs["projection"]
+        labels = batch.labels if supervised else None
+        expected = brute_force.contrastive(embeddings, labels, 0.2, queue=past, keys=keys)
+        assert float(result.loss) == pytest.approx(float(expected), rel=1e-6)
+        held = state.queue.columns()[0]
+        newest = (int(state.queue.pushed) - 24 + torch.arange(24)) % 30
+        assert torch.equal(held[newest], keys[:, 0].float())
+    assert not torch.allclose(keys, embeddings)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3])
+def test_with_keys_ranks_and_two_passes_give_the_steps_of_one_process_in_one(world_size):
+    overrides = [*KEYS, "loss.name=tcl", "loss.k1=10", "loss.learnable_temperature=true"]
+    want = five_steps(0, 1, overrides)
+    for more in ([], ["train.micro_batch_size=5"]):
+        for got in run_ranks(five_steps, world_size, [*overrides, *more]):
+            assert_equal_runs(got, want)
 
 
 def poisoned(rank, world_size):

@@ -65,6 +65,7 @@ LossName = Literal[PairwiseName, ClassifierLossName, DecoderLossName]
 ResponseLossName = Literal["supcon_out", "tcl"]
 """Losses that `log.gradient_response` is defined for."""
 MiningName = Literal["random", "semihard", "hard"]
+KeysName = Literal["batch", "momentum"]
 BackendName = Literal["auto", "reference", "tiled", "triton"]
 LossPrecisionName = Literal["auto", "bf16", "tf32", "fp32"]
 

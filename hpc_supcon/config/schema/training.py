@@ -13,6 +13,7 @@ from .base import Count, Decay, NonNegative, Options, Positive, Probability, Sec
 from .names import (
     BackendName,
     EngineName,
+    KeysName,
     LossName,
     LossPrecisionName,
     MiningName,
@@ -80,6 +81,10 @@ class LossConfig(Section):
         description="past embeddings kept as extra columns of a contrastive loss, as moco_v2's negatives, or to "
         "share swav's prototypes with the batch; 0: none",
         json_schema_extra={"unit": "images"},
+    )
+    keys: KeysName = Field(
+        description="what the views of a batch are compared with in a contrastive loss with a queue; batch: each "
+        "other; momentum: the keys that model.momentum_encoder makes of them, positives included (MoCo)"
     )
     queue_start_epoch: Annotated[int, Field(ge=0)] = Field(
         description="swav: the queue, which is filled from the start, is used from this epoch on, once it is full",

@@ -16,6 +16,7 @@ NO_VALIDATION = "data.validation_fraction=0"
 ONE_RATE = "probe.linear.lrs=[0.1]"
 MULTI_CROP = "data.views={global: 2, local: 4}"
 GRAPHS = ["train.cuda_graphs=true", "train.compile=true"]
+KEYS = ["loss.keys=momentum", "loss.queue_size=8", "model.momentum_encoder=0.9"]
 
 
 def check(*overrides, **options):
@@ -50,6 +51,15 @@ PRETRAIN = [
     ),
     (["loss.name=triplet", "loss.queue_size=10"], r"loss\.queue_size=10: triplet takes no queue; use 0"),
     (["model.momentum_encoder=0.9"], r"model\.momentum_encoder .* set loss\.queue_size as well"),
+    (["loss.keys=momentum"], r"loss\.keys=momentum: set model\.momentum_encoder .* and loss\.queue_size as well"),
+    (["loss.keys=momentum", "loss.queue_size=8"], r"loss\.keys=momentum: set model\.momentum_encoder"),
+    (
+        ["loss.keys=momentum", "loss.name=triplet"],
+        r"loss\.keys=momentum is for simclr, supcon_in, supcon_out, tcl, not for",
+    ),
+    ([*KEYS, "model.sync_bn=false"], r"model\.sync_bn=false: BatchNorm per rank tells which key belongs to an image"),
+    ([*KEYS, "loss.backend=triton"], r"loss\.backend=triton compares a batch with itself; use auto"),
+    ([*KEYS, "log.gradient_response=true"], r"log\.gradient_response compares a batch with itself; use false"),
     *[
         (["loss.name=" + name, "data.views=1"], rf"loss\.name={name} .* data\.views of 2 or more")
         for name in ("barlow_twins", "vicreg", "simsiam", "byol", "moco_v2", "swav", "dino")

@@ -26,7 +26,7 @@ def per_anchor(form, stats):
     return stats.log_neg - stats.mean_pos
 
 
-def value_and_gradient(form, x, labels, tau, backend, tile_size=16, queue=None):
+def value_and_gradient(form, x, labels, tau, backend, tile_size=16, queue=None, keys=None):
     x = x.detach().clone().requires_grad_()
     stats = losses.pairwise_stats(
         x,
@@ -36,6 +36,7 @@ def value_and_gradient(form, x, labels, tau, backend, tile_size=16, queue=None):
         backend=backend,
         tile_size=tile_size,
         queue=queue,
+        keys=keys,
         precision="fp32",
     )
     loss = losses.global_mean(per_anchor(form, stats), stats.valid)
@@ -259,13 +260,60 @@ def test_rows_of_a_queue_without_labels_are_negatives():
         assert float(loss) == pytest.approx(float(expected), rel=1e-10)
 
 
+@pytest.mark.parametrize("with_queue", [False, True])
+@pytest.mark.parametrize("labeled", [True, False])
+@pytest.mark.parametrize("case", ["two classes, three views", "one image of five views", "all classes different"])
+def test_anchors_are_compared_with_the_keys_of_others_and_never_with_their_own(case, labeled, with_queue):
+    x, labels = batch(case)
+    labels = labels if labeled else None
+    keys = torch.randn_like(x).requires_grad_()
+    queue = (torch.randn(17, 5, dtype=torch.float64), torch.arange(17) % 3) if with_queue else None
+    for form in ("out", "in", "tcl"):
+        expected = brute_force.value_and_gradient(x, labels, 0.1, form, K1, K2, queue, keys)
+        for backend in ("reference", "tiled"):
+            assert_close(value_and_gradient(form, x, labels, 0.1, backend, 8, queue, keys), expected, 1e-10)
+    assert keys.grad is None
+
+
+def test_every_loss_takes_keys():
+    x, labels = batch("two classes, three views")
+    keys = torch.randn_like(x)
+    for loss, form, given in (
+        (losses.SupConLoss(0.1), "out", labels),
+        (losses.SupConLoss(0.1, form="in"), "in", labels),
+        (losses.TCLLoss(0.1, K1, K2), "tcl", labels),
+        (losses.SimCLRLoss(0.1), "out", None),
+    ):
+        expected = brute_force.contrastive(x, given, 0.1, form, K1, K2, keys=keys)
+        assert float(loss(x, labels, keys=keys)) == pytest.approx(float(expected), rel=1e-10)
+
+
+def test_keys_of_another_shape_that_are_not_finite_or_for_triton_are_refused():
+    x, labels = batch("two classes, three views")
+    with pytest.raises(
+        LossInputError, match=r"keys must be .* the shape of the features, \[11, 3, 5\]; got \[11, 2, 5\]"
+    ):
+        losses.SupConLoss()(x, labels, keys=x[:, :2])
+    with pytest.raises(LossInputError, match="keys hold NaN or Inf in 1 of 33 rows, first in row 0"):
+        losses.SupConLoss()(x, labels, keys=x.clone().index_fill_(0, torch.tensor(0), 1.0).masked_fill_(
+            torch.arange(33).view(11, 3, 1) == 0, float("nan")))  # fmt: skip
+    with pytest.raises(ConfigError, match="'triton' has no keys of another model: use 'tiled' or 'auto'"):
+        losses.SupConLoss(backend="triton")(x.float(), labels, keys=x.float())
+
+
+@pytest.mark.parametrize("columns", ["batch", "queue", "keys", "keys and queue"])
 @pytest.mark.parametrize("backend", ["reference", "tiled"])
-def test_the_temperature_receives_its_gradient(backend):
+def test_the_temperature_receives_its_gradient(backend, columns):
     x, labels = batch("singletons among classes")
+    queue = (torch.randn(9, 5, dtype=torch.float64), torch.arange(9) % 3) if "queue" in columns else None
+    keys = torch.randn_like(x) if "keys" in columns else None
     for form in ("out", "in", "tcl"):
         tau = torch.tensor(0.2, dtype=torch.float64, requires_grad=True)
-        expected = torch.autograd.grad(brute_force.contrastive(x, labels, tau, form, K1, K2), tau)[0]
-        stats = losses.pairwise_stats(x, labels, tau, inverse=form == "tcl", backend=backend, tile_size=8)
+        loss = brute_force.contrastive(x, labels, tau, form, K1, K2, queue, keys)
+        expected = torch.autograd.grad(loss, tau)[0]
+        stats = losses.pairwise_stats(
+            x, labels, tau, inverse=form == "tcl", backend=backend, tile_size=8, queue=queue, keys=keys
+        )
         loss = losses.global_mean(per_anchor(form, stats), stats.valid)
         (got,) = torch.autograd.grad(loss, tau)
         assert float(got) == pytest.approx(float(expected), rel=1e-10)

@@ -11,7 +11,7 @@ from hpc_supcon.errors import ConfigError
 from hpc_supcon.training.objective import GRADIENT_RESPONSE_LOSSES, Objective
 
 # Settings of the loss section that say which losses there are and what they are given, not how one is computed.
-NOT_OF_A_LOSS = {"options", "name", "terms", "supervised", "frozen_epochs", "queue_start_epoch"}
+NOT_OF_A_LOSS = {"options", "name", "terms", "supervised", "frozen_epochs", "queue_start_epoch", "keys"}
 # Parameters for those who use the losses without a configuration.
 NOT_SETTINGS = {"gather", "validate"}
 # What the queue of moco_v2 and the prototypes of swav and dino are built from.
