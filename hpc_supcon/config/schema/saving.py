@@ -36,8 +36,8 @@ class LogConfig(Section):
         description="steps between two lines of metrics.jsonl", json_schema_extra={"unit": "steps"}
     )
     gradient_response: bool = Field(
-        description="log how strongly positives attract and negatives repel (supcon_out, tcl); costs two more passes "
-        "over the similarities"
+        description="log how strongly positives attract and negatives repel (supcon_out, tcl), in the batch, "
+        "without a queue; costs two more passes over the similarities"
     )
     to: LoggerName | OwnLogger | tuple[LoggerName | OwnLogger, ...] = Field(
         description="where numbers go besides metrics.jsonl: one, or a list; csv: RUN_DIR/metrics-KIND.csv; wandb, "
