@@ -35,7 +35,7 @@ class StepResult:
     gradient_norm: Tensor
     """Before clipping, 0-dim."""
     outputs: dict[str, Tensor]
-    """The outputs of this rank's model by head, [B, V, ...]."""
+    """The outputs of this rank's model by head, [B, V, ...], and those of momentum encoders: "target", "keys"."""
 
 
 def train_step(state: TrainState, batch: Batch, options: StepOptions) -> StepResult:
@@ -170,7 +170,7 @@ def _loss(
 
 def _beside(state: TrainState, views: ImageViews, outputs: dict[str, Tensor]) -> dict[str, Tensor]:
     """`outputs` of the model, and what momentum encoders make of the same views: "target" of losses, "keys"."""
-    outputs |= state.objective.momentum_outputs(state.model, views)
+    outputs = outputs | state.objective.momentum_outputs(state.model, views)
     if state.queue is None:
         return outputs
     assert isinstance(views, Tensor)  # see config.check_views
