@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import gc
 import multiprocessing
 import os
 import sys
@@ -59,12 +58,6 @@ def pytest_runtest_protocol(item):
         return (yield)
     finally:
         sys.settrace(tracer)
-
-
-def pytest_collection_finish():
-    """Thousands of tests and what they import are not looked through again and again, once for each short run."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)

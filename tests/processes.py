@@ -16,7 +16,6 @@ PRELOADED = [
     "hpc_supcon.cli", "hpc_supcon.stages.pretrain", "hpc_supcon.stages.probe", "hpc_supcon.stages.prune",
     "hpc_supcon.stages.embeddings", "hpc_supcon.pages.page", "torch.utils.tensorboard", "tests.docs.shell",
     "pytest", "hypothesis", "sklearn.metrics", "sklearn.neighbors", "PIL.Image", "tests.fault.injector",
-    "tests.frozen",
 ]  # fmt: skip
 # Forking the process of the tests itself would be unsafe: it has run OpenMP threads.
 FORK_SERVER = multiprocessing.get_context("forkserver")

@@ -193,8 +193,7 @@ def collect_garbage_every(steps: int | None) -> Iterator[Callable[[int], None]]:
     `steps`-th one; with None nothing changes.
 
     Otherwise each rank would pause at another step, and all ranks would wait for it in the next collective. Objects
-    that exist at the start are not examined again (gc.freeze), so that a collection takes milliseconds. Where the
-    caller has frozen objects, those stay as they are and no others are added.
+    that exist at the start are not examined again (gc.freeze), so that a collection takes milliseconds.
     """
     if steps is None or not gc.isenabled():
         yield lambda step: None
@@ -205,14 +204,11 @@ def collect_garbage_every(steps: int | None) -> Iterator[Callable[[int], None]]:
             with phase("garbage"):
                 gc.collect()
 
-    freeze = gc.get_freeze_count() == 0
-    if freeze:
-        gc.collect()
-        gc.freeze()
+    gc.collect()
+    gc.freeze()
     gc.disable()
     try:
         yield collect
     finally:
         gc.enable()
-        if freeze:
-            gc.unfreeze()
+        gc.unfreeze()

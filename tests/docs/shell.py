@@ -6,6 +6,7 @@ send their arguments, environment, directory and open files to this process, and
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -163,6 +164,7 @@ def typed(script: str, server: Server, folder: Path, **variables: str) -> subpro
 
 
 def _run(request: Request, streams: list[Stream], commands: str) -> None:
+    gc.freeze()  # what the server imported is not looked through again and again
     for number, stream in enumerate(streams):
         os.dup2(stream.number, number)
     sys.stdin = open(0, closefd=False)  # noqa: SIM115 - multiprocessing has closed it

@@ -236,21 +236,6 @@ def test_the_collector_is_enabled_again_after_an_error_and_unchanged_without_a_n
         gc.enable()
 
 
-def test_what_the_caller_has_frozen_stays_frozen():
-    held = gc.get_freeze_count()  # by tests/conftest.py
-    assert held > 0
-    with collect_garbage_every(3):
-        assert gc.get_freeze_count() == held
-    assert gc.get_freeze_count() == held
-    gc.unfreeze()
-    try:
-        with collect_garbage_every(3):
-            assert gc.get_freeze_count() > 0
-        assert gc.get_freeze_count() == 0
-    finally:
-        gc.freeze()
-
-
 # ---- waiting for the device
 
 WAITS = ("tolist", "item", "cpu", "numpy", "__bool__", "__float__", "__int__", "__index__")
